@@ -1,0 +1,122 @@
+"""The carriers that travel through the loop: Prompt -> Sample -> Group -> Microbatch.
+
+They hold data and no behaviour beyond a derived length. Arrays are numpy on the rollout side (they cross process
+boundaries between our own ranks) and torch only in `Microbatch`, which is what the trainer consumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:  # the grader's workers import this module and must stay light
+    import torch
+
+AnswerMode = Literal["answer", "response", "text", "mc"]
+FinishReason = Literal["stop", "length"]
+Outcome = Literal["correct", "wrong", "no_answer", "timeout", "crash"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question, already tokenised by the chat template."""
+
+    id: str
+    """Unique within its data file."""
+    text: str
+    """What the person asks, before the chat template; the grader compares languages against it."""
+    token_ids: np.ndarray
+    """int64 [num_prompt_tokens], template applied, ready for the server."""
+    gold: str
+    """The reference answer."""
+    mode: AnswerMode = "response"
+    """How a response to this prompt is graded; `response` reads the last \\boxed after the closed thinking."""
+    choices: tuple[str, ...] = ()
+    """Option texts, for `mode="mc"` only."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Whatever else the data line had (level, subject, source)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """A graded sample: the scalar the policy gradient sees and every reason for it."""
+
+    value: float
+    """1 correct, 0 not correct, -1 when any penalty hit (T1 replaces, it does not add)."""
+    correct: bool
+    outcome: Outcome
+    extracted: str | None
+    """The answer text found in the response; None when there was none."""
+    reason: str
+    """One line for a person: why this outcome."""
+    penalties: dict[str, str] = field(default_factory=dict)
+    """Penalty name -> why it hit. Empty when none did."""
+    seconds: float = 0.0
+    """Wall time of grading this sample."""
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One response to one prompt, as the server returned it, then graded, then given an advantage."""
+
+    token_ids: np.ndarray
+    """int64 [num_response_tokens], the end token included when there is one."""
+    logprobs: np.ndarray
+    """float32 [num_response_tokens], of the sampled tokens AFTER temperature (and min_p/top_p)."""
+    text: str
+    """Detokenised response, special tokens left out."""
+    finish_reason: FinishReason
+    """`stop`: an end token was sampled; `length`: cut at the limit."""
+    weight_versions: tuple[tuple[int, int, int], ...]
+    """(version, start, end) spans over token_ids: which weights made which tokens. One span when nothing moved."""
+    server: str
+    """Base URL of the server that made it."""
+    reward: Reward | None = None
+    anchor_logprobs: np.ndarray | None = None
+    """float32 [num_response_tokens], of the same tokens under the EMA anchor at the same temperature."""
+    advantage: float = 0.0
+    """Leave-one-out advantage (same for every token of the sample)."""
+    centered_kl: float = 0.0
+    """This sample's sum over tokens of (policy logprob - anchor logprob), minus the batch's mean of that sum."""
+
+
+@dataclass(kw_only=True)
+class Group:
+    """All samples of one prompt."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+
+@dataclass(kw_only=True)
+class Microbatch:
+    """Whole sequences packed one after the other: what one forward pass of one data-parallel rank sees.
+
+    `num_tokens` (s) counts padding too and is equal for all microbatches of a step; `num_targets` (T) is the number of
+    response tokens. Position p of the packed stream predicts token p + 1, so `target_positions` point one left of the
+    tokens in `targets`, and never across a sequence boundary.
+    """
+
+    token_ids: torch.Tensor
+    """int64 [s]"""
+    position_ids: torch.Tensor
+    """int64 [s], restarting at 0 in every sequence"""
+    cu_seqlens: torch.Tensor
+    """int32 [num_sequences + 1], boundaries in the packed stream; the last one is s (padding is a sequence of its own)"""
+    max_seqlen: int
+    target_positions: torch.Tensor
+    """int64 [T], positions in the packed stream whose output predicts a response token"""
+    targets: torch.Tensor
+    """int64 [T], the response tokens themselves"""
+    advantage: torch.Tensor
+    """float32 [T], 0 in SFT"""
+    centered_kl: torch.Tensor
+    """float32 [T], the sample's centred KL repeated over its tokens; 0 in SFT"""
+    rollout_logprob: torch.Tensor
+    """float32 [T], 0 in SFT"""
+    anchor_logprob: torch.Tensor
+    """float32 [T], 0 in SFT"""
+    sample_index: torch.Tensor
+    """int64 [T], index of the sample in the step's flat list, to bring per-token results back to samples"""
