@@ -1,0 +1,82 @@
+"""Tiny random Hugging Face folders for tests: real config, real tokenizer, real safetensors, no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def make_tiny_tokenizer(directory: Path, vocab_size: int = 320):
+    """Writes a byte-level tokenizer: the 256 bytes, three special tokens, then `<extra_N>` up to `vocab_size`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(vocab_size - len(alphabet) - len(SPECIAL_TOKENS))])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+    fast.save_pretrained(directory)
+    return fast
+
+
+def make_tiny_qwen2(
+    directory: str | Path,
+    *,
+    vocab_size: int = 320,
+    tied: bool = True,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    intermediate_size: int = 128,
+    max_position_embeddings: int = 1024,
+    dtype: str = "float32",
+    seed: int = 0,
+    init_std: float = 0.3,
+) -> Path:
+    """Writes a random Qwen2 with tokenizer and chat template, loadable by transformers and vLLM; returns `directory`.
+
+    `init_std` is far above the usual 0.02: the logits then differ enough for a wrong weight to show in the logprobs.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tiny_tokenizer(directory, vocab_size)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tied,
+        initializer_range=init_std,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config).to(getattr(torch, dtype))
+        for name, parameter in model.named_parameters():
+            if (
+                parameter.ndim == 1
+            ):  # transformers starts biases at 0 and norms at 1, where a swapped one would not show
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(directory)
+    return directory
