@@ -73,10 +73,8 @@ def make_tiny_qwen2(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config).to(getattr(torch, dtype))
-        for name, parameter in model.named_parameters():
-            if (
-                parameter.ndim == 1
-            ):  # transformers starts biases at 0 and norms at 1, where a swapped one would not show
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases start at 0 and norms at 1, where a swapped one would not show
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(directory)
     return directory
