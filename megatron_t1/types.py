@@ -74,12 +74,8 @@ class Sample:
     server: str
     """Base URL of the server that made it."""
     reward: Reward | None = None
-    anchor_logprobs: np.ndarray | None = None
-    """float32 [num_response_tokens], of the same tokens under the EMA anchor at the same temperature."""
     advantage: float = 0.0
     """Leave-one-out advantage (same for every token of the sample)."""
-    centered_kl: float = 0.0
-    """This sample's sum over tokens of (policy logprob - anchor logprob), minus the batch's mean of that sum."""
 
 
 @dataclass(kw_only=True)

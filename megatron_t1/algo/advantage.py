@@ -1,0 +1,37 @@
+"""Leave-one-out advantage (RLOO): A_i = r_i - mean of the other K-1 rewards of the same prompt.
+
+Kool, van Hoof, Welling, "Buy 4 REINFORCE Samples, Get a Baseline for Free!" (2019); T1 uses it unscaled, without
+dividing by the group's standard deviation. Assumes that a group's samples are independent draws of one policy. Equals
+K / (K-1) x (r_i - mean of all K); it is 0 for a group whose rewards are all equal.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_t1.types import Group
+
+
+def leave_one_out(rewards: np.ndarray) -> np.ndarray:
+    """float [K] -> float64 [K]; K = 1 has no baseline and keeps its reward."""
+    rewards = np.asarray(rewards, np.float64)
+    if len(rewards) == 1:
+        return rewards
+    return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+
+
+def assign(groups: list[Group]) -> list[Group]:
+    """Set `Sample.advantage` on every sample from the rewards of its group.
+
+    Raises:
+        ValueError: a sample that has not been graded.
+    """
+    for group in groups:
+        rewards = []
+        for sample in group.samples:
+            if sample.reward is None:
+                raise ValueError(f"prompt {group.prompt.id}: a sample has no reward; grade before assigning advantages")
+            rewards.append(sample.reward.value)
+        for sample, advantage in zip(group.samples, leave_one_out(np.array(rewards)), strict=True):
+            sample.advantage = float(advantage)
+    return groups

@@ -1,0 +1,137 @@
+"""Whole sequences into microbatches: no padding inside, equal length over ranks and microbatches.
+
+Sequences are spread over (data-parallel rank, microbatch) bins, longest first into the emptiest bin, with the fewest
+bins that hold them all; the bins of a step then differ by little, and each is padded to the fullest one, because the
+pipeline schedule sends one fixed shape. The plan depends on the sequences and the layout alone, so every rank computes
+the same one and takes its share. Masked tokens (prompts, padding) are not targets: they never reach the head.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_t1.types import Group, Microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """A prompt and its response, ready to be packed."""
+
+    prompt_ids: np.ndarray
+    """int64 [num_prompt_tokens]"""
+    response_ids: np.ndarray
+    """int64 [num_response_tokens], at least one"""
+    advantage: float = 0.0
+    rollout_logprobs: np.ndarray | None = None
+    """float32 [num_response_tokens]; zeros when None"""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def sequences_of(groups: list[Group]) -> list[Sequence]:
+    """The step's samples in a flat list; `Microbatch.sample_index` counts along it."""
+    return [
+        Sequence(
+            prompt_ids=group.prompt.token_ids,
+            response_ids=sample.token_ids,
+            advantage=sample.advantage,
+            rollout_logprobs=sample.logprobs,
+        )
+        for group in groups
+        for sample in group.samples
+    ]
+
+
+def pack(
+    sequences: list[Sequence],
+    *,
+    max_tokens: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    multiple: int = 1,
+    device: torch.device | str = "cpu",
+) -> list[Microbatch]:
+    """This data-parallel rank's microbatches: as many on every rank, each of the same number of tokens.
+
+    Args:
+        max_tokens: the most tokens in a microbatch, padding included.
+        multiple: the length of a microbatch is a multiple of it (TP size under sequence parallelism, 16 x TP for FP8).
+
+    Raises:
+        ValueError: a sequence longer than max_tokens.
+    """
+    limit = max_tokens // multiple * multiple
+    longest = max((s.num_tokens for s in sequences), default=0)
+    if longest > limit:
+        raise ValueError(
+            f"a sequence of {longest} tokens does not fit into a microbatch of {limit}; raise max_tokens_per_microbatch"
+        )
+    bins = _assign([s.num_tokens for s in sequences], limit, dp_size)
+    fullest = max(sum(sequences[i].num_tokens for i in members) for members in bins)
+    num_tokens = max(multiple, -(-fullest // multiple) * multiple)
+    return [_pack_one(sequences, members, num_tokens, device) for members in bins[dp_rank::dp_size]]
+
+
+def _assign(lengths: list[int], limit: int, dp_size: int) -> list[list[int]]:
+    """Indices of the sequences in each bin; the number of bins is a multiple of dp_size and as small as possible."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    num_bins = max(1, -(-sum(lengths) // (limit * dp_size))) * dp_size
+    while True:
+        heap = [(0, b) for b in range(num_bins)]
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        for i in order:
+            load, b = heapq.heappop(heap)
+            if load + lengths[i] > limit:
+                break
+            bins[b].append(i)
+            heapq.heappush(heap, (load + lengths[i], b))
+        else:
+            return bins
+        num_bins += dp_size
+
+
+def _pack_one(sequences: list[Sequence], members: list[int], num_tokens: int, device: torch.device | str) -> Microbatch:
+    token_ids = np.zeros(num_tokens, np.int64)
+    position_ids = np.zeros(num_tokens, np.int64)
+    bounds = [0]
+    positions, targets, advantage, rollout, index = [], [], [], [], []
+    for i in members:
+        s = sequences[i]
+        start, num_prompt, num_response = bounds[-1], len(s.prompt_ids), len(s.response_ids)
+        stop = start + s.num_tokens
+        token_ids[start : start + num_prompt] = s.prompt_ids
+        token_ids[start + num_prompt : stop] = s.response_ids
+        position_ids[start:stop] = np.arange(s.num_tokens)
+        positions.append(np.arange(start + num_prompt - 1, stop - 1))
+        targets.append(s.response_ids)
+        advantage.append(np.full(num_response, s.advantage, np.float32))
+        rollout.append(np.zeros(num_response, np.float32) if s.rollout_logprobs is None else s.rollout_logprobs)
+        index.append(np.full(num_response, i, np.int64))
+        bounds.append(stop)
+    if bounds[-1] < num_tokens:
+        position_ids[bounds[-1] :] = np.arange(num_tokens - bounds[-1])
+        bounds.append(num_tokens)
+
+    def tensor(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([*parts, np.zeros(0, dtype)]).astype(dtype)).to(device)
+
+    num_targets = sum(len(t) for t in targets)
+    return Microbatch(
+        token_ids=torch.from_numpy(token_ids).to(device),
+        position_ids=torch.from_numpy(position_ids).to(device),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
+        max_seqlen=int(np.diff(bounds).max()),
+        target_positions=tensor(positions, np.int64),
+        targets=tensor(targets, np.int64),
+        advantage=tensor(advantage, np.float32),
+        centered_kl=torch.zeros(num_targets, device=device),
+        rollout_logprob=tensor(rollout, np.float32),
+        anchor_logprob=torch.zeros(num_targets, device=device),
+        sample_index=tensor(index, np.int64),
+    )

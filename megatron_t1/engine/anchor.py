@@ -1,0 +1,88 @@
+"""The regularizer's anchor: an exponential moving average of the policy, sharded like it.
+
+anchor <- decay x anchor + (1 - decay) x policy after every step. The average is held in float32 (in bfloat16 a step's
+small difference would be lost to rounding); a copy in the model's precision computes the forward pass.
+
+T1's KL is normalised on policy: each sample's KL, estimated on its own tokens as sum_t (log pi - log anchor), minus the
+batch's mean. `fill` writes both onto the microbatches, before the first backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+
+from megatron_t1.algo.fused_head import Head, logprob_entropy_nograd
+from megatron_t1.engine.model import build_model
+from megatron_t1.engine.step import Engine
+from megatron_t1.types import Microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """The EMA anchor."""
+
+    decay: float = 0.99
+    """Share of the old anchor that a step keeps; 1 keeps the starting policy, 0 follows the policy at once."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"anchor.decay = {self.decay} must lie in [0, 1]")
+
+
+class Anchor:
+    """Every method is collective over the trainer's ranks."""
+
+    def __init__(self, engine: Engine, cfg: AnchorConfig) -> None:
+        self._engine, self._decay = engine, cfg.decay
+        _, self.module = build_model(engine.model_config, engine.spec, engine.parallel, engine.platform)
+        self.module.requires_grad_(False)
+        self._weights = list(self.module.parameters())
+        self._policy = list(engine.module.parameters())
+        self.average = [w if w.dtype == torch.float32 else w.float() for w in self._weights]
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Make the anchor the present policy."""
+        torch._foreach_copy_(self.average, self._policy)
+        self.publish()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for average, policy in zip(self.average, self._policy, strict=True):
+            average.lerp_(policy.float(), 1.0 - self._decay)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Bring the forward pass's weights up to the average."""
+        for weight, average in zip(self._weights, self.average, strict=True):
+            if weight is not average:
+                weight.copy_(average)
+
+    def fill(self, microbatches: list[Microbatch], num_samples: int) -> None:
+        """Set `anchor_logprob` and `centered_kl` on this rank's microbatches (on the last pipeline stage).
+
+        Args:
+            num_samples: samples of the whole step, over all ranks.
+        """
+
+        def logprobs(hidden: torch.Tensor, head: Head, microbatch: Microbatch) -> torch.Tensor:
+            return logprob_entropy_nograd(hidden, head, microbatch.target_positions, microbatch.targets)[0]
+
+        computed = self._engine.map_hidden(self.module, microbatches, logprobs)
+        kl = torch.zeros(num_samples, dtype=torch.float64, device=self._engine.platform.device)
+        if not mpu.is_pipeline_last_stage():
+            return
+        for microbatch, anchor_logprob in zip(microbatches, computed, strict=True):
+            microbatch.anchor_logprob = anchor_logprob
+            difference = (microbatch.rollout_logprob - anchor_logprob).double()
+            kl.index_add_(0, microbatch.sample_index, difference)
+        dist.all_reduce(kl, group=mpu.get_data_parallel_group())
+        centered = (kl - kl.mean()).float()
+        for microbatch in microbatches:
+            microbatch.centered_kl = centered[microbatch.sample_index]

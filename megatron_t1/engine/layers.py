@@ -1,0 +1,128 @@
+"""The two modules of Megatron's local layer spec that ours replaces, so that it serves packed sequences and SP.
+
+`RMSNorm`: Megatron's wrapper around torch's norm refuses sequence parallelism. `PackedAttention`: the local
+DotProductAttention refuses packed sequences. Both run on the CPU and on GPUs without Transformer Engine; with it,
+Megatron's own TE spec is used and nothing of this file.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Megatron all-reduces the gradients of parameters marked so over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class LocalPackedSeqParams(PackedSeqParams):
+    """Packed sequences for `PackedAttention`, which finds the padded layout computed once for all layers.
+
+    `qkv_format` stays `sbhd`: Megatron then applies the rotary embedding to the whole stream at once (`T1GPTModel` has
+    gathered it by position) and not in a Python loop over sequences.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+        super().__init__(
+            qkv_format="sbhd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+        )
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        column = torch.arange(max_seqlen, device=cu_seqlens.device)
+        # Rows past a sequence's end read its last token; causality keeps them out of every real token's result.
+        self.padded_index = starts[:, None] + torch.minimum(column[None, :], lengths[:, None] - 1)
+        self.valid = column[None, :] < lengths[:, None]
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention within each packed sequence, on torch's scaled_dot_product_attention.
+
+    The packed stream is read as [num_sequences, max_seqlen] for one batched call and written back without the padding.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"context_parallel_size = {config.context_parallel_size} needs Transformer Engine; set it to 1 here"
+            )
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: LocalPackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """query [s, 1, heads, d], key and value [s, 1, kv_heads, d] -> [s, 1, heads * d]."""
+        assert packed_seq_params is not None, "the trainer always packs"
+        index, valid = packed_seq_params.padded_index, packed_seq_params.valid
+
+        def padded(x: torch.Tensor) -> torch.Tensor:
+            # [s, 1, n, d] -> [num_sequences, n, max_seqlen, d]
+            return x.squeeze(1)[index].transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(
+            padded(query),
+            padded(key),
+            padded(value),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out.transpose(1, 2)[valid].flatten(1).unsqueeze(1)
+
+
+def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Megatron's local GPT block with our norm (also at the end of the block) and our attention core."""
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    specs: list[ModuleSpec] = [layer] * num_layers
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

@@ -1,0 +1,178 @@
+"""From a model spec to Megatron's GPTModel on this rank's pipeline stages, wrapped for data parallelism.
+
+The model ends at the hidden states: the output layer's GEMM belongs to the fused head, which never holds the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_t1.algo.fused_head import Head
+from megatron_t1.engine.layers import LocalPackedSeqParams, local_block_spec
+from megatron_t1.engine.parallel import ParallelConfig, tensor_shard
+from megatron_t1.models.spec import ModelSpec
+from megatron_t1.platform import Platform
+from megatron_t1.types import Microbatch
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained and in what precision."""
+
+    hf_path: str
+    """Hugging Face folder: config.json, tokenizer, safetensors. Training starts from its weights."""
+    dtype: Dtype = "bfloat16"
+    """Precision of weights and activations; gradients and optimizer state are float32."""
+    layers: Literal["auto", "local"] = "auto"
+    """`auto` takes Transformer Engine's layers when installed; `local` never does."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Further fields of Megatron's TransformerConfig, for example {fp8: hybrid, recompute_granularity: full}."""
+
+    def __post_init__(self) -> None:
+        known = TransformerConfig.__dataclass_fields__
+        if unknown := sorted(set(self.transformer) - set(known)):
+            raise ValueError(f"model.transformer has {unknown}, which Megatron's TransformerConfig does not know")
+
+
+class T1GPTModel(GPTModel):
+    """GPTModel whose last stage returns the final hidden states [s, 1, h] ([s / tp, 1, h] under sequence parallelism)."""
+
+    def _preprocess(self, input_ids, position_ids, decoder_input=None, inference_context=None, packed_seq_params=None,
+                    padding_mask=None):  # fmt: skip
+        out = super()._preprocess(
+            input_ids, position_ids, decoder_input, inference_context, packed_seq_params, padding_mask
+        )
+        if not isinstance(packed_seq_params, LocalPackedSeqParams):
+            return out
+        decoder_input, rotary, *rest = out
+        return decoder_input, rotary[position_ids[0]], *rest
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def transformer_config(
+    cfg: ModelConfig, spec: ModelSpec, parallel: ParallelConfig, platform: Platform
+) -> TransformerConfig:
+    """Megatron's config from the checkpoint's architecture, our precision and layout, and the user's extra fields."""
+    dtype = getattr(torch, cfg.dtype)
+    fields: dict[str, Any] = {
+        **spec.transformer,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence_parallel,
+        "activation_func": F.silu,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "use_cpu_initialization": platform.name == "cpu",
+        "perform_initialization": False,  # every weight is read from a checkpoint
+        "gradient_accumulation_fusion": platform.apex,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": platform.name == "cuda",
+        "apply_rope_fusion": platform.transformer_engine is not None and cfg.layers == "auto",
+        "calculate_per_token_loss": True,  # gradients are summed, the loss is already over the global token count
+        "variable_seq_lengths": False,
+    }
+    if clash := sorted(set(cfg.transformer) & set(spec.transformer)):
+        raise ValueError(
+            f"model.transformer sets {clash}, which the checkpoint's config.json decides; remove them "
+            f"(config.json says { {name: spec.transformer[name] for name in clash} })"
+        )
+    return TransformerConfig(**{**fields, **cfg.transformer})
+
+
+def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """Refuse, with the numbers, a layout that the model's sizes do not divide by."""
+    sizes = spec.transformer
+    problems = [
+        f"{what} = {sizes[what]} does not divide by parallel.tensor = {parallel.tensor}"
+        for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+        if sizes[what] % parallel.tensor
+    ]
+    if sizes["num_layers"] % parallel.pipeline:
+        problems.append(
+            f"num_layers = {sizes['num_layers']} does not divide by parallel.pipeline = {parallel.pipeline}"
+        )
+    if problems:
+        raise ValueError(f"{spec.architecture}: " + "; ".join(problems))
+
+
+def build_model(
+    cfg: ModelConfig, spec: ModelSpec, parallel: ParallelConfig, platform: Platform
+) -> tuple[TransformerConfig, T1GPTModel]:
+    """This rank's stage with zeroed weights (a checkpoint fills them), on the platform's device."""
+    check_divisible(spec, parallel)
+    config = transformer_config(cfg, spec, parallel, platform)
+    if cfg.layers == "auto" and platform.transformer_engine:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        layer_spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        layer_spec = local_block_spec(config)
+    padding = parallel.tensor
+    padded_vocab = -(-spec.vocab_size // padding) * padding
+    model = T1GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec,
+        vocab_size=padded_vocab,
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=mpu.is_pipeline_first_stage(),
+        post_process=mpu.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=spec.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=spec.rotary_base,
+    )
+    model.to(platform.device)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    return config, model
+
+
+def wrap_ddp(config: TransformerConfig, model: T1GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return DistributedDataParallel(config, ddp_config, model)
+
+
+def packed_seq_params(microbatch: Microbatch, config: TransformerConfig, local: bool) -> PackedSeqParams:
+    if local:
+        return LocalPackedSeqParams(microbatch.cu_seqlens, microbatch.max_seqlen)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=microbatch.cu_seqlens,
+        cu_seqlens_kv=microbatch.cu_seqlens,
+        max_seqlen_q=microbatch.max_seqlen,
+        max_seqlen_kv=microbatch.max_seqlen,
+    )
+
+
+def output_head(model: T1GPTModel, spec: ModelSpec, temperature: float) -> Head:
+    """This rank's rows of the output layer, for the fused head (last pipeline stage only)."""
+    weight = model.shared_embedding_or_output_weight() if spec.tied_embeddings else model.output_layer.weight
+    tp = tensor_shard()
+    return Head(
+        weight=weight,
+        vocab_start=tp.rank * weight.shape[0],
+        vocab_size=spec.vocab_size,
+        temperature=temperature,
+        tp_group=mpu.get_tensor_model_parallel_group() if tp.size > 1 else None,
+        sequence_parallel=model.config.sequence_parallel,
+    )

@@ -1,0 +1,196 @@
+"""The engine: forward, fused loss, backward and optimizer over TP, PP and DP, through Megatron's pipeline schedule.
+
+A loss is a function (hidden states, head, microbatch) -> (scalar sum over tokens, sums, maxima); SFT and RL differ in it
+and in nothing else. It is divided by the global number of target tokens, which is fixed before the first microbatch, so
+neither the loss nor a gradient depends on the layout, the packing or the number of microbatches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_t1.algo.fused_head import Head
+from megatron_t1.data.packing import Sequence, pack
+from megatron_t1.engine.model import (
+    ModelConfig,
+    T1GPTModel,
+    build_model,
+    output_head,
+    packed_seq_params,
+    wrap_ddp,
+)
+from megatron_t1.engine.optimizer import OptimConfig, build_optimizer
+from megatron_t1.engine.parallel import ParallelConfig, tensor_shard
+from megatron_t1.models import spec_of
+from megatron_t1.platform import Platform
+from megatron_t1.types import Microbatch
+from megatron_t1.weights import hf_io
+from megatron_t1.weights.ops import Piece
+from megatron_t1.weights.stream import local_pieces
+
+Loss = Callable[[torch.Tensor, Head, Microbatch], tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]]
+
+
+class Engine:
+    """A trainable model on this rank's layout. Every method is collective over the trainer's ranks."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optim: OptimConfig,
+        platform: Platform,
+        *,
+        total_steps: int,
+        temperature: float,
+        max_tokens_per_microbatch: int,
+    ) -> None:
+        """
+        Args:
+            temperature: divides the logits in the loss and in `logprobs`; the sampling temperature in RL, 1 in SFT.
+            max_tokens_per_microbatch: packing limit, padding included.
+        """
+        self.spec = spec_of(Path(model.hf_path))
+        self.platform, self.parallel, self.model_config = platform, parallel, model
+        self.temperature, self.max_tokens = temperature, max_tokens_per_microbatch
+        self.config, self.module = build_model(model, self.spec, parallel, platform)
+        self.config.finalize_model_grads_func = _finalize_without_token_count
+        self.ddp = wrap_ddp(self.config, self.module, parallel)
+        self.config.no_sync_func = self.ddp.no_sync
+        self.optimizer, self.scheduler = build_optimizer(
+            optim, self.ddp, self.config.params_dtype, parallel, total_steps
+        )
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.local_layers = platform.transformer_engine is None or model.layers == "local"
+
+    def pieces(self, module: T1GPTModel | None = None) -> list[Piece]:
+        """This rank's Hugging Face pieces, aliasing the live weights (of the anchor, when its module is given)."""
+        return local_pieces([module or self.module], self.spec, tensor_shard())
+
+    def load_hf(self, model_dir: Path) -> None:
+        hf_io.load(self.pieces(), model_dir)
+        self.optimizer.reload_model_params()
+
+    def save_hf(self, out_dir: Path) -> None:
+        hf_io.save(self.pieces(), Path(self.model_config.hf_path), out_dir)
+
+    def pack(self, sequences: list[Sequence]) -> list[Microbatch]:
+        """This data-parallel rank's microbatches of a step; every rank passes the same sequences."""
+        multiple = self.parallel.tensor * (16 if self.config.fp8 else 1)
+        return pack(
+            sequences,
+            max_tokens=self.max_tokens,
+            dp_rank=mpu.get_data_parallel_rank(),
+            dp_size=mpu.get_data_parallel_world_size(),
+            multiple=multiple,
+            device=self.platform.device,
+        )
+
+    def step(self, microbatches: list[Microbatch], num_targets: int, loss: Loss) -> dict[str, float]:
+        """One optimizer step. Returns the loss's metrics (means over tokens, maxima), gradient norm and learning rate.
+
+        Args:
+            num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
+
+        Raises:
+            FloatingPointError: loss or gradient norm is not finite; the weights are as before the step.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss_func(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            head = output_head(self.module, self.spec, self.temperature)
+            total, sums, maxima = loss(hidden.squeeze(1), head, microbatch)
+            counted = torch.tensor(microbatch.targets.numel(), dtype=torch.int, device=total.device)
+            return total / num_targets, counted, {"sums": {**sums, "loss": total.detach()}, "maxima": maxima}
+
+        stored = self._run(self.ddp, microbatches, loss_func, forward_only=False)
+        metrics = self._reduce(stored, num_targets)
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"the loss is {metrics['loss']}; no step was taken")
+        self.scheduler.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        metrics["grad_norm"] = float(grad_norm or 0.0)
+        if not math.isfinite(metrics["grad_norm"]):
+            raise FloatingPointError(f"the gradient norm is {metrics['grad_norm']}; resume from the last checkpoint")
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        return metrics
+
+    @torch.no_grad()
+    def map_hidden(
+        self, module: T1GPTModel, microbatches: list[Microbatch], fn: Callable[[torch.Tensor, Head, Microbatch], Any]
+    ) -> list[Any]:
+        """Forward only: `fn` of each microbatch's last hidden states, on the last pipeline stage (elsewhere [])."""
+        module.eval()
+
+        def loss_func(microbatch: Microbatch, hidden: torch.Tensor, non_loss_data: bool = True) -> Any:
+            return fn(hidden.squeeze(1), output_head(module, self.spec, self.temperature), microbatch)
+
+        return self._run(module, microbatches, loss_func, forward_only=True)
+
+    def _run(
+        self, model: torch.nn.Module, microbatches: list[Microbatch], loss_func: Callable[..., Any], forward_only: bool
+    ) -> list[Any]:
+        def forward_step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            microbatch = next(batches)
+            output = chunk(
+                microbatch.token_ids[None],
+                microbatch.position_ids[None],
+                None,
+                packed_seq_params=packed_seq_params(microbatch, self.config, self.local_layers),
+            )
+            return output, partial(loss_func, microbatch)
+
+        # Megatron's schedule calls `no_sync` and `finalize` of the config that all models share; forward only has
+        # nothing to synchronise.
+        no_sync, self.config.no_sync_func = self.config.no_sync_func, (
+            contextlib.nullcontext if forward_only else self.config.no_sync_func
+        )
+        try:
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(microbatches),
+                model=model,
+                num_microbatches=len(microbatches),
+                seq_length=microbatches[0].token_ids.numel(),
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+        finally:
+            self.config.no_sync_func = no_sync
+
+    def _reduce(self, stored: list[dict], num_targets: int) -> dict[str, float]:
+        """Token sums and maxima of the last stage's ranks -> global means and maxima, the same on every rank."""
+        local: dict[str, dict[str, float]] = {"sums": {}, "maxima": {}}
+        for entry in stored if mpu.get_tensor_model_parallel_rank() == 0 else []:
+            for name, value in entry["sums"].items():
+                local["sums"][name] = local["sums"].get(name, 0.0) + float(value)
+            for name, value in entry["maxima"].items():
+                local["maxima"][name] = max(local["maxima"].get(name, -math.inf), float(value))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, local)
+        metrics: dict[str, float] = {}
+        for rank in everyone:
+            for name, value in rank["sums"].items():
+                metrics[name] = metrics.get(name, 0.0) + value / num_targets
+            for name, value in rank["maxima"].items():
+                metrics[name] = max(metrics.get(name, -math.inf), value)
+        return metrics
+
+
+def _finalize_without_token_count(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    # The loss is over the global token count already; Megatron must not divide the gradients again.
+    finalize_model_grads(model, None, **kwargs)

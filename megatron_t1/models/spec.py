@@ -1,0 +1,118 @@
+"""What a model family says of itself: how to read its Hugging Face config, and its weight map. No Megatron import.
+
+`HFConfig` hands out a config's fields and remembers which were read: a field that nobody read, and that is not known to
+be without effect on the function, is refused. So a new release that adds a switch stops with its name and does not
+train a different model in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_t1.weights.ops import Op
+
+# Fields of any Hugging Face config that do not change what the forward pass computes from its weights and tokens.
+_WITHOUT_EFFECT = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "max_window_layers",  # read only with use_sliding_window, which is refused
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+class HFConfig:
+    """A Hugging Face `config.json`, every field of which must be read or be known to be without effect."""
+
+    def __init__(self, fields: dict[str, Any], origin: str) -> None:
+        self._fields, self.origin = fields, origin
+        self._read: set[str] = set()
+
+    @classmethod
+    def load(cls, model_dir: Path) -> HFConfig:
+        path = model_dir / "config.json"
+        try:
+            return cls(json.loads(path.read_text()), str(path))
+        except FileNotFoundError:
+            raise ValueError(f"{model_dir} has no config.json: it is not a Hugging Face model folder") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+    @property
+    def architecture(self) -> str:
+        return (self._fields.get("architectures") or ["?"])[0]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        value = self._fields.get(name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise ValueError(f"{self.origin}: field {name!r} is missing")
+        return value
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """The field may be absent or hold one of `allowed`; anything else changes the function in a way we lack."""
+        value = self.get(name)
+        if value is not None and value not in allowed:
+            raise ValueError(f"{self.origin}: {name} = {value!r} is not supported (supported: {list(allowed)})")
+
+    def rope_theta(self) -> float:
+        """Rotary base from either spelling (`rope_theta`, or `rope_parameters` of transformers >= 5); scaling is refused."""
+        parameters = dict(self.get("rope_parameters") or {})
+        kind = parameters.pop("rope_type", parameters.pop("type", "default"))
+        theta = parameters.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
+        partial = parameters.pop("partial_rotary_factor", 1.0)
+        if kind != "default" or parameters or partial != 1.0:
+            raise ValueError(f"{self.origin}: rope_parameters {self.get('rope_parameters')!r} are not supported")
+        self.only("rope_scaling")
+        return float(theta)
+
+    def refuse_unread(self) -> None:
+        unread = sorted(
+            name
+            for name, value in self._fields.items()
+            if name not in self._read and name not in _WITHOUT_EFFECT and value not in (None, False, {}, [])
+        )
+        if unread:
+            listed = ", ".join(f"{name} = {self._fields[name]!r}" for name in unread)
+            raise ValueError(f"{self.origin}: fields that this family does not know and that may matter: {listed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One checkpoint's architecture in Megatron's terms."""
+
+    architecture: str
+    """Hugging Face class name, for example `Qwen2ForCausalLM`."""
+    transformer: dict[str, Any]
+    """Fields of Megatron's TransformerConfig."""
+    vocab_size: int
+    max_position_embeddings: int
+    rotary_base: float
+    tied_embeddings: bool
+    weights: dict[str, Op]
+    """Megatron parameter name, with `{layer}` for the global layer number, -> how Hugging Face spells it."""
+
+
+Family = Callable[[HFConfig], ModelSpec]

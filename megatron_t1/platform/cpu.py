@@ -1,0 +1,89 @@
+"""What Megatron-Core 0.16.1 asks of CUDA, answered on a machine that has none.
+
+Megatron's own code runs unchanged; only torch.cuda's questions get CPU answers: the current device is the CPU, a
+`cuda` device keyword means the CPU, streams and synchronisation are no-ops, and the CUDA generator is the CPU's. What
+is left out: anything that would pretend to be faster or to have memory statistics; `torch.cuda.is_available()` stays
+False.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+# Megatron's optimizers recognise a parameter's precision by the spelling of its CUDA type.
+_CUDA_TYPE = {
+    "torch.FloatTensor": "torch.cuda.FloatTensor",
+    "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+    "torch.HalfTensor": "torch.cuda.HalfTensor",
+}
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            spelling = func(*args)
+            return _CUDA_TYPE.get(spelling, spelling)
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """Stands for a CUDA stream: everything on the CPU is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.default_generator.set_state(state)
+
+
+def _get_cpu_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def install() -> None:
+    """Answer torch.cuda's questions with the CPU's answers, for this process and its main thread."""
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = _nothing
+    cuda.synchronize = _nothing
+    cuda.empty_cache = _nothing
+    cuda.current_stream = cuda.default_stream = cuda.Stream = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.get_rng_state = _get_cpu_rng_state
+    cuda.set_rng_state = _set_cpu_rng_state
+    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    patched: Any = megatron_random
+    patched._get_cuda_rng_state = _get_cpu_rng_state
+    patched._set_cuda_rng_state = _set_cpu_rng_state
+    patched.device_ctx_manager = lambda device: contextlib.nullcontext()
+    _CudaMeansCpu().__enter__()
