@@ -35,11 +35,11 @@ def make_tiny_qwen2(
     *,
     vocab_size: int = 320,
     tied: bool = True,
-    hidden_size: int = 64,
+    hidden_size: int = 128,
     num_layers: int = 2,
     num_heads: int = 4,
     num_kv_heads: int = 2,
-    intermediate_size: int = 128,
+    intermediate_size: int = 256,
     max_position_embeddings: int = 1024,
     dtype: str = "float32",
     seed: int = 0,
@@ -47,7 +47,8 @@ def make_tiny_qwen2(
 ) -> Path:
     """Writes a random Qwen2 with tokenizer and chat template, loadable by transformers and vLLM; returns `directory`.
 
-    `init_std` is far above the usual 0.02: the logits then differ enough for a wrong weight to show in the logprobs.
+    vLLM's CPU attention needs heads of at least 32 numbers. `init_std` is far above the usual 0.02: the logits then
+    differ enough for a wrong weight to show in the logprobs.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM

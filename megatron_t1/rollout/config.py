@@ -1,0 +1,115 @@
+"""What a user says about generation: which vLLM servers, and how to sample from them.
+
+Left out: everything vLLM decides well by itself. What it takes beyond these fields goes through `vllm_args` verbatim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Transport = Literal["shm", "gloo", "nccl", "ipc", "nccl_m2n"]
+
+
+@dataclass(kw_only=True, frozen=True)
+class RolloutConfig:
+    """vLLM servers: how many to start here, or the URLs of running ones."""
+
+    urls: tuple[str, ...] = ()
+    """Base URLs of servers that already run (`t1 serve` prints one). Empty: start `num_servers` here."""
+    key_file: str | None = None
+    """File with the key of the servers in `urls` (mode 0600); otherwise the environment variable T1_SERVER_KEY."""
+    num_servers: int = 1
+    """Servers to start on this host."""
+    ports: tuple[int, ...] = ()
+    """A fixed port for every server; empty: free ones are taken."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda when torch finds a GPU."""
+    gpu_ids: tuple[int, ...] = ()
+    """GPUs of the servers, `tp` of them for each in order; empty: 0, 1, 2, ..."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory that a server may fill (GPU only)."""
+    tp: int = 1
+    """Tensor parallelism of each server."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    """Compute type of the server. Give the trainer's own: a difference shows as train/rollout mismatch."""
+    max_model_len: int | None = None
+    """Longest prompt + response, tokens; None: what the model's config allows."""
+    max_num_seqs: int = 128
+    """Samples that one server generates at the same time; also the most that one request may ask for."""
+    kv_cache_bytes: int | None = 64 * 2**20
+    """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
+    transport: Literal["auto"] | Transport = "auto"
+    """How new weights reach the servers. auto: shm on CPU, nccl on CUDA. See `megatron_t1.weights.sync`."""
+    pause_mode: Literal["abort", "wait", "keep"] = "wait"
+    """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
+    going on the new weights (their tokens then carry both versions)."""
+    samples_per_request: int = 16
+    """Samples of one prompt asked for in one request: fewer spread better over servers, more cost less overhead."""
+    startup_timeout_s: float = 600.0
+    """Deadline for a server to become healthy."""
+    request_timeout_s: float = 3600.0
+    """Deadline for one generation request, queueing included."""
+    sync_timeout_s: float = 600.0
+    """Deadline for each phase of a weight push."""
+    connect_retries: int = 3
+    """Attempts on a connection error before a server counts as dead."""
+    seed: int = 0
+    """Seed of the server's engine; samples are seeded one by one by the client."""
+    vllm_args: dict[str, Any] = field(default_factory=dict)
+    """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}."""
+    vllm_env: dict[str, str] = field(default_factory=dict)
+    """More environment variables of the servers: {"VLLM_ATTENTION_BACKEND": "..."}."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_servers", "tp", "max_num_seqs", "samples_per_request", "connect_retries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("startup_timeout_s", "request_timeout_s", "sync_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be above 0 seconds")
+        if self.ports and not self.urls and len(self.ports) != self.num_servers:
+            raise ValueError(
+                f"rollout.ports={self.ports}: give one port for each of the {self.num_servers} servers, or none"
+            )
+        if self.gpu_ids and len(self.gpu_ids) != self.num_servers * self.tp:
+            raise ValueError(
+                f"rollout.gpu_ids={self.gpu_ids}: {self.num_servers} servers of tp {self.tp} need "
+                f"{self.num_servers * self.tp} GPUs"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"rollout.urls={url!r}: must start with http:// or https://")
+
+
+@dataclass(kw_only=True, frozen=True)
+class SamplingConfig:
+    """How responses are drawn. T1: K = 64 at temperature 1.2; 0.9-1.0 collapses, above 1.2 degrades."""
+
+    temperature: float = 1.2
+    """The trainer computes its logprobs at this temperature too. 0 is greedy (evaluation only)."""
+    top_p: float = 1.0
+    """Below 1 the sampled distribution is not the one the trainer differentiates: a bias, for evaluation only."""
+    min_p: float = 0.0
+    """Cuts tokens below min_p x the most likely one's probability; biases the ratio as top_p does (T1 ablates it)."""
+    num_samples: int = 64
+    """K: samples a prompt."""
+    max_new_tokens: int = 4096
+    """Longest response, tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response (besides the model's end token)."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a response (besides the model's end token)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p={self.top_p}: must be in (0, 1]")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"sampling.min_p={self.min_p}: must be in [0, 1)")
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name}={getattr(self, name)}: must be at least 1")

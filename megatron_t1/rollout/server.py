@@ -1,0 +1,388 @@
+"""Starting, watching and ending the vLLM servers of a run, or joining running ones by URL.
+
+The servers are unmodified vLLM processes, each in a session of its own, bound to 127.0.0.1, with every route but
+/health and /metrics behind a key made for the run. Left out: placing servers on other hosts. Start them there with
+`t1 serve` (or Slurm) and give their URLs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_t1.rollout.config import RolloutConfig, Transport
+from megatron_t1.rollout.vllm_plugin.guard import KEY_ENV
+
+HOST = "127.0.0.1"
+_LOG_TAIL_LINES = 20
+_LOG_TAIL_BYTES = 65536
+_ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
+REMOTE_KEY_ENV = "T1_SERVER_KEY"
+KEY_FILE = "server_key"
+
+# Found to halve the start and the memory of the CPU build. The malloc settings keep the reload's buffers mapped: page
+# faults otherwise cost 0.4 s a GB at every weight push.
+_CPU_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+}
+_COMMON_ENV = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+class ServerError(RuntimeError):
+    """A server did not come up, died, answered nonsense or not in time. The message names it and says what to do."""
+
+
+@dataclass
+class Server:
+    """One vLLM server. `version` and `unusable` decide whether it may be asked for samples."""
+
+    url: str
+    key: str = field(repr=False)
+    process: subprocess.Popen[bytes] | None = None
+    """The group's leader when this process started it; None for a server given by URL."""
+    log_path: Path | None = None
+    version: int | None = None
+    """Weight version that the last successful push left there; None: the weights it started with."""
+    unusable: str | None = None
+    """Why no samples may be asked of it any more: a failed push left unknown weights. None: fine."""
+    ready: bool = False
+    """It answered /health once."""
+
+    @property
+    def name(self) -> str:
+        return self.url.removeprefix("http://")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def exited(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
+
+    def log_tail(self) -> str:
+        """The errors in its log and its last lines, indented, or a line that says where its log is."""
+        if self.log_path is None or not self.log_path.exists():
+            return "    (its log is where it was started)"
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - _LOG_TAIL_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()
+        # The root cause stands far above the end: the API server prints its own traceback after the engine's.
+        early = [line for line in lines[:-_LOG_TAIL_LINES] if _ERROR_LINE.search(line)][:5]
+        shown = [*early, "...", *lines[-_LOG_TAIL_LINES:]] if early else lines[-_LOG_TAIL_LINES:]
+        return "\n".join(f"    {line}" for line in shown) + f"\n    (whole log: {self.log_path})"
+
+    def call(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
+        """One blocking call; returns the decoded JSON (None for an empty body).
+
+        Raises ServerError on a refused, late or broken answer, with the server's own message.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, method=method, headers=dict(self.headers))
+        if data is not None:
+            request.add_header("Content-Type", "application/json")
+        try:
+            with _OPENER.open(request, timeout=timeout_s) as response:
+                raw = response.read()
+        except urllib.error.HTTPError as error:
+            text = error.read(4000).decode(errors="replace")
+            raise ServerError(f"server {self.name}: {path} answered {error.code}: {text.strip()}") from None
+        except TimeoutError:
+            raise ServerError(f"server {self.name}: {path} did not answer within {timeout_s:g} s") from None
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise ServerError(f"server {self.name}: {path} did not answer within {timeout_s:g} s") from None
+            raise ServerError(f"server {self.name}: {path}: {reason}\n{self.log_tail()}") from None
+        try:
+            return json.loads(raw) if raw else None
+        except ValueError:
+            raise ServerError(f"server {self.name}: {path} answered no JSON: {raw[:200]!r}") from None
+
+    def healthy(self, timeout_s: float = 5.0) -> bool:
+        try:
+            with _OPENER.open(self.url + "/health", timeout=timeout_s) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+# Servers are on this host or named by the user: a proxy of the environment must not see their traffic.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Servers:
+    """All servers of a run. `start` returns at once; `wait_ready` blocks until all are healthy; `close` ends them."""
+
+    def __init__(self, cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str) -> None:
+        self.cfg = cfg
+        self.model_dir = Path(model_dir)
+        self.run_dir = Path(run_dir)
+        self.device = _device(cfg)
+        self.all: list[Server] = []
+        self._reserved: list[socket.socket] = []
+
+    @property
+    def transport(self) -> Transport:
+        if self.cfg.transport != "auto":
+            return self.cfg.transport
+        return "nccl" if self.device == "cuda" else "shm"
+
+    def start(self) -> Servers:
+        """Starts the processes (or notes the given URLs) and returns without waiting for them."""
+        if self.cfg.urls:
+            key = _given_key(self.cfg)
+            self.all = [Server(url=url.rstrip("/"), key=key) for url in self.cfg.urls]
+            return self
+        if not (self.model_dir / "config.json").is_file():
+            raise ServerError(f"model folder {self.model_dir} has no config.json: nothing to serve")
+        key = secrets.token_urlsafe(32)
+        self._write_key(key)
+        try:
+            for index in range(self.cfg.num_servers):
+                self.all.append(self._launch(index, key))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def restart(self, server: Server) -> None:
+        """Starts a dead or unusable server anew on the weights of `model_dir`, on the same port; returns at once.
+
+        It is asked for samples again once `WeightSync` has brought it to the current version.
+        """
+        if server.process is None:
+            raise ServerError(f"server {server.name} was given by URL: restart it where it was started")
+        _end_group(server.process)
+        index = self.all.index(server)
+        self.all[index] = self._launch(index, server.key, again_on=int(server.url.rsplit(":", 1)[1]))
+
+    def wait_ready(self, timeout_s: float | None = None) -> Servers:
+        """Blocks until every server is healthy; raises ServerError with the end of the log of one that is not."""
+        timeout_s = timeout_s or self.cfg.startup_timeout_s
+        began = time.monotonic()
+        announced = began
+        while waiting := [server for server in self.all if not server.ready]:
+            for server in waiting:
+                if server.exited():
+                    raise ServerError(f"server {server.name} ended while starting. Its log ends:\n{server.log_tail()}")
+                server.ready = server.healthy(timeout_s=2.0)
+            now = time.monotonic()
+            if now - began > timeout_s and not all(server.ready for server in waiting):
+                late = next(server for server in waiting if not server.ready)
+                raise ServerError(
+                    f"server {late.name} was not healthy within {timeout_s:g} s (rollout.startup_timeout_s). "
+                    f"Its log ends:\n{late.log_tail()}"
+                )
+            if now - announced > 10:
+                announced = now
+                names = ", ".join(server.name for server in waiting if not server.ready)
+                print(f"waiting for vLLM: {names} ({now - began:.0f} s)", file=sys.stderr, flush=True)
+            if not all(server.ready for server in waiting):
+                time.sleep(0.2)
+        self._release_ports()
+        return self
+
+    def usable(self) -> list[Server]:
+        """Servers that may be asked for samples: healthy once, not ended, on known weights, all of one version."""
+        alive = [s for s in self.all if s.ready and s.unusable is None and not s.exited()]
+        newest = max((s.version or 0 for s in alive), default=0)
+        return [s for s in alive if (s.version or 0) == newest]
+
+    def describe_failures(self) -> str:
+        """One paragraph for every server that is not usable, with the end of its log."""
+        lines = []
+        for server in self.all:
+            if server.exited():
+                lines.append(f"server {server.name} ended. Its log ends:\n{server.log_tail()}")
+            elif server.unusable:
+                lines.append(f"server {server.name} is unusable: {server.unusable}")
+            elif not server.healthy():
+                lines.append(f"server {server.name} does not answer /health. Its log ends:\n{server.log_tail()}")
+        return "\n".join(lines) or "every server answers /health"
+
+    def close(self) -> None:
+        """Ends every process that was started here, orderly first, then by force."""
+        self._release_ports()
+        processes = [server.process for server in self.all if server.process is not None]
+        for process in processes:
+            _signal_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.1, deadline - time.monotonic()))
+            _end_group(process)
+        for server in self.all:
+            server.ready = False
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_key(self, key: str) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / KEY_FILE
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(key)
+
+    def _launch(self, index: int, key: str, *, again_on: int | None = None) -> Server:
+        port = again_on or self._reserve_port(self.cfg.ports[index] if self.cfg.ports else 0)
+        log_path = self.run_dir / "logs" / f"server_{index}.log"
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "megatron_t1.rollout.supervise", str(os.getpid()), *self.command(port)]
+        with log_path.open("ab" if again_on else "wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=self.environment(index, key),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return Server(url=f"http://{HOST}:{port}", key=key, process=process, log_path=log_path)
+
+    def command(self, port: int) -> list[str]:
+        """The vLLM command line. The key is not on it: it is in the environment."""
+        cfg = self.cfg
+        options: dict[str, Any] = {
+            "model": str(self.model_dir),
+            "served-model-name": "policy",
+            "host": HOST,
+            "port": port,
+            "dtype": cfg.dtype,
+            "seed": cfg.seed,
+            "tensor-parallel-size": cfg.tp,
+            "max-num-seqs": cfg.max_num_seqs,
+            "logprobs-mode": "processed_logprobs",
+            "enable-prefix-caching": True,
+            "enable-scale-out": True,
+            "generation-config": "vllm",
+            "weight-transfer-config": json.dumps({"backend": self.transport}),
+            "middleware": "megatron_t1.rollout.vllm_plugin.guard.KeyGuard",
+            "disable-uvicorn-access-log": True,
+        }
+        if cfg.max_model_len is not None:
+            options["max-model-len"] = cfg.max_model_len
+        if self.device == "cpu":
+            options["enforce-eager"] = True
+            if cfg.kv_cache_bytes is not None:
+                options["kv-cache-memory-bytes"] = cfg.kv_cache_bytes
+        else:
+            options["gpu-memory-utilization"] = cfg.gpu_memory_utilization
+        options.update({name.replace("_", "-"): value for name, value in cfg.vllm_args.items()})
+        command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
+        for name, value in options.items():
+            if isinstance(value, bool):
+                command.append(f"--{name}" if value else f"--no-{name}")
+            elif isinstance(value, dict | list):
+                command += [f"--{name}", json.dumps(value)]
+            elif value is not None:
+                command += [f"--{name}", str(value)]
+        return command
+
+    def environment(self, index: int, key: str) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if not _is_trainer_variable(name)}
+        env |= _COMMON_ENV | {KEY_ENV: key}
+        if self.device == "cpu":
+            env |= _CPU_ENV
+            env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_bytes
+        else:
+            gpu_ids = self.cfg.gpu_ids or tuple(range(self.cfg.num_servers * self.cfg.tp))
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids[index * self.cfg.tp : (index + 1) * self.cfg.tp]))
+        return env | self.cfg.vllm_env
+
+    def _reserve_port(self, port: int) -> int:
+        """Holds a port for a server until it listens there.
+
+        A socket that is bound but does not listen lets vLLM's own bind pass (both set SO_REUSEADDR) while the kernel
+        gives the port to nobody who asks for a free one.
+        """
+        holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            holder.bind((HOST, port))
+        except OSError as error:
+            holder.close()
+            raise ServerError(
+                f"rollout.ports: port {port} of {HOST} can't be taken ({error.strerror}): "
+                "end what listens there, or leave rollout.ports empty to take free ones"
+            ) from None
+        self._reserved.append(holder)
+        return int(holder.getsockname()[1])
+
+    def _release_ports(self) -> None:
+        for holder in self._reserved:
+            holder.close()
+        self._reserved.clear()
+
+
+@contextlib.contextmanager
+def open_servers(cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str) -> Iterator[Servers]:
+    """Servers of `model_dir`, started and healthy; ended when the block is left. Logs go to `run_dir`/logs."""
+    with Servers(cfg, model_dir, run_dir) as servers:
+        yield servers.start().wait_ready()
+
+
+def _is_trainer_variable(name: str) -> bool:
+    """Variables of torchrun that would make vLLM join the trainer's process group."""
+    return name in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} or (
+        name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    )
+
+
+def _device(cfg: RolloutConfig) -> str:
+    if cfg.device != "auto":
+        return cfg.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _given_key(cfg: RolloutConfig, environ: Mapping[str, str] = os.environ) -> str:
+    if cfg.key_file:
+        path = Path(cfg.key_file)
+        if not path.is_file():
+            raise ServerError(f"rollout.key_file={path}: no such file; `t1 serve` prints where it keeps the key")
+        if path.stat().st_mode & 0o077:
+            raise ServerError(f"rollout.key_file={path}: readable by others; chmod 600 it")
+        return path.read_text().strip()
+    key = environ.get(REMOTE_KEY_ENV, "")
+    if not key:
+        raise ServerError(f"rollout.urls needs the servers' key: set rollout.key_file or {REMOTE_KEY_ENV}")
+    return key
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILLs the whole group, its engine processes included even when the leader is gone, and reaps the leader."""
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
