@@ -37,7 +37,7 @@ class RolloutConfig:
     """Longest prompt + response, tokens; None: what the model's config allows."""
     max_num_seqs: int = 128
     """Samples that one server generates at the same time; also the most that one request may ask for."""
-    kv_cache_bytes: int | None = 64 * 2**20
+    kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
     """How new weights reach the servers. auto: shm on CPU, nccl on CUDA. See `megatron_t1.weights.sync`."""
@@ -50,10 +50,12 @@ class RolloutConfig:
     """Deadline for a server to become healthy."""
     request_timeout_s: float = 3600.0
     """Deadline for one generation request, queueing included."""
+    health_timeout_s: float = 60.0
+    """A busy server that answers no /health for so long counts as stuck; its requests are asked elsewhere."""
     sync_timeout_s: float = 600.0
     """Deadline for each phase of a weight push."""
     connect_retries: int = 3
-    """Attempts on a connection error before a server counts as dead."""
+    """Attempts of one request at a server before connection errors make it count as dead."""
     seed: int = 0
     """Seed of the server's engine; samples are seeded one by one by the client."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class RolloutConfig:
         for name in ("num_servers", "tp", "max_num_seqs", "samples_per_request", "connect_retries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("startup_timeout_s", "request_timeout_s", "sync_timeout_s"):
+        for name in ("startup_timeout_s", "request_timeout_s", "health_timeout_s", "sync_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"rollout.{name}={getattr(self, name)}: must be above 0 seconds")
         if self.ports and not self.urls and len(self.ports) != self.num_servers:

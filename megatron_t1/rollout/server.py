@@ -64,8 +64,10 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
     """The group's leader when this process started it; None for a server given by URL."""
     log_path: Path | None = None
-    version: int | None = None
-    """Weight version that the last successful push left there; None: the weights it started with."""
+    version: int = 0
+    """Weight version it holds, as far as we know; 0: the weights it started with."""
+    max_model_len: int = 0
+    """Longest prompt + response, tokens; known once it is ready."""
     unusable: str | None = None
     """Why no samples may be asked of it any more: a failed push left unknown weights. None: fine."""
     ready: bool = False
@@ -91,7 +93,7 @@ class Server:
             lines = log.read().decode(errors="replace").splitlines()
         # The root cause stands far above the end: the API server prints its own traceback after the engine's.
         early = [line for line in lines[:-_LOG_TAIL_LINES] if _ERROR_LINE.search(line)][:5]
-        shown = [*early, "...", *lines[-_LOG_TAIL_LINES:]] if early else lines[-_LOG_TAIL_LINES:]
+        shown = [*early, "[...]", *lines[-_LOG_TAIL_LINES:]] if early else lines[-_LOG_TAIL_LINES:]
         return "\n".join(f"    {line}" for line in shown) + f"\n    (whole log: {self.log_path})"
 
     def call(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
@@ -128,6 +130,28 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
+    def hangs(self, timeout_s: float) -> bool:
+        """Whether it takes connections but answers nothing: stopped or stuck, not ended."""
+        try:
+            _OPENER.open(self.url + "/health", timeout=timeout_s).close()
+        except TimeoutError:
+            return True
+        except (urllib.error.URLError, OSError) as error:
+            return isinstance(getattr(error, "reason", None), TimeoutError)
+        return False
+
+    def introduce(self) -> None:
+        """Learns what it serves, once it is healthy; raises ServerError when the key is wrong."""
+        models = self.call("GET", "/v1/models", timeout_s=30)
+        self.max_model_len = int(models["data"][0]["max_model_len"])
+        self.version = parse_version(self.call("GET", "/weight_info", timeout_s=30)["weight_version"])
+        self.ready = True
+
+
+def parse_version(text: str) -> int:
+    """vLLM's weight version as a number; `default` is what a server starts with."""
+    return 0 if text == "default" else int(text)
+
 
 # Servers are on this host or named by the user: a proxy of the environment must not see their traffic.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -142,6 +166,8 @@ class Servers:
         self.run_dir = Path(run_dir)
         self.device = _device(cfg)
         self.all: list[Server] = []
+        self.required_version: int | None = None
+        """Version that a server must hold to be asked; None: the newest that any holds. Set by every weight push."""
         self._reserved: list[socket.socket] = []
 
     @property
@@ -188,7 +214,8 @@ class Servers:
             for server in waiting:
                 if server.exited():
                     raise ServerError(f"server {server.name} ended while starting. Its log ends:\n{server.log_tail()}")
-                server.ready = server.healthy(timeout_s=2.0)
+                if server.healthy(timeout_s=2.0):
+                    server.introduce()
             now = time.monotonic()
             if now - began > timeout_s and not all(server.ready for server in waiting):
                 late = next(server for server in waiting if not server.ready)
@@ -206,10 +233,12 @@ class Servers:
         return self
 
     def usable(self) -> list[Server]:
-        """Servers that may be asked for samples: healthy once, not ended, on known weights, all of one version."""
+        """Servers that may be asked for samples: ready, not ended, and on the weights that they should have."""
         alive = [s for s in self.all if s.ready and s.unusable is None and not s.exited()]
-        newest = max((s.version or 0 for s in alive), default=0)
-        return [s for s in alive if (s.version or 0) == newest]
+        required = self.required_version
+        if required is None:
+            required = max((server.version for server in alive), default=0)
+        return [server for server in alive if server.version == required]
 
     def describe_failures(self) -> str:
         """One paragraph for every server that is not usable, with the end of its log."""
@@ -219,6 +248,8 @@ class Servers:
                 lines.append(f"server {server.name} ended. Its log ends:\n{server.log_tail()}")
             elif server.unusable:
                 lines.append(f"server {server.name} is unusable: {server.unusable}")
+            elif self.required_version not in (None, server.version):
+                lines.append(f"server {server.name} holds weights of version {server.version}, not the current ones")
             elif not server.healthy():
                 lines.append(f"server {server.name} does not answer /health. Its log ends:\n{server.log_tail()}")
         return "\n".join(lines) or "every server answers /health"
@@ -290,8 +321,10 @@ class Servers:
             options["max-model-len"] = cfg.max_model_len
         if self.device == "cpu":
             options["enforce-eager"] = True
-            if cfg.kv_cache_bytes is not None:
-                options["kv-cache-memory-bytes"] = cfg.kv_cache_bytes
+            options["kv-cache-memory-bytes"] = cfg.kv_cache_bytes
+            # A seeded request whose prefill is cut in two kills the CPU engine ("CPU Generator does not use offset").
+            options["enable-chunked-prefill"] = False
+            options["max-num-batched-tokens"] = max(2048, cfg.max_num_seqs, self._max_model_len())
         else:
             options["gpu-memory-utilization"] = cfg.gpu_memory_utilization
         options.update({name.replace("_", "-"): value for name, value in cfg.vllm_args.items()})
@@ -304,6 +337,11 @@ class Servers:
             elif value is not None:
                 command += [f"--{name}", str(value)]
         return command
+
+    def _max_model_len(self) -> int:
+        if self.cfg.max_model_len is not None:
+            return self.cfg.max_model_len
+        return int(json.loads((self.model_dir / "config.json").read_text())["max_position_embeddings"])
 
     def environment(self, index: int, key: str) -> dict[str, str]:
         env = {name: value for name, value in os.environ.items() if not _is_trainer_variable(name)}

@@ -1,0 +1,380 @@
+"""Asks the vLLM servers for samples: token ids in; token ids, processed logprobs and weight versions out.
+
+Concurrency, as a contract: one background thread runs one event loop; a public call hands it a coroutine and blocks.
+Every request waits for a server with room, is asked there, and is asked again elsewhere when that server fails; a
+watcher ends the requests of a server that stopped answering. Samples are scored as they arrive while others generate.
+Left out: streaming. A request carries `samples_per_request` samples, which measured best: per-sample requests cost the
+server 2 ms each, one request per prompt waits for its slowest sample. aiohttp, because httpx took 20 times its CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import math
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import aiohttp
+import numpy as np
+from tqdm import tqdm
+
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.server import Server, ServerError, Servers, parse_version
+from megatron_t1.types import Group, Prompt, Reward, Sample
+
+T = TypeVar("T")
+Score = Callable[[Prompt, Sample], Awaitable[Reward]]
+
+_WATCH_INTERVAL_S = 2.0
+_MAX_REPLY_BYTES = 2**30
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Request:
+    """`count` samples that continue one token prefix; child j is drawn with seed `seed` + j."""
+
+    label: str
+    token_ids: list[int]
+    count: int
+    seed: int
+    sampling: SamplingConfig
+
+
+class RolloutClient:
+    """Samples from all usable servers of `servers`. Close it (or use `with`) to end its thread and connections."""
+
+    def __init__(self, servers: Servers, tokenizer: Tokenizer, *, vocab_size: int) -> None:
+        """`vocab_size`: rows of the model's embedding; a reply with an id beyond it is refused."""
+        self.servers = servers
+        self.cfg = servers.cfg
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._load: dict[str, int] = {}  # samples in flight, by URL
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
+        self._thread.start()
+        self._room = asyncio.Condition()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        score: Score | None = None,
+        *,
+        seed: int,
+        progress: bool = False,
+    ) -> list[Group]:
+        """`sampling.num_samples` samples of every prompt, graded by `score` when given; order as asked.
+
+        The same seed gives the same samples from the same weights on the same server setup, whatever the number of
+        samples a request carries. Raises ServerError when no server is left, ValueError when a prompt does not fit.
+        """
+        requests = self._requests(
+            [(prompt.id, [int(t) for t in prompt.token_ids]) for prompt in prompts], sampling, seed, None
+        )
+        samples = self._run(self._ask_all(requests, prompts, score, progress))
+        return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples, strict=True)]
+
+    def complete_tokens(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        max_new_tokens: Sequence[int] | None = None,
+        progress: bool = False,
+    ) -> list[list[Sample]]:
+        """`sampling.num_samples` continuations of every token prefix, as they are (no chat template).
+
+        `max_new_tokens`, when given, is the limit of each prefix in place of the one in `sampling`.
+        """
+        labelled = [(f"prefix {i}", [int(t) for t in ids]) for i, ids in enumerate(token_ids)]
+        requests = self._requests(labelled, sampling, seed, max_new_tokens)
+        return self._run(self._ask_all(requests, None, None, progress))
+
+    def check_logprob_contract(self, token_ids: Sequence[int] = (0, 1, 2)) -> None:
+        """Raises ServerError when a server returns logprobs from before the temperature.
+
+        The difference of two tokens' logprobs is their logits' difference / temperature. Asked at 1 and at 2, processed
+        differences halve; raw ones stay as they are. (Where both are 0 the two agree, and there is nothing to get
+        wrong.)
+        """
+        self._run(self._check_contract([int(t) for t in token_ids]))
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._run(self._close_sessions())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> RolloutClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException as error:
+            future.cancel()  # Ctrl-C ends the wait here, not the work there
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+
+    def _requests(
+        self,
+        labelled: Sequence[tuple[str, list[int]]],
+        sampling: SamplingConfig,
+        seed: int,
+        max_new_tokens: Sequence[int] | None,
+    ) -> list[list[_Request]]:
+        if sampling.temperature == 0 and sampling.num_samples > 1:
+            raise ValueError(
+                f"sampling.num_samples={sampling.num_samples} at temperature 0: greedy samples are all the same; use 1"
+            )
+        usable = self.servers.usable()
+        limit = min((server.max_model_len for server in usable), default=0)
+        # A 48-bit hash keeps the seeds of different calls apart; within a call they are consecutive.
+        base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=6).digest())
+        chunk = min(self.cfg.samples_per_request, self.cfg.max_num_seqs)
+        requests = []
+        for i, (label, ids) in enumerate(labelled):
+            own = sampling if max_new_tokens is None else replace(sampling, max_new_tokens=max_new_tokens[i])
+            if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
+                raise ValueError(f"{label}: token ids must be in [0, {self.vocab_size}) and not empty")
+            if usable and len(ids) + own.max_new_tokens > limit:
+                raise ValueError(
+                    f"{label}: {len(ids)} prompt tokens + max_new_tokens={own.max_new_tokens} exceed the servers' "
+                    f"max_model_len={limit}: raise rollout.max_model_len, lower max_new_tokens or drop the prompt"
+                )
+            first = base + i * own.num_samples
+            requests.append(
+                [
+                    _Request(label, ids, min(chunk, own.num_samples - j), first + j, own)
+                    for j in range(0, own.num_samples, chunk)
+                ]
+            )
+        return requests
+
+    async def _ask_all(
+        self,
+        requests: list[list[_Request]],
+        prompts: Sequence[Prompt] | None,
+        score: Score | None,
+        progress: bool,
+    ) -> list[list[Sample]]:
+        total = sum(request.count for group in requests for request in group)
+        with tqdm(total=total, desc="generate", unit="sample", disable=not progress, leave=False) as bar:
+
+            async def one(i: int, request: _Request) -> list[Sample]:
+                samples = await self._ask(request)
+                if score is not None and prompts is not None:
+                    rewards = await asyncio.gather(*(score(prompts[i], sample) for sample in samples))
+                    for sample, reward in zip(samples, rewards, strict=True):
+                        sample.reward = reward
+                bar.update(len(samples))
+                return samples
+
+            async with self._watched(), asyncio.TaskGroup() as tasks:
+                running = [
+                    [tasks.create_task(one(i, request)) for request in group] for i, group in enumerate(requests)
+                ]
+        return [[sample for task in group for sample in task.result()] for group in running]
+
+    async def _ask(self, request: _Request) -> list[Sample]:
+        """Asks until a server answered; a failing one is left out by and by, and none left is an error."""
+        failures: dict[str, int] = {}
+        while True:
+            server = await self._take(request.count)
+            try:
+                return self._parse(server, request, await self._post(server, _body(request)))
+            except _AbortedError:
+                continue  # a push made room for itself; the same seed is asked again
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                failures[server.url] = failures.get(server.url, 0) + 1
+                if isinstance(error, TimeoutError):
+                    server.unusable = f"no answer within rollout.request_timeout_s={self.cfg.request_timeout_s:g} s"
+                elif failures[server.url] >= self.cfg.connect_retries:
+                    server.unusable = f"{failures[server.url]} connection errors, the last one: {error!r}"
+            finally:
+                await self._give_back(server, request.count)
+            await asyncio.sleep(0.25 * 2 ** failures[server.url])
+
+    async def _take(self, count: int) -> Server:
+        """The least loaded usable server, once it has room: twice what it can run, so that it never runs dry."""
+        async with self._room:
+            while True:
+                usable = self.servers.usable()
+                if not usable:
+                    raise ServerError(f"no server is left to generate:\n{self.servers.describe_failures()}")
+                server = min(usable, key=lambda s: self._load.get(s.url, 0))
+                load = self._load.get(server.url, 0)
+                if load == 0 or load + count <= 2 * self.cfg.max_num_seqs:
+                    self._load[server.url] = load + count
+                    return server
+                await self._room.wait()
+
+    async def _give_back(self, server: Server, count: int) -> None:
+        async with self._room:
+            self._load[server.url] -= count
+            self._room.notify_all()
+
+    async def _post(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
+        session = self._sessions.get(server.url)
+        if session is None or session.closed:
+            session = self._sessions[server.url] = aiohttp.ClientSession(
+                headers=server.headers,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s, sock_connect=10),
+            )
+        async with session.post(server.url + "/inference/v1/generate", json=body) as response:
+            if response.status >= 500:
+                raise aiohttp.ClientError(f"{response.status}: {(await response.text())[:500]}")
+            if response.status != 200:
+                raise ServerError(f"server {server.name} refused: {response.status}: {(await response.text())[:2000]}")
+            raw = await response.content.read(_MAX_REPLY_BYTES)
+        try:
+            reply = json.loads(raw)
+        except ValueError:
+            raise ServerError(f"server {server.name} answered no JSON: {raw[:200]!r}") from None
+        if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
+            raise ServerError(f"server {server.name} answered without choices: {raw[:200]!r}")
+        return reply
+
+    def _parse(self, server: Server, request: _Request, reply: dict[str, Any]) -> list[Sample]:
+        """Replies are other people's data: every type, length and range is checked before use."""
+        choices = reply["choices"]
+        if len(choices) != request.count:
+            raise ServerError(f"server {server.name}: {len(choices)} samples for {request.label}, not {request.count}")
+        try:
+            choices = sorted(choices, key=lambda choice: choice["index"])
+            return [self._sample(server, request, choice) for choice in choices]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ServerError(f"server {server.name}: unreadable sample for {request.label}: {error!r}") from None
+
+    def _sample(self, server: Server, request: _Request, choice: dict[str, Any]) -> Sample:
+        if choice["finish_reason"] == "abort":
+            raise _AbortedError
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ValueError(f"finish_reason is {choice['finish_reason']!r}")
+        content = choice["logprobs"]["content"]
+        token_ids = np.array(choice["token_ids"], dtype=np.int64)
+        logprobs = np.array([entry["logprob"] for entry in content], dtype=np.float32)
+        scored_ids = [entry["token_id"] for entry in content]
+        count = len(token_ids)
+        if token_ids.ndim != 1 or not 0 < count <= request.sampling.max_new_tokens:
+            raise ValueError(f"token_ids has shape {token_ids.shape}, limit {request.sampling.max_new_tokens}")
+        if token_ids.min() < 0 or token_ids.max() >= self.vocab_size:
+            raise ValueError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        if scored_ids != choice["token_ids"]:
+            raise ValueError(f"{len(content)} logprobs for {count} tokens, or of other tokens")
+        if not np.isfinite(logprobs).all() or logprobs.max() > 1e-4:
+            raise ValueError("a logprob is not a finite number at or below 0")
+        return Sample(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            text=self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True),
+            finish_reason=choice["finish_reason"],
+            weight_versions=self._versions(server, choice["weight_versions"], count),
+            server=server.url,
+        )
+
+    def _versions(self, server: Server, spans: list[dict[str, Any]], count: int) -> tuple[tuple[int, int, int], ...]:
+        """(version, start, end) spans, checked to cover all tokens and to end on the version the server must have."""
+        result = tuple((parse_version(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
+        bounds = [0, *(end for _, _, end in result)]
+        if [start for _, start, _ in result] != bounds[:-1] or bounds[-1] != count:
+            raise ValueError(f"weight_versions {result} do not cover {count} tokens")
+        newest = result[-1][0]
+        if newest > server.version or (newest < server.version and self.cfg.pause_mode != "keep"):
+            raise ServerError(
+                f"server {server.name} generated with weights of version {newest}, it should hold {server.version}: "
+                "somebody else pushed into it, or it restarted"
+            )
+        return result
+
+    async def _check_contract(self, token_ids: list[int]) -> None:
+        for server in self.servers.usable():
+            found: list[dict[int, float]] = []
+            for temperature in (1.0, 2.0):
+                sampling = SamplingConfig(temperature=temperature, num_samples=1, max_new_tokens=1)
+                body = _body(_Request("contract", token_ids, 1, 0, sampling))
+                body["sampling_params"]["logprobs"] = 10
+                reply = await self._post(server, body)
+                try:
+                    top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+                    found.append({int(entry["token_id"]): float(entry["logprob"]) for entry in top})
+                except (KeyError, IndexError, TypeError, ValueError) as error:
+                    raise ServerError(f"server {server.name} returned no top logprobs: {error!r}") from None
+            common = sorted(found[0].keys() & found[1].keys(), key=found[0].__getitem__)
+            at_1, at_2 = (values[common[-1]] - values[common[0]] for values in found)
+            if not math.isclose(at_1, 2 * at_2, rel_tol=1e-2, abs_tol=1e-3):
+                raise ServerError(
+                    f"server {server.name} returns logprobs that ignore the temperature (two tokens are {at_1:.4f} "
+                    f"apart at temperature 1 and {at_2:.4f} at 2, not half of it): every policy ratio would be wrong. "
+                    "Start it with --logprobs-mode processed_logprobs, as `t1 serve` does"
+                )
+
+    @contextlib.asynccontextmanager
+    async def _watched(self) -> AsyncIterator[None]:
+        watcher = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()
+
+    async def _watch(self) -> None:
+        """Ends the requests on a server that does not answer /health in time: they are then asked elsewhere."""
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            busy = [s for s in self.servers.usable() if self._load.get(s.url)]
+            await asyncio.gather(*(self._check_health(server) for server in busy))
+
+    async def _check_health(self, server: Server) -> None:
+        deadline_s = self.cfg.health_timeout_s
+        if await asyncio.to_thread(server.hangs, deadline_s):
+            server.unusable = f"/health did not answer within rollout.health_timeout_s={deadline_s:g} s"
+            await self._sessions[server.url].close()
+
+    async def _close_sessions(self) -> None:
+        for session in self._sessions.values():
+            await session.close()
+
+
+class _AbortedError(Exception):
+    """The server cut the request short to take new weights."""
+
+
+def _body(request: _Request) -> dict[str, Any]:
+    sampling = request.sampling
+    return {
+        "token_ids": request.token_ids,
+        "sampling_params": {
+            "n": request.count,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": request.seed,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "detokenize": bool(sampling.stop),  # the server needs text only to find stop strings
+            "logprobs": 0,
+        },
+    }
