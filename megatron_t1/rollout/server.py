@@ -55,7 +55,7 @@ class ServerError(RuntimeError):
     """A server did not come up, died, answered nonsense or not in time. The message names it and says what to do."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     """One vLLM server. `version` and `unusable` decide whether it may be asked for samples."""
 
@@ -194,16 +194,28 @@ class Servers:
             raise
         return self
 
-    def restart(self, server: Server) -> None:
-        """Starts a dead or unusable server anew on the weights of `model_dir`, on the same port; returns at once.
+    def revive(self) -> list[Server]:
+        """Starts the dead and unusable servers anew, on the weights of `model_dir`; returns them at once, not ready.
 
-        It is asked for samples again once `WeightSync` has brought it to the current version.
+        Servers given by URL are only looked at again. None is asked for samples before `WeightSync` has brought it to
+        the current version.
         """
-        if server.process is None:
-            raise ServerError(f"server {server.name} was given by URL: restart it where it was started")
-        _end_group(server.process)
-        index = self.all.index(server)
-        self.all[index] = self._launch(index, server.key, again_on=int(server.url.rsplit(":", 1)[1]))
+        revived = []
+        for index, server in enumerate(self.all):
+            if server.exited() or server.unusable:
+                if server.process is None:
+                    self.all[index] = Server(url=server.url, key=server.key)
+                else:
+                    _end_group(server.process)
+                    self.all[index] = self._launch(index, server.key, again_on=int(server.url.rsplit(":", 1)[1]))
+                revived.append(self.all[index])
+        return revived
+
+    def poll(self) -> None:
+        """Marks the servers that have become healthy as ready, without waiting."""
+        for server in self.all:
+            if not server.ready and not server.exited() and server.healthy(timeout_s=2.0):
+                server.introduce()
 
     def wait_ready(self, timeout_s: float | None = None) -> Servers:
         """Blocks until every server is healthy; raises ServerError with the end of the log of one that is not."""
@@ -214,8 +226,7 @@ class Servers:
             for server in waiting:
                 if server.exited():
                     raise ServerError(f"server {server.name} ended while starting. Its log ends:\n{server.log_tail()}")
-                if server.healthy(timeout_s=2.0):
-                    server.introduce()
+            self.poll()
             now = time.monotonic()
             if now - began > timeout_s and not all(server.ready for server in waiting):
                 late = next(server for server in waiting if not server.ready)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from megatron_t1.rollout.vllm_plugin.reload import Reload, check_names
-from megatron_t1.rollout.vllm_plugin.wire import PieceSpec, TensorSpec, digest
+from megatron_t1.rollout.vllm_plugin.wire import OLD_WEIGHTS_KEPT, PieceSpec, TensorSpec, digest
 
 SHM_DIR = "/dev/shm"
 _DIGEST_THREADS = 2
@@ -50,7 +49,10 @@ class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
     init_info_cls = ShmInit
     update_info_cls = ShmUpdate
 
-    buffer: torch.Tensor | None = None
+    buffer: torch.Tensor
+    tensors: list[TensorSpec]
+    pieces: list[PieceSpec]
+    broken: str | None = None
 
     def init_transfer_engine(self, init_info: ShmInit) -> None:
         tensors = [TensorSpec(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in init_info.tensors]
@@ -60,37 +62,35 @@ class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
         self.pieces = [PieceSpec(i, tuple(start), tuple(stop), rank) for i, start, stop, rank in init_info.pieces]
 
     def start_weight_update(self) -> None:
+        if self.broken:
+            raise RuntimeError(f"an earlier push left mixed weights ({self.broken}): restart this server")
         self.reload = Reload(self.model, self.model_config)
 
     def receive_weights(self, update_info: ShmUpdate) -> None:
         try:
             self._verify(update_info.digests)
-        except BaseException:
+        except BaseException as error:
             self.reload.roll_back()
+            raise ValueError(f"{error}; {OLD_WEIGHTS_KEPT}") from error
+        try:
+            self.reload.load((tensor.name, tensor.view(self.buffer)) for tensor in self.tensors)
+        except BaseException as error:
+            self.broken = repr(error)
             raise
-        self.reload.load(self._weights())
 
     def finish_weight_update(self) -> None:
         self.reload.finish()
 
     def shutdown(self) -> None:
-        self.buffer = None
-
-    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        assert self.buffer is not None
-        for tensor in self.tensors:
-            yield tensor.name, tensor.view(self.buffer)
+        self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def _verify(self, digests: list[str]) -> None:
         """Raises ValueError that names the first tensor, and the trainer rank that wrote it, whose bytes differ."""
-        if self.buffer is None:
-            raise ValueError("update before init: no shared file is mapped")
         if len(digests) != len(self.pieces):
             raise ValueError(f"{len(digests)} digests for {len(self.pieces)} pieces")
-        buffer = self.buffer
 
         def agrees(piece: PieceSpec, expected: str) -> bool:
-            view = self.tensors[piece.tensor].view(buffer)[piece.index]
+            view = self.tensors[piece.tensor].view(self.buffer)[piece.index]
             return digest(view, expected.partition(":")[0]) == expected
 
         with ThreadPoolExecutor(_DIGEST_THREADS) as pool:

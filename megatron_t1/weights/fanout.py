@@ -1,0 +1,122 @@
+"""vLLM's weight-update calls, made on all servers at once, with a deadline and a record of what became of each.
+
+A server that fails is dropped from the push and the others go on; the push fails when none is left. What a failure
+leaves behind is known by phase: before `start` the old weights, after it unknown ones, unless the server says that it
+kept the old. A server on unknown weights is left paused and marked unusable.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from megatron_t1.rollout.server import Server, ServerError, Servers, parse_version
+from megatron_t1.rollout.vllm_plugin.wire import OLD_WEIGHTS_KEPT
+
+
+class SyncError(RuntimeError):
+    """A push did not reach any server, or a trainer rank failed in it. Names server or rank, phase and tensor."""
+
+
+class Fanout:
+    """Has the four methods of vLLM's `VLLMWeightSyncClient`, so that its own trainer engines can drive it too."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.targets: list[Server] = []
+        self.version = 0
+        self._introduced: set[Server] = set()
+        self.failed: dict[str, str] = {}
+        """Server name -> why it was dropped from the current push."""
+        self.seconds: dict[str, float] = {}
+        """Phase -> wall seconds of the current push."""
+
+    def open(self, version: int, targets: list[Server]) -> None:
+        """Begins a push into `targets`: from here on no server is asked for samples before it holds `version`."""
+        self.version = version
+        self.servers.required_version = version
+        self.targets = list(targets)
+        self.failed = {}
+        self.seconds = {}
+        self.deadline = time.monotonic() + self.servers.cfg.sync_timeout_s
+        if not targets:
+            raise SyncError(f"push of version {version}: no server is alive:\n{self.servers.describe_failures()}")
+        mode = self.servers.cfg.pause_mode
+        self.each("pause", lambda server: self._post(server, f"/pause?mode={mode}"), spoils=False)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Tells the servers that have not heard it yet where the weights will come from."""
+        body = {"init_info": init_info}
+
+        def introduce(server: Server) -> None:
+            if server not in self._introduced:
+                self._post(server, "/init_weight_transfer_engine", body)
+                self._introduced.add(server)
+
+        self.each("init", introduce, spoils=False)
+
+    def start_weight_update(self) -> None:
+        self.each("start", lambda server: self._post(server, "/start_weight_update"))
+
+    def update_weights(self, update_info: Any) -> None:
+        self.each("update", lambda server: self._post(server, "/update_weights", {"update_info": update_info}))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Puts the weights in force under this push's version, forgets the prefix cache, and lets requests go on."""
+        body = {"weight_version": weight_version or str(self.version)}
+        self.each("finish", lambda server: self._post(server, "/finish_weight_update", body))
+        self.each("cache", self._reset_cache)
+        self.each("check", self._check_version)
+        self.each("resume", lambda server: self._post(server, "/resume"))
+        for server in self.targets:
+            server.version = self.version
+
+    def each(self, phase: str, call: Callable[[Server], None], *, spoils: bool = True) -> None:
+        """Runs `call` on all servers still in the push at once; drops those where it raises ServerError.
+
+        `spoils`: a failure leaves unknown weights. Raises SyncError when no server is left.
+        """
+        began = time.monotonic()
+        with ThreadPoolExecutor(len(self.targets)) as pool:
+            errors = list(pool.map(lambda server: _error_of(call, server), self.targets))
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
+        for server, error in zip(list(self.targets), errors, strict=True):
+            if error is not None:
+                self._drop(server, phase, error, spoils)
+        if not self.targets:
+            reasons = "\n".join(self.failed.values())
+            raise SyncError(f"push of version {self.version} reached no server:\n{reasons}")
+
+    def _drop(self, server: Server, phase: str, error: ServerError, spoils: bool) -> None:
+        message = f"push of version {self.version}, phase {phase}: {error}"
+        self.targets.remove(server)
+        self.failed[server.name] = message
+        if spoils and OLD_WEIGHTS_KEPT not in str(error):
+            server.unusable = f"unknown weights: {message}"
+        elif not server.exited():
+            _error_of(lambda s: s.call("POST", "/resume", timeout_s=10), server)
+        print(f"warning: server {server.name} left out: {message}", file=sys.stderr, flush=True)
+
+    def _post(self, server: Server, path: str, body: Any = None) -> Any:
+        return server.call("POST", path, body, timeout_s=max(0.1, self.deadline - time.monotonic()))
+
+    def _reset_cache(self, server: Server) -> None:
+        reply = self._post(server, "/reset_prefix_cache?reset_running_requests=true")
+        if not reply["success"]:
+            raise ServerError(f"server {server.name}: the prefix cache of the old weights could not be reset")
+
+    def _check_version(self, server: Server) -> None:
+        held = server.call("GET", "/weight_info", timeout_s=max(0.1, self.deadline - time.monotonic()))
+        if parse_version(held["weight_version"]) != self.version:
+            raise ServerError(f"server {server.name} says version {held['weight_version']}")
+
+
+def _error_of(call: Callable[[Server], Any], server: Server) -> ServerError | None:
+    try:
+        call(server)
+    except ServerError as error:
+        return error
+    return None

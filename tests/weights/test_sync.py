@@ -1,0 +1,119 @@
+"""Weight pushes into a real vLLM server, held against transformers on the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.server import Servers
+from megatron_t1.weights.fanout import SyncError
+from megatron_t1.weights.sync import WeightSync, folder_pieces
+from tests.tiny import make_tiny_qwen2
+from tests.weights import reference
+
+PROMPT = [40, 50, 60, 70]
+SAMPLING = SamplingConfig(temperature=1.2, num_samples=2, max_new_tokens=8)
+
+
+def model_of(tiny_dir: Path, seed: int) -> torch.nn.Module:
+    """A model of the served shape with other numbers."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def client(server: Servers, tiny_dir: Path):
+    with RolloutClient(server, AutoTokenizer.from_pretrained(tiny_dir), vocab_size=320) as client:
+        yield client
+
+
+def assert_serves(client: RolloutClient, model: torch.nn.Module, version: int) -> None:
+    for sample in client.complete_tokens([PROMPT], SAMPLING, seed=version)[0]:
+        expected = reference.logprobs(model, PROMPT, sample.token_ids.tolist(), SAMPLING.temperature)
+        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+        assert sample.weight_versions == ((version, 0, len(sample.token_ids)),)
+
+
+def test_two_pushes_of_a_tied_model_each_take_effect(server: Servers, client: RolloutClient, tiny_dir: Path) -> None:
+    # The second push, and the tied head, are where vLLM's CPU build silently keeps old numbers.
+    model = model_of(tiny_dir, seed=1)
+    with WeightSync(reference.whole(reference.tensors_of(model)), server.cfg, server) as sync:
+        report = sync.push(11)
+        assert report.failed == {}
+        assert report.num_bytes >= sum(p.numel() * 4 for p in model.parameters())
+        assert_serves(client, model, 11)
+        with torch.no_grad():
+            for piece, parameter in zip(sync.plan.mine(), model.parameters(), strict=True):
+                parameter.mul_(1.1)
+                piece.view.copy_(parameter.view(piece.view.shape))
+        sync.push(12)
+    assert_serves(client, model, 12)
+
+
+def test_weights_may_change_once_begin_push_returned(server: Servers, client: RolloutClient, tiny_dir: Path) -> None:
+    model = model_of(tiny_dir, seed=2)
+    pieces = reference.whole(reference.tensors_of(model))
+    with WeightSync(pieces, server.cfg, server) as sync:
+        sync.begin_push(21)
+        for piece in pieces:
+            piece.view.zero_()
+        sync.finish_push()
+    assert_serves(client, model, 21)
+
+
+def test_a_changed_byte_is_refused_and_the_old_weights_stay(
+    server: Servers, client: RolloutClient, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = model_of(tiny_dir, seed=3)
+    with WeightSync(reference.whole(reference.tensors_of(old)), server.cfg, server) as sync:
+        sync.push(31)
+    with WeightSync(reference.whole(reference.tensors_of(model_of(tiny_dir, seed=4))), server.cfg, server) as sync:
+        name = "model.layers.1.mlp.down_proj.weight"
+        push_to = sync._push_to
+
+        def corrupt(*args) -> None:
+            sync._file.buffer[sync._tensors[name].offset + 4097] ^= 1
+            push_to(*args)
+
+        monkeypatch.setattr(sync, "_push_to", corrupt)
+        with pytest.raises(SyncError, match=rf"(?s)phase update.*{name} \(from rank 0\).*old weights are kept"):
+            sync.push(32)
+        assert server.usable() == []  # version 31 is whole, but not what was asked for
+        server.required_version = 31
+        assert_serves(client, old, 31)
+        monkeypatch.undo()
+        sync.push(32)
+    assert_serves(client, model_of(tiny_dir, seed=4), 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (lambda tensors: tensors.update({"model.extra.weight": torch.zeros(4)}), "model.extra.weight is unknown"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(4)}), r"model.norm.weight is \(4,\), served"),
+    ],
+)
+def test_another_models_weights_are_refused_before_they_are_sent(server: Servers, tiny_dir: Path, change, message):
+    tensors = reference.tensors_of(model_of(tiny_dir, seed=5))
+    change(tensors)
+    with WeightSync(reference.whole(tensors), server.cfg, server) as sync:
+        with pytest.raises(SyncError, match=rf"(?s)phase init.*{message}"):
+            sync.push(51)
+    assert all(one.unusable is None for one in server.all)
+
+
+def test_a_folder_is_pushed_by_one_process(server: Servers, client: RolloutClient, tmp_path: Path) -> None:
+    folder = make_tiny_qwen2(tmp_path / "other", seed=7)
+    with WeightSync(folder_pieces(folder), server.cfg, server) as sync:
+        sync.push(61)
+    assert_serves(client, AutoModelForCausalLM.from_pretrained(folder), 61)
