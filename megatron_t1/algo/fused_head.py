@@ -28,14 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_t1.algo.head_tiles import (
-    accumulation_dtype,
-    logits_to_gradient_,
-    matmul,
-    merge_statistics,
-    new_statistics,
-    update_statistics,
-)
+from megatron_t1.algo.head_gemm import accumulation_dtype, add_matmul_, matmul, operand_dtype
+from megatron_t1.algo.head_tiles import logits_to_gradient_, merge_statistics, new_statistics, update_statistics
 from megatron_t1.algo.loss import Metrics
 
 Tokens = TypeVar("Tokens")
@@ -74,11 +68,10 @@ class Head:
         """Rows of `weight` that are vocabulary entries; a rank may hold nothing but padding."""
         return min(max(self.vocab_size - self.vocab_start, 0), self.weight.shape[0])
 
-    def tiles(self, num_tokens: int, max_logits: int) -> Iterator[slice]:
+    def tiles(self, num_tokens: int, max_logits: int) -> list[slice]:
         """Cut the rows so that num_tokens x rows is about max_logits, at least 256 rows (GEMMs get slow below)."""
         step = max(max_logits // max(num_tokens, 1), 256)
-        for start in range(0, self.num_rows, step):
-            yield slice(start, min(start + step, self.num_rows))
+        return [slice(start, min(start + step, self.num_rows)) for start in range(0, self.num_rows, step)]
 
     def logits(self, x: Tensor, tile: slice) -> Tensor:
         z = matmul(x, self.weight.detach()[tile].t())
@@ -107,7 +100,7 @@ def logprob_entropy(hidden: Tensor, head: Head, positions: Tensor, targets: Tens
 def logprob_entropy_nograd(hidden: Tensor, head: Head, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`logprob_entropy` without gradients: one GEMM and nothing kept."""
     x = _select(hidden, head, positions)
-    return _logprob_and_entropy(_statistics(x, head, targets))
+    return _logprob_and_entropy(_statistics(x, head, targets, TILE_LOGITS[x.device.type]))
 
 
 def fused_loss(
@@ -154,23 +147,26 @@ class _LogprobEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, head, positions, targets):
         x = _select(hidden, head, positions)
-        stats = _statistics(x, head, targets)
+        stats = _statistics(x, head, targets, TILE_LOGITS[x.device.type])
         ctx.save_for_backward(x, stats, positions, targets)
-        ctx.head, ctx.hidden_shape = head, hidden.shape
+        ctx.head, ctx.hidden_shape, ctx.dtype = head, hidden.shape, hidden.dtype
         return _logprob_and_entropy(stats)
 
     @staticmethod
     def backward(ctx, g_logprob, g_entropy):
         x, stats, positions, targets = ctx.saved_tensors
         head = ctx.head
+        g_logprob, g_entropy = g_logprob / head.temperature, g_entropy / head.temperature
         dx = torch.zeros_like(x, dtype=stats.dtype)
         dw = _WeightGradient(head, head.weight.dtype) if ctx.needs_input_grad[1] else None
-        for tile in head.tiles(len(x), TILE_LOGITS[x.device.type]):
-            z = head.logits(x, tile)
-            dz = logits_to_gradient_(z, stats, head.vocab_start + tile.start, targets, g_logprob, g_entropy)
+        tiles = head.tiles(len(x), TILE_LOGITS[x.device.type])
+        scratch = _scratch(tiles, stats)
+        for tile in tiles:
+            z, column = head.logits(x, tile), head.vocab_start + tile.start
+            dz = logits_to_gradient_(z, None, stats, column, targets, g_logprob, g_entropy, scratch)
             _add_gradients(dz, x, head, tile, dx, dw)
         return (
-            _hand_back(dx, head, positions, ctx.hidden_shape, x.dtype) if ctx.needs_input_grad[0] else None,
+            _hand_back(dx, head, positions, ctx.hidden_shape, ctx.dtype) if ctx.needs_input_grad[0] else None,
             dw.for_autograd() if dw else None,
             *(None,) * 3,
         )
@@ -186,19 +182,24 @@ class _FusedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=x.device)
         for chunk in _chunks(len(x), head):
             part_x, part_dx, part_targets = x[chunk], dx[chunk], targets[chunk]
-            tiles = list(head.tiles(len(part_x), TILE_LOGITS[x.device.type] // 2))
-            logits: list[Tensor] = []
-            stats = _statistics(part_x, head, part_targets, tiles, logits)
+            logits: list[tuple[slice, Tensor, Tensor]] = []
+            stats = _statistics(part_x, head, part_targets, TILE_LOGITS[x.device.type], logits)
             logprob, entropy = (t.requires_grad_() for t in _logprob_and_entropy(stats))
             with torch.enable_grad():
                 loss, metrics = token_loss(logprob, entropy, tokens[chunk])
                 loss_sum = loss.sum()
             grads = torch.autograd.grad(loss_sum, (logprob, entropy), allow_unused=True, materialize_grads=True)
+            g_logprob, g_entropy = (g / head.temperature for g in grads)
             total += loss_sum.detach()
             parts.append(metrics)
-            for tile in reversed(tiles):  # the last logits made are still in the cache
-                dz = logits_to_gradient_(logits.pop(), stats, head.vocab_start + tile.start, part_targets, *grads)
+            scratch = _scratch([tile for tile, _, _ in logits], stats)
+            while logits:  # the last ones made are still in the cache
+                tile, z, shift = logits.pop()
+                column = head.vocab_start + tile.start
+                dz = logits_to_gradient_(z, shift, stats, column, part_targets, g_logprob, g_entropy, scratch)
                 _add_gradients(dz, part_x, head, tile, part_dx, dw)
+            if dw:
+                dw.fresh = False
         ctx.save_for_backward(dx, positions)
         ctx.head, ctx.dw, ctx.hidden_shape, ctx.dtype = head, dw, hidden.shape, hidden.dtype
         return total
@@ -206,9 +207,10 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx, positions = ctx.saved_tensors
+        dw, ctx.dw = ctx.dw, None  # a second reference would make autograd copy the gradient
         return (
             _hand_back(dx * g, ctx.head, positions, ctx.hidden_shape, ctx.dtype) if ctx.needs_input_grad[0] else None,
-            ctx.dw.for_autograd(g) if ctx.dw else None,
+            dw.for_autograd(g) if dw else None,
             *(None,) * 7,
         )
 
@@ -223,20 +225,27 @@ def _chunks(num_tokens: int, head: Head) -> Iterator[slice]:
 
 
 def _statistics(
-    x: Tensor, head: Head, targets: Tensor, tiles: list[slice] | None = None, keep: list[Tensor] | None = None
+    x: Tensor, head: Head, targets: Tensor, max_logits: int, keep: list[tuple[slice, Tensor, Tensor]] | None = None
 ) -> Tensor:
-    """[4, T] over the vocabulary of all ranks. `keep` receives every tile's logits."""
+    """[4, T] over the vocabulary of all ranks. `keep` receives every tile with its logits - shift, and shift."""
     stats = new_statistics(len(x), x)
-    for tile in tiles if tiles is not None else head.tiles(len(x), TILE_LOGITS[x.device.type]):
+    tiles = head.tiles(len(x), max_logits)
+    scratch = _scratch(tiles, stats)
+    for tile in tiles:
         z = head.logits(x, tile)
-        update_statistics(stats, z, head.vocab_start + tile.start, targets)
+        shift = update_statistics(stats, z, head.vocab_start + tile.start, targets, scratch)
         if keep is not None:
-            keep.append(z)
+            keep.append((tile, z, shift))
     if head.tp_group is None or head.tp_group.size() == 1:
         return stats
     parts = stats.new_empty(head.tp_group.size(), *stats.shape)
     dist.all_gather_into_tensor(parts.view(-1, stats.shape[1]), stats, group=head.tp_group)
     return merge_statistics(parts)
+
+
+def _scratch(tiles: list[slice], stats: Tensor) -> Tensor:
+    """Room for one tile of logits."""
+    return stats.new_empty(stats.shape[1] * max((tile.stop - tile.start for tile in tiles), default=0))
 
 
 def _logprob_and_entropy(stats: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,11 +255,10 @@ def _logprob_and_entropy(stats: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_gradients(dz: Tensor, x: Tensor, head: Head, tile: slice, dx: Tensor, dw: _WeightGradient | None) -> None:
-    weight = head.weight.detach()[tile]
-    dz = dz.mul_(1.0 / head.temperature)
-    dx += matmul(dz, weight)
+    dz = dz.to(x.dtype)
+    add_matmul_(dx, dz, head.weight.detach()[tile])
     if dw:
-        dw.add(tile, matmul(dz.t(), x))
+        dw.add(tile, dz, x)
 
 
 class _WeightGradient:
@@ -259,10 +267,14 @@ class _WeightGradient:
     def __init__(self, head: Head, dtype: torch.dtype, scale: float = 1.0) -> None:
         self.weight, self.scale = head.weight, scale
         self.main_grad: Tensor | None = getattr(head.weight, "main_grad", None)
-        self.buffer = torch.zeros_like(head.weight, dtype=dtype) if self.main_grad is None else self.main_grad
+        self.buffer = torch.empty_like(head.weight, dtype=dtype) if self.main_grad is None else self.main_grad
+        self.fresh = self.main_grad is None  # rows are written, not added to, by the first chunk of tokens
+        if self.fresh:
+            self.buffer[head.num_rows :] = 0
 
-    def add(self, tile: slice, grad: Tensor) -> None:
-        self.buffer[tile].add_(grad, alpha=1.0 if self.main_grad is None else self.scale)
+    def add(self, tile: slice, dz: Tensor, x: Tensor) -> None:
+        alpha = 1.0 if self.main_grad is None else self.scale
+        add_matmul_(self.buffer[tile], dz.t(), x, alpha=alpha, overwrite=self.fresh)
 
     def for_autograd(self, g: Tensor | None = None) -> Tensor | None:
         """What the backward returns for the weight; `g` is the gradient that came to a loss formed in the forward."""
@@ -290,7 +302,7 @@ def _select(hidden: Tensor, head: Head, positions: Tensor) -> Tensor:
         whole = hidden.new_empty(hidden.shape[0] * head.tp_group.size(), hidden.shape[1])
         dist.all_gather_into_tensor(whole, hidden.contiguous(), group=head.tp_group)
         hidden = whole
-    return hidden[positions]
+    return hidden[positions].to(operand_dtype(hidden.device, hidden.dtype))
 
 
 def _hand_back(dx: Tensor, head: Head, positions: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

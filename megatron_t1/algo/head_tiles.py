@@ -1,11 +1,10 @@
-"""One tile of logits in plain torch: its GEMMs, its share of the softmax statistics, its gradient.
+"""One tile of logits in plain torch: its share of the softmax statistics, its gradient.
 
 Statistics of a token are four float32 numbers streamed over the vocabulary: M the maximum logit, S = sum e^(z-M), the
 centred sum A = sum e^(z-M) (z-M), and the target's logit. They give logprob = (z_y - M) - ln S and entropy = ln S -
 A/S. M and S are never folded into one log-sum-exp: with logits of 1e5 that would round ln S away.
 
-`head_triton` has the same two tile functions as CUDA kernels. float64 inputs are computed in float64 throughout (for
-tests).
+`head_triton` has the two tile functions as CUDA kernels.
 """
 
 from __future__ import annotations
@@ -13,28 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything narrower is accumulated in float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] @ b [k, n] in at least float32, whatever the operands' dtype (a narrower one on CUDA feeds tensor
-    cores).
-
-    On CPUs, oneDNN's strict fp32 GEMM is as fast as MKL's on Intel and about twice as fast elsewhere; bf16 operands are
-    widened, because torch's CPU GEMM would round the result to bf16.
-    """
-    out_dtype = accumulation_dtype(b.dtype)
-    if a.device.type == "cuda" and b.dtype != out_dtype:
-        return torch.mm(a.to(b.dtype), b, out_dtype=out_dtype)
-    a, b = a.to(out_dtype), b.to(out_dtype)
-    if a.device.type == "cpu" and out_dtype == torch.float32 and _onednn_linear is not None and a.shape[0] > 0:
-        return _onednn_linear(a, b.t(), None, "none", [], "")
-    return a @ b
+from megatron_t1.algo.head_gemm import accumulation_dtype
 
 
 def new_statistics(num_tokens: int, like: Tensor) -> Tensor:
@@ -58,23 +36,33 @@ def merge_statistics(parts: Tensor) -> Tensor:
     return torch.stack([top, (factor * s).sum(0), (factor * (a + shift * s)).sum(0), z_y.amax(0)])
 
 
-def update_statistics(stats: Tensor, z: Tensor, column: int, targets: Tensor) -> None:
-    """Add logits z [T, n] of vocabulary entries column ... column + n - 1 to `stats`, in place; z is kept."""
-    z_y = stats[3]
+def update_statistics(stats: Tensor, z: Tensor, column: int, targets: Tensor, scratch: Tensor) -> Tensor:
+    """Add logits z [T, n] of vocabulary entries column ... column + n - 1 to `stats`, in place.
+
+    Returns shift [T]; z is left holding z - shift, which saves a pass over memory. `scratch` is flat, of at least T n.
+    """
     local = targets - column
     inside = (local >= 0) & (local < z.shape[1])
-    z_y = torch.where(inside, z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1), z_y)
+    z_y = torch.where(inside, z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1), stats[3])
     tile_max = z.amax(1)
-    centred = z - tile_max[:, None]
-    e = centred.exp()
-    part = torch.stack([tile_max, e.sum(1), e.mul_(centred).sum(1), z_y])
+    z.sub_(tile_max[:, None])
+    e = torch.exp(z, out=scratch[: z.numel()].view_as(z))
+    part = torch.stack([tile_max, e.sum(1), e.mul_(z).sum(1), z_y])
     stats.copy_(merge_statistics(torch.stack([stats, part])))
+    return tile_max
 
 
 def logits_to_gradient_(
-    z: Tensor, stats: Tensor, column: int, targets: Tensor, g_logprob: Tensor, g_entropy: Tensor
+    z: Tensor,
+    shift: Tensor | None,
+    stats: Tensor,
+    column: int,
+    targets: Tensor,
+    g_logprob: Tensor,
+    g_entropy: Tensor,
+    scratch: Tensor,
 ) -> Tensor:
-    """Turn logits z [T, n] into dz = g_logprob (delta - p) - g_entropy p (ln p + entropy), in place.
+    """Turn z - shift [T, n] into dz = g_logprob (delta - p) - g_entropy p (ln p + entropy), in place.
 
     With p = e^(z-M)/S and ln p + entropy = (z-M) - A/S this is e^(z-M) (slope (z-M) + offset), plus g_logprob at the
     target.
@@ -82,8 +70,8 @@ def logits_to_gradient_(
     m, s, a, _ = stats
     slope = -g_entropy / s
     offset = (g_entropy * (a / s) - g_logprob) / s
-    z.sub_(m[:, None])
-    e = z.exp()
+    z.sub_((m if shift is None else m - shift)[:, None])
+    e = torch.exp(z, out=scratch[: z.numel()].view_as(z))
     z.mul_(slope[:, None]).add_(offset[:, None]).mul_(e)
     local = targets - column
     inside = (local >= 0) & (local < z.shape[1])
