@@ -1,8 +1,8 @@
 """The engine: forward, fused loss, backward and optimizer over TP, PP and DP, through Megatron's pipeline schedule.
 
-A loss is a function (hidden states, head, microbatch) -> (scalar sum over tokens, sums, maxima); SFT and RL differ in it
-and in nothing else. It is divided by the global number of target tokens, which is fixed before the first microbatch, so
-neither the loss nor a gradient depends on the layout, the packing or the number of microbatches.
+A loss is a pointwise function of per-token tensors (`algo.loss`); SFT and RL differ in it and in nothing else. It is
+divided by the global number of target tokens, which is fixed before the first microbatch, so neither the loss nor a
+gradient depends on the layout, the packing or the number of microbatches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_t1.algo.fused_head import Head
+from megatron_t1.algo.fused_head import Head, TokenLoss, fused_loss
+from megatron_t1.algo.loss import Metrics, TokenFields
 from megatron_t1.data.packing import Sequence, pack
 from megatron_t1.engine.model import (
     ModelConfig,
@@ -38,8 +39,6 @@ from megatron_t1.types import Microbatch
 from megatron_t1.weights import hf_io
 from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.stream import local_pieces
-
-Loss = Callable[[torch.Tensor, Head, Microbatch], tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]]
 
 
 class Engine:
@@ -97,7 +96,7 @@ class Engine:
             device=self.platform.device,
         )
 
-    def step(self, microbatches: list[Microbatch], num_targets: int, loss: Loss) -> dict[str, float]:
+    def step(self, microbatches: list[Microbatch], num_targets: int, token_loss: TokenLoss) -> dict[str, float]:
         """One optimizer step. Returns the loss's metrics (means over tokens, maxima), gradient norm and learning rate.
 
         Args:
@@ -110,11 +109,22 @@ class Engine:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def loss_func(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            head = output_head(self.module, self.spec, self.temperature)
-            total, sums, maxima = loss(hidden.squeeze(1), head, microbatch)
+        grad_scale = float(self.optimizer.scale_loss(torch.ones(1, device=self.platform.device))) / num_targets
+
+        def loss_func(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+            total, metrics = fused_loss(
+                hidden.squeeze(1),
+                output_head(self.module, self.spec, self.temperature),
+                microbatch.target_positions,
+                microbatch.targets,
+                token_loss,
+                TokenFields.of(microbatch),
+                grad_scale=grad_scale,
+            )
             counted = torch.tensor(microbatch.targets.numel(), dtype=torch.int, device=total.device)
-            return total / num_targets, counted, {"sums": {**sums, "loss": total.detach()}, "maxima": maxima}
+            # The schedule may go on to work on the loss in place: keep a number of our own.
+            metrics.sums["loss"] = total.detach().clone()
+            return total / num_targets, counted, metrics
 
         stored = self._run(self.ddp, microbatches, loss_func, forward_only=False)
         metrics = self._reduce(stored, num_targets)
@@ -172,22 +182,18 @@ class Engine:
         finally:
             self.config.no_sync_func = no_sync
 
-    def _reduce(self, stored: list[dict], num_targets: int) -> dict[str, float]:
+    def _reduce(self, stored: list[Metrics], num_targets: int) -> dict[str, float]:
         """Token sums and maxima of the last stage's ranks -> global means and maxima, the same on every rank."""
-        local: dict[str, dict[str, float]] = {"sums": {}, "maxima": {}}
-        for entry in stored if mpu.get_tensor_model_parallel_rank() == 0 else []:
-            for name, value in entry["sums"].items():
-                local["sums"][name] = local["sums"].get(name, 0.0) + float(value)
-            for name, value in entry["maxima"].items():
-                local["maxima"][name] = max(local["maxima"].get(name, -math.inf), float(value))
+        merged = Metrics.merge(stored if mpu.get_tensor_model_parallel_rank() == 0 else [])
+        local = tuple({name: float(value) for name, value in part.items()} for part in (merged.sums, merged.maxima))
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, local)
         metrics: dict[str, float] = {}
-        for rank in everyone:
-            for name, value in rank["sums"].items():
+        for sums, maxima in everyone:
+            for name, value in sums.items():
                 metrics[name] = metrics.get(name, 0.0) + value / num_targets
-            for name, value in rank["maxima"].items():
-                metrics[name] = max(metrics.get(name, -math.inf), value)
+            for name, value in maxima.items():
+                metrics[f"{name}_max"] = max(metrics.get(f"{name}_max", -math.inf), value)
         return metrics
 
 

@@ -9,6 +9,7 @@ False.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,30 +54,34 @@ class _NoStream:
         pass
 
 
-def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    torch.default_generator.set_state(state)
+def _answer(value: Any = None) -> Callable[..., Any]:
+    """A new function that takes anything and answers `value`. New each time: torch's compiler refuses to find one
+    function under two of torch.cuda's names."""
+    return lambda *args, **kwargs: value
 
 
 def _get_cpu_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.default_generator.get_state()
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.default_generator.set_state(state)
 
 
 def install() -> None:
     """Answer torch.cuda's questions with the CPU's answers, for this process and its main thread."""
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: _CPU
-    cuda.set_device = _nothing
-    cuda.synchronize = _nothing
-    cuda.empty_cache = _nothing
-    cuda.current_stream = cuda.default_stream = cuda.Stream = _NoStream
+    cuda.current_device = _answer(_CPU)
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(cuda, name, _answer())
+    cuda.Stream = _NoStream  # a class: annotations such as `torch.cuda.Stream | None` are evaluated
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, _answer(_NoStream()))
     cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.get_rng_state = _get_cpu_rng_state
-    cuda.set_rng_state = _set_cpu_rng_state
-    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: _get_cpu_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: _set_cpu_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
 
