@@ -1,0 +1,215 @@
+"""The client against a real vLLM server, held to transformers; and against servers that lie, drop or refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
+from megatron_t1.rollout.server import ServerError, Servers
+from megatron_t1.types import Prompt, Reward
+from megatron_t1.weights.sync import WeightSync, folder_pieces
+from tests.rollout.hostile import good_reply, serving
+from tests.weights import reference
+
+SAMPLING = SamplingConfig(temperature=1.2, num_samples=5, max_new_tokens=12)
+
+
+def prompt(i: int, length: int = 4) -> Prompt:
+    return Prompt(id=f"p{i}", text="", token_ids=np.arange(40 + i, 40 + i + length) % 256, gold="")
+
+
+@pytest.fixture(scope="module")
+def client(server: Servers, tiny_dir: Path):
+    with WeightSync(folder_pieces(tiny_dir), server.cfg, server) as sync:
+        sync.push((server.required_version or 0) + 1)
+    with RolloutClient(server, AutoTokenizer.from_pretrained(tiny_dir), vocab_size=320) as client:
+        yield client
+
+
+TINY_PROMPT = dataclasses.replace(prompt(0), token_ids=np.array([1]))  # fits the vocabulary of 9 of lying servers
+
+
+def ids_of(groups) -> list[list[list[int]]]:
+    return [[sample.token_ids.tolist() for sample in group.samples] for group in groups]
+
+
+def test_logprobs_are_transformers_at_the_sampling_temperature(client: RolloutClient, tiny_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+    for group in client.generate([prompt(0), prompt(1)], SAMPLING, seed=3):
+        assert len(group.samples) == 5
+        for sample in group.samples:
+            expected = reference.logprobs(model, group.prompt.token_ids.tolist(), sample.token_ids.tolist(), 1.2)
+            np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+            assert sample.text == client.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+            assert sample.finish_reason in ("stop", "length")
+    client.check_logprob_contract()
+
+
+def test_samples_are_distinct_and_the_same_however_they_are_asked_for(client: RolloutClient) -> None:
+    prompts = [prompt(0), prompt(0), prompt(2)]
+    once = ids_of(client.generate(prompts, SAMPLING, seed=3))
+    assert len({tuple(ids) for group in once[:2] for ids in group}) == 10  # the same prompt twice gets other seeds
+    client.cfg = dataclasses.replace(client.cfg, samples_per_request=2)
+    assert ids_of(client.generate(prompts, SAMPLING, seed=3)) == once
+    assert ids_of(client.generate(prompts, SAMPLING, seed=4)) != once
+
+
+def test_samples_are_scored_while_others_generate(client: RolloutClient) -> None:
+    running, most = 0, 0
+
+    async def score(_: Prompt, sample) -> Reward:
+        nonlocal running, most
+        running, most = running + 1, max(most, running + 1)
+        await asyncio.sleep(0.05)
+        running -= 1
+        return Reward(value=float(len(sample.token_ids)), correct=True, outcome="correct", extracted=None, reason="")
+
+    groups = client.generate([prompt(i) for i in range(4)], SAMPLING, score, seed=1)
+    assert all(s.reward is not None and s.reward.value == len(s.token_ids) for g in groups for s in g.samples)
+    assert most > 1
+
+
+def test_an_error_in_scoring_is_raised_as_it_is(client: RolloutClient) -> None:
+    async def score(*_) -> Reward:
+        raise ZeroDivisionError("grader")
+
+    with pytest.raises(ZeroDivisionError, match="grader"):
+        client.generate([prompt(0)], SAMPLING, score, seed=1)
+
+
+def test_greedy_continuations_are_those_of_transformers(client: RolloutClient, tiny_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+    prefixes = [[5, 6, 7], [100, 101], [9] * 20]
+    greedy = SamplingConfig(temperature=0, num_samples=1, max_new_tokens=6)
+    results = client.complete_tokens(prefixes, greedy, seed=0, max_new_tokens=[6, 3, 1])
+    for prefix, limit, (sample,) in zip(prefixes, [6, 3, 1], results, strict=True):
+        expected = model.generate(torch.tensor([prefix]), do_sample=False, max_new_tokens=limit)[0, len(prefix) :]
+        assert sample.token_ids.tolist() == expected.tolist()
+
+
+def test_a_stop_string_ends_a_response(client: RolloutClient) -> None:
+    (free,) = client.complete_tokens([[5, 6, 7]], dataclasses.replace(SAMPLING, num_samples=1), seed=2)
+    text = free[0].text
+    stop = next(c for c in text[1:] if c.isascii() and c.isprintable())
+    own = dataclasses.replace(SAMPLING, num_samples=1, stop=(stop,))
+    (cut,) = client.complete_tokens([[5, 6, 7]], own, seed=2)
+    assert cut[0].finish_reason == "stop"
+    assert cut[0].token_ids.tolist() == free[0].token_ids.tolist()[: len(cut[0].token_ids)]
+    assert stop in cut[0].text
+    assert stop not in client.tokenizer.decode(cut[0].token_ids[:-1], skip_special_tokens=True)
+
+
+def test_a_prompt_that_does_not_fit_is_named(client: RolloutClient) -> None:
+    with pytest.raises(ValueError, match=r"p1: 510 prompt tokens \+ max_new_tokens=12 exceed .*max_model_len=512"):
+        client.generate([prompt(0), prompt(1, length=510)], SAMPLING, seed=0)
+    with pytest.raises(ValueError, match=r"p0: token ids must be in \[0, 320\)"):
+        client.generate([dataclasses.replace(prompt(0), token_ids=np.array([320]))], SAMPLING, seed=0)
+
+
+class NoText:
+    def decode(self, token_ids, skip_special_tokens=False) -> str:
+        return ""
+
+
+@contextlib.contextmanager
+def client_of(*urls: str, monkeypatch: pytest.MonkeyPatch, **options):
+    monkeypatch.setenv("T1_SERVER_KEY", "k")
+    with Servers(RolloutConfig(urls=urls, device="cpu", **options), "", "") as servers:
+        with RolloutClient(
+            servers.start().wait_ready(), type("T", (), {"decode": lambda *_, **__: ""})(), vocab_size=9
+        ) as c:
+            yield c
+
+
+def _set(path: list, value):
+    def change(reply):
+        at = reply["choices"][0]
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+        return reply
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        (lambda reply: b"<html>", "no JSON"),
+        (lambda reply: b"[1, 2]", "without choices"),
+        (lambda reply: {"choices": reply["choices"][:1]}, "1 samples for p0, not 2"),
+        (_set(["token_ids"], [7, 9]), "outside the vocabulary"),
+        (_set(["token_ids"], [7, -1]), "outside the vocabulary"),
+        (_set(["token_ids"], [7, 8, 8]), "3 tokens"),
+        (_set(["token_ids"], [7] * 99), "limit 12"),
+        (_set(["token_ids"], []), "limit 12"),
+        (_set(["token_ids"], ["a", "b"]), "unreadable sample"),
+        (_set(["token_ids"], [2**70, 1]), "unreadable sample"),
+        (_set(["token_ids"], None), "unreadable sample"),
+        (_set(["logprobs", "content", 0, "logprob"], float("nan")), "finite"),
+        (_set(["logprobs", "content", 0, "logprob"], 0.5), "finite number at or below 0"),
+        (_set(["logprobs", "content", 0, "logprob"], None), "finite"),
+        (_set(["logprobs", "content", 0, "token_id"], 3), "of other tokens"),
+        (_set(["logprobs"], None), "unreadable sample"),
+        (_set(["finish_reason"], "error"), "finish_reason"),
+        (_set(["weight_versions"], []), "unreadable sample"),
+        (_set(["weight_versions", 0, "end"], 1), "do not cover"),
+        (_set(["weight_versions", 0, "version"], "7"), "version 7, it should hold 0"),
+        (_set(["index"], "x"), "unreadable sample"),
+    ],
+)
+def test_a_reply_that_lies_is_refused_and_the_server_named(lie, message: str, monkeypatch) -> None:
+    sampling = dataclasses.replace(SAMPLING, num_samples=2)
+    with serving(lambda request: lie(good_reply(request))) as url:
+        with client_of(url, monkeypatch=monkeypatch) as client:
+            with pytest.raises(ServerError, match=f"(?s){url.removeprefix('http://')}.*{message}"):
+                client.generate([TINY_PROMPT], sampling, seed=0)
+
+
+def test_a_server_that_drops_connections_is_asked_again_then_left(monkeypatch) -> None:
+    asked = []
+
+    def flaky(request):
+        asked.append(request)
+        return (None, 503, good_reply(request))[min(len(asked) - 1, 2)]
+
+    sampling = dataclasses.replace(SAMPLING, num_samples=2)
+    prompts = [TINY_PROMPT] * 3
+    with serving(flaky) as url, client_of(url, monkeypatch=monkeypatch) as client:
+        assert len(client.generate(prompts, sampling, seed=0)) == 3
+    with serving(lambda request: None) as bad, serving(good_reply) as good:
+        with client_of(bad, good, monkeypatch=monkeypatch, connect_retries=1) as client:
+            groups = client.generate(prompts, sampling, seed=0)
+            assert {s.server for g in groups for s in g.samples} == {good}
+            assert "connection errors" in client.servers.all[0].unusable
+    with serving(lambda request: None) as bad, client_of(bad, monkeypatch=monkeypatch, connect_retries=2) as client:
+        with pytest.raises(ServerError, match=r"no server is left to generate:\n.*is unusable: 2 connection errors"):
+            client.generate(prompts, sampling, seed=0)
+
+
+def test_a_server_that_never_answers_is_left_at_the_deadline(monkeypatch) -> None:
+    def never(request):
+        time.sleep(3)
+
+    prompts = [TINY_PROMPT]
+    with serving(never) as stuck, serving(good_reply) as good:
+        with client_of(stuck, good, monkeypatch=monkeypatch, request_timeout_s=1.0) as client:
+            groups = client.generate(prompts, dataclasses.replace(SAMPLING, num_samples=2), seed=0)
+            assert {s.server for g in groups for s in g.samples} == {good}
+            assert "request_timeout_s=1 s" in client.servers.all[0].unusable
+
+
+def test_a_wrong_key_is_said_at_the_start(server: Servers, monkeypatch) -> None:
+    monkeypatch.setenv("T1_SERVER_KEY", "wrong")
+    with pytest.raises(ServerError, match="401: the server's key is missing or wrong"):
+        Servers(RolloutConfig(urls=(server.all[0].url,), device="cpu"), "", "").start().wait_ready()
