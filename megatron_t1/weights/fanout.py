@@ -97,7 +97,7 @@ class Fanout:
         if spoils and OLD_WEIGHTS_KEPT not in str(error):
             server.unusable = f"unknown weights: {message}"
         elif not server.exited():
-            _error_of(lambda s: s.call("POST", "/resume", timeout_s=10), server)
+            _error_of(lambda s: s.call("POST", "/resume", timeout_s=2), server)
         print(f"warning: server {server.name} left out: {message}", file=sys.stderr, flush=True)
 
     def _post(self, server: Server, path: str, body: Any = None) -> Any:
