@@ -62,6 +62,10 @@ class T1GPTModel(GPTModel):
         return hidden_states
 
 
+def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def transformer_config(
     cfg: ModelConfig, spec: ModelSpec, parallel: ParallelConfig, platform: Platform
 ) -> TransformerConfig:
@@ -79,7 +83,11 @@ def transformer_config(
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "use_cpu_initialization": platform.name == "cpu",
-        "perform_initialization": False,  # every weight is read from a checkpoint
+        # Every weight is read from a checkpoint. `perform_initialization=False` would also leave out the marks by which
+        # the gradient norm tells sharded parameters from replicated ones.
+        "init_method": _leave_as_is,
+        "output_layer_init_method": _leave_as_is,
+        "embedding_init_method": _leave_as_is,
         "gradient_accumulation_fusion": platform.apex,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": platform.name == "cuda",

@@ -35,11 +35,13 @@ class ParallelConfig:
     """Shard norms and residuals over the tensor-parallel group too; needs tensor > 1."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
+    max_tokens_per_microbatch: int = 16384
+    """Packing limit: tokens in one forward pass of one data-parallel rank, prompts and padding included."""
     timeout_s: float = 1800.0
     """Deadline of a collective within the trainer; the other ranks wait in one while rank 0 generates."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline"):
+        for name in ("tensor", "pipeline", "max_tokens_per_microbatch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} = {getattr(self, name)} must be at least 1")
         if self.nproc_per_node < 0:

@@ -53,16 +53,11 @@ class Engine:
         *,
         total_steps: int,
         temperature: float,
-        max_tokens_per_microbatch: int,
     ) -> None:
-        """
-        Args:
-            temperature: divides the logits in the loss and in `logprobs`; the sampling temperature in RL, 1 in SFT.
-            max_tokens_per_microbatch: packing limit, padding included.
-        """
+        """`temperature` divides the logits: the sampling temperature in RL, 1 in SFT."""
         self.spec = spec_of(Path(model.hf_path))
         self.platform, self.parallel, self.model_config = platform, parallel, model
-        self.temperature, self.max_tokens = temperature, max_tokens_per_microbatch
+        self.temperature = temperature
         self.config, self.module = build_model(model, self.spec, parallel, platform)
         self.config.finalize_model_grads_func = _finalize_without_token_count
         self.ddp = wrap_ddp(self.config, self.module, parallel)
@@ -89,7 +84,7 @@ class Engine:
         multiple = self.parallel.tensor * (16 if self.config.fp8 else 1)
         return pack(
             sequences,
-            max_tokens=self.max_tokens,
+            max_tokens=self.parallel.max_tokens_per_microbatch,
             dp_rank=mpu.get_data_parallel_rank(),
             dp_size=mpu.get_data_parallel_world_size(),
             multiple=multiple,

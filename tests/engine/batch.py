@@ -1,0 +1,22 @@
+"""The batch that every layout and the reference see."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_t1.data.packing import Sequence
+
+TEMPERATURE = 1.2
+
+
+def make_sequences(vocab_size: int) -> list[Sequence]:
+    rng = np.random.default_rng(7)
+    return [
+        Sequence(
+            prompt_ids=rng.integers(0, vocab_size, rng.integers(1, 9)),
+            response_ids=rng.integers(0, vocab_size, length),
+            advantage=float(rng.normal()),
+            rollout_logprobs=rng.uniform(-8, -1, length).astype(np.float32),
+        )
+        for length in (1, 30, 7, 64, 12, 45, 3, 20, 33)
+    ]
