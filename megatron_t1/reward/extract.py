@@ -1,0 +1,224 @@
+r"""Finds the answer in what a model wrote: strict, because every loose rule here is a way to be paid for nothing.
+
+A response is read after its last closed thinking tag; thinking that never closes has no answer. There, boxes win over
+everything: the last balanced `\boxed` counts, together with boxes joined to it on the same line ("\boxed{1} and
+\boxed{2}" is the list 1, 2). An unclosed or empty last box is no answer. Only a text without any box is read for a
+final phrase ("Answer: 42") or, if it is short, as a bare answer.
+
+Left out on purpose: searching the thinking, "any number in the text", and choosing the candidate that fits the gold.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_ANSWER_CHARS = 4000
+"""Longer answers are refused: the longest gold of MATH and Omni-MATH is below 400 characters."""
+TAIL_CHARS = 20_000
+"""Only this much of a response's end is read: whatever counts stands there, and time stays bounded."""
+
+_THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>", re.I)
+_THINK_OPEN = re.compile(r"<(?:think|thinking|thought)>", re.I)
+_END_TOKENS = re.compile(r"<\|[a-z_]{1,20}\|>|</?(?:answer|s)>|<end_of_turn>", re.I)
+_BOX = re.compile(r"\\f?boxed\b|\\fbox\b")
+_JOINT = re.compile(r"[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*")
+_ANCHOR = re.compile(
+    r"(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?(?:\s*[:：]|\s*(?:是|为)|(?<=is)|(?<=are)|(?<=est))"
+    r"\s*",
+    re.I,
+)
+_MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+_NUMBER = re.compile(
+    r"(?<![\w.])-?\$?(?:\\frac\{-?\d+\}\{\d+\}|\d[\d,]*\s*/\s*\d+|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
+    r"(?:\s*(?:%|\\%|percent\b|pct\b))?"
+)
+
+
+def after_thinking(text: str) -> str | None:
+    """The text after the last closed thinking tag; None when thinking was opened and never closed."""
+    closes = list(_THINK_CLOSE.finditer(text))
+    tail = text[closes[-1].end() :] if closes else text
+    if _THINK_OPEN.search(tail):
+        return None
+    return tail
+
+
+def _balanced(text: str, start: int) -> int | None:
+    """Index of the brace that closes the one at `start`."""
+    depth = 0
+    for i in range(start, min(len(text), start + MAX_ANSWER_CHARS + 2)):
+        if text[i] == "{" and (i == 0 or text[i - 1] != "\\"):
+            depth += 1
+        elif text[i] == "}" and text[i - 1] != "\\":
+            depth -= 1
+            if depth == 0:
+                return i
+    return None
+
+
+def _boxes(text: str) -> list[tuple[int, int, str | None]]:
+    """(start, end, content) of the outermost boxes; content None when it is unclosed."""
+    found: list[tuple[int, int, str | None]] = []
+    position = 0
+    while match := _BOX.search(text, position):
+        brace = match.end()
+        while brace < len(text) and text[brace] in " \n":
+            brace += 1
+        if brace < len(text) and text[brace] == "{":
+            close = _balanced(text, brace)
+            if close is None:
+                found.append((match.start(), match.end(), None))
+                position = match.end()
+            else:
+                found.append((match.start(), close + 1, text[brace + 1 : close]))
+                position = close + 1
+        else:  # `\boxed 4`
+            token = re.match(r"\s*(-?[\w./]+)", text[match.end() : match.end() + 40])
+            end = match.end() + (token.end() if token else 0)
+            found.append((match.start(), end, token.group(1).rstrip(".") if token else None))
+            position = end
+    return found
+
+
+def last_box(text: str) -> str | None:
+    """Content of the last box, with the boxes joined to it on its line; None when it is unclosed, empty or absent."""
+    boxes = _boxes(text)
+    if not boxes or not (boxes[-1][2] or "").strip():
+        return None
+    contents = [str(boxes[-1][2])]
+    for left, right in zip(reversed(boxes[:-1]), reversed(boxes[1:]), strict=True):
+        between = text[left[1] : right[0]]
+        if left[2] is None or len(between) > 40 or "\n" in between or _JOINT.sub("", between):
+            break
+        contents.insert(0, left[2])
+    contents = list(dict.fromkeys(c.strip() for c in contents))
+    inner = contents[0] if len(contents) == 1 else ", ".join(contents)
+    if _BOX.search(inner):
+        return last_box(inner)
+    return inner
+
+
+def _phrase(text: str) -> str | None:
+    """What follows the last "answer is"/"Answer:", up to the end of its sentence."""
+    anchors = list(_ANCHOR.finditer(text))
+    if not anchors:
+        return None
+    rest = text[anchors[-1].end() :].strip()
+    math = re.match(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.S)
+    if math:
+        return next(g for g in math.groups() if g is not None).strip() or None
+    sentence = re.split(r"\n|。|(?<!\d)\.(?:\s|$)|\.\s*$|\.(?=\s+[A-Z])", rest, maxsplit=1)[0]
+    return sentence.strip(" *:`") or None
+
+
+def response_answer(text: str) -> tuple[str | None, str]:
+    """(answer, where it was found or why there is none) of a whole response."""
+    tail = after_thinking(text)
+    if tail is None:
+        return None, "thinking never closed"
+    tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
+    if _BOX.search(tail):
+        box = last_box(tail)
+        return (box, "last box") if box is not None else (None, "the last box is empty or unclosed")
+    phrase = _phrase(tail)
+    if phrase is not None:
+        return phrase[:MAX_ANSWER_CHARS], "final phrase"
+    bare = tail.strip()
+    if bare and len(bare) <= 200 and "\n" not in bare:
+        return bare, "whole response"
+    return None, "no box and no final phrase"
+
+
+def sentence_answer(text: str) -> tuple[str | None, str]:
+    """(answer, where) of a sentence that holds the answer: box, phrase, last formula, last number, in this order."""
+    tail = after_thinking(text)
+    if tail is None:
+        return None, "thinking never closed"
+    tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
+    if _BOX.search(tail):
+        box = last_box(tail)
+        return (box, "last box") if box is not None else (None, "the last box is empty or unclosed")
+    phrase = _phrase(tail)
+    if phrase is not None and (len(phrase) <= 40 or not _NUMBER.search(phrase)):
+        return phrase[:MAX_ANSWER_CHARS], "final phrase"
+    formulas = [next(g for g in m.groups() if g is not None).strip() for m in _MATH.finditer(tail)]
+    if formulas and formulas[-1]:
+        return formulas[-1][:MAX_ANSWER_CHARS], "last formula"
+    numbers = _NUMBER.findall(phrase if phrase is not None else tail)
+    if numbers:
+        return numbers[-1].strip(" ,"), "last number"
+    bare = tail.strip()
+    return (bare, "whole text") if bare and len(bare) <= 200 else (None, "no answer in the text")
+
+
+# --- multiple choice -------------------------------------------------------------------------------------------------
+
+_LETTER = r"[(\[*$\s\"']*(?:\\text\{\s*\(?|\\mathrm\{|\\mathbf\{|\\textbf\{\s*\(?)?([A-J])(?![A-Za-z'’])\)?\}?"
+_MC_ANCHOR = re.compile(
+    r"(?:answer|option|choice|choose|correct|select|答案|选择|选)[^.\n。A-J]{0,60}?"
+    r"(?:\bis\b|\bare\b|[:：]|\b(?:answer|option|choice|choose|select)\b|是|为|选)[*\s]*"
+    r"(?:definitely|for sure|clearly|probably|certainly|the|option|choice|surely)?\s*(?:option|choice)?\s*" + _LETTER,
+    re.I,
+)
+_HEDGE_AFTER = re.compile(r"^[)*\s.}$]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?[(*]*([A-J])(?![A-Za-z'’])")
+
+
+def _one_letter(text: str) -> str | None:
+    """A text that is nothing but one letter, in whatever wrapping; lower case counts only here."""
+    bare = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text).strip(" \n\t()[]{}$*.:\"'`。")
+    return bare.upper() if re.fullmatch(r"[A-Ja-j]", bare) else None
+
+
+def _text_key(text: str) -> str:
+    return re.sub(r"[\s.$*\\{}()]+", " ", re.sub(r"\\text|\\mathrm", "", text)).strip().casefold()
+
+
+def _match_choice(text: str, choices: tuple[str, ...]) -> str | None:
+    keys = [_text_key(c) for c in choices]
+    key = _text_key(text)
+    return "ABCDEFGHIJ"[keys.index(key)] if keys.count(key) == 1 and keys.index(key) < 10 else None
+
+
+def gold_letter(gold: str, choices: tuple[str, ...]) -> str | None:
+    """The letter a gold stands for: itself, its option text, or the marked letter inside a sentence."""
+    if letter := _one_letter(gold) or _match_choice(gold, choices):
+        return letter
+    marked = re.search(r"\(([A-J])\)", gold) or re.search(r"(?:^|\n)\s*([A-J])[\s.):]", gold)
+    return marked.group(1) if marked else None
+
+
+def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None, str]:
+    """(letter, where or why not) of a multiple-choice response. A hedge ("C or D", "not C") chooses nothing."""
+    tail = after_thinking(text)
+    if tail is None:
+        return None, "thinking never closed"
+    tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
+    if _BOX.search(tail):
+        box = last_box(tail)
+        if box is None:
+            return None, "the last box is empty or unclosed"
+        tail = box
+    if letter := _one_letter(tail) or _match_choice(tail, choices):
+        return letter, "whole answer"
+    anchors = [m for m in _MC_ANCHOR.finditer(tail) if m.group(1).isupper()]
+    if anchors:
+        last = anchors[-1]
+        if _HEDGE_AFTER.search(tail[last.end() :]) or re.search(r"\b(?:not|n't|never|不)\b", last.group(0), re.I):
+            return None, "hedged or negated choice"
+        return last.group(1), "final phrase"
+    phrase = _phrase(tail)
+    if phrase and (letter := _match_choice(phrase, choices)):
+        return letter, "option text"
+    if re.search(r"\b(?:not|isn't|neither|nor)\b", tail, re.I):
+        return None, "negated choice"
+    leading = re.match(r"\s*\(?([A-J])[).:,。，、]", tail)
+    if leading:
+        letters = {leading.group(1)}
+        if _HEDGE_AFTER.search(tail[leading.end() - 1 :]):
+            return None, "hedged choice"
+        return letters.pop(), "leading letter"
+    marked = set(re.findall(r"\(([A-J])\)|\*\*([A-J])\*\*", tail))
+    letters = {a or b for a, b in marked} or set(re.findall(r"(?<![A-Za-z'’\\])([B-HJ])(?![A-Za-z'’])", tail))
+    if len(letters) == 1:
+        return letters.pop(), "only letter"
+    return None, "no single choice"

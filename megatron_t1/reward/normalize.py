@@ -1,0 +1,197 @@
+r"""One spelling for one answer: unicode, LaTeX synonyms, spacing, fonts, thousands; and exact reading of plain numbers.
+
+Everything here is string work with bounded cost; no mathematics is decided beyond the exact value of a number.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from fractions import Fraction
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
+_UNICODE = {
+    "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
+    "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "−": "-",
+    "–": "-", "—": "-", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∀": r"\forall ",
+    "°": r"^\circ ", "º": r"^\circ ", "≈": r"\approx ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
+    "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "ω": r"\omega ", "φ": r"\phi ", "ρ": r"\rho ",
+    "Δ": r"\Delta ", "∆": r"\Delta ", "∠": r"\angle ", "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")",
+    "。": ".", "％": "%", "￥": "", "€": "", "£": "", "¥": "", "＞": ">", "＜": "<", "＝": "=",
+}  # fmt: skip
+_CIRCLED = {chr(0x2460 + i): f"{i + 1}," for i in range(20)}
+_COMMANDS = {
+    "leq": "le", "leqslant": "le", "leqq": "le", "geq": "ge", "geqslant": "ge", "geqq": "ge", "neq": "ne", "lt": "<",
+    "gt": ">", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "land": ",",
+    "lor": ",", "vee": ",", "varnothing": "emptyset", "rightarrow": "to", "longrightarrow": "to", "implies":
+    "Rightarrow", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|",
+    "backslash": "setminus", "ast": "cdot", "div": "/", "degree": "^\\circ", "textdegree": "^\\circ", "dots": "ldots",
+    "cdots": "ldots", "dotsm": "ldots", "dotsb": "ldots", "varepsilon": "epsilon", "varphi": "phi", "colon": ":",
+    "arcctg": "arccot", "tg": "tan", "ctg": "cot", "mid": "|", "cupdot": "cup", "sqcup": "cup",
+}  # fmt: skip
+_TO_PUNCTUATION = {"lt", "gt", "land", "lor", "vee", "lbrace", "rbrace", "lbrack", "rbrack", "vert", "lvert", "rvert"}
+_TO_PUNCTUATION |= {"div", "degree", "textdegree", "colon", "mid"}
+_DROPPED = re.compile(
+    r"\\(?:left|right|bigg?[lrm]?|Bigg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|"
+    r"boldsymbol|bm|mathop|mathbin|mathrel|phantom)(?![a-zA-Z])\.?"
+)
+_SPACES = re.compile(
+    r"\\(?:[;:> \n]|quad(?![a-zA-Z])|qquad(?![a-zA-Z])|thinspace|enspace|hspace\*?\{[^{}]*\}|space(?![a-zA-Z]))|~"
+)
+_TEXT = re.compile(r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}")
+_FONT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*(?:\{([^{}]*)\}|([a-zA-Z]))")
+_FUNCTIONS = set(
+    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "log", "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf"]
+)
+_AND_OR = re.compile(r",?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]),?")
+
+
+def _font(match: re.Match[str]) -> str:
+    inner = (match.group(1) if match.group(1) is not None else match.group(2)).strip()
+    if inner in _FUNCTIONS:
+        return f"\\{inner} "
+    if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner):
+        return inner
+    return rf"\text{{{inner}}}"
+
+
+def _command(match: re.Match[str]) -> str:
+    name = match.group(1)
+    if name not in _COMMANDS:
+        return match.group(0)
+    new = _COMMANDS[name]
+    if name in ("lbrace", "rbrace"):
+        return "\\" + new
+    return new if name in _TO_PUNCTUATION else f"\\{new}"
+
+
+def _unicode(text: str) -> str:
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
+    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
+    text = re.sub(r"√\s*(\d+|[a-zA-Z]|\{)", lambda m: r"\sqrt" + (m[1] if m[1] == "{" else f"{{{m[1]}}}"), text)
+    text = re.sub(r"√\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    out = []
+    for char in text:
+        if char.isascii():
+            out.append(char)
+        elif char in _UNICODE:
+            out.append(_UNICODE[char])
+        elif char in _CIRCLED:
+            out.append(_CIRCLED[char])
+        elif unicodedata.category(char) == "Cf":
+            continue
+        elif "VULGAR FRACTION" in unicodedata.name(char, ""):
+            a, _, b = unicodedata.normalize("NFKC", char).partition("⁄")
+            out.append(rf"\frac{{{a}}}{{{b}}}")
+        else:
+            out.append(unicodedata.normalize("NFKC", char))
+    return "".join(out)
+
+
+def normalize(text: str) -> str:
+    r"""Canonical spelling of an answer. Idempotent on its own output for all golds of MATH500."""
+    s = _unicode(text)
+    s = s.replace("\\\\text", "\\text").replace("\\\\frac", "\\frac").replace("\\\\pi", "\\pi")
+    s = s.replace("\\$", " ").replace("$", " ").replace("\\!", "").replace("\\%", "%").replace("\\&", " and ")
+    s = re.sub(r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}", s)
+    s = re.sub(r"(?<!\\)\\[()\[\]]", " ", s)
+    s = re.sub(r"(?<=\d)(?:\{,\}|\\,|\\ |\\;)(?=\d{3}(?!\d))", "", s)
+    s = s.replace("\\,", " ").replace("{,}", ",")
+    s = _DROPPED.sub("", s)
+    s = _SPACES.sub(" ", s)
+    s = _TEXT.sub(lambda m: rf"\text{{{m.group(1)}}}", s)
+    s = _FONT.sub(_font, s)
+    s = re.sub(r"\\([a-zA-Z]+)", _command, s)
+    s = re.sub(
+        r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%", s
+    )
+    s = re.sub(r"\\text\{\s*\}", " ", s)
+    s = re.sub(
+        r"\^\s*\{?\s*(?:\\circ|\\text\{?circ\}?|\\textcirc)\s*\}?|\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b",
+        r"^\\circ ",
+        s,
+    )
+    s = re.sub(r"(\^\\circ\s*)+", r"^\\circ ", s)
+    s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s)
+    s = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", s)
+    s = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}", s)
+    s = re.sub(r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1", s)
+    s = re.sub(r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}", s)
+    s = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", s)
+    s = re.sub(r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty ", s)
+    s = (
+        s.replace("<=", r"\le ")
+        .replace(">=", r"\ge ")
+        .replace("!=", r"\ne ")
+        .replace("**", "^")
+        .replace("*", r"\cdot ")
+    )
+    s = _AND_OR.sub(", ", s)
+    s = re.sub(r"\+\s*\\infty", r"\\infty", s)
+    s = re.sub(r"\s+", " ", s)
+    return s.strip(" .,;:\n\t")
+
+
+def compact(s: str) -> str:
+    """`normalize`d text without the spaces that mean nothing: for comparing as strings."""
+    s = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", r"\1 @", s)
+    return s.replace(" ", "").replace("@", " ")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A plain number: its exact value and how it was written."""
+
+    value: Fraction
+    decimals: int | None = None
+    """Digits after the point when it was written as a decimal, else None."""
+    digits: int = 0
+    """Significant digits of a decimal."""
+
+
+_INT = r"\d+"
+_DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
+_THOUSANDS = re.compile(r"([+-]?[1-9]\d{0,2})((?:,\d{3})+)(\.\d+)?")
+_FRACTION = re.compile(r"([+-]?)(?:(\d+)|(\d+)\s+|)(?:\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}|(?<!\d)([+-]?\d+)/(\d+))")
+_SCIENTIFIC = re.compile(r"(.+?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([+-]?[\d.]+)[eE]([+-]?\d+)")
+_MAX_DIGITS = 1000
+
+
+def exact_number(s: str) -> Exact | None:
+    """A normalised string read as integer, decimal, fraction, mixed number or scientific notation; else None."""
+    s = s.strip()
+    if not s or len(s) > _MAX_DIGITS or not any(c.isdigit() for c in s):
+        return None
+    while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}" for c in s[1:-1]):
+        s = s[1:-1].strip()
+    if m := _THOUSANDS.fullmatch(s):
+        s = m[1] + m[2].replace(",", "") + (m[3] or "")
+    if re.fullmatch(r"[+-]? ?\d{1,3}( \d{3})+(\.\d+)?", s):
+        s = s.replace(" ", "")
+    s = re.sub(r"^([+-])\s+", r"\1", s)
+    if m := _DECIMAL.fullmatch(s):
+        if m[3] is None:
+            return Exact(Fraction(int(m[5])) * (-1 if m[4] == "-" else 1))
+        value = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3])) * (-1 if m[1] == "-" else 1)
+        return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")))
+    if m := re.fullmatch(
+        r"([+-]?)(\d+)?\s*(?:\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))", s
+    ):
+        top, bottom = int(m[3] or m[5]), int(m[4] or m[6])
+        if bottom == 0:
+            return None
+        value = int(m[2] or 0) + Fraction(top, bottom)
+        return Exact(-value if m[1] == "-" else value)
+    if m := re.fullmatch(r"([+-]?\d+)\s*/\s*(\d+)", s):
+        return Exact(Fraction(int(m[1]), int(m[2]))) if int(m[2]) else None
+    if m := _SCIENTIFIC.fullmatch(s):
+        base = exact_number(m[1] or m[4])
+        power = int(m[2] or m[3] or m[5])
+        if base is None or abs(power) > 400:
+            return None
+        return Exact(base.value * Fraction(10) ** power, base.decimals, base.digits)
+    return None

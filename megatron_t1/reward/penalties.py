@@ -1,0 +1,235 @@
+r"""T1's bad patterns: any hit replaces a sample's reward by -1 (`score.py`), so each function says why.
+
+Adding a penalty is one function `name(cfg, response) -> reason | None` with `@penalty` on it, and its thresholds in
+`PenaltyConfig`. All work in a few milliseconds on 10,000 tokens: they run on every sample.
+
+The separator for loops is the longest exactly periodic run of text pieces (about one token each: a word, one digit,
+one symbol). n-gram ratios alone hit LaTeX matrices and miss digit loops; compression ratios miss a loop after a long
+good prefix. Mixing two languages of the Latin script is not detected.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_t1.reward import extract
+from megatron_t1.types import FinishReason
+
+
+@dataclass(kw_only=True, frozen=True)
+class PenaltyConfig:
+    """Which bad patterns cost -1, and from where on."""
+
+    enabled: tuple[str, ...] = ("repetition", "overlong", "garbled", "language")
+    """Penalties that count, by name; also available: `malformed`."""
+    max_periodic_run: int = 500
+    """Repetition: longest allowed run of pieces with one exact period and letters in it. Good texts reach 71 (agent
+    traces 151), loops 1,000 and more."""
+    max_periodic_digits: int = 3500
+    """The same for runs without letters: 1/3 = 0.333... to 3,000 places is legitimate."""
+    max_period: int = 400
+    """Longest period looked for, in pieces: a paragraph."""
+    max_line_repeats: int = 150
+    """Repetition: most often one line of prose may come back when its digits and formulas are ignored ("17. I need to
+    check the case again"). Honest enumerations stay below 100."""
+    ngram_size: int = 12
+    """Repetition: length in tokens of the n-grams counted for `max_ngram_repeats`."""
+    max_ngram_repeats: int = 0
+    """Repetition: times one n-gram of tokens may occur; 0 switches this off. For tiny models with short answers (3);
+    long honest reasoning repeats n-grams often."""
+    max_garbled_chars: int = 4
+    """Garbled: replacement, control, private or unassigned characters allowed."""
+    max_letters_without_space: int = 300
+    """Garbled: longest run of Latin letters without anything between them."""
+    max_foreign_share: float = 0.02
+    """Language: share of letters in scripts that the prompt does not use (Latin is always allowed: names, code)."""
+    min_foreign_letters: int = 10
+    """Language: fewer foreign letters than this never count (a quoted word)."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.enabled) - set(PENALTIES)
+        if unknown:
+            raise ValueError(f"enabled: unknown penalties {sorted(unknown)}; choose from {sorted(PENALTIES)}")
+        for name in ("max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_ngram_repeats < 0:
+            raise ValueError(f"max_ngram_repeats={self.max_ngram_repeats} must be 0 (off) or more")
+        if not 0 <= self.max_foreign_share <= 1:
+            raise ValueError(f"max_foreign_share={self.max_foreign_share} must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """What a penalty sees."""
+
+    text: str
+    prompt: str | None = None
+    """Question text; None when unknown (then the response's own main script is taken as the prompt's)."""
+    token_ids: Sequence[int] = ()
+    finish_reason: FinishReason = "stop"
+
+
+Penalty = Callable[[PenaltyConfig, Response], "str | None"]
+PENALTIES: dict[str, Penalty] = {}
+
+
+def penalty(function: Penalty) -> Penalty:
+    """Register a penalty under its function's name."""
+    PENALTIES[function.__name__] = function
+    return function
+
+
+def find_penalties(cfg: PenaltyConfig, response: Response) -> dict[str, str]:
+    """Name -> reason of every enabled penalty that hits."""
+    reasons = {name: PENALTIES[name](cfg, response) for name in cfg.enabled}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+_PIECE = re.compile(r"[A-Za-z]+|\S")
+
+
+def longest_periodic_run(ids: np.ndarray, max_period: int) -> tuple[int, int, int]:
+    """(length, start, period) of the longest stretch of `ids` that repeats itself exactly at least once.
+
+    Candidate periods come from distances between equal 8-grams, so the cost is one sort instead of `max_period` scans.
+    ids: int64 [n].
+    """
+    k, n = 8, len(ids)
+    if n < 2 * k:
+        return 0, 0, 0
+    multiplier = np.uint64(0x9E3779B97F4A7C15)
+    hashes = np.zeros(n - k + 1, dtype=np.uint64)
+    for i in range(k):
+        hashes = hashes * multiplier + ids[i : n - k + 1 + i].astype(np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    distance = np.diff(order)[hashes[order[1:]] == hashes[order[:-1]]]
+    distance = distance[distance <= max_period]
+    if not len(distance):
+        return 0, 0, 0
+    counts = np.bincount(distance)
+    best = (0, 0, 0)
+    for period in np.argsort(counts)[::-1][:6]:
+        if counts[period] == 0:
+            break
+        breaks = np.flatnonzero(np.concatenate(([True], ids[period:] != ids[:-period], [True])))
+        gaps = np.diff(breaks) - 1
+        longest = int(np.argmax(gaps))
+        if gaps[longest] and gaps[longest] + period > best[0]:
+            best = (int(gaps[longest] + period), int(breaks[longest]), int(period))
+    return best
+
+
+@penalty
+def repetition(cfg: PenaltyConfig, response: Response) -> str | None:
+    """Loops: an exactly periodic run, a prose line that only changes its numbers, or (optional) token n-grams."""
+    pieces = _PIECE.findall(response.text)
+    vocabulary: dict[str, int] = {}
+    ids = np.fromiter((vocabulary.setdefault(p, len(vocabulary)) for p in pieces), dtype=np.int64, count=len(pieces))
+    length, start, period = longest_periodic_run(ids, cfg.max_period)
+    if length > cfg.max_periodic_run:
+        unit = " ".join(pieces[start : start + period])
+        limit = cfg.max_periodic_run if any(c.isalpha() for c in unit) else cfg.max_periodic_digits
+        if length > limit and length >= 3 * period:
+            return f"{length} pieces repeat with period {period}: {unit[:60]!r}"
+    lines = Counter(_prose(line) for line in response.text.splitlines())
+    line, count = max(((t, c) for t, c in lines.items() if len(t.split()) >= 6), key=lambda x: x[1], default=("", 0))
+    if count > cfg.max_line_repeats:
+        return f"one line came {count} times but for its numbers: {line[:60]!r}"
+    tokens = response.token_ids
+    if cfg.max_ngram_repeats and len(tokens) >= cfg.ngram_size:
+        grams = Counter(tuple(tokens[i : i + cfg.ngram_size]) for i in range(len(tokens) - cfg.ngram_size + 1))
+        gram, count = grams.most_common(1)[0]
+        if count > cfg.max_ngram_repeats:
+            return f"one {cfg.ngram_size}-gram of tokens came {count} times: {list(gram)}"
+    return None
+
+
+def _prose(line: str) -> str:
+    return re.sub(r"\d+", "#", _without_math(line)).strip()
+
+
+def _without_math(text: str) -> str:
+    text = re.sub(r"\$\$.*?\$\$|\$.*?\$|\\\(.*?\\\)|\\\[.*?\\\]", " ", text, flags=re.S)
+    return re.sub(r"\\[a-zA-Z]+(?:\{[^{}]*\})?", " ", text)
+
+
+@penalty
+def overlong(cfg: PenaltyConfig, response: Response) -> str | None:
+    """Cut at the length limit: no end token was sampled."""
+    return "no end token before the length limit" if response.finish_reason == "length" else None
+
+
+@penalty
+def garbled(cfg: PenaltyConfig, response: Response) -> str | None:
+    """Text that no tokenizer round trip of honest writing gives: broken bytes, control characters, endless letters."""
+    text = response.text
+    if not text.isascii() or any(c in text for c in "\x00\x07\x08\x0b\x1b\x7f"):
+        bad = [
+            c
+            for c in text
+            if c == "\ufffd" or (c not in "\n\r\t" and unicodedata.category(c) in ("Cc", "Co", "Cn", "Cs"))
+        ]
+        if len(bad) > cfg.max_garbled_chars:
+            return f"{len(bad)} broken or control characters, such as {bad[0]!r}"
+    run = re.search(rf"[A-Za-z]{{{cfg.max_letters_without_space + 1},}}", text)
+    return f"{run.end() - run.start()} letters without a space: {run.group()[:40]!r}" if run else None
+
+
+_SCRIPTS = (
+    ("Han", r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"),
+    ("Kana", r"[\u3040-\u30ff\u31f0-\u31ff]"),
+    ("Hangul", r"[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]"),
+    ("Cyrillic", r"[\u0400-\u052f]"),
+    ("Arabic", r"[\u0600-\u06ff\u0750-\u077f]"),
+    ("Hebrew", r"[\u0590-\u05ff]"),
+    ("Devanagari", r"[\u0900-\u097f]"),
+    ("Thai", r"[\u0e00-\u0e7f]"),
+    ("other Indic", r"[\u0980-\u0dff]"),
+    ("Armenian or Georgian", r"[\u0530-\u058f\u10a0-\u10ff]"),
+)
+
+
+def letters_by_script(text: str) -> Counter[str]:
+    """Number of letters of each non-Latin script, and of "Latin", outside mathematics."""
+    prose = _without_math(text)
+    counts = Counter({"Latin": len(re.findall(r"[A-Za-z\u00c0-\u024f]", prose))})
+    if not prose.isascii():
+        for name, pattern in _SCRIPTS:
+            counts[name] = len(re.findall(pattern, prose))
+    return counts
+
+
+@penalty
+def language(cfg: PenaltyConfig, response: Response) -> str | None:
+    """Letters of scripts that the prompt does not use: switching language in the middle."""
+    if response.text.isascii():
+        return None
+    counts = letters_by_script(response.text)
+    if response.prompt:
+        own = {script for script, count in letters_by_script(response.prompt).items() if count}
+    else:
+        own = {counts.most_common(1)[0][0]}
+    own.add("Latin")
+    if "Kana" in own:
+        own.add("Han")
+    foreign = Counter({script: count for script, count in counts.items() if script not in own and count})
+    total, letters = sum(foreign.values()), sum(counts.values())
+    if total >= cfg.min_foreign_letters and total > cfg.max_foreign_share * letters:
+        return f"{total} of {letters} letters are {', '.join(foreign)}, which the prompt does not use"
+    return None
+
+
+@penalty
+def malformed(cfg: PenaltyConfig, response: Response) -> str | None:
+    """Thinking never closed, or no complete box after it. Off by default: a missing answer already earns 0."""
+    tail = extract.after_thinking(response.text)
+    if tail is None:
+        return "thinking never closed"
+    return None if extract.last_box(tail[-extract.TAIL_CHARS :]) is not None else "no complete box after the thinking"

@@ -1,0 +1,180 @@
+"""From a prompt and a sample to a Reward: the verdict, the penalties, and T1's rule that joins them.
+
+All work (extraction, comparison, penalties) happens in the grader processes, so an asyncio loop that scores samples
+while others are generated only waits. `Scorer` owns them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_t1.reward.penalties import PenaltyConfig, Response, find_penalties
+from megatron_t1.reward.pool import Pool
+from megatron_t1.reward.verify import Verdict, verify_cheaply, verify_fully
+from megatron_t1.types import Prompt, Reward, Sample
+
+_LOG = logging.getLogger(__name__)
+_FAILURES = ("no_answer", "timeout", "crash")
+
+
+@dataclass(kw_only=True, frozen=True)
+class RewardConfig:
+    """How samples are graded."""
+
+    penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
+    """Bad patterns that replace the reward by -1."""
+    deadline_s: float = 2.0
+    """Wall time one answer may take before its grader is killed; honest answers need 5 ms, the worst 0.5 s."""
+    num_workers: int = 0
+    """Grader processes working at a time; 0 means one a CPU core, at most 8."""
+    memory_mb: int = 1024
+    """Address space of one grader, in MiB."""
+    tasks_per_worker: int = 500
+    """Graders are replaced after this many answers: caches and leaks stay small."""
+    alarm_after: int = 64
+    """Warn when this many samples in a row have no answer, time out or crash: the format or the grader is broken."""
+
+    def __post_init__(self) -> None:
+        if self.deadline_s <= 0:
+            raise ValueError(f"deadline_s={self.deadline_s} must be positive seconds (2 is a good value)")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be 0 (one a core) or more")
+        if self.memory_mb < 512:
+            raise ValueError(f"memory_mb={self.memory_mb} is too small for the parser: use at least 512")
+        for name in ("tasks_per_worker", "alarm_after"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Grader side: penalties and the cheap verdict first, so that a timeout loses only the full comparison."""
+    penalties = task["penalties"]
+    config = PenaltyConfig(**{**penalties, "enabled": tuple(penalties["enabled"])})
+    found = find_penalties(
+        config,
+        Response(
+            text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
+        ),
+    )
+    verdict, answer = verify_cheaply(task["gold"], task["text"], task["mode"], tuple(task["choices"]))
+    done = verdict is not None or answer is None
+    yield {"penalties": found, "answer": answer, "verdict": asdict(verdict) if verdict else None, "done": done}
+    if not done:
+        assert answer is not None
+        yield {"verdict": asdict(verify_fully(task["gold"], answer, task["mode"])), "done": True}
+
+
+def warm_up() -> None:
+    """Grader side, before the first fork: import the parser and fill its tables."""
+    for gold, answer in (
+        (r"\frac{1}{2}+\sqrt[3]{4x^{2}}", r"x^2+\sin(2 t)-a_{1}"),
+        (r"\begin{pmatrix}1&\frac{a}{b}\\3&4\end{pmatrix}", r"\log_2(8)+\binom{5}{2}\cdot 3!"),
+        (r"x\in(-\infty,2]\cup[3+\pi,5)", r"2\left(x-1\right)^{n+1}-|y|\le\lfloor k\rfloor"),
+    ):
+        verify_fully(gold, answer, "answer")
+        verify_fully(f"({gold})", f"({answer})", "answer")
+        verify_fully("x+y+1", answer, "answer")
+
+
+class Scorer:
+    """Grades samples in killable processes. Use as a context manager.
+
+    Any number of `score` may be awaited at once, on any event loop; nothing a sample contains can hang, crash or take
+    over the calling process. A sample whose grader had to be killed has outcome `timeout` (value 0) and keeps its
+    penalties.
+    """
+
+    def __init__(self, cfg: RewardConfig):
+        self.cfg = cfg
+        self.outcomes: Counter[str] = Counter()
+        """Samples graded so far by outcome, plus one count a penalty (`penalty/repetition`, ...)."""
+        self._failures_in_a_row = 0
+        self._pool = Pool(
+            cfg.num_workers or min(8, os.cpu_count() or 1), cfg.deadline_s, cfg.memory_mb << 20, cfg.tasks_per_worker
+        )
+        self._penalties = asdict(cfg.penalties)
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the grader processes."""
+        self._pool.close()
+
+    @property
+    def num_kills(self) -> int:
+        """Graders killed at their deadline so far."""
+        return self._pool.num_kills
+
+    async def score(self, prompt: Prompt, sample: Sample) -> Reward:
+        """The reward of one sample. It never raises for what the sample contains."""
+        started = time.monotonic()
+        return self._reward(await asyncio.wrap_future(self._submit(prompt, sample)), started)
+
+    def score_all(self, pairs: Iterable[tuple[Prompt, Sample]]) -> list[Reward]:
+        """Rewards in the order of the pairs."""
+        started = time.monotonic()
+        futures = [self._submit(prompt, sample) for prompt, sample in pairs]
+        return [self._reward(future.result(), started) for future in futures]
+
+    def _submit(self, prompt: Prompt, sample: Sample) -> Future[tuple[list[Any], str]]:
+        needs_tokens = self.cfg.penalties.max_ngram_repeats > 0
+        return self._pool.submit(
+            {
+                "gold": str(prompt.gold),
+                "mode": prompt.mode,
+                "choices": prompt.choices,
+                "prompt": prompt.text or None,
+                "text": sample.text,
+                "token_ids": sample.token_ids.tolist() if needs_tokens else (),
+                "finish_reason": sample.finish_reason,
+                "penalties": self._penalties,
+            }
+        )
+
+    def _reward(self, result: tuple[list[Any], str], started: float) -> Reward:
+        messages, ending = result
+        verdict = Verdict("crash", None, "its graders died")
+        penalties: dict[str, str] = {}
+        if messages:
+            penalties = dict(messages[0]["penalties"])
+            verdict = Verdict("crash", messages[0]["answer"], "its graders died")
+        if ending == "done":
+            verdict = Verdict(**messages[-1]["verdict"])
+        elif ending == "timeout":
+            answer = messages[0]["answer"] if messages else None
+            verdict = Verdict("timeout", answer, f"killed after {self.cfg.deadline_s} s")
+        correct = verdict.outcome == "correct"
+        self._count(verdict.outcome, penalties)
+        return Reward(
+            value=-1.0 if penalties else float(correct),
+            correct=correct,
+            outcome=verdict.outcome,
+            extracted=verdict.extracted,
+            reason=verdict.reason,
+            penalties=penalties,
+            seconds=time.monotonic() - started,
+        )
+
+    def _count(self, outcome: str, penalties: dict[str, str]) -> None:
+        self.outcomes[outcome] += 1
+        self.outcomes.update(f"penalty/{name}" for name in penalties)
+        self._failures_in_a_row = self._failures_in_a_row + 1 if outcome in _FAILURES else 0
+        if self._failures_in_a_row and self._failures_in_a_row % self.cfg.alarm_after == 0:
+            _LOG.warning(
+                "the last %d samples all ended in no_answer, timeout or crash (so far: %s): check that the prompt asks "
+                "for \\boxed{} and closes its thinking, and look at `reason` in the samples' rewards",
+                self._failures_in_a_row,
+                dict(self.outcomes),
+            )

@@ -1,0 +1,87 @@
+"""One verdict on one response: extraction, the cheap comparison, and the full one when it is needed.
+
+`verify_cheaply` never does more than bounded string work. `verify` may take long or die on hostile text: only the
+worker processes of pool.py call it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_t1.reward import extract
+from megatron_t1.reward.equality import equal, equal_cheaply
+from megatron_t1.reward.normalize import normalize
+from megatron_t1.types import AnswerMode, Outcome
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the grader says about one response."""
+
+    outcome: Outcome
+    extracted: str | None
+    reason: str
+
+
+def _gold(gold: str, mode: AnswerMode) -> str:
+    if "\\boxed" in gold or "\\fbox" in gold:
+        return extract.last_box(gold) or gold
+    return extract.sentence_answer(gold)[0] or gold if mode == "text" and len(gold) > 80 else gold
+
+
+def _found(answer: str | None, text: str, mode: AnswerMode) -> tuple[str | None, str]:
+    if mode == "answer":
+        bare = text.strip()
+        if extract._BOX.search(bare):
+            return extract.last_box(bare), "box"
+        return (bare[: extract.MAX_ANSWER_CHARS + 1] or None), "bare answer"
+    return extract.sentence_answer(text) if mode == "text" else extract.response_answer(text)
+
+
+def _choose(gold: str, text: str, choices: tuple[str, ...]) -> Verdict:
+    wanted = extract.gold_letter(gold, choices)
+    if wanted is None:
+        return Verdict("wrong", None, f"the gold {gold[:40]!r} is not a choice")
+    letter, where = extract.chosen_letter(text, choices)
+    if letter is None:
+        return Verdict("no_answer", None, where)
+    return Verdict("correct" if letter == wanted else "wrong", letter, f"{where}: {letter}, gold {wanted}")
+
+
+def verify_cheaply(
+    gold: str, text: str, mode: AnswerMode, choices: tuple[str, ...] = ()
+) -> tuple[Verdict | None, str | None]:
+    """(verdict, extracted answer); verdict None when only the full comparison can tell."""
+    if mode == "mc":
+        verdict = _choose(gold, text, choices)
+        return verdict, verdict.extracted
+    answer, where = _found(None, text, mode)
+    if answer is None:
+        return Verdict("no_answer", None, where), None
+    if len(answer) > extract.MAX_ANSWER_CHARS:
+        return Verdict("wrong", answer[:80], f"an answer of more than {extract.MAX_ANSWER_CHARS} characters"), None
+    same = equal_cheaply(normalize(_gold(gold, mode)), normalize(answer))
+    if same is None:
+        return None, answer
+    return Verdict("correct" if same else "wrong", answer, f"{where}, compared as text or exact numbers"), answer
+
+
+def verify_fully(gold: str, answer: str, mode: AnswerMode) -> Verdict:
+    """The verdict on an extracted answer; may take long or kill the process."""
+    from megatron_t1.reward.symbolic import CannotDecide
+
+    try:
+        same = equal(normalize(_gold(gold, mode)), normalize(answer))
+    except CannotDecide as error:
+        return Verdict("wrong", answer, f"cannot be compared: {error}")
+    except RecursionError:
+        return Verdict("wrong", answer, "cannot be compared: too deep")
+    return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
+
+
+def verify(gold: str, text: str, mode: AnswerMode = "response", choices: tuple[str, ...] = ()) -> Verdict:
+    """Both steps in this process; for workers."""
+    verdict, answer = verify_cheaply(gold, text, mode, choices)
+    if verdict is not None or answer is None:
+        return verdict or Verdict("no_answer", None, "no answer")
+    return verify_fully(gold, answer, mode)

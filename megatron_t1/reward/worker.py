@@ -1,0 +1,126 @@
+"""The process side of the pool: a small zygote that forks graders, and the grader's loop.
+
+`python -m megatron_t1.reward.worker FD` is the zygote: it imports and warms the parser once, then forks one grader for
+every socket it is handed. It is a fresh process (never a fork of the trainer: threads, CUDA and process groups do not
+survive a fork) and imports neither torch nor Megatron. A grader cannot open files, start processes or reach a network,
+and dies with the zygote.
+
+Frames are a 4-byte length and JSON, in both directions: nothing a grader sends is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from typing import Any
+
+MAX_FRAME_BYTES = 64 << 20
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, CLONE_NEWNET, CLONE_NEWUSER = 1, 38, 0x40000000, 0x10000000
+
+
+def send_frame(connection: socket.socket, message: Any) -> None:
+    """One JSON message."""
+    payload = json.dumps(message).encode("utf-8", "surrogatepass")
+    connection.sendall(struct.pack("<I", len(payload)) + payload)
+
+
+def receive_frame(connection: socket.socket) -> Any:
+    """The next JSON message.
+
+    Raises:
+        EOFError: the other side is gone.
+        TimeoutError: the socket's timeout passed.
+    """
+    header = _receive_exactly(connection, 4)
+    size = struct.unpack("<I", header)[0]
+    if size > MAX_FRAME_BYTES:
+        raise EOFError(f"a frame of {size} bytes")
+    return json.loads(_receive_exactly(connection, size))
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    chunks = bytearray()
+    while len(chunks) < size:
+        chunk = connection.recv(min(1 << 20, size - len(chunks)))
+        if not chunk:
+            raise EOFError("the other side closed")
+        chunks += chunk
+    return bytes(chunks)
+
+
+def _leave_the_network(libc: ctypes.CDLL) -> None:
+    """An empty network namespace; where the kernel refuses, the descriptor limit alone forbids new sockets."""
+    if libc.unshare(CLONE_NEWNET) != 0:
+        libc.unshare(CLONE_NEWUSER | CLONE_NEWNET)
+
+
+def _lock_down(memory_bytes: int) -> None:
+    """Limits that hold for everything the grader does; exceeding them kills or fails only the grader."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (600, 600))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # no file or socket can be opened any more
+    sys.setrecursionlimit(3000)
+
+
+def _grader(connection: socket.socket, parent: int, memory_bytes: int, max_tasks: int) -> None:
+    from megatron_t1.reward import score
+
+    os.setsid()
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getppid() != parent:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _leave_the_network(libc)
+    _lock_down(memory_bytes)
+    send_frame(connection, os.getpid())
+    for _ in range(max_tasks):
+        try:
+            task = receive_frame(connection)
+        except EOFError:
+            return
+        for message in score.grade_task(task):
+            send_frame(connection, message)
+
+
+def zygote(control: socket.socket) -> None:
+    """Warm up, then fork a grader for every socket received until the control socket closes."""
+    from megatron_t1.reward import score
+
+    score.warm_up()
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getpid()
+    while True:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        except OSError:
+            return
+        if not data or not descriptors:
+            return
+        memory_bytes, max_tasks = struct.unpack("<QI", data)
+        connection = socket.socket(fileno=descriptors[0])
+        if os.fork() == 0:
+            control.close()
+            try:
+                _grader(connection, parent, memory_bytes, max_tasks)
+            finally:
+                os._exit(0)
+        connection.close()
+
+
+if __name__ == "__main__":
+    zygote(socket.socket(fileno=int(sys.argv[1])))
