@@ -1,0 +1,146 @@
+"""Question files and SFT files (JSON lines) in; prompts and sequences, tokenised, out. Bad lines are named, all at once.
+
+A question: {"id", "prompt" or "messages", "answer"}, optionally "mode" and "choices"; everything else is kept as meta.
+An SFT example: {"prompt" or "messages", "response"}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from megatron_t1.data.packing import Sequence
+from megatron_t1.data.template import Message, Template
+from megatron_t1.types import AnswerMode, Prompt
+
+T = TypeVar("T")
+_MAX_SHOWN = 10
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Files of questions and examples, JSON lines."""
+
+    sft: str | None = None
+    """SFT examples: {"prompt" or "messages", "response"}."""
+    train: str | None = None
+    """Questions that RL trains on: {"id", "prompt" or "messages", "answer"}."""
+    heldout: str | None = None
+    """Questions for evaluation; none of them may be in `train`."""
+    system_prompt: str | None = None
+    """Put before every question that brings no system message of its own."""
+
+    def need(self, name: str) -> Path:
+        """The path of a file that the command can't do without."""
+        value = getattr(self, name)
+        if not value:
+            raise ValueError(f"data.{name} is not set: give it the path of a JSON lines file")
+        return Path(value)
+
+
+def load_prompts(path: Path, template: Template, cfg: DataConfig) -> list[Prompt]:
+    """Every question of a file.
+
+    Raises:
+        ValueError: malformed lines or ids used twice, each named by file and line.
+    """
+    seen: dict[str, int] = {}
+
+    def parse(row: dict[str, Any], number: int) -> Prompt:
+        messages = _messages(row, cfg.system_prompt)
+        identity = str(_need(row, "id", (str, int)))
+        if identity in seen:
+            raise ValueError(f'"id" {identity!r} is already used in line {seen[identity]}')
+        seen[identity] = number
+        mode = row.get("mode", "response")
+        if mode not in get_args(AnswerMode):
+            raise ValueError(f'"mode" is {mode!r}; use one of {", ".join(get_args(AnswerMode))}')
+        choices = row.get("choices", [])
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError('"choices" must be a list of strings')
+        known = {"id", "prompt", "messages", "answer", "mode", "choices"}
+        return Prompt(
+            id=identity,
+            text=next(m["content"] for m in reversed(messages) if m["role"] == "user"),
+            token_ids=template.prompt_ids(messages),
+            gold=str(_need(row, "answer", (str, int, float))),
+            mode=mode,
+            choices=tuple(choices),
+            meta={name: value for name, value in row.items() if name not in known},
+        )
+
+    return _parse_all(path, parse)
+
+
+def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
+    """Every example of an SFT file, with the end token after its response.
+
+    Raises:
+        ValueError: malformed lines, each named by file and line.
+    """
+
+    def parse(row: dict[str, Any], number: int) -> Sequence:
+        messages = _messages(row, cfg.system_prompt)
+        response = _need(row, "response", (str,))
+        return Sequence(prompt_ids=template.prompt_ids(messages), response_ids=template.response_ids(response))
+
+    return _parse_all(path, parse)
+
+
+def _parse_all(path: Path, parse: Callable[[dict[str, Any], int], T]) -> list[T]:
+    parsed, errors = [], []
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
+            parsed.append(parse(row, number))
+        except json.JSONDecodeError as error:
+            errors.append(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})")
+        except ValueError as error:
+            errors.append(f"{path}:{number}: {error}")
+    if errors:
+        more = f"\n... and {len(errors) - _MAX_SHOWN} more" if len(errors) > _MAX_SHOWN else ""
+        raise ValueError(f"{len(errors)} bad lines; mend or remove them:\n" + "\n".join(errors[:_MAX_SHOWN]) + more)
+    if not parsed:
+        raise ValueError(f"{path} has no lines")
+    return parsed
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _need(row: dict[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
+    value = row.get(name)
+    if value is None or value == "":
+        raise ValueError(f'"{name}" is missing or empty')
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f'"{name}" is {value!r}; it must be a {" or ".join(kind.__name__ for kind in kinds)}')
+    return value
+
+
+def _messages(row: dict[str, Any], system_prompt: str | None) -> list[Message]:
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError('give either "prompt" or "messages"')
+    messages = row.get("messages") or [{"role": "user", "content": _need(row, "prompt", (str,))}]
+    well_formed = isinstance(messages, list) and all(
+        isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in messages
+    )
+    if not well_formed or messages[-1]["role"] != "user":
+        raise ValueError(f'"messages" must be a list of {{"role": one of {_ROLES}, "content": text}} that ends with the user')
+    if system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    return messages
