@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Transport = Literal["shm", "gloo", "nccl", "ipc", "nccl_m2n"]
+Transport = Literal["shm", "gloo", "nccl"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -40,7 +40,7 @@ class RolloutConfig:
     kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
-    """How new weights reach the servers. auto: shm on CPU, nccl on CUDA. See `megatron_t1.weights.sync`."""
+    """How new weights reach the servers. auto: shm on CPU, nccl on CUDA. See `megatron_t1.weights.transports`."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_t1.rollout.config import RolloutConfig, Transport
+from megatron_t1.rollout.vllm_plugin import HOST_BACKEND
 from megatron_t1.rollout.vllm_plugin.guard import KEY_ENV
 
 HOST = "127.0.0.1"
@@ -311,6 +312,7 @@ class Servers:
     def command(self, port: int) -> list[str]:
         """The vLLM command line. The key is not on it: it is in the environment."""
         cfg = self.cfg
+        backend = HOST_BACKEND if self.transport in ("shm", "gloo") else self.transport
         options: dict[str, Any] = {
             "model": str(self.model_dir),
             "served-model-name": "policy",
@@ -324,7 +326,7 @@ class Servers:
             "enable-prefix-caching": True,
             "enable-scale-out": True,
             "generation-config": "vllm",
-            "weight-transfer-config": json.dumps({"backend": self.transport}),
+            "weight-transfer-config": json.dumps({"backend": backend}),
             "middleware": "megatron_t1.rollout.vllm_plugin.guard.KeyGuard",
             "disable-uvicorn-access-log": True,
         }

@@ -29,6 +29,7 @@ class Fanout:
         self.targets: list[Server] = []
         self.version = 0
         self._introduced: set[Server] = set()
+        self._offsets: dict[Server, int] = {}
         self.failed: dict[str, str] = {}
         """Server name -> why it was dropped from the current push."""
         self.seconds: dict[str, float] = {}
@@ -49,11 +50,10 @@ class Fanout:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Tells the servers that have not heard it yet where the weights will come from."""
-        body = {"init_info": init_info}
 
         def introduce(server: Server) -> None:
             if server not in self._introduced:
-                self._post(server, "/init_weight_transfer_engine", body)
+                self._post(server, "/init_weight_transfer_engine", {"init_info": self._for(server, init_info)})
                 self._introduced.add(server)
 
         self.each("init", introduce, spoils=False)
@@ -62,7 +62,10 @@ class Fanout:
         self.each("start", lambda server: self._post(server, "/start_weight_update"))
 
     def update_weights(self, update_info: Any) -> None:
-        self.each("update", lambda server: self._post(server, "/update_weights", {"update_info": update_info}))
+        self.each(
+            "update",
+            lambda server: self._post(server, "/update_weights", {"update_info": self._for(server, update_info)}),
+        )
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Puts the weights in force under this push's version, forgets the prefix cache, and lets requests go on."""
@@ -73,6 +76,18 @@ class Fanout:
         self.each("resume", lambda server: self._post(server, "/resume"))
         for server in self.targets:
             server.version = self.version
+
+    def count_workers(self) -> int:
+        """Workers of all servers in the push; from here on a `rank_offset` in an info is shifted for each server."""
+        self._offsets, total = {}, 0
+        for server in self.targets:
+            self._offsets[server] = total
+            total += int(server.call("GET", "/get_world_size", timeout_s=self._left_s())["world_size"])
+        return total
+
+    def forget(self) -> None:
+        """The next `init_weight_transfer_engine` reaches every server again."""
+        self._introduced.clear()
 
     def each(self, phase: str, call: Callable[[Server], None], *, spoils: bool = True) -> None:
         """Runs `call` on all servers still in the push at once; drops those where it raises ServerError.
@@ -100,8 +115,16 @@ class Fanout:
             _error_of(lambda s: s.call("POST", "/resume", timeout_s=2), server)
         print(f"warning: server {server.name} left out: {message}", file=sys.stderr, flush=True)
 
+    def _for(self, server: Server, info: dict[str, Any]) -> dict[str, Any]:
+        if "rank_offset" not in info:
+            return info
+        return info | {"rank_offset": info["rank_offset"] + self._offsets[server]}
+
+    def _left_s(self) -> float:
+        return max(0.1, self.deadline - time.monotonic())
+
     def _post(self, server: Server, path: str, body: Any = None) -> Any:
-        return server.call("POST", path, body, timeout_s=max(0.1, self.deadline - time.monotonic()))
+        return server.call("POST", path, body, timeout_s=self._left_s())
 
     def _reset_cache(self, server: Server) -> None:
         reply = self._post(server, "/reset_prefix_cache?reset_running_requests=true")
@@ -109,7 +132,7 @@ class Fanout:
             raise ServerError(f"server {server.name}: the prefix cache of the old weights could not be reset")
 
     def _check_version(self, server: Server) -> None:
-        held = server.call("GET", "/weight_info", timeout_s=max(0.1, self.deadline - time.monotonic()))
+        held = server.call("GET", "/weight_info", timeout_s=self._left_s())
         if parse_version(held["weight_version"]) != self.version:
             raise ServerError(f"server {server.name} says version {held['weight_version']}")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,8 +28,9 @@ from megatron_t1.rollout.server import Server, Servers
 from megatron_t1.weights.fanout import Fanout, SyncError
 from megatron_t1.weights.hf_io import tensor_files
 from megatron_t1.weights.ops import Piece
-from megatron_t1.weights.shm import SharedFile, init_info, layout
+from megatron_t1.weights.shm import layout
 from megatron_t1.weights.stream import Plan
+from megatron_t1.weights.transports import GlooTransport, NcclTransport, ShmTransport, Transport
 
 # Beyond its own deadline, what a rank waits for another to notice and report a failure.
 _GRACE_S = 30.0
@@ -69,65 +70,72 @@ class WeightSync:
             else None
         )
         self.plan = Plan(pieces, self._group)
-        self._mine = self.plan.mine()
-        tensors, self._pieces, self.num_bytes = layout(self.plan)
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-        self._file = SharedFile(self.num_bytes) if self.rank == 0 else None
-        path = self._from_rank_0("set-up", self._file.path if self._file else None)
-        self._file = self._file or SharedFile(self.num_bytes, path)
-        self._init_info = {"path": path, **init_info(tensors, self._pieces, self.num_bytes)}
+        self.num_bytes = layout(self.plan)[2]
+        self._transport = self._open_transport()
         self._fanout = Fanout(servers) if servers is not None else None
         self._version: int | None = None
         self._digests: list[str] = []
         self._pending: Future[None] | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="push")
 
+    def _open_transport(self) -> Transport:
+        name = self._from_rank_0("set-up", self.servers.transport if self.servers else None)
+        if name == "shm":
+            return ShmTransport(self.plan, self._from_rank_0)
+        if name == "gloo":
+            return GlooTransport(self.plan, self._from_rank_0, self.cfg.sync_timeout_s)
+        return NcclTransport(self.plan, self._from_rank_0)
+
     def push(self, version: int) -> PushReport:
         """Brings every live server to `version`. Raises SyncError, on every rank, when none got there."""
         self.begin_push(version)
         return self.finish_push()
 
+    def next_version(self) -> int:
+        """One above the newest that a server holds. Collective."""
+        newest = max((server.version for server in self.servers.all), default=0) if self.servers else 0
+        return int(self._from_rank_0("version", newest + 1))
+
     def begin_push(self, version: int) -> None:
         """Copies the weights as they are now and starts the servers on them; training may go on when it returns."""
         began = time.monotonic()
-        assert self._file is not None
-        digests = list(self._file.write(self._mine, self._tensors))
+        digests = self._transport.prepare()
         written = time.monotonic()
         if self.rank == 0:
             delivered = [iter(digests)]
             for rank in range(1, self.world_size):
                 delivered.append(iter(self._receive(rank, "write", self.cfg.sync_timeout_s)))
-            self._digests = [next(delivered[piece.rank]) for piece in self._pieces]
+            owners = [part.rank for tensor in self.plan.tensors for part in tensor.parts]
+            # nccl makes no digests
+            self._digests = [digest for rank in owners if (digest := next(delivered[rank], None)) is not None]
         else:
             self._send(0, digests)
-        self._version = version
-        self._began, self._stall_s = began, time.monotonic() - began
-        self._written = {"write": written - began, "ranks": time.monotonic() - written}
-        if self.servers is not None:
-            self.servers.poll()
-            targets = [s for s in self.servers.all if s.ready and s.unusable is None and not s.exited()]
-            self._pending = self._background.submit(self._push_to, version, targets)
+        self._version, self._began = version, began
+        self._seconds = {"write": written - began, "ranks": time.monotonic() - written}
+        self._pending = self._background.submit(self._deliver, version, self._live_servers())
+        if not self._transport.background:
+            wait([self._pending])
+        self._stall_s = time.monotonic() - began
 
     def finish_push(self) -> PushReport:
         """Waits until the servers hold the weights of the last `begin_push`."""
-        if self.rank == 0:
-            assert self._pending is not None
-            assert self._fanout is not None
-            error = self._pending.exception()
+        assert self._pending is not None
+        error = self._pending.exception()
+        if self._fanout is not None:
             outcome: dict[str, Any] = {
                 "error": None if error is None else str(error) or repr(error),
-                "seconds": self._written | self._fanout.seconds,
+                "seconds": self._seconds | self._fanout.seconds,
                 "failed": self._fanout.failed,
                 "total_s": time.monotonic() - self._began,
             }
             for rank in range(1, self.world_size):
                 self._send(rank, outcome)
-            if error is not None:
-                raise error
         else:
             outcome = self._receive(0, "servers", 2 * self.cfg.sync_timeout_s + _GRACE_S)
-            if outcome["error"] is not None:
-                raise SyncError(outcome["error"])
+        if error is not None:
+            raise error
+        if outcome["error"] is not None:
+            raise SyncError(outcome["error"])
         assert self._version is not None
         return PushReport(
             version=self._version,
@@ -143,21 +151,16 @@ class WeightSync:
 
         Returns those that now hold it. Call `Servers.revive` first to start dead ones anew.
         """
-        assert self.servers is not None
-        self.servers.poll()
-        late = [
-            server
-            for server in self.servers.all
-            if server.ready and server.unusable is None and not server.exited() and server.version != self._version
-        ]
+        if not self._transport.background:
+            raise SyncError("bring_up needs transport shm; with others a late server is reached by the next push")
+        late = [server for server in self._live_servers() if server.version != self._version]
         if late and self._version is not None:
-            self._push_to(self._version, late)
+            self._deliver(self._version, late)
         return [server for server in late if server.version == self._version]
 
     def close(self) -> None:
         self._background.shutdown(wait=False)
-        if self._file is not None:
-            self._file.close()
+        self._transport.close()
 
     def __enter__(self) -> WeightSync:
         return self
@@ -165,14 +168,14 @@ class WeightSync:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _push_to(self, version: int, targets: list[Server]) -> None:
-        fanout = self._fanout
-        assert fanout is not None
-        fanout.open(version, targets)
-        fanout.init_weight_transfer_engine(self._init_info)
-        fanout.start_weight_update()
-        fanout.update_weights({"digests": self._digests})
-        fanout.finish_weight_update()
+    def _live_servers(self) -> list[Server]:
+        if self.servers is None:
+            return []
+        self.servers.poll()
+        return [s for s in self.servers.all if s.ready and s.unusable is None and not s.exited()]
+
+    def _deliver(self, version: int, targets: list[Server]) -> None:
+        self._transport.deliver(self._fanout, version, targets, self._digests)
 
     def _from_rank_0(self, phase: str, value: Any) -> Any:
         if self.rank != 0:
@@ -191,20 +194,17 @@ class WeightSync:
 
     def _receive(self, rank: int, phase: str, timeout_s: float) -> Any:
         """A message of one rank, so that the rank that is missing can be named."""
+        timeout = timedelta(seconds=timeout_s)
         try:
             size = torch.zeros(1, dtype=torch.int64)
-            _wait(dist.irecv(size, rank, group=self._group), timeout_s)
+            dist.irecv(size, rank, group=self._group).wait(timeout)
             message = torch.empty(int(size), dtype=torch.uint8)
-            _wait(dist.irecv(message, rank, group=self._group), timeout_s)
+            dist.irecv(message, rank, group=self._group).wait(timeout)
         except RuntimeError as error:
             raise SyncError(
                 f"weight push, phase {phase}: trainer rank {rank} ended or was silent for {timeout_s:g} s ({error})"
             ) from None
         return json.loads(message.numpy().tobytes())
-
-
-def _wait(work: Any, timeout_s: float) -> None:
-    work.wait(timedelta(seconds=timeout_s))
 
 
 def folder_pieces(model_dir: Path) -> list[Piece]:

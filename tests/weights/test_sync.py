@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
+from megatron_t1.weights.check import sync_check
 from megatron_t1.weights.fanout import SyncError
 from megatron_t1.weights.sync import WeightSync, folder_pieces
 from tests.tiny import make_tiny_qwen2
@@ -78,13 +80,13 @@ def test_a_changed_byte_is_refused_and_the_old_weights_stay(
         sync.push(31)
     with WeightSync(reference.whole(reference.tensors_of(model_of(tiny_dir, seed=4))), server.cfg, server) as sync:
         name = "model.layers.1.mlp.down_proj.weight"
-        push_to = sync._push_to
+        transport, deliver = sync._transport, sync._transport.deliver
 
         def corrupt(*args) -> None:
-            sync._file.buffer[sync._tensors[name].offset + 4097] ^= 1
-            push_to(*args)
+            transport.file.buffer[transport._tensors[name].offset + 4097] ^= 1
+            deliver(*args)
 
-        monkeypatch.setattr(sync, "_push_to", corrupt)
+        monkeypatch.setattr(transport, "deliver", corrupt)
         with pytest.raises(SyncError, match=rf"(?s)phase update.*{name} \(from rank 0\).*old weights are kept"):
             sync.push(32)
         assert server.usable() == []  # version 31 is whole, but not what was asked for
@@ -117,3 +119,25 @@ def test_a_folder_is_pushed_by_one_process(server: Servers, client: RolloutClien
     with WeightSync(folder_pieces(folder), server.cfg, server) as sync:
         sync.push(61)
     assert_serves(client, AutoModelForCausalLM.from_pretrained(folder), 61)
+
+
+def test_the_same_over_tcp(server: Servers, client: RolloutClient, tiny_dir: Path) -> None:
+    model = model_of(tiny_dir, seed=8)
+    cfg = server.cfg
+    server.cfg = dataclasses.replace(cfg, transport="gloo")
+    try:
+        with WeightSync(reference.whole(reference.tensors_of(model)), server.cfg, server) as sync:
+            sync.push(71)
+            assert_serves(client, model, 71)
+            assert sync.push(72).failed == {}
+    finally:
+        server.cfg = cfg
+    assert_serves(client, model, 72)
+
+
+def test_an_unchanged_push_moves_no_logprob(server: Servers, client: RolloutClient, tiny_dir: Path) -> None:
+    with WeightSync(folder_pieces(tiny_dir), server.cfg, server) as sync:
+        moved = sync_check(sync, client, [PROMPT, [9]])
+        assert moved.max_abs_difference > 1e-2 or moved.num_diverged  # it held other weights before
+        still = sync_check(sync, client, [PROMPT, [9]])
+        assert (still.max_abs_difference, still.num_diverged, still.num_samples) == (0.0, 0, 2)

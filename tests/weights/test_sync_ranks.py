@@ -48,14 +48,19 @@ def assert_transformers_agrees(result: dict, folder: Path) -> None:
 def test_tensor_and_pipeline_parallel_trainers_and_a_killed_rank(
     server: Servers, tmp_path: Path, folders: list[Path]
 ) -> None:
-    pushes = [("tp2", folders[0], 201), ("pp2", folders[1], 202), ("killed", folders[0], 203)]
+    pushes = [
+        ("tp2", folders[0], 201),
+        ("pp2", folders[1], 202),
+        ("gloo", folders[0], 203),
+        ("killed", folders[1], 204),
+    ]
     results = run_trainer(server, tmp_path, 2, pushes, joins=False)
-    for result, folder in zip(results, folders, strict=True):
+    for result, folder in zip(results, [*folders, folders[0]], strict=True):
         assert_transformers_agrees(result, folder)
     message = (tmp_path / "out.error").read_text()
     assert "phase write: trainer rank 1" in message
     # No server was touched by the push that lost its rank.
-    assert server.all[0].call("GET", "/weight_info", timeout_s=5) == {"weight_version": "202"}
+    assert server.all[0].call("GET", "/weight_info", timeout_s=5) == {"weight_version": "203"}
 
 
 def test_four_ranks_of_tensor_and_pipeline_parallelism(server: Servers, tmp_path: Path, folders: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -43,13 +44,16 @@ def train(
 ) -> None:
     """Pushes every (layout, folder, version); rank 0 writes what the servers then say.
 
-    With the layout `killed` the last rank dies while the others push, and rank 0 writes the error.
+    `gloo` is `tp2` by that transport. With `killed` the last rank dies while the others push, and rank 0 writes the
+    error.
     """
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     servers = Servers(cfg, "", "").start().wait_ready() if rank == 0 else None
     results = []
     for layout, folder, version in pushes:
-        pieces = pieces_of("tp2" if layout == "killed" else layout, folder, rank)
+        pieces = pieces_of("tp2" if layout in ("gloo", "killed") else layout, folder, rank)
+        if servers is not None:
+            servers.cfg = dataclasses.replace(cfg, transport="gloo" if layout == "gloo" else "shm")
         with WeightSync(pieces, cfg, servers) as sync:
             if layout == "killed":
                 if rank == world_size - 1:

@@ -5,14 +5,12 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
 
 from __future__ import annotations
 
+HOST_BACKEND = "t1_host"
+
 
 def register() -> None:
-    """Makes the weight-transfer backends `shm` and `gloo` known to vLLM. Imports neither torch nor our engines."""
+    """Makes the weight-transfer backend `t1_host` known to vLLM. Imports neither torch nor our engine."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    for name, module, engine in (
-        ("shm", "shm_engine", "ShmEngine"),
-        ("gloo", "gloo_engine", "GlooEngine"),
-    ):
-        if name not in WeightTransferEngineFactory._registry:
-            WeightTransferEngineFactory.register_engine(name, f"{__name__}.{module}", engine)
+    if HOST_BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(HOST_BACKEND, f"{__name__}.host_engine", "HostEngine")

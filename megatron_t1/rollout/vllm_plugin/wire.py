@@ -41,9 +41,13 @@ class TensorSpec:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.torch_dtype.itemsize
 
+    def bytes_in(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Its bytes, aliasing `buffer` (uint8, all tensors)."""
+        return buffer[self.offset : self.offset + self.num_bytes]
+
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The tensor itself, aliasing `buffer` (uint8, the shared bytes)."""
-        return buffer[self.offset : self.offset + self.num_bytes].view(self.torch_dtype).view(self.shape)
+        """The tensor itself, aliasing `buffer`."""
+        return self.bytes_in(buffer).view(self.torch_dtype).view(self.shape)
 
 
 @dataclass(frozen=True)

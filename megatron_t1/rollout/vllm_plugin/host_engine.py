@@ -1,8 +1,10 @@
-"""vLLM's end of a weight push through a shared file: verify every piece, then load, then prove that all was loaded.
+"""vLLM's end of a weight push through host memory: receive, verify every piece, load, prove that all was loaded.
 
-The trainer's ranks wrote one file in /dev/shm (`megatron_t1.weights.sync`); every worker of every server on the host
-maps it. Nothing is loaded before all digests agree, so a push refused for its bytes leaves the old weights in place.
-Left out: other hosts (`gloo_engine`), and a device copy of our own: vLLM's loaders copy to wherever a parameter lives.
+The bytes come either in a file of /dev/shm that the trainer's ranks wrote and every worker on the host maps, or over
+TCP (gloo) into a buffer of each worker's own. Nothing is loaded before all digests agree, so a push refused for its
+bytes leaves the old weights in place. Every gloo push opens a process group of its own (trainer rank 0 and all
+workers): servers may come and go between pushes. Left out: authentication of gloo's TCP connections (use it in a
+trusted network), and a device copy of our own: vLLM's loaders copy to wherever a parameter lives.
 """
 
 from __future__ import annotations
@@ -10,54 +12,82 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.logger import init_logger
 
 from megatron_t1.rollout.vllm_plugin.reload import Reload, check_names
 from megatron_t1.rollout.vllm_plugin.wire import OLD_WEIGHTS_KEPT, PieceSpec, TensorSpec, digest
+
+logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or its configuration would drop it
 
 SHM_DIR = "/dev/shm"
 _DIGEST_THREADS = 2
 
 
 @dataclass
-class ShmInit(WeightTransferInitInfo):
-    """Sent once: the file and what lies where. Fields as in TensorSpec and PieceSpec."""
+class HostInit(WeightTransferInitInfo):
+    """Sent once: what lies where. Fields as in TensorSpec and PieceSpec."""
 
-    path: str
     num_bytes: int
     tensors: list[list[Any]]
     pieces: list[list[Any]]
+    path: str | None = None
+    """The shared file; None: the bytes come over gloo."""
 
 
 @dataclass
-class ShmUpdate(WeightTransferUpdateInfo):
-    """Sent per push: one digest for each piece, in the order of `ShmInit.pieces`."""
+class Meeting:
+    """The process group of one gloo push."""
+
+    host: str
+    port: int
+    """Of the trainer's TCPStore."""
+    world_size: int
+    timeout_s: float
+
+
+@dataclass
+class HostUpdate(WeightTransferUpdateInfo):
+    """Sent per push."""
 
     digests: list[str]
+    """One for each piece, in the order of `HostInit.pieces`."""
+    meeting: dict[str, Any] | None = None
+    """A Meeting, for gloo."""
+    rank_offset: int = 0
+    """Rank of this server's first worker in the meeting."""
 
 
-class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
-    init_info_cls = ShmInit
-    update_info_cls = ShmUpdate
+class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
+    init_info_cls = HostInit
+    update_info_cls = HostUpdate
 
     buffer: torch.Tensor
+    """uint8 [num_bytes]: the shared file, or this worker's own memory."""
     tensors: list[TensorSpec]
     pieces: list[PieceSpec]
     broken: str | None = None
+    """Why the weights are mixed: the error that ended a load half-way."""
 
-    def init_transfer_engine(self, init_info: ShmInit) -> None:
+    def init_transfer_engine(self, init_info: HostInit) -> None:
         tensors = [TensorSpec(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in init_info.tensors]
         check_names(self.model_config, {tensor.name: tensor.shape for tensor in tensors})
-        self.buffer = map_shared(init_info.path, init_info.num_bytes)
+        if init_info.path is None:
+            self.buffer = torch.empty(init_info.num_bytes, dtype=torch.uint8)
+        else:
+            self.buffer = map_shared(init_info.path, init_info.num_bytes)
         self.tensors = tensors
         self.pieces = [PieceSpec(i, tuple(start), tuple(stop), rank) for i, start, stop, rank in init_info.pieces]
 
@@ -66,17 +96,28 @@ class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
             raise RuntimeError(f"an earlier push left mixed weights ({self.broken}): restart this server")
         self.reload = Reload(self.model, self.model_config)
 
-    def receive_weights(self, update_info: ShmUpdate) -> None:
+    def receive_weights(self, update_info: HostUpdate) -> None:
+        began = time.monotonic()
         try:
+            if update_info.meeting is not None:
+                self._receive(Meeting(**update_info.meeting), update_info.rank_offset)
+            received = time.monotonic()
             self._verify(update_info.digests)
         except BaseException as error:
             self.reload.roll_back()
             raise ValueError(f"{error}; {OLD_WEIGHTS_KEPT}") from error
+        verified = time.monotonic()
         try:
             self.reload.load((tensor.name, tensor.view(self.buffer)) for tensor in self.tensors)
         except BaseException as error:
             self.broken = repr(error)
             raise
+        logger.info(
+            "weights received in %.3f s, verified in %.3f s, loaded in %.3f s",
+            received - began,
+            verified - received,
+            time.monotonic() - verified,
+        )
 
     def finish_weight_update(self) -> None:
         self.reload.finish()
@@ -84,8 +125,17 @@ class ShmEngine(WeightTransferEngine[ShmInit, ShmUpdate]):
     def shutdown(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
+    def _receive(self, meeting: Meeting, rank_offset: int) -> None:
+        config = self.parallel_config
+        rank = rank_offset + config.data_parallel_index * config.world_size + config.rank
+        timeout = timedelta(seconds=meeting.timeout_s)
+        store = dist.TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
+        group = dist.ProcessGroupGloo(store, rank, meeting.world_size, timeout)
+        for tensor in self.tensors:
+            group.broadcast(tensor.bytes_in(self.buffer), 0).wait()
+
     def _verify(self, digests: list[str]) -> None:
-        """Raises ValueError that names the first tensor, and the trainer rank that wrote it, whose bytes differ."""
+        """Raises ValueError that names the first tensors, and the trainer ranks they came from, whose bytes differ."""
         if len(digests) != len(self.pieces):
             raise ValueError(f"{len(digests)} digests for {len(self.pieces)} pieces")
 
@@ -105,7 +155,10 @@ def map_shared(path: str, num_bytes: int) -> torch.Tensor:
     """Maps a file of /dev/shm as uint8 [num_bytes]; refuses links, other people's files and files open to others."""
     if os.path.dirname(path) != SHM_DIR:
         raise ValueError(f"{path!r} is not in {SHM_DIR}")
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not on this host: use rollout.transport=gloo for servers elsewhere") from None
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:

@@ -1,0 +1,203 @@
+"""Weight push of a 0.5B Qwen2.5 shape (bf16, tied, 988 MB) from two trainer ranks into one and two CPU servers.
+
+Prints seconds by phase, their ratio to a memcpy of the same bytes in the same run, the trainer's stall, and the peak of
+extra memory of a trainer rank. Needs about 8 GB of memory. `python benchmarks/weight_sync.py [--layouts tp2 pp2]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.rollout.config import RolloutConfig
+from megatron_t1.rollout.server import Servers, open_servers
+from megatron_t1.weights.check import sync_check
+from megatron_t1.weights.ops import Piece
+from megatron_t1.weights.sync import WeightSync
+from tests.tiny import make_tiny_tokenizer
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE, VOCAB = 896, 24, 14, 2, 4864, 151936
+PUSHES = 5
+
+
+def shapes() -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """Hugging Face name -> shape and the dimension that tensor parallelism cuts."""
+    kv = HIDDEN // HEADS * KV_HEADS
+    result: dict[str, tuple[tuple[int, ...], int | None]] = {"model.embed_tokens.weight": ((VOCAB, HIDDEN), 0)}
+    for i in range(LAYERS):
+        at = f"model.layers.{i}."
+        result |= {
+            f"{at}input_layernorm.weight": ((HIDDEN,), None),
+            f"{at}self_attn.q_proj.weight": ((HIDDEN, HIDDEN), 0),
+            f"{at}self_attn.k_proj.weight": ((kv, HIDDEN), 0),
+            f"{at}self_attn.v_proj.weight": ((kv, HIDDEN), 0),
+            f"{at}self_attn.q_proj.bias": ((HIDDEN,), 0),
+            f"{at}self_attn.k_proj.bias": ((kv,), 0),
+            f"{at}self_attn.v_proj.bias": ((kv,), 0),
+            f"{at}self_attn.o_proj.weight": ((HIDDEN, HIDDEN), 1),
+            f"{at}post_attention_layernorm.weight": ((HIDDEN,), None),
+            f"{at}mlp.gate_proj.weight": ((INTERMEDIATE, HIDDEN), 0),
+            f"{at}mlp.up_proj.weight": ((INTERMEDIATE, HIDDEN), 0),
+            f"{at}mlp.down_proj.weight": ((HIDDEN, INTERMEDIATE), 1),
+        }
+    return result | {"model.norm.weight": ((HIDDEN,), None)}
+
+
+def pieces_of(layout: str, rank: int) -> list[Piece]:
+    generator = torch.Generator().manual_seed(0)
+    pieces = []
+    for i, (name, (shape, dim)) in enumerate(shapes().items()):
+        index = [slice(0, n) for n in shape]
+        if layout == "tp2" and dim is not None:
+            half = shape[dim] // 2
+            index[dim] = slice(rank * half, (rank + 1) * half)
+        if layout == "pp2" and name != "model.embed_tokens.weight" and (i > len(shapes()) // 2) != bool(rank):
+            continue
+        local = tuple(s.stop - s.start for s in index)
+        view = torch.randn(local, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
+        pieces.append(Piece(name=name, shape=shape, index=tuple(index), view=view))
+    return pieces
+
+
+def memcpy_s(num_bytes: int) -> float:
+    source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
+    target.copy_(source)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+class NoText:
+    def decode(self, token_ids, skip_special_tokens=False) -> str:
+        return ""
+
+
+def train(rank: int, world_size: int, store: str, layout: str, cfg: RolloutConfig, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    servers = Servers(cfg, "", "").start().wait_ready() if rank == 0 else None
+    pieces = pieces_of(layout, rank)
+    with WeightSync(pieces, cfg, servers) as sync:
+        reports = [sync.push(version) for version in range(1, PUSHES + 2)]
+        with PeakMemory() as memory:
+            sync.push(PUSHES + 2)
+        extra = torch.tensor([memory.peak - memory.start])
+        dist.all_reduce(extra, dist.ReduceOp.MAX)
+        client = RolloutClient(servers, NoText(), vocab_size=VOCAB) if servers else None
+        check = sync_check(sync, client, [[1, 2, 3, 4 + i] for i in range(8)], max_new_tokens=16)
+        if rank == 0:
+            first, *rest = reports
+            client.close()
+            report = sorted(rest, key=lambda r: r.total_s)[len(rest) // 2]
+            result = {
+                "layout": layout,
+                "servers": len(servers.all),
+                "num_bytes": sync.num_bytes,
+                "memcpy_s": memcpy_s(sync.num_bytes),
+                "first_s": first.total_s,
+                "total_s": report.total_s,
+                "all_s": [r.total_s for r in rest],
+                "stall_s": statistics.median(r.stall_s for r in rest),
+                "seconds": report.seconds,
+                "extra_bytes": int(extra),
+                "check": check.describe(),
+            }
+            Path(out).write_text(json.dumps(result))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+class PeakMemory:
+    """Peak of the private resident bytes of this process, sampled: pages of the shared file are not a rank's own."""
+
+    def __enter__(self) -> PeakMemory:
+        self.start = self.peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.005):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layouts", nargs="+", default=["tp2", "pp2"], choices=["tp1", "tp2", "pp2"])
+    parser.add_argument("--servers", nargs="+", type=int, default=[1, 2])
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    rows = []
+    with tempfile.TemporaryDirectory() as tmp:
+        model = Path(tmp) / "model"
+        model.mkdir()
+        make_tiny_tokenizer(model)
+        config = {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "intermediate_size": INTERMEDIATE,
+            "vocab_size": VOCAB,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 1024,
+            "torch_dtype": "bfloat16",
+        }
+        (model / "config.json").write_text(json.dumps(config))
+        for num_servers in args.servers:
+            cfg = RolloutConfig(
+                device="cpu",
+                num_servers=num_servers,
+                dtype="bfloat16",
+                max_model_len=1024,
+                vllm_args={"load-format": "dummy"},
+            )
+            run_dir = Path(tmp) / f"run{num_servers}"
+            with open_servers(cfg, model, run_dir) as servers:
+                urls = tuple(server.url for server in servers.all)
+                joined = RolloutConfig(urls=urls, key_file=str(run_dir / "server_key"), device="cpu")
+                for layout in args.layouts:
+                    out = f"{tmp}/{layout}{num_servers}.json"
+                    world_size = 1 if layout == "tp1" else 2
+                    torch.multiprocessing.spawn(
+                        train, (world_size, f"{tmp}/store-{layout}{num_servers}", layout, joined, out), world_size
+                    )
+                    rows.append(json.loads(Path(out).read_text()))
+                    print(json.dumps(rows[-1]), flush=True)
+    phases = ["write", "ranks", "pause", "init", "start", "update", "finish", "cache", "check", "resume"]
+    print("| layout, servers | total s | x memcpy | first s | stall s | extra MiB | " + " | ".join(phases) + " |")
+    print("|---" * (6 + len(phases)) + "|")
+    for row in rows:
+        seconds = " | ".join(f"{row['seconds'].get(phase, 0):.3f}" for phase in phases)
+        print(
+            f"| {row['layout']}, {row['servers']} | {row['total_s']:.2f} | {row['total_s'] / row['memcpy_s']:.1f} | "
+            f"{row['first_s']:.2f} | {row['stall_s']:.3f} | {row['extra_bytes'] / 2**20:.0f} | {seconds} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
