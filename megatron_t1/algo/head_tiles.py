@@ -1,18 +1,31 @@
 """One tile of logits in plain torch: its share of the softmax statistics, its gradient.
 
-Statistics of a token are four float32 numbers streamed over the vocabulary: M the maximum logit, S = sum e^(z-M), the
-centred sum A = sum e^(z-M) (z-M), and the target's logit. They give logprob = (z_y - M) - ln S and entropy = ln S -
-A/S. M and S are never folded into one log-sum-exp: with logits of 1e5 that would round ln S away.
+Statistics of a token are four numbers streamed over the vocabulary, in float32: M the maximum logit, S = sum
+e^(z-M), the centred sum A = sum e^(z-M) (z-M), and the target's logit z_y. They give logprob = (z_y - M) - ln S and
+entropy = ln S - A/S. M and S are never folded into one log-sum-exp: with logits of 1e5 that would round ln S away.
 
-`head_triton` has the two tile functions as CUDA kernels.
+`head_triton` has `update_statistics` and `logits_to_gradient` as CUDA kernels; `for_device` picks.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from megatron_t1.algo.head_gemm import accumulation_dtype
+
+
+def for_device(device: torch.device) -> ModuleType:
+    """The module whose two tile functions serve this device."""
+    if device.type == "cuda":
+        from megatron_t1.algo import head_triton
+
+        return head_triton
+    import megatron_t1.algo.head_tiles as here
+
+    return here
 
 
 def new_statistics(num_tokens: int, like: Tensor) -> Tensor:
@@ -36,44 +49,54 @@ def merge_statistics(parts: Tensor) -> Tensor:
     return torch.stack([top, (factor * s).sum(0), (factor * (a + shift * s)).sum(0), z_y.amax(0)])
 
 
-def update_statistics(stats: Tensor, z: Tensor, column: int, targets: Tensor, scratch: Tensor) -> Tensor:
-    """Add logits z [T, n] of vocabulary entries column ... column + n - 1 to `stats`, in place.
-
-    Returns shift [T]; z is left holding z - shift, which saves a pass over memory. `scratch` is flat, of at least T n.
-    """
+def _place(targets: Tensor, column: int, width: int) -> tuple[Tensor, Tensor]:
+    """Each target's column [T, 1] in a tile, clamped into it, and whether it lies there at all [T]."""
     local = targets - column
-    inside = (local >= 0) & (local < z.shape[1])
-    z_y = torch.where(inside, z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1), stats[3])
+    return local.clamp(0, width - 1)[:, None], (local >= 0) & (local < width)
+
+
+def update_statistics(stats: Tensor, z: Tensor, scale: float, column: int, targets: Tensor) -> Tensor | None:
+    """Add the logits scale * z [T, n] of vocabulary entries column ... column + n - 1 to `stats`, in place.
+
+    Returns shift [T]; z is left holding scale * z - shift, which saves a pass over memory (None: z was left as it was).
+    """
+    if scale != 1.0:
+        z.mul_(scale)
+    where, inside = _place(targets, column, z.shape[1])
+    z_y = torch.where(inside, z.gather(1, where).squeeze(1), stats[3])
     tile_max = z.amax(1)
-    z.sub_(tile_max[:, None])
-    e = torch.exp(z, out=scratch[: z.numel()].view_as(z))
+    e = z.sub_(tile_max[:, None]).exp()
     part = torch.stack([tile_max, e.sum(1), e.mul_(z).sum(1), z_y])
     stats.copy_(merge_statistics(torch.stack([stats, part])))
     return tile_max
 
 
-def logits_to_gradient_(
+def logits_to_gradient(
     z: Tensor,
+    scale: float,
     shift: Tensor | None,
     stats: Tensor,
     column: int,
     targets: Tensor,
     g_logprob: Tensor,
     g_entropy: Tensor,
-    scratch: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Turn z - shift [T, n] into dz = g_logprob (delta - p) - g_entropy p (ln p + entropy), in place.
+    """dz [T, n] = g_logprob (delta - p) - g_entropy p (ln p + entropy), in `dtype`; z is used up.
 
-    With p = e^(z-M)/S and ln p + entropy = (z-M) - A/S this is e^(z-M) (slope (z-M) + offset), plus g_logprob at the
-    target.
+    `shift` is what `update_statistics` returned for this tile, or None when z are logits that scale has still to be
+    applied to. With p = e^(z-M)/S and ln p + entropy = (z-M) - A/S, dz is e^(z-M) (slope (z-M) + offset), plus
+    g_logprob at the target.
     """
     m, s, a, _ = stats
     slope = -g_entropy / s
     offset = (g_entropy * (a / s) - g_logprob) / s
-    z.sub_((m if shift is None else m - shift)[:, None])
-    e = torch.exp(z, out=scratch[: z.numel()].view_as(z))
+    if shift is not None:
+        m = m - shift
+    elif scale != 1.0:
+        z.mul_(scale)
+    e = z.sub_(m[:, None]).exp()
     z.mul_(slope[:, None]).add_(offset[:, None]).mul_(e)
-    local = targets - column
-    inside = (local >= 0) & (local < z.shape[1])
-    z.scatter_add_(1, local.clamp(0, z.shape[1] - 1)[:, None], torch.where(inside, g_logprob, 0.0)[:, None])
-    return z
+    where, inside = _place(targets, column, z.shape[1])
+    z.scatter_add_(1, where, torch.where(inside, g_logprob, 0.0)[:, None])
+    return z.to(dtype)

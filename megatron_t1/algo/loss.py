@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class LossConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"loss.{name} = {value} must be positive; use null to switch it off")
+        if self.kl_estimator not in get_args(KlEstimator):
+            raise ValueError(
+                f"loss.kl_estimator = {self.kl_estimator!r}; use one of {', '.join(get_args(KlEstimator))}"
+            )
         if self.clips and self.tis_cap is not None:
             raise ValueError(
                 f"loss.clip_ratio_low/high = {self.clip_ratio_low}/{self.clip_ratio_high} and loss.tis_cap ="

@@ -1,0 +1,197 @@
+"""Time and memory of the fused head against plain autograd on full logits and against the bare GEMMs.
+
+    python benchmarks/fused_head.py                                       # 2048 x 896 x 151,936 on one CPU thread
+    python benchmarks/fused_head.py --dtype bfloat16 --paths gemm general
+    python benchmarks/fused_head.py --tokens 2000 --hidden 64 --vocab 146
+    python benchmarks/fused_head.py --device cuda --dtype bfloat16 --tokens 8192 --hidden 5120 --vocab 152064
+
+Every measurement is a fresh process, so that peaks are its own, and the implementations take turns round after
+round, so that a noisy machine disturbs all alike; ratios are formed within a round and their median is reported.
+Time is CPU seconds of one thread, or CUDA events. Workspace is peak memory less inputs and less the gradients handed
+out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from megatron_t1.algo.fused_head import fused_loss, logprob_entropy, logprob_entropy_nograd
+from megatron_t1.algo.head import Head
+from megatron_t1.algo.loss import LossConfig, TokenFields, t1_token_loss
+
+PATHS = ("gemm", "naive", "general", "fused", "forward")
+TEMPERATURE = 0.9
+CFG = LossConfig(entropy_coef=0.01, kl_coef=0.01)
+
+
+def token_loss(logprob, entropy, tokens):
+    return t1_token_loss(logprob, entropy, tokens, CFG)
+
+
+def naive(hidden, head, positions, targets, tokens):
+    logp = F.log_softmax((hidden[positions] @ head.weight.t()).float() / head.temperature, -1)
+    logprob = logp.gather(1, targets[:, None]).squeeze(1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    token_loss(logprob, entropy, tokens)[0].sum().backward()
+
+
+def general(hidden, head, positions, targets, tokens):
+    token_loss(*logprob_entropy(hidden, head, positions, targets), tokens)[0].sum().backward()
+
+
+def fused(hidden, head, positions, targets, tokens):
+    fused_loss(hidden, head, positions, targets, token_loss, tokens)[0].backward()
+
+
+def forward(hidden, head, positions, targets, tokens):
+    logprob_entropy_nograd(hidden, head, positions, targets)
+
+
+def inputs(device: str, dtype: torch.dtype, num_tokens: int, hidden_size: int, vocab_size: int):
+    torch.manual_seed(0)
+    weight = torch.empty(vocab_size, hidden_size, device=device, dtype=dtype)
+    for rows in weight.split(4096):
+        rows.normal_(std=hidden_size**-0.5)
+    hidden = torch.randn(num_tokens, hidden_size, device=device).to(dtype).requires_grad_()
+    head = Head(weight=weight.requires_grad_(), vocab_size=vocab_size, temperature=TEMPERATURE)
+    noise = [torch.randn(num_tokens, device=device) for _ in range(4)]
+    tokens = TokenFields(
+        advantage=noise[0], centered_kl=noise[1], rollout_logprob=-noise[2].abs(), anchor_logprob=-noise[3].abs()
+    )
+    targets = torch.randint(vocab_size, (num_tokens,), device=device)
+    return hidden, head, torch.arange(num_tokens, device=device), targets, tokens
+
+
+def seconds(device: str, run: Callable[[], object]) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    run()
+    end_event.record()
+    torch.cuda.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def gemm_seconds(device: str, hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
+    """The three GEMMs of a head over the whole vocabulary, each by the fastest library here."""
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if device == "cpu" else None
+    hidden, weight = hidden.detach(), weight.detach()
+    step = 1024 if device == "cpu" else 2**30
+    best: dict[str, float] = {}
+    for dtype in {hidden.dtype, torch.float32} if device == "cpu" else {hidden.dtype}:
+        x = hidden.to(dtype)
+        dz = torch.randn(len(x), min(step, len(weight)), device=device).to(dtype)
+        for library in ("torch", "onednn") if onednn else ("torch",):
+
+            def mm(a, b, library=library):
+                return onednn(a, b.t(), None, "none", [], "") if library == "onednn" else a @ b
+
+            kinds = {
+                "logits": lambda w, x=x, mm=mm: mm(x, w.t()),
+                "dx": lambda w, dz=dz, mm=mm: mm(dz[:, : len(w)], w),
+                "dw": lambda w, x=x, dz=dz, mm=mm: mm(dz[:, : len(w)].t(), x),
+            }
+            for name, kind in kinds.items():
+                kind(weight[:step].to(dtype))
+                spent = sum(
+                    seconds(device, lambda kind=kind, w=w: kind(w)) for w in (w.to(dtype) for w in weight.split(step))
+                )
+                best[name] = min(spent, best.get(name, spent))
+    return best
+
+
+def proc_status_mib(key: str) -> float:
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(key))
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """One path, once, in this process."""
+    torch.set_num_threads(1)
+    dtype = getattr(torch, args.dtype)
+    run = None if args.only == "gemm" else globals()[args.only]
+    if run is not None:  # libraries load and kernels compile before the clock starts
+        shape = (64, 64, 1024) if args.device == "cpu" else (args.tokens, args.hidden, args.vocab)
+        run(*inputs(args.device, dtype, *shape))
+    data = inputs(args.device, dtype, args.tokens, args.hidden, args.vocab)
+    hidden, head = data[0], data[1]
+    if run is None:
+        return gemm_seconds(args.device, hidden, head.weight)
+    if args.device == "cpu":
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # reset the peak
+        before = proc_status_mib("VmRSS")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    for _ in range(2):  # the first pays for memory that the process has not touched yet
+        hidden.grad = head.weight.grad = None
+        spent = seconds(args.device, lambda: run(*data))
+    peak = proc_status_mib("VmHWM") if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+    grads = sum(t.grad.nbytes for t in (hidden, head.weight) if t.grad is not None) / 2**20
+    return {"seconds": spent, "peak_mib": peak, "workspace_mib": peak - before - grads}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--paths", nargs="+", default=PATHS, choices=PATHS)
+    parser.add_argument("--only", choices=PATHS, help="measure this path in this process and print JSON")
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(measure(args)))
+        return
+
+    results: dict[str, list[dict[str, float]]] = {path: [] for path in args.paths}
+    for _ in range(args.rounds):
+        for path in args.paths:
+            command = [sys.executable, *sys.argv, "--only", path]
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results[path].append(json.loads(out))
+
+    def median(values) -> float:
+        return statistics.median(values)
+
+    print(f"\n{args.tokens} x {args.hidden} x {args.vocab}, {args.dtype}, {args.device}, {args.rounds} rounds\n")
+    if "gemm" in results:
+        gemms = results.pop("gemm")
+        flop = 2 * args.tokens * args.hidden * args.vocab
+        speeds = ", ".join(f"{k} {flop / median([g[k] for g in gemms]) / 1e9:.0f}" for k in gemms[0])
+        print(f"fastest GEMMs, GFLOP/s: {speeds}\n")
+    else:
+        gemms = []
+    print("| path | GEMMs | seconds | ratio to its GEMMs | ratio to naive | peak MiB | workspace MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for path, runs in results.items():
+        count = {"forward": 1, "fused": 3}.get(path, 4)
+        # A forward of logits, its recomputation in the 4-GEMM path, dX and dW. Naive is held to the 4-GEMM limit too.
+        limits = [g["logits"] * max(count - 2, 1) + (g["dx"] + g["dw"] if count > 1 else 0.0) for g in gemms]
+        to_limit = f"{median(r['seconds'] / g for r, g in zip(runs, limits, strict=True)):.2f}" if gemms else "-"
+        to_naive = (
+            f"{median(r['seconds'] / n['seconds'] for r, n in zip(runs, results['naive'], strict=True)):.2f}"
+            if "naive" in results
+            else "-"
+        )
+        spent, peak, workspace = (median(r[k] for r in runs) for k in ("seconds", "peak_mib", "workspace_mib"))
+        print(f"| {path} | {count} | {spent:.4g} | {to_limit} | {to_naive} | {peak:.0f} | {workspace:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The two tile functions of `head_tiles` as Triton kernels: one read of the logits for the statistics, one read and one
+narrow write for the gradient. The GEMMs stay with cuBLAS.
+
+Checked against `head_tiles` under Triton's interpreter (TRITON_INTERPRET=1) on the CPU; not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048
+
+
+@triton.jit
+def _update_kernel(z_ptr, stats_ptr, targets_ptr, num_tokens, width, scale, column, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * width
+    m = tl.load(stats_ptr + row)
+    s = tl.load(stats_ptr + num_tokens + row)
+    a = tl.load(stats_ptr + 2 * num_tokens + row)
+    for start in range(0, width, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        valid = offsets < width
+        z = tl.load(z_ptr + offsets, mask=valid, other=-float("inf")) * scale
+        top = tl.maximum(m, tl.max(z, 0))
+        centred = tl.where(valid, z - top, 0.0)
+        e = tl.where(valid, tl.exp(centred), 0.0)
+        factor = tl.exp(m - top)
+        a = factor * (a + (m - top) * s) + tl.sum(e * centred, 0)
+        s = factor * s + tl.sum(e, 0)
+        m = top
+    tl.store(stats_ptr + row, m)
+    tl.store(stats_ptr + num_tokens + row, s)
+    tl.store(stats_ptr + 2 * num_tokens + row, a)
+    local = tl.load(targets_ptr + row) - column
+    if (local >= 0) & (local < width):
+        tl.store(stats_ptr + 3 * num_tokens + row, tl.load(z_ptr + local) * scale)
+
+
+@triton.jit
+def _gradient_kernel(
+    z_ptr, dz_ptr, stats_ptr, targets_ptr, g_logprob_ptr, g_entropy_ptr, num_tokens, width, scale, column,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    valid = offsets < width
+    m = tl.load(stats_ptr + row)
+    s = tl.load(stats_ptr + num_tokens + row)
+    a = tl.load(stats_ptr + 2 * num_tokens + row)
+    g_logprob = tl.load(g_logprob_ptr + row)
+    g_entropy = tl.load(g_entropy_ptr + row)
+    centred = tl.load(z_ptr + row * width + offsets, mask=valid, other=0.0) * scale - m
+    slope = -g_entropy / s
+    offset = (g_entropy * (a / s) - g_logprob) / s
+    dz = tl.exp(centred) * (slope * centred + offset)
+    dz += tl.where(offsets == tl.load(targets_ptr + row) - column, g_logprob, 0.0)
+    tl.store(dz_ptr + row * width + offsets, dz.to(dz_ptr.dtype.element_ty), mask=valid)
+
+
+def update_statistics(stats: Tensor, z: Tensor, scale: float, column: int, targets: Tensor) -> None:
+    """As `head_tiles.update_statistics`; z [T, n] contiguous, left as it was."""
+    num_tokens, width = z.shape
+    if num_tokens:
+        _update_kernel[(num_tokens,)](z, stats, targets, num_tokens, width, scale, column, BLOCK=BLOCK)
+
+
+def logits_to_gradient(
+    z: Tensor,
+    scale: float,
+    shift: None,
+    stats: Tensor,
+    column: int,
+    targets: Tensor,
+    g_logprob: Tensor,
+    g_entropy: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `head_tiles.logits_to_gradient`; z [T, n] contiguous, left as it was."""
+    num_tokens, width = z.shape
+    dz = torch.empty_like(z, dtype=dtype)
+    if num_tokens:
+        _gradient_kernel[(num_tokens, triton.cdiv(width, BLOCK))](
+            z, dz, stats, targets, g_logprob.contiguous(), g_entropy.contiguous(),
+            num_tokens, width, scale, column, BLOCK=BLOCK,
+        )  # fmt: skip
+    return dz

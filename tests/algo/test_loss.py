@@ -1,0 +1,151 @@
+"""The losses against their formulas and the KL estimators against exact expectations over a small vocabulary."""
+
+import pytest
+import torch
+
+from megatron_t1.algo.loss import LossConfig, Metrics, TokenFields, sft_token_loss, t1_token_loss
+
+
+def _fields(n: int, **given: torch.Tensor) -> TokenFields:
+    names = ("advantage", "centered_kl", "rollout_logprob", "anchor_logprob")
+    return TokenFields(**{name: given.get(name, torch.zeros(n)) for name in names})
+
+
+def _expected_gradient(estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and logit gradient of the estimator, expected over on-policy samples; loss = kl_coef * KL only."""
+    g = torch.Generator().manual_seed(1)
+    z, u = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(2))
+    z.requires_grad_()
+    logp, anchor = z.log_softmax(0), u.log_softmax(0)
+    kl = (logp.exp() * (logp - anchor)).sum()
+    x = (logp - anchor).detach()
+    tokens = _fields(7, anchor_logprob=anchor, centered_kl=x - (logp.exp() * x).sum().detach())
+    cfg = LossConfig(entropy_coef=0.0, kl_coef=1.0, kl_estimator=estimator)
+    loss, _ = t1_token_loss(logp, torch.zeros(7), tokens, cfg, kl=kl.expand(7))
+    value = (logp.exp() * loss).sum()
+    (grad,) = torch.autograd.grad((logp.detach().exp() * loss).sum(), z)
+    return value.detach(), grad
+
+
+def _exact() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    z, u = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(2))
+    z.requires_grad_()
+    logp, anchor = z.log_softmax(0), u.log_softmax(0)
+    kl = torch.nn.functional.kl_div(anchor, logp, log_target=True, reduction="sum")
+    reverse = torch.nn.functional.kl_div(logp, anchor, log_target=True, reduction="sum")
+    (grad,) = torch.autograd.grad(kl, z, retain_graph=True)
+    (reverse_grad,) = torch.autograd.grad(reverse, z)
+    return kl.detach(), grad, reverse_grad
+
+
+@pytest.mark.parametrize(
+    ("estimator", "unbiased_value", "gradient"),
+    [
+        ("centered", False, "forward"),
+        ("k1", True, "zero"),
+        ("k2", False, "forward"),
+        ("k3", True, "reverse"),
+        ("k3_score", True, "forward"),
+        ("full", True, "forward"),
+    ],
+)
+def test_kl_estimators_have_the_stated_expectations(estimator, unbiased_value, gradient):
+    value, grad = _expected_gradient(estimator)
+    kl, forward, reverse = _exact()
+    want = {"forward": forward, "reverse": reverse, "zero": torch.zeros_like(forward)}[gradient]
+    torch.testing.assert_close(grad, want, rtol=1e-12, atol=1e-12)
+    assert torch.isclose(value, kl, rtol=1e-12).item() == unbiased_value
+
+
+def test_t1_loss_is_its_formula():
+    logprob, entropy = torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 0.25])
+    tokens = _fields(
+        2,
+        advantage=torch.tensor([0.75, -0.25]),
+        centered_kl=torch.tensor([3.0, -4.0]),
+        rollout_logprob=torch.tensor([-1.5, -2.0]),
+    )
+    loss, metrics = t1_token_loss(logprob, entropy, tokens, LossConfig(entropy_coef=0.1, kl_coef=0.01))
+    torch.testing.assert_close(loss, torch.tensor([0.75 - 0.05 - 0.03, -0.5 - 0.025 + 0.08]))
+    assert metrics.sums["num_tokens"] == 2
+    assert metrics.sums["logprob_diff"] == 0.5
+    assert metrics.maxima["logprob_diff"] == 0.5
+    torch.testing.assert_close(metrics.sums["ratio"], torch.tensor(0.5).exp() + 1)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gradient", "clipped"),
+    [(1.5, 1.0, 0.0, 1), (1.5, -1.0, 1.5, 0), (0.5, 1.0, -0.5, 0), (0.5, -1.0, 0.0, 1), (1.1, 1.0, -1.1, 0)],
+)
+def test_clipping_stops_the_gradient_where_ppo_does(ratio, advantage, gradient, clipped):
+    logprob = torch.tensor([ratio]).log().requires_grad_()
+    cfg = LossConfig(entropy_coef=0.0, kl_coef=0.0, clip_ratio_low=0.2, clip_ratio_high=0.28)
+    loss, metrics = t1_token_loss(logprob, torch.zeros(1), _fields(1, advantage=torch.tensor([advantage])), cfg)
+    loss.sum().backward()
+    torch.testing.assert_close(logprob.grad, torch.tensor([gradient]))
+    assert metrics.sums["clip_fraction"] == clipped
+
+
+def test_one_sided_clipping():
+    logprob = torch.tensor([0.01]).log()
+    cfg = LossConfig(entropy_coef=0.0, kl_coef=0.0, clip_ratio_high=0.28)
+    _, metrics = t1_token_loss(logprob, torch.zeros(1), _fields(1, advantage=torch.tensor([-1.0])), cfg)
+    assert metrics.sums["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(0.5, 0.5), (1.0, 1.0), (5.0, 2.0)])
+def test_truncated_importance_sampling_weights_the_gradient(ratio, weight):
+    logprob = torch.tensor([-1.0], requires_grad=True)
+    rollout = torch.tensor([-1.0]) - torch.tensor([ratio]).log()
+    tokens = _fields(1, advantage=torch.tensor([3.0]), rollout_logprob=rollout)
+    loss, metrics = t1_token_loss(
+        logprob, torch.zeros(1), tokens, LossConfig(entropy_coef=0.0, kl_coef=0.0, tis_cap=2.0)
+    )
+    loss.sum().backward()
+    torch.testing.assert_close(logprob.grad, torch.tensor([-3.0 * weight]))
+    assert metrics.sums["clip_fraction"] == (ratio > 2)
+
+
+@pytest.mark.parametrize("estimator", ["centered", "k1", "k2", "k3", "k3_score"])
+def test_a_token_the_policy_lost_keeps_everything_finite(estimator):
+    logprob = torch.tensor([-1e4], requires_grad=True)
+    tokens = _fields(1, advantage=torch.ones(1), anchor_logprob=torch.tensor([-0.1]))
+    loss, metrics = t1_token_loss(logprob, torch.zeros(1), tokens, LossConfig(kl_estimator=estimator))
+    loss.sum().backward()
+    assert torch.isfinite(logprob.grad).all()
+    assert all(torch.isfinite(v) for v in (*metrics.sums.values(), *metrics.maxima.values()))
+
+
+def test_no_tokens_have_the_same_metrics():
+    some, none = (t1_token_loss(torch.zeros(n), torch.zeros(n), _fields(n), LossConfig())[1] for n in (3, 0))
+    assert some.sums.keys() == none.sums.keys()
+    assert some.maxima.keys() == none.maxima.keys()
+    merged = Metrics.merge([some, none])
+    assert merged == some
+
+
+def test_sft_loss_is_the_negative_log_likelihood():
+    loss, metrics = sft_token_loss(torch.tensor([-1.0, -3.0]), torch.tensor([0.1, 0.2]), _fields(2))
+    torch.testing.assert_close(loss, torch.tensor([1.0, 3.0]))
+    assert metrics.sums["nll"] == 4.0
+    assert metrics.maxima["nll"] == 3.0
+
+
+def test_full_kl_needs_the_heads_kl():
+    with pytest.raises(ValueError, match="anchor"):
+        t1_token_loss(torch.zeros(1), torch.zeros(1), _fields(1), LossConfig(kl_estimator="full"))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"entropy_coef": -1.0}, "entropy_coef"),
+        ({"clip_ratio_low": 0.0}, "clip_ratio_low"),
+        ({"clip_ratio_high": 0.2, "tis_cap": 2.0}, "tis_cap"),
+        ({"kl_estimator": "k4"}, "kl_estimator"),
+    ],
+)
+def test_config_errors_name_the_field(given, name):
+    with pytest.raises(ValueError, match=name):
+        LossConfig(**given)
