@@ -5,7 +5,6 @@ Rank 0 only. Lines are flushed as they are written; a resumed run drops those af
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,9 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_t1.files import read_jsonl, write_jsonl
+from megatron_t1.files import append_jsonl, read_jsonl, write_jsonl
 from megatron_t1.types import Group
 
 
@@ -33,9 +33,11 @@ class Stopwatch:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
-            self._lap[stage] += seconds
-            self.total[stage] += seconds
+            self.add(stage, time.perf_counter() - start)
+
+    def add(self, stage: str, seconds: float) -> None:
+        self._lap[stage] += seconds
+        self.total[stage] += seconds
 
     def lap(self) -> dict[str, float]:
         lap, self._lap = dict(self._lap), defaultdict(float)
@@ -59,22 +61,18 @@ class MetricsLog:
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=first_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._append(self._path, {"step": step, **values})
+        append_jsonl(self._path, [{"step": step, **values}])
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def samples(self, step: int, groups: list[Group]) -> None:
-        for group in groups[: self._groups_kept]:
-            for sample in group.samples:
-                self._append(self._samples_path, {"step": step, **sample_row(group, sample)})
+        kept = groups[: self._groups_kept]
+        append_jsonl(
+            self._samples_path, ({"step": step, **sample_row(group, sample)} for group in kept for sample in group.samples)
+        )
 
     def close(self) -> None:
         self._tensorboard.close()
-
-    @staticmethod
-    def _append(path: Path, row: dict[str, Any]) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def sample_row(group: Group, sample: Any) -> dict[str, Any]:
@@ -90,3 +88,30 @@ def sample_row(group: Group, sample: Any) -> dict[str, Any]:
         "reward": asdict(sample.reward) if sample.reward else None,
         "advantage": sample.advantage,
     }
+
+
+def rollout_metrics(groups: list[Group]) -> dict[str, float]:
+    """A step's samples in numbers: reward and its parts, lengths, groups that teach nothing, penalties by kind."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
+    lengths = np.array([len(sample.token_ids) for sample in samples])
+    equal = [len({sample.reward.value for sample in group.samples if sample.reward}) == 1 for group in groups]
+    metrics = {
+        "reward": float(np.mean([reward.value for reward in rewards])),
+        "pass_rate": float(np.mean([reward.correct for reward in rewards])),
+        "groups_all_equal": float(np.mean(equal)),
+        # What K samples of an all-equal group cost and did not teach.
+        "tokens_all_equal": float(sum(len(s.token_ids) for g, e in zip(groups, equal, strict=True) if e for s in g.samples)),
+        "response_tokens_mean": float(lengths.mean()),
+        "response_tokens_max": float(lengths.max()),
+        "share_cut": float(np.mean([sample.finish_reason == "length" for sample in samples])),
+        "penalized": float(np.mean([bool(reward.penalties) for reward in rewards])),
+        "grading_seconds_max": max(reward.seconds for reward in rewards),
+        "num_response_tokens": float(lengths.sum()),
+        "oldest_version": float(min(span[0] for sample in samples for span in sample.weight_versions)),
+    }
+    for outcome in ("wrong", "no_answer", "timeout", "crash"):
+        metrics[f"outcome/{outcome}"] = float(np.mean([reward.outcome == outcome for reward in rewards]))
+    for name in sorted({name for reward in rewards for name in reward.penalties}):
+        metrics[f"penalty/{name}"] = float(np.mean([name in reward.penalties for reward in rewards]))
+    return metrics

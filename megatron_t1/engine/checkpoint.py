@@ -135,6 +135,20 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
+def resume(folder: Path, engine: Engine, anchor: Anchor | None, *, allowed: bool) -> int:
+    """Collective. Load the newest checkpoint in `folder`, if there is one; returns how many steps are done.
+
+    Raises:
+        ValueError: there is a checkpoint and the user did not ask to resume.
+    """
+    newest = from_main(latest(folder) if is_main() else None)
+    if newest is None:
+        return 0
+    if not allowed:
+        raise ValueError(f"{newest} is there already: give --resume to go on from it, or another run_dir")
+    return int(load(newest, engine, anchor)["step"])
+
+
 def _num_bytes(engine: Engine, anchor: Anchor | None) -> int:
     """Of the whole checkpoint: weights, float32 master weights and two moments, and the anchor's float32 average."""
     weights = sum(p.numel() for p in engine.module.parameters())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +61,6 @@ def _transformer_engine_version() -> str | None:
 @functools.lru_cache(maxsize=1)
 def setup() -> Platform:
     """Detect the platform and, on the CPU, teach torch the answers that Megatron-Core expects of CUDA. Idempotent."""
-    # Each of Megatron's modules warns of missing accelerations for itself; `describe` says it once.
-    warnings.filterwarnings("ignore", module=r"megatron\.core\.")
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)

@@ -1,0 +1,52 @@
+"""Rank 0's side of the loop that is not training: the vLLM servers, their client, and the grader.
+
+The servers are started first and awaited late (`ready`), so that they come up while the trainer is being built or
+fine-tunes. The other ranks have none of this: they hold None and receive what rank 0 made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_t1.data.template import Template
+from megatron_t1.models import spec_of
+from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.server import Servers, open_servers
+from megatron_t1.types import Group, Prompt
+
+if TYPE_CHECKING:
+    from megatron_t1.config import Config
+
+
+@dataclass(frozen=True)
+class Actors:
+    servers: Servers
+    client: RolloutClient
+    scorer: Scorer
+
+    def ready(self, prompt: Prompt) -> None:
+        """Wait for the servers and check, on one prompt, that they return logprobs after temperature."""
+        self.servers.wait_ready()
+        self.client.check_logprob_contract(prompt.token_ids)
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
+        """K graded samples of every prompt; finished ones are graded while others still generate."""
+        return self.client.generate(prompts, sampling, self.scorer.score, seed=seed)
+
+
+@contextmanager
+def open_actors(cfg: Config, template: Template) -> Iterator[Actors]:
+    """Start servers (or take those of `rollout.urls`), client and grader; end all of them on the way out."""
+    model_dir = Path(cfg.model.hf_path)
+    with ExitStack() as stack:
+        scorer = stack.enter_context(Scorer(cfg.reward))
+        servers = stack.enter_context(open_servers(cfg.rollout, model_dir, Path(cfg.run_dir)))
+        vocab_size = spec_of(model_dir).vocab_size
+        client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size))
+        yield Actors(servers, client, scorer)

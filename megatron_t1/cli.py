@@ -1,0 +1,188 @@
+"""The `t1` command. Each subcommand reads one YAML file and dotted overrides into `Config`; unknown keys are errors.
+
+Errors that a person can mend are printed as one message without a traceback (T1_TRACEBACK=1 shows it).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+USAGE = """\
+usage: t1 COMMAND [--config FILE.yaml] [--section.field VALUE ...]
+
+T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
+
+  run         SFT, evaluation, RL, evaluation, inference scaling and report, in one job
+  sft         supervised fine-tuning of model.hf_path on data.sft
+  rl          reinforcement learning of model.hf_path on data.train
+  evaluate    accuracy of model.hf_path on data.heldout
+  scaling     accuracy of model.hf_path on data.heldout against thinking budgets
+  serve       start vLLM servers for model.hf_path and keep them up
+  report      (re)write the HTML report of run_dir
+  grade       grade answers in a JSON lines file, without any model
+  quickstart-data   write the quickstart's task: questions, SFT traces, tokenizer, tiny model
+  doctor      what is installed here, and what is missing for what
+
+`t1 COMMAND --help` lists every option; `t1 COMMAND --config FILE --print_config` shows what a run would use.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        print(f"t1: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return _COMMANDS[command](rest) or 0
+    except KeyboardInterrupt:
+        print("t1: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        if os.environ.get("T1_TRACEBACK"):
+            raise
+        # One rank speaks: the others fail only because it did.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, RuntimeError):
+            print(f"t1 {command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser(command: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"t1 {command}", description=_line_of(command))
+    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
+    return parser
+
+
+def _line_of(command: str) -> str:
+    return next(line.strip()[len(command) :].strip() for line in USAGE.splitlines() if line.split()[:1] == [command])
+
+
+def _read(command: str, arguments: list[str], cls: type, *extra: tuple[str, str, str]) -> tuple[Any, Any]:
+    """The config object, and the namespace with what `extra` (name, default, help) asked for."""
+    parser = _parser(command)
+    for name, default, text in extra:
+        parser.add_argument(f"--{name}", type=str, default=default, help=text)
+    parser.add_class_arguments(cls)
+    arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
+    namespace = parser.instantiate_classes(parser.parse_args(arguments))
+    fields = {name: getattr(namespace, name) for name in cls.__dataclass_fields__}
+    return cls(**fields), namespace
+
+
+def _trainer_job(command: str) -> Callable[[list[str]], int]:
+    """A job on all trainer ranks: starts them when nobody has, keeps the config it was told, runs."""
+
+    def job(arguments: list[str]) -> int:
+        from megatron_t1 import launch
+
+        if "RANK" in os.environ:
+            from megatron_t1 import pipeline
+            from megatron_t1.config import Config
+
+            cfg, _ = _read(command, arguments, Config)
+            {"run": pipeline.run_all, "sft": pipeline.run_sft, "rl": pipeline.run_rl}[command](cfg)
+            return 0
+        from megatron_t1.config import Config
+
+        cfg, _ = _read(command, arguments, Config)
+        _keep_config(command, arguments, Path(cfg.run_dir))
+        return launch.start(cfg.parallel.nproc_per_node, [command, *arguments])
+
+    return job
+
+
+def _keep_config(command: str, arguments: list[str], run_dir: Path) -> None:
+    from megatron_t1.config import Config
+    from megatron_t1.files import write_text
+
+    parser = _parser(command)
+    parser.add_class_arguments(Config)
+    namespace = parser.parse_args(["--resume=true" if a == "--resume" else a for a in arguments])
+    write_text(run_dir / "config.yaml", parser.dump(namespace))
+
+
+def _labelled_job(command: str) -> Callable[[list[str]], int]:
+    def job(arguments: list[str]) -> int:
+        from megatron_t1 import pipeline
+        from megatron_t1.config import Config
+
+        cfg, namespace = _read(command, arguments, Config, ("label", command, "name of the result in run_dir"))
+        {"evaluate": pipeline.run_evaluate, "scaling": pipeline.run_scaling}[command](cfg, namespace.label)
+        return 0
+
+    return job
+
+
+def _serve(arguments: list[str]) -> int:
+    import time
+
+    from megatron_t1.config import Config
+    from megatron_t1.rollout.server import open_servers
+
+    cfg, _ = _read("serve", arguments, Config)
+    with open_servers(cfg.rollout, Path(cfg.model.hf_path), Path(cfg.run_dir)) as servers:
+        servers.wait_ready()
+        urls = [server.url for server in servers.all]
+        print(f"rollout.urls: {urls}\nrollout.key_file: {servers.key_path}\nCtrl-C ends them", flush=True)
+        while servers.usable():
+            time.sleep(1.0)
+        raise RuntimeError(servers.describe_failures())
+
+
+def _report(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    from megatron_t1.report import write_report
+
+    parser = ArgumentParser(prog="t1 report", description=_line_of("report"))
+    parser.add_argument("run_dir", type=str, help="folder of a run")
+    print(write_report(Path(parser.parse_args(arguments).run_dir)))
+    return 0
+
+
+def _grade(arguments: list[str]) -> int:
+    from megatron_t1.grade import GradeConfig, grade
+
+    cfg, _ = _read("grade", arguments, GradeConfig)
+    grade(cfg)
+    return 0
+
+
+def _quickstart_data(arguments: list[str]) -> int:
+    from megatron_t1.data.quickstart import QuickstartDataConfig, write
+
+    cfg, _ = _read("quickstart-data", arguments, QuickstartDataConfig)
+    write(cfg)
+    print(f"wrote {cfg.out}/model, sft.jsonl, rl.jsonl, heldout.jsonl")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from megatron_t1.doctor import diagnose
+
+    table, complete = diagnose()
+    print(table)
+    return 0 if complete else 1
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": _trainer_job("run"),
+    "sft": _trainer_job("sft"),
+    "rl": _trainer_job("rl"),
+    "evaluate": _labelled_job("evaluate"),
+    "scaling": _labelled_job("scaling"),
+    "serve": _serve,
+    "report": _report,
+    "grade": _grade,
+    "quickstart-data": _quickstart_data,
+    "doctor": _doctor,
+}

@@ -1,0 +1,44 @@
+"""Start a command on several trainer processes of this machine, through torch's own elastic launcher.
+
+Under torchrun or srun the processes are there already (RANK is set) and nothing is started. Left out: restarts. A rank
+that fails ends the run with its exit code; `--resume` goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+
+import torch
+
+
+def start(nproc_per_node: int, arguments: list[str]) -> int:
+    """Run `t1 <arguments>` on `nproc_per_node` ranks (0: one a GPU, else one); returns the exit code."""
+    count = nproc_per_node or max(1, torch.cuda.device_count())
+    if count == 1:
+        from megatron_t1.cli import main
+
+        os.environ["RANK"] = "0"
+        return main(arguments)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # A failed rank has said why; the launcher's own traceback would push that off the screen.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "4" if torch.cuda.is_available() else "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megatron_t1", *arguments)
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode or 1
+    return 0

@@ -1,0 +1,159 @@
+"""T1's reinforcement learning, the loop on one screen: read `Trainer.step` first.
+
+One optimizer step a batch, on policy: sample K responses a prompt, grade them, leave-one-out advantages, the fused loss
+with entropy bonus and KL to the EMA anchor, push the new weights with their version. Everything random is a function of
+(seed, step), so a resumed run asks the same prompts with the same seeds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_t1.actors import Actors
+from megatron_t1.algo import advantage
+from megatron_t1.algo.loss import t1_token_loss
+from megatron_t1.data.packing import sequences_of
+from megatron_t1.engine import checkpoint
+from megatron_t1.engine.anchor import Anchor
+from megatron_t1.engine.checkpoint import CheckpointConfig
+from megatron_t1.engine.optimizer import OptimConfig
+from megatron_t1.engine.parallel import from_main, is_main
+from megatron_t1.engine.step import Engine
+from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
+from megatron_t1.platform import Platform
+from megatron_t1.types import Group, Prompt
+from megatron_t1.weights.sync import WeightSync
+
+if TYPE_CHECKING:
+    from megatron_t1.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """Reinforcement learning: one optimizer step a batch of prompts_per_step x sampling.num_samples."""
+
+    steps: int = 500
+    """Optimizer steps of the whole run; a resumed run goes on to the same number."""
+    prompts_per_step: int = 32
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rl.{name} = {getattr(self, name)} must be at least 1")
+
+
+class Trainer:
+    """Policy, anchor and weight sync. Collective over the trainer's ranks; `actors` are rank 0's alone."""
+
+    def __init__(self, cfg: Config, platform: Platform, prompts: list[Prompt], actors: Actors | None) -> None:
+        """
+        Raises:
+            ValueError: a batch larger than the data; a begun run in run_dir without `resume`.
+        """
+        if len(prompts) < cfg.rl.prompts_per_step:
+            raise ValueError(
+                f"rl.prompts_per_step = {cfg.rl.prompts_per_step} is larger than the {len(prompts)} questions; lower it"
+            )
+        self.cfg, self.prompts, self.actors = cfg, prompts, actors
+        self.folder = Path(cfg.run_dir) / "rl"
+        self.engine = Engine(
+            cfg.model,
+            cfg.parallel,
+            cfg.rl.optim,
+            platform,
+            total_steps=cfg.rl.steps,
+            temperature=cfg.sampling.temperature,
+        )
+        self.engine.load_hf(Path(cfg.model.hf_path))
+        self.anchor = Anchor(self.engine, cfg.anchor)
+        self.steps_done = checkpoint.resume(
+            self.folder / "checkpoints", self.engine, self.anchor, allowed=cfg.resume
+        )
+        self.sync = WeightSync(self.engine.pieces(), cfg.rollout, actors.servers if actors else None)
+        self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
+        self.watch = Stopwatch()
+
+    def push(self) -> None:
+        """Bring the servers to the policy as it is; its version is the number of steps that made it."""
+        self.sync.push(version=self.steps_done)
+
+    def step(self) -> dict[str, float]:
+        """One step of T1. Returns its metrics, the same on every rank."""
+        cfg, watch = self.cfg, self.watch
+        with watch("generate"):
+            groups = from_main(self._generate() if self.actors else None)
+        advantage.assign(groups)
+        sequences = sequences_of(groups)
+        microbatches = self.engine.pack(sequences)
+        with watch("anchor"):
+            self.anchor.fill(microbatches, len(sequences))
+        with watch("train"):
+            num_targets = sum(len(sequence.response_ids) for sequence in sequences)
+            metrics = self.engine.step(microbatches, num_targets, partial(t1_token_loss, cfg=cfg.loss))
+            self.anchor.update()
+        self.steps_done += 1
+        with watch("push"):
+            self.push()
+        if self.log:
+            self.log.samples(self.steps_done, groups)
+        return metrics | rollout_metrics(groups)
+
+    def train(self) -> Path:
+        """All steps that are left; returns the exported Hugging Face folder."""
+        cfg = self.cfg
+        bar = tqdm(total=cfg.rl.steps, initial=self.steps_done, desc="rl", unit="step", disable=not is_main())
+        while self.steps_done < cfg.rl.steps:
+            metrics = self.step()
+            seconds = self.watch.lap()
+            metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
+            metrics["weight_version"] = self.steps_done
+            metrics["generate_tokens_per_s"] = metrics["num_response_tokens"] / seconds["generate"]
+            metrics["train_tokens_per_s"] = metrics["num_response_tokens"] / (seconds["anchor"] + seconds["train"])
+            if self.log:
+                self.log.log(self.steps_done, metrics)
+                bar.set_postfix_str(
+                    f"reward {metrics['reward']:.3f}, entropy {metrics['entropy']:.3f}, "
+                    f"mismatch {metrics['logprob_diff']:.1e}",
+                    refresh=False,
+                )
+                bar.update()
+            if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
+                with self.watch("checkpoint"):
+                    checkpoint.save(
+                        self.folder / "checkpoints",
+                        self.steps_done,
+                        self.engine,
+                        self.anchor,
+                        {"seed": cfg.seed, "weight_version": self.steps_done},
+                        cfg.rl.checkpoint.keep,
+                    )
+        bar.close()
+        self.engine.save_hf(self.folder / "hf")
+        return self.folder / "hf"
+
+    def close(self) -> None:
+        self.sync.close()
+        if self.log:
+            self.log.close()
+
+    def _generate(self) -> list[Group]:
+        assert self.actors is not None
+        return self.actors.generate(self.batch(self.steps_done), self.cfg.sampling, seed=self._seed())
+
+    def _seed(self) -> int:
+        return self.cfg.seed * 1_000_003 + self.steps_done
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of a step: each epoch a permutation of its own, its incomplete last batch left out."""
+        size = self.cfg.rl.prompts_per_step
+        epoch, position = divmod(step, len(self.prompts) // size)
+        order = np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.prompts))
+        return [self.prompts[i] for i in order[position * size : (position + 1) * size]]

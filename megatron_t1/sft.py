@@ -1,0 +1,98 @@
+"""Supervised fine-tuning on chains of trial, error and verification: packed sequences, loss on response tokens only.
+
+    for step: batch -> pack -> forward, negative log-likelihood, backward, optimizer -> log -> checkpoint
+
+The order of the examples is a function of (seed, epoch) alone, so a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_t1.algo.loss import sft_token_loss
+from megatron_t1.data.packing import Sequence
+from megatron_t1.engine import checkpoint
+from megatron_t1.engine.checkpoint import CheckpointConfig
+from megatron_t1.engine.optimizer import OptimConfig
+from megatron_t1.engine.parallel import is_main
+from megatron_t1.engine.step import Engine
+from megatron_t1.metrics import MetricsLog, Stopwatch
+from megatron_t1.platform import Platform
+
+if TYPE_CHECKING:
+    from megatron_t1.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning. The paper: 3 epochs at 1e-5, cosine."""
+
+    batch_size: int = 64
+    """Examples an optimizer step, over all ranks."""
+    epochs: int = 3
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop (and end the schedule) here even if the epochs go on."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine"))
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every_steps=500))
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sft.{name} = {getattr(self, name)} must be at least 1")
+
+
+def batches(examples: list[Sequence], batch_size: int, seed: int, start: int) -> Iterator[list[Sequence]]:
+    """Batch number `start` and those after it: each epoch a permutation of its own, its incomplete last batch left out."""
+    per_epoch = len(examples) // batch_size
+    number = start
+    while True:
+        epoch, position = divmod(number, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(len(examples))
+        while position < per_epoch:
+            yield [examples[i] for i in order[position * batch_size : (position + 1) * batch_size]]
+            position += 1
+            number += 1
+
+
+def train(cfg: Config, platform: Platform, examples: list[Sequence]) -> Path:
+    """Fine-tune `model.hf_path` on the examples; returns the exported Hugging Face folder. Collective.
+
+    Raises:
+        ValueError: a batch larger than the data; a finished or begun run in run_dir without `resume`.
+    """
+    folder = Path(cfg.run_dir) / "sft"
+    if len(examples) < cfg.sft.batch_size:
+        raise ValueError(f"sft.batch_size = {cfg.sft.batch_size} is larger than the {len(examples)} examples; lower it")
+    total = len(examples) // cfg.sft.batch_size * cfg.sft.epochs
+    total = min(total, cfg.sft.max_steps or total)
+    engine = Engine(cfg.model, cfg.parallel, cfg.sft.optim, platform, total_steps=total, temperature=1.0)
+    engine.load_hf(Path(cfg.model.hf_path))
+    done = checkpoint.resume(folder / "checkpoints", engine, None, allowed=cfg.resume)
+    log = MetricsLog(Path(cfg.run_dir), "sft", first_step=done) if is_main() else None
+    watch = Stopwatch()
+    bar = tqdm(total=total, initial=done, desc="sft", unit="step", disable=not is_main())
+    for step, batch in enumerate(batches(examples, cfg.sft.batch_size, cfg.seed, done), start=done + 1):
+        if step > total:
+            break
+        num_targets = sum(len(sequence.response_ids) for sequence in batch)
+        with watch("train"):
+            metrics = engine.step(engine.pack(batch), num_targets, sft_token_loss)
+        metrics["tokens_per_s"] = sum(sequence.num_tokens for sequence in batch) / watch.lap()["train"]
+        if log:
+            log.log(step, metrics)
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+            bar.update()
+        if cfg.sft.checkpoint.due(step, total):
+            checkpoint.save(folder / "checkpoints", step, engine, None, {"seed": cfg.seed}, cfg.sft.checkpoint.keep)
+    bar.close()
+    if log:
+        log.close()
+    engine.save_hf(folder / "hf")
+    return folder / "hf"
