@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_t1.algo import fused_head
-from megatron_t1.algo.fused_head import Head, fused_loss, logprob_entropy, logprob_entropy_nograd
+from megatron_t1.algo.fused_head import fused_loss, logprob_entropy, logprob_entropy_nograd
+from megatron_t1.algo.head import Head
 from megatron_t1.algo.loss import LossConfig, sft_token_loss, t1_token_loss
 from tests.algo.reference import case, max_relative_error, reference_loss
 
@@ -119,6 +120,25 @@ def test_main_grad_is_added_to_with_the_incoming_gradient(path):
     assert weight.grad is not None, "DDP's hook asserts that there is one"
     assert max_relative_error(weight.main_grad - 1, want.d_weight / 4) < 5e-6
     assert max_relative_error(hidden.grad, want.d_hidden / 4) < 5e-6
+
+
+@PATHS
+def test_an_embedding_tied_on_the_same_stage_keeps_its_own_gradient(path):
+    """Megatron marks it zero_out_wgrad; DDP's hook then adds weight.grad, which must be the embedding's part alone."""
+    c = case(s=30, hidden_size=16, vocab_size=100, num_targets=25)
+    weight = torch.nn.Parameter(c.weight)
+    weight.main_grad = torch.zeros(100, 16)
+    weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, True
+    ids = torch.arange(30)
+    loss, _ = path(
+        weight[ids], Head(weight=weight, vocab_size=100, temperature=0.9), c.positions, c.targets, token_loss, c.tokens
+    )
+    loss.backward()
+    plain = c.weight.detach().requires_grad_()
+    logp = torch.log_softmax(plain[ids][c.positions] @ plain.T / 0.9, -1)
+    logprob, entropy = logp.gather(1, c.targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+    token_loss(logprob, entropy, c.tokens)[0].sum().backward()
+    torch.testing.assert_close(weight.main_grad + weight.grad, plain.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unannounced_gradient_scale_is_an_error():

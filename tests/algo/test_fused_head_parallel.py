@@ -6,7 +6,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_t1.algo import fused_head
-from megatron_t1.algo.fused_head import Head, fused_loss, logprob_entropy, logprob_entropy_nograd
+from megatron_t1.algo.full_kl import logprob_entropy_kl
+from megatron_t1.algo.fused_head import fused_loss, logprob_entropy, logprob_entropy_nograd
+from megatron_t1.algo.head import Head
 from megatron_t1.algo.loss import LossConfig, t1_token_loss
 from tests.algo.reference import case, max_relative_error, reference_loss
 
@@ -56,6 +58,22 @@ def _check(rank: int, tp: int, init_file: str) -> None:
             torch.testing.assert_close(loss.double(), want.loss, rtol=1e-6, atol=1e-6)
             assert max_relative_error(hidden.grad, 3 * want.d_hidden[part]) < 5e-6
             assert max_relative_error(weight.grad, 3 * want.d_weight[mine]) < 5e-6
+    hidden, weight = (t.clone().requires_grad_() for t in (full.hidden, full.weight[mine]))
+    anchor = case(s=s, hidden_size=32, vocab_size=vocab_size, padded_size=1024, num_targets=37, seed=1)
+    head, anchor_head = (
+        Head(weight=w, vocab_start=rank * rows, vocab_size=vocab_size, temperature=0.8, tp_group=dist.group.WORLD)
+        for w in (weight, anchor.weight[mine])
+    )
+    kl = logprob_entropy_kl(hidden, head, anchor.hidden, anchor_head, full.positions, full.targets)[2]
+    kl.sum().backward()
+    h, w = full.hidden.double().requires_grad_(), full.weight.double().requires_grad_()
+    logp = torch.log_softmax(h[full.positions] @ w[:vocab_size].T / 0.8, -1)
+    logq = torch.log_softmax(anchor.hidden.double()[full.positions] @ anchor.weight.double()[:vocab_size].T / 0.8, -1)
+    want_kl = torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="none").sum(-1)
+    want_kl.sum().backward()
+    torch.testing.assert_close(kl.double(), want_kl, rtol=1e-6, atol=5e-6)
+    assert max_relative_error(hidden.grad, h.grad) < 5e-6
+    assert max_relative_error(weight.grad, w.grad[mine]) < 5e-6
     dist.destroy_process_group()
 
 
