@@ -29,8 +29,9 @@ _ANCHOR = re.compile(
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 _NUMBER = re.compile(
-    r"(?<![\w.])-?\$?(?:\\frac\{-?\d+\}\{\d+\}|\d[\d,]*\s*/\s*\d+|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
-    r"(?:\s*(?:%|\\%|percent\b|pct\b))?"
+    r"(?<![a-zA-Z0-9_.])-?\$?(?:\\frac\{-?\d+\}\{\d+\}|\d[\d,]*\s*/\s*\d+|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
+    r"(?:\s*(?:%|\\%|percent\b|pct\b))?",
+    re.ASCII,
 )
 
 
@@ -43,40 +44,32 @@ def after_thinking(text: str) -> str | None:
     return tail
 
 
-def _balanced(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one at `start`."""
-    depth = 0
-    for i in range(start, min(len(text), start + MAX_ANSWER_CHARS + 2)):
-        if text[i] == "{" and (i == 0 or text[i - 1] != "\\"):
-            depth += 1
-        elif text[i] == "}" and text[i - 1] != "\\":
-            depth -= 1
-            if depth == 0:
-                return i
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Opening brace -> the brace that closes it, in one pass."""
+    pairs, stack = {}, []
+    for match in re.finditer(r"\\.|[{}]", text, re.S):
+        if match.group() == "{":
+            stack.append(match.start())
+        elif match.group() == "}" and stack:
+            pairs[stack.pop()] = match.start()
+    return pairs
 
 
 def _boxes(text: str) -> list[tuple[int, int, str | None]]:
     """(start, end, content) of the outermost boxes; content None when it is unclosed."""
     found: list[tuple[int, int, str | None]] = []
-    position = 0
-    while match := _BOX.search(text, position):
-        brace = match.end()
-        while brace < len(text) and text[brace] in " \n":
-            brace += 1
-        if brace < len(text) and text[brace] == "{":
-            close = _balanced(text, brace)
-            if close is None:
-                found.append((match.start(), match.end(), None))
-                position = match.end()
-            else:
-                found.append((match.start(), close + 1, text[brace + 1 : close]))
-                position = close + 1
+    pairs = _closing_braces(text)
+    for match in _BOX.finditer(text):
+        start, end = match.span()
+        if found and start < found[-1][1]:
+            continue
+        brace = re.compile(r"\s*\{").match(text, end)
+        if brace is not None:
+            close = pairs.get(brace.end() - 1)
+            found.append((start, end, None) if close is None else (start, close + 1, text[brace.end() : close]))
         else:  # `\boxed 4`
-            token = re.match(r"\s*(-?[\w./]+)", text[match.end() : match.end() + 40])
-            end = match.end() + (token.end() if token else 0)
-            found.append((match.start(), end, token.group(1).rstrip(".") if token else None))
-            position = end
+            token = re.compile(r"\s*(-?[\w./]{1,40})").match(text, end)
+            found.append((start, token.end() if token else end, token[1].rstrip(".") if token else None))
     return found
 
 
@@ -108,6 +101,9 @@ def _phrase(text: str) -> str | None:
     if math:
         return next(g for g in math.groups() if g is not None).strip() or None
     sentence = re.split(r"\n|。|(?<!\d)\.(?:\s|$)|\.\s*$|\.(?=\s+[A-Z])", rest, maxsplit=1)[0]
+    copula = re.search(r".*(?:\b(?:is|are|equals|be)\b|[是为=])\s*(.+)$", sentence, re.S)  # "the volume is 120"
+    if copula and re.search(r"[a-z]{3}|[\u4e00-\u9fff]", sentence[: copula.start(1)]):
+        sentence = copula[1]
     return sentence.strip(" *:`") or None
 
 
@@ -135,10 +131,12 @@ def sentence_answer(text: str) -> tuple[str | None, str]:
     if tail is None:
         return None, "thinking never closed"
     tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
-    if _BOX.search(tail):
+    phrase = _phrase(tail)
+    boxes = [m.end() for m in _BOX.finditer(tail)]
+    final = re.search(r".*(final answer is)", tail, re.S | re.I)
+    if boxes and not (phrase and final and final.start(1) > boxes[-1]):
         box = last_box(tail)
         return (box, "last box") if box is not None else (None, "the last box is empty or unclosed")
-    phrase = _phrase(tail)
     if phrase is not None and (len(phrase) <= 40 or not _NUMBER.search(phrase)):
         return phrase[:MAX_ANSWER_CHARS], "final phrase"
     formulas = [next(g for g in m.groups() if g is not None).strip() for m in _MATH.finditer(tail)]

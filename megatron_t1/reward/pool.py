@@ -22,21 +22,33 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from megatron_t1.reward.worker import receive_frame, send_frame
 
 SUSPECT_AFTER_S = 0.15
 MAX_SUSPECTS = 16
 """Bombs that may run out their deadline at the same time."""
+MIN_CPU_S = 0.2
+"""A task that got less CPU time than this at its deadline was starved by a busy machine, not slow: it goes on, ..."""
+STARVED_FACTOR = 5
+"""... for this many deadlines at most."""
 MAX_ATTEMPTS = 4
 """A task whose grader died this often is a `crash`."""
 START_TIMEOUT_S = 60.0
 """For the zygote's imports on a busy machine."""
 
 
-class Lost(RuntimeError):
-    """The grader of a task died before its deadline."""
+@dataclass
+class Graded:
+    """What came back for one task."""
+
+    messages: list[Any] = field(default_factory=list)
+    """The grader's messages so far; those sent before a timeout are kept."""
+    ending: Literal["done", "timeout", "crash"] = "crash"
+    seconds: float = 0.0
+    """From the moment a grader took the task."""
 
 
 class _Grader:
@@ -47,6 +59,14 @@ class _Grader:
         connection.settimeout(START_TIMEOUT_S)
         self.pid = int(receive_frame(connection))
         self.tasks = 0
+        self.suspect = False
+
+    def cpu_seconds(self) -> float:
+        """CPU time used in its life, from the kernel's clock of another process (see clock_getcpuclockid(3))."""
+        try:
+            return time.clock_gettime((~self.pid << 3) | 2)
+        except OSError:
+            return float("inf")
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -102,6 +122,10 @@ class Zygote:
             "the grader processes do not start: run `python -m megatron_t1.reward.worker 0` in a shell to see why"
         )
 
+    def pids(self) -> list[int]:
+        """The zygote's process id, when it runs."""
+        return [self._process.pid] if self._process is not None else []
+
     def close(self) -> None:
         """End the zygote, and with it every grader."""
         if self._control is not None:
@@ -113,36 +137,41 @@ class Zygote:
 
 
 class Pool:
-    """`submit(task)` -> Future of the list of messages its grader sent, with how it ended as the last element.
+    """`submit(task)` hands a JSON object to a grader and returns a Future[Graded].
 
-    A task is a JSON object; a grader answers with messages of which the last has `"done": true`. The result is
-    (messages, ending) with ending "done", "timeout" or "crash"; messages that came before a timeout are kept.
+    A grader answers with JSON objects of which the last has `"done": true`.
     """
 
     def __init__(self, num_workers: int, deadline_s: float, memory_bytes: int, tasks_per_worker: int):
+        self.num_kills = 0
+        """Graders killed at their deadline."""
+        self.num_lost = 0
+        """Graders that died by themselves or by another hand."""
         self._zygote = Zygote(memory_bytes, tasks_per_worker)
         self._tasks_per_worker = tasks_per_worker
         self._deadline_s = deadline_s
-        self._queue: queue.SimpleQueue[tuple[Any, Future[Any]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Any, Future[Graded]] | None] = queue.SimpleQueue()
         self._slots = threading.Semaphore(num_workers)
-        self._num_threads = num_workers + MAX_SUSPECTS
-        self._graders: dict[int, _Grader] = {}
-        self._closed = False
-        self.num_kills = 0
-        self.num_lost = 0
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"grader-{i}", daemon=True) for i in range(self._num_threads)
-        ]
+        self._lock = threading.Lock()
         self._idle: list[_Grader] = []
-        self._idle_lock = threading.Lock()
+        self._live: dict[int, _Grader] = {}
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"grader-{i}", daemon=True)
+            for i in range(num_workers + MAX_SUSPECTS)
+        ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, task: Any) -> Future[tuple[list[Any], str]]:
-        """Queue one task."""
+    def submit(self, task: Any) -> Future[Graded]:
+        """Queue one task.
+
+        Raises:
+            RuntimeError: the pool is closed.
+        """
         if self._closed:
             raise RuntimeError("the grader pool is closed")
-        future: Future[tuple[list[Any], str]] = Future()
+        future: Future[Graded] = Future()
         self._queue.put((task, future))
         return future
 
@@ -153,13 +182,14 @@ class Pool:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
-        for grader in self._idle:
-            grader.kill()
+        for grader in list(self._live.values()):
+            self._drop(grader)
         self._zygote.close()
 
     def pids(self) -> list[int]:
-        """Live graders, for tests and monitoring."""
-        return list(self._graders)
+        """Live processes, the zygote's first."""
+        with self._lock:
+            return [*self._zygote.pids(), *self._live]
 
     def _serve(self) -> None:
         while True:
@@ -169,80 +199,95 @@ class Pool:
                 self._slots.release()
                 return
             task, future = job
-            if not future.set_running_or_notify_cancel():
-                self._slots.release()
-                continue
-            holds_slot = [True]
+            slot = _Slot(self._slots)
             try:
-                future.set_result(self._run(task, holds_slot))
+                if future.set_running_or_notify_cancel():
+                    future.set_result(self._run(task, slot))
             except BaseException as error:
                 future.set_exception(error)
             finally:
-                if holds_slot[0]:
-                    self._slots.release()
+                slot.release()
 
-    def _run(self, task: Any, holds_slot: list[bool]) -> tuple[list[Any], str]:
-        messages: list[Any] = []
+    def _run(self, task: Any, slot: _Slot) -> Graded:
+        graded = Graded()
         for _ in range(MAX_ATTEMPTS):
             grader = self._take()
-            messages = []
+            graded = Graded()
+            started = time.monotonic()
             try:
-                ending = self._attempt(grader, task, messages, holds_slot)
+                finished = self._attempt(grader, task, graded.messages, slot)
             except (EOFError, OSError, ValueError):
                 self._drop(grader)
                 self.num_lost += 1
                 continue
-            if ending == "timeout":
+            graded.seconds = time.monotonic() - started
+            graded.ending = "done" if finished else "timeout"
+            if finished:
+                self._give(grader)
+            else:
                 self._drop(grader)
                 self.num_kills += 1
-            else:
-                self._give(grader)
-            return messages, ending
-        return messages, "crash"
+            break
+        return graded
 
-    def _attempt(self, grader: _Grader, task: Any, messages: list[Any], holds_slot: list[bool]) -> str:
-        started = time.monotonic()
+    def _attempt(self, grader: _Grader, task: Any, messages: list[Any], slot: _Slot) -> bool:
+        """Collect a grader's messages; False when its time is up.
+
+        Raises:
+            EOFError, OSError: the grader is dead.
+        """
+        started, cpu_before = time.monotonic(), grader.cpu_seconds()
         grader.connection.settimeout(self._deadline_s)
         send_frame(grader.connection, task)
-        suspect = False
         while True:
-            left = self._deadline_s - (time.monotonic() - started)
-            if left <= 0:
-                return "timeout"
-            grader.connection.settimeout(left if suspect else min(left, SUSPECT_AFTER_S))
+            waited = time.monotonic() - started
+            starved = grader.cpu_seconds() - cpu_before < MIN_CPU_S
+            if waited >= self._deadline_s * (STARVED_FACTOR if starved else 1):
+                return False
+            grader.connection.settimeout(max(self._deadline_s - waited, 0.1) if grader.suspect else SUSPECT_AFTER_S)
             try:
                 message = receive_frame(grader.connection)
             except TimeoutError:
-                if not suspect:
-                    suspect = True
+                if not grader.suspect:
+                    grader.suspect = True
                     with contextlib.suppress(OSError):
                         os.setpriority(os.PRIO_PROCESS, grader.pid, 19)
-                    if holds_slot[0]:
-                        holds_slot[0] = False
-                        self._slots.release()
+                    slot.release()
                 continue
             messages.append(message)
-            if message.get("done"):
-                if suspect:
-                    grader.tasks = self._tasks_per_worker  # its priority cannot be raised again
-                return "done"
+            if message["done"]:
+                return True
 
     def _take(self) -> _Grader:
-        with self._idle_lock:
+        with self._lock:
             if self._idle:
                 return self._idle.pop()
         grader = self._zygote.fork()
-        self._graders[grader.pid] = grader
+        with self._lock:
+            self._live[grader.pid] = grader
         return grader
 
     def _give(self, grader: _Grader) -> None:
         grader.tasks += 1
-        if grader.tasks >= self._tasks_per_worker:
+        if grader.tasks >= self._tasks_per_worker or grader.suspect:  # a priority cannot be raised again
             self._drop(grader)
             return
-        with self._idle_lock:
+        with self._lock:
             self._idle.append(grader)
 
     def _drop(self, grader: _Grader) -> None:
-        self._graders.pop(grader.pid, None)
+        with self._lock:
+            self._live.pop(grader.pid, None)
         grader.kill()
+
+
+class _Slot:
+    """The right to run at full priority; given back once."""
+
+    def __init__(self, slots: threading.Semaphore):
+        self._slots: threading.Semaphore | None = slots
+
+    def release(self) -> None:
+        if self._slots is not None:
+            self._slots.release()
+        self._slots = None

@@ -68,14 +68,15 @@ def verify_cheaply(
 
 def verify_fully(gold: str, answer: str, mode: AnswerMode) -> Verdict:
     """The verdict on an extracted answer; may take long or kill the process."""
-    from megatron_t1.reward.symbolic import CannotDecide
+    from megatron_t1.reward.symbolic import UndecidableError
 
     try:
         same = equal(normalize(_gold(gold, mode)), normalize(answer))
-    except CannotDecide as error:
-        return Verdict("wrong", answer, f"cannot be compared: {error}")
-    except RecursionError:
-        return Verdict("wrong", answer, "cannot be compared: too deep")
+    except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
+        # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
+        return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
+    except Exception as error:
+        return Verdict("crash", answer, f"{type(error).__name__}: {error}"[:200])
     return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
 
 

@@ -1,0 +1,112 @@
+"""`t1 grade IN.jsonl OUT.jsonl`: the reward's grader on its own, for answers from anywhere.
+
+One JSON object a line. In: `id`, `gold`, `prediction`, `mode` (`answer`, `response`, `text` or `mc`; default
+`response`), optionally `choices`, `question` (for the language penalty) and `finish_reason`. Out, in the same order:
+`id`, `correct`, `outcome`, `extracted`, `reason`, `penalties`, `seconds`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.types import AnswerMode, Prompt, Reward, Sample
+
+
+@dataclass(kw_only=True, frozen=True)
+class GradeConfig:
+    """What to grade and how."""
+
+    input: Path
+    """JSONL file of golds and predictions."""
+    output: Path
+    """JSONL file of verdicts, one line a prediction, in the same order."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The grader."""
+
+    def __post_init__(self) -> None:
+        if not Path(self.input).is_file():
+            raise ValueError(f"input={self.input} is not a file: give a JSONL file with id, gold and prediction")
+
+
+def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
+    """The prompt and sample that a line of the input describes; golds may be numbers.
+
+    Raises:
+        ValueError: a key is missing or has a value that is not known.
+    """
+    missing = [key for key in ("id", "gold", "prediction") if key not in row]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
+    mode, finish_reason = row.get("mode", "response"), row.get("finish_reason", "stop")
+    if mode not in get_args(AnswerMode):
+        raise ValueError(f"mode={mode!r} is not one of {', '.join(get_args(AnswerMode))}")
+    if finish_reason not in ("stop", "length"):
+        raise ValueError(f"finish_reason={finish_reason!r} is neither stop nor length")
+    nothing = np.zeros(0, dtype=np.int64)
+    prompt = Prompt(
+        id=str(row["id"]),
+        text=str(row.get("question") or ""),
+        token_ids=nothing,
+        gold=str(row["gold"]),
+        mode=mode,
+        choices=tuple(map(str, row.get("choices") or ())),
+    )
+    sample = Sample(
+        token_ids=nothing,
+        logprobs=np.zeros(0, dtype=np.float32),
+        text=str(row["prediction"]),
+        finish_reason=finish_reason,
+        weight_versions=(),
+        server="",
+    )
+    return prompt, sample
+
+
+def _read(path: Path) -> Iterator[tuple[Any, Prompt, Sample]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                yield (row["id"], *pair_from_row(row))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def as_row(identifier: Any, reward: Reward) -> dict[str, Any]:
+    """A line of the output."""
+    return {
+        "id": identifier,
+        "correct": reward.correct,
+        "outcome": reward.outcome,
+        "extracted": reward.extracted,
+        "reason": reward.reason,
+        "penalties": reward.penalties,
+        "seconds": round(reward.seconds, 4),
+    }
+
+
+def grade(cfg: GradeConfig) -> None:
+    """Grade a file with a progress bar, and print how many ended how.
+
+    Raises:
+        ValueError: a line of the input is not readable; the message names it.
+    """
+    rows = list(_read(Path(cfg.input)))
+    outcomes: Counter[str] = Counter()
+    with Scorer(cfg.reward) as scorer, Path(cfg.output).open("w", encoding="utf-8") as out:
+        rewards = scorer.score_iter((prompt, sample) for _, prompt, sample in rows)
+        for (identifier, _, _), reward in zip(rows, tqdm(rewards, total=len(rows), unit="answer"), strict=True):
+            out.write(json.dumps(as_row(identifier, reward), ensure_ascii=False) + "\n")
+            outcomes[reward.outcome] += 1
+    print(f"{len(rows)} answers: " + ", ".join(f"{count} {name}" for name, count in outcomes.most_common()))
