@@ -2,7 +2,7 @@
 
     python benchmarks/fused_head.py                                       # 2048 x 896 x 151,936 on one CPU thread
     python benchmarks/fused_head.py --dtype bfloat16 --paths gemm general
-    python benchmarks/fused_head.py --tokens 2000 --hidden 64 --vocab 146
+    python benchmarks/fused_head.py --errors
     python benchmarks/fused_head.py --device cuda --dtype bfloat16 --tokens 8192 --hidden 5120 --vocab 152064
 
 Every measurement is a fresh process, so that peaks are its own, and the implementations take turns round after
@@ -112,6 +112,26 @@ def gemm_seconds(device: str, hidden: torch.Tensor, weight: torch.Tensor) -> dic
     return best
 
 
+def errors(args: argparse.Namespace) -> None:
+    """Largest errors of 128 tokens against plain float64 autograd; gradients relative to their largest entry."""
+    hidden, head, positions, targets, tokens = inputs("cpu", torch.float32, 128, args.hidden, args.vocab)
+    logprob, entropy = logprob_entropy_nograd(hidden, head, positions, targets)
+    got = {}
+    for path in (general, fused):
+        hidden.grad = head.weight.grad = None
+        path(hidden, head, positions, targets, tokens)
+        got[path.__name__] = hidden.grad, head.weight.grad
+    hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, head.weight))
+    logp = F.log_softmax(hidden @ weight.t() / TEMPERATURE, -1)
+    want_logprob = logp.gather(1, targets[:, None]).squeeze(1)
+    want_entropy = -(logp.exp() * logp).sum(-1)
+    print(f"logprob {(logprob - want_logprob).abs().max():.1e}, entropy {(entropy - want_entropy).abs().max():.1e}")
+    token_loss(want_logprob, want_entropy, tokens)[0].sum().backward()
+    for name, grads in got.items():
+        dx, dw = ((a - b.grad).abs().max() / b.grad.abs().max() for a, b in zip(grads, (hidden, weight), strict=True))
+        print(f"{name}: dX {dx:.1e}, dW {dw:.1e}")
+
+
 def proc_status_mib(key: str) -> float:
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) / 1024 for line in f if line.startswith(key))
@@ -154,7 +174,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--paths", nargs="+", default=PATHS, choices=PATHS)
     parser.add_argument("--only", choices=PATHS, help="measure this path in this process and print JSON")
+    parser.add_argument("--errors", action="store_true", help="show errors against float64 and end")
     args = parser.parse_args()
+    if args.errors:
+        errors(args)
+        return
     if args.only:
         print(json.dumps(measure(args)))
         return

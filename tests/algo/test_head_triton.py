@@ -7,7 +7,10 @@ import sys
 import pytest
 import torch
 
-from megatron_t1.algo import head_tiles
+from megatron_t1.algo import fused_head, head_tiles
+from megatron_t1.algo.head import Head
+from megatron_t1.algo.loss import LossConfig, TokenFields, t1_token_loss
+from tests.algo.reference import case, max_relative_error, reference_loss
 
 
 def compare(device: str) -> None:
@@ -38,11 +41,37 @@ def compare(device: str) -> None:
                 torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-6)
 
 
+def whole_paths(device: str) -> None:
+    """Both differentiable paths on the Triton kernels against the float64 reference."""
+    from megatron_t1.algo import head_triton
+
+    fused_head.for_device = lambda _: head_triton
+    c = case(s=9, hidden_size=16, vocab_size=600, num_targets=6)
+    want = reference_loss(c, 600, 0.8, LossConfig())
+
+    def token_loss(logprob, entropy, tokens):
+        return t1_token_loss(logprob, entropy, tokens, LossConfig())
+
+    tokens = TokenFields(**{name: value.to(device) for name, value in vars(c.tokens).items()})
+    positions, targets = c.positions.to(device), c.targets.to(device)
+    for path in ("general", "fused"):
+        hidden, weight = (t.to(device).requires_grad_() for t in (c.hidden, c.weight))
+        head = Head(weight=weight, vocab_size=600, temperature=0.8)
+        if path == "general":
+            outputs = fused_head.logprob_entropy(hidden, head, positions, targets)
+            loss = token_loss(*outputs, tokens)[0].sum()
+        else:
+            loss, _ = fused_head.fused_loss(hidden, head, positions, targets, token_loss, tokens)
+        got = torch.autograd.grad(loss, (hidden, weight))
+        for a, b in zip(got, (want.d_hidden, want.d_weight), strict=True):
+            assert max_relative_error(a.cpu(), b) < 5e-6
+
+
 def test_under_the_interpreter():
     pytest.importorskip("triton")
     # A process of its own: Triton reads the variable when it is imported.
     subprocess.run(
-        [sys.executable, "-c", "from tests.algo.test_head_triton import compare; compare('cpu')"],
+        [sys.executable, "-c", "from tests.algo.test_head_triton import *; compare('cpu'); whole_paths('cpu')"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         check=True,
         timeout=240,
@@ -52,3 +81,4 @@ def test_under_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     compare("cuda")
+    whole_paths("cuda")
