@@ -31,7 +31,6 @@ T = TypeVar("T")
 Score = Callable[[Prompt, Sample], Awaitable[Reward]]
 
 _WATCH_INTERVAL_S = 2.0
-_MAX_REPLY_BYTES = 2**30
 
 
 class Tokenizer(Protocol):
@@ -202,8 +201,9 @@ class RolloutClient:
         failures: dict[str, int] = {}
         while True:
             server = await self._take(request.count)
+            held = server.version
             try:
-                return self._parse(server, request, await self._post(server, _body(request)))
+                return self._parse(server, request, await self._post(server, _body(request)), held)
             except _AbortedError:
                 continue  # a push made room for itself; the same seed is asked again
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -218,17 +218,20 @@ class RolloutClient:
 
     async def _take(self, count: int) -> Server:
         """The least loaded usable server, once it has room: twice what it can run, so that it never runs dry."""
-        async with self._room:
-            while True:
+        while True:
+            async with self._room:
                 usable = self.servers.usable()
-                if not usable:
-                    raise ServerError(f"no server is left to generate:\n{self.servers.describe_failures()}")
-                server = min(usable, key=lambda s: self._load.get(s.url, 0))
-                load = self._load.get(server.url, 0)
-                if load == 0 or load + count <= 2 * self.cfg.max_num_seqs:
-                    self._load[server.url] = load + count
-                    return server
-                await self._room.wait()
+                if usable:
+                    server = min(usable, key=lambda s: self._load.get(s.url, 0))
+                    load = self._load.get(server.url, 0)
+                    if load == 0 or load + count <= 2 * self.cfg.max_num_seqs:
+                        self._load[server.url] = load + count
+                        return server
+                    await self._room.wait()
+                    continue
+            if not self.servers.pushing:
+                raise ServerError(f"no server is left to generate:\n{self.servers.describe_failures()}")
+            await asyncio.sleep(0.05)
 
     async def _give_back(self, server: Server, count: int) -> None:
         async with self._room:
@@ -248,7 +251,7 @@ class RolloutClient:
                 raise aiohttp.ClientError(f"{response.status}: {(await response.text())[:500]}")
             if response.status != 200:
                 raise ServerError(f"server {server.name} refused: {response.status}: {(await response.text())[:2000]}")
-            raw = await response.content.read(_MAX_REPLY_BYTES)
+            raw = await response.read()
         try:
             reply = json.loads(raw)
         except ValueError:
@@ -257,18 +260,18 @@ class RolloutClient:
             raise ServerError(f"server {server.name} answered without choices: {raw[:200]!r}")
         return reply
 
-    def _parse(self, server: Server, request: _Request, reply: dict[str, Any]) -> list[Sample]:
+    def _parse(self, server: Server, request: _Request, reply: dict[str, Any], held: int) -> list[Sample]:
         """Replies are other people's data: every type, length and range is checked before use."""
         choices = reply["choices"]
         if len(choices) != request.count:
             raise ServerError(f"server {server.name}: {len(choices)} samples for {request.label}, not {request.count}")
         try:
             choices = sorted(choices, key=lambda choice: choice["index"])
-            return [self._sample(server, request, choice) for choice in choices]
+            return [self._sample(server, request, choice, held) for choice in choices]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ServerError(f"server {server.name}: unreadable sample for {request.label}: {error!r}") from None
 
-    def _sample(self, server: Server, request: _Request, choice: dict[str, Any]) -> Sample:
+    def _sample(self, server: Server, request: _Request, choice: dict[str, Any], held: int) -> Sample:
         if choice["finish_reason"] == "abort":
             raise _AbortedError
         if choice["finish_reason"] not in ("stop", "length"):
@@ -291,18 +294,23 @@ class RolloutClient:
             logprobs=logprobs,
             text=self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True),
             finish_reason=choice["finish_reason"],
-            weight_versions=self._versions(server, choice["weight_versions"], count),
+            weight_versions=self._versions(server, choice["weight_versions"], count, held),
             server=server.url,
         )
 
-    def _versions(self, server: Server, spans: list[dict[str, Any]], count: int) -> tuple[tuple[int, int, int], ...]:
-        """(version, start, end) spans, checked to cover all tokens and to end on the version the server must have."""
+    def _versions(
+        self, server: Server, spans: list[dict[str, Any]], count: int, held: int
+    ) -> tuple[tuple[int, int, int], ...]:
+        """(version, start, end) spans, which must cover all tokens.
+
+        The last token must come from the weights that the server held when it was asked, or from a push since.
+        """
         result = tuple((parse_version(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
         bounds = [0, *(end for _, _, end in result)]
         if [start for _, start, _ in result] != bounds[:-1] or bounds[-1] != count:
             raise ValueError(f"weight_versions {result} do not cover {count} tokens")
         newest = result[-1][0]
-        if newest > server.version or (newest < server.version and self.cfg.pause_mode != "keep"):
+        if not held <= newest <= server.version:
             raise ServerError(
                 f"server {server.name} generated with weights of version {newest}, it should hold {server.version}: "
                 "somebody else pushed into it, or it restarted"
@@ -323,6 +331,8 @@ class RolloutClient:
                 except (KeyError, IndexError, TypeError, ValueError) as error:
                     raise ServerError(f"server {server.name} returned no top logprobs: {error!r}") from None
             common = sorted(found[0].keys() & found[1].keys(), key=found[0].__getitem__)
+            if len(common) < 2:
+                raise ServerError(f"server {server.name} returned other top tokens at temperature 2 than at 1")
             at_1, at_2 = (values[common[-1]] - values[common[0]] for values in found)
             if not math.isclose(at_1, 2 * at_2, rel_tol=1e-2, abs_tol=1e-3):
                 raise ServerError(

@@ -35,7 +35,7 @@ class RolloutConfig:
     """Compute type of the server. Give the trainer's own: a difference shows as train/rollout mismatch."""
     max_model_len: int | None = None
     """Longest prompt + response, tokens; None: what the model's config allows."""
-    max_num_seqs: int = 128
+    max_num_seqs: int = 256
     """Samples that one server generates at the same time; also the most that one request may ask for."""
     kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""

@@ -19,37 +19,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_t1.rollout.config import RolloutConfig, Transport
-from megatron_t1.rollout.vllm_plugin import HOST_BACKEND
-from megatron_t1.rollout.vllm_plugin.guard import KEY_ENV
+from megatron_t1.rollout.launch import HOST, end_group, launch, reserve_port, signal_group
 
-HOST = "127.0.0.1"
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 65536
 _ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
 REMOTE_KEY_ENV = "T1_SERVER_KEY"
 KEY_FILE = "server_key"
-
-# Found to halve the start and the memory of the CPU build. The malloc settings keep the reload's buffers mapped: page
-# faults otherwise cost 0.4 s a GB at every weight push.
-_CPU_ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "34359738368",
-}
-_COMMON_ENV = {
-    "VLLM_SERVER_DEV_MODE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "PYTHONUNBUFFERED": "1",
-}
 
 
 class ServerError(RuntimeError):
@@ -169,6 +151,8 @@ class Servers:
         self.all: list[Server] = []
         self.required_version: int | None = None
         """Version that a server must hold to be asked; None: the newest that any holds. Set by every weight push."""
+        self.pushing = False
+        """A weight push is under way: no server is usable until it ends, and whoever asks should wait."""
         self._reserved: list[socket.socket] = []
 
     @property
@@ -188,8 +172,8 @@ class Servers:
         key = secrets.token_urlsafe(32)
         self._write_key(key)
         try:
-            for index in range(self.cfg.num_servers):
-                self.all.append(self._launch(index, key))
+            for index, port in enumerate(self.cfg.ports or [0] * self.cfg.num_servers):
+                self.all.append(self._launch(index, self._reserve_port(port), key))
         except BaseException:
             self.close()
             raise
@@ -207,8 +191,8 @@ class Servers:
                 if server.process is None:
                     self.all[index] = Server(url=server.url, key=server.key)
                 else:
-                    _end_group(server.process)
-                    self.all[index] = self._launch(index, server.key, again_on=int(server.url.rsplit(":", 1)[1]))
+                    end_group(server.process)
+                    self.all[index] = self._launch(index, int(server.url.rsplit(":", 1)[1]), server.key)
                 revived.append(self.all[index])
         return revived
 
@@ -221,28 +205,31 @@ class Servers:
     def wait_ready(self, timeout_s: float | None = None) -> Servers:
         """Blocks until every server is healthy; raises ServerError with the end of the log of one that is not."""
         timeout_s = timeout_s or self.cfg.startup_timeout_s
-        began = time.monotonic()
-        announced = began
+        began = announced = time.monotonic()
         while waiting := [server for server in self.all if not server.ready]:
-            for server in waiting:
-                if server.exited():
-                    raise ServerError(f"server {server.name} ended while starting. Its log ends:\n{server.log_tail()}")
             self.poll()
+            late = waiting[0]
+            if late.exited():
+                raise ServerError(f"server {late.name} ended while starting. Its log ends:\n{late.log_tail()}")
             now = time.monotonic()
-            if now - began > timeout_s and not all(server.ready for server in waiting):
-                late = next(server for server in waiting if not server.ready)
+            if now - began > timeout_s and not late.ready:
                 raise ServerError(
                     f"server {late.name} was not healthy within {timeout_s:g} s (rollout.startup_timeout_s). "
                     f"Its log ends:\n{late.log_tail()}"
                 )
             if now - announced > 10:
                 announced = now
-                names = ", ".join(server.name for server in waiting if not server.ready)
-                print(f"waiting for vLLM: {names} ({now - began:.0f} s)", file=sys.stderr, flush=True)
-            if not all(server.ready for server in waiting):
-                time.sleep(0.2)
-        self._release_ports()
+                print(f"waiting for vLLM: {late.name} ({now - began:.0f} s)", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+        for holder in self._reserved:
+            holder.close()
         return self
+
+    def watch(self) -> None:
+        """Blocks while all servers live (`t1 serve`); raises ServerError with the end of the log of one that ended."""
+        while not any(server.exited() for server in self.all):
+            time.sleep(0.5)
+        raise ServerError(self.describe_failures())
 
     def usable(self) -> list[Server]:
         """Servers that may be asked for samples: ready, not ended, and on the weights that they should have."""
@@ -268,15 +255,16 @@ class Servers:
 
     def close(self) -> None:
         """Ends every process that was started here, orderly first, then by force."""
-        self._release_ports()
+        for holder in self._reserved:
+            holder.close()
         processes = [server.process for server in self.all if server.process is not None]
         for process in processes:
-            _signal_group(process, signal.SIGTERM)
+            signal_group(process, signal.SIGTERM)
         deadline = time.monotonic() + 5
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(0.1, deadline - time.monotonic()))
-            _end_group(process)
+            end_group(process)
         for server in self.all:
             server.ready = False
 
@@ -293,92 +281,24 @@ class Servers:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(key)
 
-    def _launch(self, index: int, key: str, *, again_on: int | None = None) -> Server:
-        port = again_on or self._reserve_port(self.cfg.ports[index] if self.cfg.ports else 0)
-        log_path = self.run_dir / "logs" / f"server_{index}.log"
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "megatron_t1.rollout.supervise", str(os.getpid()), *self.command(port)]
-        with log_path.open("ab" if again_on else "wb") as log:
-            process = subprocess.Popen(
-                command,
-                env=self.environment(index, key),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        return Server(url=f"http://{HOST}:{port}", key=key, process=process, log_path=log_path)
-
-    def command(self, port: int) -> list[str]:
-        """The vLLM command line. The key is not on it: it is in the environment."""
-        cfg = self.cfg
-        backend = HOST_BACKEND if self.transport in ("shm", "gloo") else self.transport
-        options: dict[str, Any] = {
-            "model": str(self.model_dir),
-            "served-model-name": "policy",
-            "host": HOST,
-            "port": port,
-            "dtype": cfg.dtype,
-            "seed": cfg.seed,
-            "tensor-parallel-size": cfg.tp,
-            "max-num-seqs": cfg.max_num_seqs,
-            "logprobs-mode": "processed_logprobs",
-            "enable-prefix-caching": True,
-            "enable-scale-out": True,
-            "generation-config": "vllm",
-            "weight-transfer-config": json.dumps({"backend": backend}),
-            "middleware": "megatron_t1.rollout.vllm_plugin.guard.KeyGuard",
-            "disable-uvicorn-access-log": True,
-        }
-        if cfg.max_model_len is not None:
-            options["max-model-len"] = cfg.max_model_len
-        if self.device == "cpu":
-            options["enforce-eager"] = True
-            options["kv-cache-memory-bytes"] = cfg.kv_cache_bytes
-            # A seeded request whose prefill is cut in two kills the CPU engine ("CPU Generator does not use offset").
-            options["enable-chunked-prefill"] = False
-            options["max-num-batched-tokens"] = max(2048, cfg.max_num_seqs, self._max_model_len())
-        else:
-            options["gpu-memory-utilization"] = cfg.gpu_memory_utilization
-        options.update({name.replace("_", "-"): value for name, value in cfg.vllm_args.items()})
-        command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
-        for name, value in options.items():
-            if isinstance(value, bool):
-                command.append(f"--{name}" if value else f"--no-{name}")
-            elif isinstance(value, dict | list):
-                command += [f"--{name}", json.dumps(value)]
-            elif value is not None:
-                command += [f"--{name}", str(value)]
-        return command
-
-    def _max_model_len(self) -> int:
-        if self.cfg.max_model_len is not None:
-            return self.cfg.max_model_len
-        return int(json.loads((self.model_dir / "config.json").read_text())["max_position_embeddings"])
-
-    def environment(self, index: int, key: str) -> dict[str, str]:
-        env = {name: value for name, value in os.environ.items() if not _is_trainer_variable(name)}
-        env |= _COMMON_ENV | {KEY_ENV: key}
-        if self.device == "cpu":
-            env |= _CPU_ENV
-            env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_bytes
-        else:
-            gpu_ids = self.cfg.gpu_ids or tuple(range(self.cfg.num_servers * self.cfg.tp))
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids[index * self.cfg.tp : (index + 1) * self.cfg.tp]))
-        return env | self.cfg.vllm_env
+    def _launch(self, index: int, port: int, key: str) -> Server:
+        log = self.run_dir / "logs" / f"server_{index}.log"
+        process = launch(
+            self.cfg,
+            self.model_dir,
+            index=index,
+            port=port,
+            key=key,
+            device=self.device,
+            transport=self.transport,
+            log=log,
+        )
+        return Server(url=f"http://{HOST}:{port}", key=key, process=process, log_path=log)
 
     def _reserve_port(self, port: int) -> int:
-        """Holds a port for a server until it listens there.
-
-        A socket that is bound but does not listen lets vLLM's own bind pass (both set SO_REUSEADDR) while the kernel
-        gives the port to nobody who asks for a free one.
-        """
-        holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            holder.bind((HOST, port))
+            holder = reserve_port(port)
         except OSError as error:
-            holder.close()
             raise ServerError(
                 f"rollout.ports: port {port} of {HOST} can't be taken ({error.strerror}): "
                 "end what listens there, or leave rollout.ports empty to take free ones"
@@ -386,24 +306,12 @@ class Servers:
         self._reserved.append(holder)
         return int(holder.getsockname()[1])
 
-    def _release_ports(self) -> None:
-        for holder in self._reserved:
-            holder.close()
-        self._reserved.clear()
-
 
 @contextlib.contextmanager
 def open_servers(cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str) -> Iterator[Servers]:
     """Servers of `model_dir`, started and healthy; ended when the block is left. Logs go to `run_dir`/logs."""
     with Servers(cfg, model_dir, run_dir) as servers:
         yield servers.start().wait_ready()
-
-
-def _is_trainer_variable(name: str) -> bool:
-    """Variables of torchrun that would make vLLM join the trainer's process group."""
-    return name in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} or (
-        name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
-    )
 
 
 def _device(cfg: RolloutConfig) -> str:
@@ -414,7 +322,7 @@ def _device(cfg: RolloutConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _given_key(cfg: RolloutConfig, environ: Mapping[str, str] = os.environ) -> str:
+def _given_key(cfg: RolloutConfig) -> str:
     if cfg.key_file:
         path = Path(cfg.key_file)
         if not path.is_file():
@@ -422,18 +330,7 @@ def _given_key(cfg: RolloutConfig, environ: Mapping[str, str] = os.environ) -> s
         if path.stat().st_mode & 0o077:
             raise ServerError(f"rollout.key_file={path}: readable by others; chmod 600 it")
         return path.read_text().strip()
-    key = environ.get(REMOTE_KEY_ENV, "")
+    key = os.environ.get(REMOTE_KEY_ENV, "")
     if not key:
         raise ServerError(f"rollout.urls needs the servers' key: set rollout.key_file or {REMOTE_KEY_ENV}")
     return key
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILLs the whole group, its engine processes included even when the leader is gone, and reaps the leader."""
-    _signal_group(process, signal.SIGKILL)
-    process.wait()

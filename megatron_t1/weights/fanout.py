@@ -74,8 +74,6 @@ class Fanout:
         self.each("cache", self._reset_cache)
         self.each("check", self._check_version)
         self.each("resume", lambda server: self._post(server, "/resume"))
-        for server in self.targets:
-            server.version = self.version
 
     def count_workers(self) -> int:
         """Workers of all servers in the push; from here on a `rank_offset` in an info is shifted for each server."""
@@ -132,9 +130,10 @@ class Fanout:
             raise ServerError(f"server {server.name}: the prefix cache of the old weights could not be reset")
 
     def _check_version(self, server: Server) -> None:
-        held = server.call("GET", "/weight_info", timeout_s=self._left_s())
-        if parse_version(held["weight_version"]) != self.version:
-            raise ServerError(f"server {server.name} says version {held['weight_version']}")
+        held = server.call("GET", "/weight_info", timeout_s=self._left_s())["weight_version"]
+        if parse_version(held) != self.version:
+            raise ServerError(f"server {server.name} says that it holds version {held}")
+        server.version = self.version
 
 
 def _error_of(call: Callable[[Server], Any], server: Server) -> ServerError | None:

@@ -175,7 +175,13 @@ class WeightSync:
         return [s for s in self.servers.all if s.ready and s.unusable is None and not s.exited()]
 
     def _deliver(self, version: int, targets: list[Server]) -> None:
-        self._transport.deliver(self._fanout, version, targets, self._digests)
+        if self.servers is not None:
+            self.servers.pushing = True
+        try:
+            self._transport.deliver(self._fanout, version, targets, self._digests)
+        finally:
+            if self.servers is not None:
+                self.servers.pushing = False
 
     def _from_rank_0(self, phase: str, value: Any) -> Any:
         if self.rank != 0:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +144,45 @@ def test_an_unchanged_push_moves_no_logprob(server: Servers, client: RolloutClie
         assert moved.max_abs_difference > 1e-2 or moved.num_diverged  # it held other weights before
         still = sync_check(sync, client, [PROMPT, [9]])
         assert (still.max_abs_difference, still.num_diverged, still.num_samples) == (0.0, 0, 2)
+
+
+@pytest.mark.parametrize("mode", ["wait", "abort", "keep"])
+def test_requests_in_flight_follow_the_stated_rule(
+    server: Servers, client: RolloutClient, tiny_dir: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, newer = model_of(tiny_dir, seed=9), model_of(tiny_dir, seed=10)
+    with WeightSync(reference.whole(reference.tensors_of(model)), server.cfg, server) as sync:
+        old = sync.next_version()
+        sync.push(old)
+    monkeypatch.setattr(server, "cfg", dataclasses.replace(server.cfg, pause_mode=mode))
+    with WeightSync(reference.whole(reference.tensors_of(newer)), server.cfg, server) as sync:
+        long = SamplingConfig(temperature=1.2, num_samples=64, max_new_tokens=400)
+        done_before = num_generated(server)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(client.complete_tokens, [PROMPT], long, seed=0)
+            while num_generated(server) < done_before + 500:
+                time.sleep(0.02)
+            sync.push(old + 1)
+            samples = running.result()[0]
+    spans = {sample.weight_versions for sample in samples}
+    seen = {version for span in spans for version, _, _ in span}
+    if mode == "wait":
+        assert seen == {old}
+    elif mode == "abort":
+        assert seen == {old + 1}  # asked again on the new weights, but for those that were done
+    else:
+        assert any(len(span) == 2 for span in spans)
+        for sample in (s for s in samples if len(s.weight_versions) == 2):
+            # Each token is of the weights that its span says, on a cache recomputed with them.
+            ids = sample.token_ids.tolist()
+            cut = sample.weight_versions[0][2]
+            before = reference.logprobs(model, PROMPT, ids, 1.2)
+            after = reference.logprobs(newer, PROMPT, ids, 1.2)
+            np.testing.assert_allclose(sample.logprobs, torch.cat([before[:cut], after[cut:]]), atol=1e-3)
+
+
+def num_generated(server: Servers) -> float:
+    """Tokens that the server has generated so far."""
+    with urllib.request.urlopen(server.all[0].url + "/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
