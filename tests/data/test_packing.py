@@ -1,0 +1,68 @@
+"""Packing keeps every token once, within its sequence, and equal shapes over ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_t1.data.packing import Sequence, pack
+
+
+def make(lengths):
+    rng = np.random.default_rng(0)
+    return [
+        Sequence(
+            prompt_ids=rng.integers(0, 99, p), response_ids=rng.integers(0, 99, r), advantage=float(i),
+            rollout_logprobs=rng.normal(size=r).astype(np.float32),
+        )
+        for i, (p, r) in enumerate(lengths)
+    ]  # fmt: skip
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, dp_size=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]), limit=st.integers(50, 200))
+def test_every_response_token_is_predicted_once(lengths, dp_size, multiple, limit):
+    sequences = make(lengths)
+    ranks = [
+        pack(sequences, max_tokens=limit, dp_rank=r, dp_size=dp_size, multiple=multiple) for r in range(dp_size)
+    ]
+    flat = [mb for rank in ranks for mb in rank]
+    assert len({len(rank) for rank in ranks}) == 1, "the pipeline schedule needs as many microbatches on every rank"
+    assert len({mb.token_ids.numel() for mb in flat}) == 1
+    assert flat[0].token_ids.numel() <= limit
+    assert flat[0].token_ids.numel() % multiple == 0
+    seen: dict[int, list[int]] = {}
+    for mb in flat:
+        bounds = mb.cu_seqlens.tolist()
+        assert bounds[0] == 0
+        assert bounds[-1] == mb.token_ids.numel()
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            assert mb.position_ids[start:stop].tolist() == list(range(stop - start))
+        for position, target, index in zip(
+            mb.target_positions.tolist(), mb.targets.tolist(), mb.sample_index.tolist(), strict=True
+        ):
+            assert mb.token_ids[position + 1] == target, "position p predicts token p + 1"
+            assert mb.position_ids[position + 1] == mb.position_ids[position] + 1, "within one sequence"
+            seen.setdefault(index, []).append(target)
+        for field, value in (("advantage", "advantage"), ("rollout_logprob", "rollout_logprobs")):
+            expected = [np.broadcast_to(getattr(sequences[i], value), len(sequences[i].response_ids)) for i in
+                        dict.fromkeys(mb.sample_index.tolist())]  # fmt: skip
+            np.testing.assert_array_equal(getattr(mb, field), np.concatenate([*expected, []]).astype(np.float32))
+    assert seen == {i: s.response_ids.tolist() for i, s in enumerate(sequences)}
+
+
+def test_balanced_bins_waste_little():
+    sequences = make([(5, n % 37 + 1) for n in range(200)])
+    microbatches = pack(sequences, max_tokens=512)
+    used = sum(s.num_tokens for s in sequences)
+    assert sum(mb.token_ids.numel() for mb in microbatches) <= 1.05 * used
+
+
+def test_a_sequence_longer_than_a_microbatch_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="a sequence of 40 tokens does not fit into a microbatch of 32"):
+        pack(make([(10, 30)]), max_tokens=33, multiple=8)

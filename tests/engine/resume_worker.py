@@ -1,0 +1,39 @@
+"""SFT to `total` steps on a given layout, with or without `--resume`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    run_dir, model_dir, layout, total, every, resume = sys.argv[1:]
+    from megatron_t1 import platform, sft
+    from megatron_t1.config import Config
+    from megatron_t1.engine.checkpoint import CheckpointConfig
+    from megatron_t1.engine.model import ModelConfig
+    from megatron_t1.engine.optimizer import OptimConfig
+    from megatron_t1.engine.parallel import ParallelConfig, initialize
+    from megatron_t1.sft import SFTConfig
+    from tests.engine.batch import make_sequences
+
+    found = platform.setup()
+    parallel = ParallelConfig(max_tokens_per_microbatch=256, **json.loads(layout))
+    initialize(parallel, found, 0)
+    cfg = Config(
+        model=ModelConfig(hf_path=model_dir, dtype="float32"),
+        run_dir=run_dir,
+        resume=resume == "resume",
+        parallel=parallel,
+        sft=SFTConfig(
+            batch_size=4, epochs=99, max_steps=int(total), checkpoint=CheckpointConfig(every_steps=int(every), keep=9),
+            optim=OptimConfig(lr=1e-3, schedule="constant", warmup_steps=2),
+        ),
+    )  # fmt: skip
+    sft.train(cfg, found, make_sequences(vocab_size=321))
+    assert Path(run_dir, "sft/hf/model.safetensors").exists()
+
+
+if __name__ == "__main__":
+    main()

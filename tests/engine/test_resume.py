@@ -1,0 +1,70 @@
+"""A resumed run is the uninterrupted one: bit for bit on the same layout, within rounding on another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch import run_ranks
+from tests.tiny import make_tiny_qwen2
+
+WORKER = Path(__file__).with_name("resume_worker.py")
+
+
+def train(run_dir, model_dir, layout, ranks, total, resume="fresh", every=3):
+    run_ranks(WORKER, ranks, run_dir, model_dir, json.dumps(layout), total, every, resume)
+    metrics = [json.loads(line) for line in (run_dir / "sft/metrics.jsonl").read_text().splitlines()]
+    return metrics, load_file(run_dir / "sft/hf/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_tiny_qwen2(tmp_path_factory.mktemp("model") / "hf", vocab_size=321, init_std=0.1)
+
+
+@pytest.fixture(scope="module", params=[({}, 2), ({"tensor": 2}, 2)], ids=["DP2", "TP2"])
+def straight(request, model_dir, tmp_path_factory):
+    """Six steps, with a checkpoint after three."""
+    folder = tmp_path_factory.mktemp("straight")
+    layout, ranks = request.param
+    return folder, layout, ranks, *train(folder, model_dir, layout, ranks, 6)
+
+
+def cut_after_three(folder, tmp_path):
+    shutil.copytree(folder / "sft/checkpoints/step_00000003", tmp_path / "sft/checkpoints/step_00000003")
+    shutil.copy(folder / "sft/metrics.jsonl", tmp_path / "sft")
+
+
+def test_same_layout_is_bit_equal(straight, model_dir, tmp_path):
+    folder, layout, ranks, metrics, weights = straight
+    cut_after_three(folder, tmp_path)
+    resumed_metrics, resumed = train(tmp_path, model_dir, layout, ranks, 6, "resume")
+    untimed = [[{k: v for k, v in row.items() if k != "tokens_per_s"} for row in run] for run in (metrics, resumed_metrics)]
+    assert untimed[1] == untimed[0]
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [({}, 1), ({"pipeline": 2}, 2)], ids=["one process", "PP2"])
+def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, model_dir, tmp_path):
+    folder, _, _, metrics, weights = straight
+    cut_after_three(folder, tmp_path)
+    resumed_metrics, resumed = train(tmp_path, model_dir, layout, ranks, 6, "resume")
+    assert [row["step"] for row in resumed_metrics] == [1, 2, 3, 4, 5, 6]
+    for row, expected in zip(resumed_metrics[3:], metrics[3:], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, value in weights.items():
+        assert (resumed[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def test_an_unfinished_checkpoint_is_never_picked_up(straight, model_dir, tmp_path):
+    folder, layout, ranks, metrics, _ = straight
+    cut_after_three(folder, tmp_path)
+    shutil.copytree(tmp_path / "sft/checkpoints/step_00000003", tmp_path / "sft/checkpoints/step_00000005.tmp")
+    resumed_metrics, _ = train(tmp_path, model_dir, layout, ranks, 4, "resume")
+    assert resumed_metrics[3]["loss"] == metrics[3]["loss"]
+    assert not list((tmp_path / "sft/checkpoints").glob("*.tmp"))

@@ -1,0 +1,191 @@
+"""The real loop through the real command: Megatron on gloo, a vLLM server process, the grader. Small, not mocked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch import ROOT
+
+EXAMPLE = ROOT / "examples/quickstart/quickstart.yaml"
+ENV = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def t1(*arguments: object, expect: int = 0, timeout_s: float = 280) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_t1", *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout_s, env=ENV, cwd=ROOT,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output[-6000:]
+    return output
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    t1("quickstart-data", "--out", folder, "--num_sft_samples", 800)
+    return folder
+
+
+def options(data: Path, run_dir: Path, **overrides: object) -> list[str]:
+    fixed = {
+        "config": EXAMPLE,
+        "run_dir": run_dir,
+        "model.hf_path": data / "model",
+        "data.sft": data / "sft.jsonl",
+        "data.train": data / "rl.jsonl",
+        "data.heldout": data / "heldout.jsonl",
+        "rollout.num_servers": 1,
+        "parallel.nproc_per_node": 1,
+        "sft.max_steps": 20,
+        "sft.optim.warmup_steps": 2,
+        "sft.checkpoint.every_steps": 10,
+        "rl.prompts_per_step": 4,
+        "sampling.num_samples": 4,
+        "sampling.max_new_tokens": 48,
+        "rl.checkpoint.every_steps": 2,
+    }
+    return [part for name, value in {**fixed, **overrides}.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def server(data, tmp_path_factory):
+    """One `t1 serve` for all layouts, given to them by URL."""
+    run_dir = tmp_path_factory.mktemp("serve")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_t1", "serve", *options(data, run_dir)],
+        stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT,
+    )  # fmt: skip
+    said = [process.stdout.readline() for _ in range(2)]
+    assert said[0].startswith("rollout.urls:"), said
+    url = json.loads(said[0].split(":", 1)[1].replace("'", '"'))
+    key_file = Path(said[1].split(":", 1)[1].strip())
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    yield {"rollout.urls": json.dumps(url), "rollout.key_file": key_file}
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+
+
+def test_the_whole_pipeline_on_two_ranks(data, tmp_path):
+    """SFT, evaluation, RL, evaluation, scaling, report; then resumed, when nothing is left to do."""
+    few = {"scaling.budgets": "[8,16]", "evaluate.sampling.num_samples": 1, "scaling.sampling.num_samples": 1}
+    arguments = options(data, tmp_path, **few, **{"parallel.nproc_per_node": 2, "rl.steps": 2})
+    output = t1("run", *arguments)
+    assert "pass@1" in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0 <= summary["sft_pass_at_1"] <= 1
+    assert [budget for budget, _ in summary["scaling"]] == [8, 16]
+    assert summary["seconds"]["total"] > summary["seconds"]["sft"]
+    metrics = rows(tmp_path / "rl/metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    for row in metrics:
+        assert row["logprob_diff"] < 1e-3, "train/rollout mismatch"
+        assert row["weight_version"] == row["step"]
+        assert row["oldest_version"] == row["step"] - 1, "sampled from the weights of the step before"
+    for row in rows(tmp_path / "rl/samples.jsonl"):
+        assert row["reward"]["reason"]
+        assert [span[0] for span in row["weight_versions"]] == [row["step"] - 1]
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert list((tmp_path / "tensorboard").rglob("events.*"))
+    assert "API_KEY" not in (tmp_path / "logs").joinpath("server_0.log").read_text()
+
+    again = t1("run", *arguments, "--resume")
+    assert "pass@1" in again
+    assert [row["step"] for row in rows(tmp_path / "rl/metrics.jsonl")] == [1, 2]
+    refused = t1("run", *arguments, expect=1)
+    assert "give --resume to go on" in refused
+
+
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [({"parallel.tensor": 2, "parallel.sequence_parallel": "true"}, 2), ({"parallel.pipeline": 2}, 2), ({}, 2), ({}, 1)],
+    ids=["TP2 SP", "PP2", "DP2", "one process"],
+)
+def test_rl_is_the_same_on_every_layout(layout, count, data, server, tmp_path, request):
+    """Three steps on each layout, all from the same weights and seeds: the same rewards, losses and exported model."""
+    t1("rl", *options(data, tmp_path, **server, **layout, **{"parallel.nproc_per_node": count, "rl.steps": 3}))
+    mine = rows(tmp_path / "rl/metrics.jsonl")
+    weights = load_file(tmp_path / "rl/hf/model.safetensors")
+    reference = request.config.stash.setdefault(_REFERENCE, (mine, weights))
+    for row, expected in zip(mine, reference[0], strict=True):
+        assert row["logprob_diff"] < 1e-3
+        for name in ("reward", "response_tokens_mean", "loss", "entropy", "kl_k1", "grad_norm"):
+            assert row[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-6), name
+    for name, value in reference[1].items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=5e-4)
+
+
+_REFERENCE = pytest.StashKey[tuple]()
+
+
+def test_resume_goes_on_bit_equal_and_on_another_layout(data, server, tmp_path):
+    """4 steps at once against 2 steps, a new process and 2 more: the same numbers, optimizer and anchor included."""
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    t1("rl", *options(data, straight, **server, **{"rl.steps": 4}))
+    t1("rl", *options(data, cut, **server, **{"rl.steps": 2}))
+    output = t1("rl", *options(data, cut, **server, **{"rl.steps": 4}), "--resume")
+    assert "4/4" in output
+    timeless = [{k: v for k, v in row.items() if "second" not in k and "per_s" not in k}
+                for row in rows(straight / "rl/metrics.jsonl")]  # fmt: skip
+    resumed = [{k: v for k, v in row.items() if "second" not in k and "per_s" not in k}
+               for row in rows(cut / "rl/metrics.jsonl")]  # fmt: skip
+    assert resumed == timeless
+    one, other = (load_file(folder / "rl/hf/model.safetensors") for folder in (straight, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_killed_server_is_replaced(data, tmp_path):
+    """Of two servers one is killed in the middle: training goes on and the server comes back."""
+    arguments = options(data, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 60})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_t1", "rl", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, cwd=ROOT,
+    )  # fmt: skip
+    metrics = tmp_path / "rl/metrics.jsonl"
+    output: list[str] = []
+    for line in process.stdout:
+        output.append(line)
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 1:
+            break
+    victim = next(
+        child for child in psutil.Process(process.pid).children(recursive=True)
+        if "vllm" in " ".join(child.cmdline()) and "--port" in child.cmdline()
+    )  # fmt: skip
+    victim.kill()
+    rest, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, "".join(output) + rest[-3000:]
+    assert "was lost and is started again" in rest
+    assert [row["step"] for row in rows(metrics)] == list(range(1, 61))
+
+
+def test_the_exported_model_answers_as_the_trained_one(data, server, tmp_path):
+    """Greedy answers of the export in transformers are those of vLLM serving the trained weights."""
+    t1("rl", *options(data, tmp_path, **server, **{"rl.steps": 2}))
+    exported = tmp_path / "rl/hf"
+    t1("evaluate", *options(data, tmp_path, **{**server, "model.hf_path": exported}), "--evaluate.sampling.temperature",
+       "0", "--evaluate.sampling.num_samples", "1", "--evaluate.sampling.top_p", "1", "--label", "greedy")  # fmt: skip
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for row in rows(tmp_path / "evaluate/greedy/responses.jsonl")[:5]:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_tensors="pt",
+            return_dict=True,
+        )  # fmt: skip
+        tokens = model.generate(**prompt, max_new_tokens=row["num_tokens"], do_sample=False)
+        assert tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True) == row["response"]
