@@ -1,4 +1,4 @@
-"""One HTML file that shows a run: curves, accuracy before and after, scaling, responses with their rewards, time, config.
+"""One HTML file that shows a run: curves, accuracy before and after, scaling, responses and rewards, time, config.
 
 It reads files in the run's folder and nothing else, and leaves out the parts that are not there:
 
@@ -15,7 +15,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
     summary = _read_json(run_dir / "summary.json") or {}
     html = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=Markup(style),

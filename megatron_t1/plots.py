@@ -1,0 +1,155 @@
+"""The report's plots: small matplotlib figures as SVG data URIs, one a panel, so that a phone stacks them.
+
+Left out: pyplot and its global state, and mathematics in labels (`$` in a user's label is a dollar sign).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_STYLE: Any = {
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.hashsalt": "megatron_t1",
+}
+
+
+class Plot(NamedTuple):
+    title: str
+    """Also the text for who can't see it."""
+    uri: str
+
+
+class _Panel(NamedTuple):
+    title: str
+    names: tuple[str, ...]
+    """Metrics of one panel; a name that ends in / takes all that start so."""
+    log: bool = False
+
+
+_PANELS = (
+    _Panel("Reward", ("reward",)),
+    _Panel("Pass rate on training prompts", ("pass_rate",)),
+    _Panel("Loss", ("loss", "nll")),
+    _Panel("Entropy (nats a token)", ("entropy",)),
+    _Panel("KL to the anchor (nats a token)", ("kl_k1", "kl_k3")),
+    _Panel("Mismatch of trainer and servers (mean)", ("logprob_diff", "prob_diff"), log=True),
+    _Panel("Response tokens", ("response_tokens_mean", "response_tokens_max")),
+    _Panel("Gradient norm", ("grad_norm",)),
+    _Panel("Learning rate", ("lr",)),
+    _Panel("Shares of samples and groups", ("share_cut", "penalized", "groups_all_equal")),
+    _Panel("Penalties by kind (share of samples)", ("penalty/",)),
+    _Panel("Outcomes other than correct (share)", ("outcome/",)),
+    _Panel("Tokens a second", ("generate_tokens_per_s", "train_tokens_per_s")),
+)
+
+
+@matplotlib.rc_context(_STYLE)
+def learning_curves(rows: Sequence[dict[str, float]]) -> dict[str, list[Plot]]:
+    """Rows of a metrics file -> its plots, {"main": [...], "more": what no panel names}."""
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    steps = np.array([row["step"] for row in rows])
+    # A penalty that hit nobody in a step is not in its row.
+    absent = {name: 0.0 if name.startswith("penalty/") else None for name in names}
+    series = {name: np.array([_number(row.get(name, absent[name])) for row in rows]) for name in names}
+    stages = [name for name in names if name.startswith("seconds/")]
+    left = [name for name in names if name not in stages]
+    main = []
+    for panel in _PANELS:
+        chosen = [name for name in left if any(name == n or (n[-1] == "/" and name.startswith(n)) for n in panel.names)]
+        left = [name for name in left if name not in chosen]
+        if chosen:
+            main.append(_curves(panel.title, steps, {name: series[name] for name in chosen}, log=panel.log))
+    if stages:
+        main.append(_stacked("Seconds a step, by stage", steps, {name: series[name] for name in stages}))
+    return {"main": main, "more": [_curves(name, steps, {name: series[name]}) for name in left]}
+
+
+@matplotlib.rc_context(_STYLE)
+def accuracy(evals: dict[str, dict[str, Any]]) -> Plot:
+    """Accuracy of every evaluation with its 95% interval."""
+    figure, axes = _figure("Held-out accuracy with 95% interval", height=1.2 + 0.45 * len(evals))
+    for place, result in enumerate(evals.values()):
+        value, (low, high) = result["pass_at_1"], result["interval"]
+        axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color=f"C{place}")
+        axes.annotate(f"{100 * value:.1f}%", (value, place), xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(evals)), list(evals))
+    axes.set_ylim(len(evals) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    return _plot(figure, axes)
+
+
+@matplotlib.rc_context(_STYLE)
+def scaling(curves: dict[str, list[dict[str, Any]]]) -> Plot:
+    """Accuracy against the mean thinking tokens that were used, with 95% bands."""
+    figure, axes = _figure("Accuracy against thinking tokens", height=3.6)
+    for label, points in curves.items():
+        used = [point["mean_thinking_tokens"] for point in points]
+        low, high = zip(*(point["interval"] for point in points), strict=True)
+        (line,) = axes.plot(used, [point["accuracy"] for point in points], "o-", markersize=4, label=label)
+        axes.fill_between(used, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel("mean thinking tokens used")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return _plot(figure, axes)
+
+
+def _curves(title: str, steps: np.ndarray, series: dict[str, np.ndarray], log: bool = False) -> Plot:
+    figure, axes = _figure(title)
+    window = max(1, len(steps) // 20)
+    for name, values in series.items():
+        at, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+        smooth = [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
+        (line,) = axes.plot(at, smooth, label=name, marker="o" if len(at) == 1 else "", linewidth=1.6)
+        axes.plot(at, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
+    if log and any((values > 0).any() for values in series.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.0e}")
+    if len(series) > 1:
+        axes.legend()
+    axes.set_xlabel("step")
+    return _plot(figure, axes)
+
+
+def _stacked(title: str, steps: np.ndarray, series: dict[str, np.ndarray]) -> Plot:
+    figure, axes = _figure(title)
+    labels: Iterable[str] = [name.removeprefix("seconds/") for name in series]
+    axes.stackplot(steps, np.nan_to_num(np.array(list(series.values()))), labels=labels, alpha=0.85)
+    axes.legend(loc="upper right", ncols=2)
+    axes.set_xlabel("step")
+    return _plot(figure, axes)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def _figure(title: str, height: float = 2.6) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    return figure, axes
+
+
+def _plot(figure: Figure, axes: Axes) -> Plot:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return Plot(axes.get_title(loc="left"), "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())

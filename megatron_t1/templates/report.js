@@ -1,0 +1,20 @@
+"use strict";
+const form = document.getElementById("filter");
+if (form) {
+  const rows = [...document.querySelectorAll("#samples tbody tr")];
+  const show = () => {
+    const wanted = Object.fromEntries(new FormData(form));
+    const text = wanted.text.toLowerCase();
+    let shown = 0;
+    for (const row of rows) {
+      row.hidden = (wanted.source && row.dataset.source !== wanted.source)
+        || (wanted.verdict && row.dataset.verdict !== wanted.verdict)
+        || !row.textContent.toLowerCase().includes(text);
+      shown += !row.hidden;
+    }
+    form.querySelector("output").textContent = `${shown} of ${rows.length}`;
+  };
+  form.addEventListener("input", show);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  show();
+}

@@ -1,0 +1,145 @@
+"""The report: every part when its files are there, none when not, and hostile text that stays text."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_t1.files import write_json, write_jsonl, write_text
+from megatron_t1.report import MAX_CHARS, write_report
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\u202e$x^$ {{ 7*7 }} ]]></style>\x00\ud800"
+
+
+class Page(HTMLParser):
+    """Text, headings, and everything that could load or run something."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def row(identity: str, response: str, correct: bool, penalties: dict[str, str] | None = None) -> dict[str, Any]:
+    return {
+        "id": identity,
+        "prompt": f"question {identity}",
+        "gold": "7",
+        "response": response,
+        "num_tokens": 40,
+        "finish_reason": "stop",
+        "reward": {
+            "value": -1.0 if penalties else float(correct),
+            "correct": correct,
+            "outcome": "correct" if correct else "wrong",
+            "extracted": "7",
+            "reason": "equal numbers",
+            "penalties": penalties or {},
+            "seconds": 0.0,
+        },
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "sft/metrics.jsonl", [{"step": 1, "nll": 2.0, "lr": 1e-3, "seconds/train": 0.1}])
+    write_jsonl(
+        tmp_path / "rl/metrics.jsonl",
+        [
+            {"step": i, "reward": i / 9, "logprob_diff": 1e-5 * i, "penalty/repetition": 0.1, "other$": None}
+            for i in range(1, 9)
+        ],
+    )
+    write_jsonl(tmp_path / "rl/samples.jsonl", [{"step": i, **row("t", f"rollout {i}", True)} for i in range(1, 30)])
+    for label, right in (("sft", 2), ("rl$", 8)):
+        rows = [row(str(i), "right" if i < right else "a" * (MAX_CHARS + 5), i < right) for i in range(10)]
+        rows[0] = row("0", HOSTILE.replace("\ud800", ""), False, {"garbled": HOSTILE.replace("\ud800", "")})
+        write_jsonl(tmp_path / "evaluate" / label / "responses.jsonl", rows)
+        summary = {"num_questions": 10, "num_samples": 1, "mean_tokens": 40.0, "share_cut": 0.0}
+        summary |= {"pass_at_1": right / 10, "interval": [0.0, 1.0]}
+        write_json(tmp_path / "evaluate" / label / "summary.json", summary)
+        point = {"budget": 24, "mean_thinking_tokens": 20.0, "accuracy": 0.2, "interval": [0.1, 0.3], "share_forced": 1}
+        write_json(tmp_path / "scaling" / label / "points.json", [point, {**point, "budget": 48, "accuracy": 0.8}])
+    summary = {"seconds": {"sft": 75.0, "total": 300.0}, "seed": 3, "versions": {"torch": "2.13.0", "apex": None}}
+    write_json(tmp_path / "summary.json", summary)
+    write_text(tmp_path / "config.yaml", "rl:\n  steps: 60 # <b>\n")
+    return tmp_path
+
+
+def read(run_dir: Path) -> Page:
+    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def headings(run_dir: Path) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", write_report(run_dir).read_text())
+
+
+def test_every_part_is_there(run_dir: Path) -> None:
+    assert headings(run_dir) == [
+        "Accuracy on held-out questions",
+        "Accuracy against thinking budget",
+        "Reinforcement learning",
+        "Supervised fine-tuning",
+        "Responses",
+        "Time by stage",
+        "Run",
+    ]
+    page = read(run_dir)
+    for text in ("20.0%", "80.0%", "+60.0 points", "1 min 15 s", "rollout 29", "steps: 60 # <b>", "2.13.0", "other$"):
+        assert text in page.text or any(text == attrs.get("alt") for _, attrs in page.tags), text
+    assert "(5 more characters)" in page.text
+
+
+def test_hostile_text_stays_text_and_nothing_is_loaded(run_dir: Path) -> None:
+    page = read(run_dir)
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in page.text
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "base"}
+    for tag, attrs in page.tags:
+        assert not [name for name in attrs if name.startswith("on")], tag
+        assert all((attrs[name] or "").startswith("data:image/svg+xml") for name in ("src", "href") if name in attrs)
+    policy = next(attrs["content"] for tag, attrs in page.tags if "http-equiv" in attrs)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+
+
+def test_missing_parts_are_left_out(run_dir: Path, tmp_path: Path) -> None:
+    assert headings(tmp_path / "nothing") == []
+    shutil.rmtree(run_dir / "scaling")
+    shutil.rmtree(run_dir / "evaluate" / "rl$")
+    (run_dir / "summary.json").unlink()
+    found = headings(run_dir)
+    assert "Accuracy on held-out questions" in found
+    assert not {"Accuracy against thinking budget", "Time by stage"} & set(found)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_script_runs_under_its_policy_in_a_browser(run_dir: Path, tmp_path: Path) -> None:
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", write_report(run_dir).as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = re.search(r"<output>(\d+) of (\d+)</output>", dom)
+    assert shown is not None
+    assert shown[1] == shown[2] != "0"
