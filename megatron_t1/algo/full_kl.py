@@ -38,7 +38,7 @@ def logprob_entropy_kl(
 
 def _scaled_logits(head: Head, x: Tensor, tile: slice) -> Tensor:
     scaled_x, scale = head.prepare(x)
-    return head.logits(scaled_x, tile).mul_(scale)
+    return head.logits(scaled_x, tile, head.tile_memory(x, [tile])).mul_(scale)
 
 
 def _merge(parts: Tensor) -> Tensor:

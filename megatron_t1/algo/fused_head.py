@@ -14,7 +14,7 @@ The parallel layouts themselves are in `head`, the arithmetic of a tile in `head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ TILE_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 """Logits alive at a time in the 1 G and 4 G paths: on CPUs what stays in the last-level cache."""
 CHUNK_LOGITS = {"cpu": 75 * 2**20, "cuda": 320 * 2**20}
 """Logits alive at a time in the 3 G path: a chunk of tokens over all rows of this rank; 300 MiB and 1.25 GiB."""
+
+_KeptTile = tuple[slice, Tensor, float, Tensor | None]
+"""(rows, z, scale, shift) as `update_statistics` left them"""
 
 
 def logprob_entropy(hidden: Tensor, head: Head, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +59,7 @@ def logprob_entropy(hidden: Tensor, head: Head, positions: Tensor, targets: Tens
 def logprob_entropy_nograd(hidden: Tensor, head: Head, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """`logprob_entropy` without gradients: one GEMM and nothing kept."""
     x = select(hidden, head, positions)
-    return _logprob_and_entropy(_statistics(x, head, targets, TILE_LOGITS[x.device.type]))
+    return _logprob_and_entropy(_statistics(x, head, targets, TILE_LOGITS[x.device.type])[0])
 
 
 def fused_loss(
@@ -102,7 +105,7 @@ class _LogprobEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, head, positions, targets):
         x = select(hidden, head, positions)
-        stats = _statistics(x, head, targets, TILE_LOGITS[x.device.type])
+        stats, _ = _statistics(x, head, targets, TILE_LOGITS[x.device.type])
         ctx.save_for_backward(x, stats, positions, targets)
         ctx.head, ctx.hidden_shape, ctx.dtype = head, hidden.shape, hidden.dtype
         return _logprob_and_entropy(stats)
@@ -115,8 +118,10 @@ class _LogprobEntropy(torch.autograd.Function):
         dx = torch.zeros_like(x, dtype=stats.dtype)
         dw = WeightGradient(head, head.weight.dtype) if ctx.needs_input_grad[1] else None
         scaled_x, scale = head.prepare(x)
-        for tile in head.tiles(len(x), TILE_LOGITS[x.device.type]):
-            z, column = head.logits(scaled_x, tile), head.vocab_start + tile.start
+        tiles = head.tiles(len(x), TILE_LOGITS[x.device.type])
+        memory = head.tile_memory(x, tiles)
+        for tile in tiles:
+            z, column = head.logits(scaled_x, tile, memory), head.vocab_start + tile.start
             dz = kernels.logits_to_gradient(z, scale, None, stats, column, targets, *grads, x.dtype)
             add_gradients(dz, x, head, tile, dx, dw)
         return (
@@ -134,10 +139,11 @@ class _FusedLoss(torch.autograd.Function):
         dx = torch.zeros_like(x, dtype=dtype)
         dw = WeightGradient(head, dtype, grad_scale) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=dtype, device=x.device)
-        for chunk in _chunks(len(x), head):
+        chunks = _chunks(len(x), head)
+        logits = x.new_empty((chunks[0].stop - chunks[0].start) * head.num_rows, dtype=dtype)
+        for chunk in chunks:
             chunk_x, chunk_targets = x[chunk], targets[chunk]
-            kept: list[tuple[slice, Tensor, float, Tensor | None]] = []
-            stats = _statistics(chunk_x, head, chunk_targets, TILE_LOGITS[x.device.type] // 2, kept)
+            stats, kept = _statistics(chunk_x, head, chunk_targets, TILE_LOGITS[x.device.type] // 2, logits)
             logprob, entropy = (t.requires_grad_() for t in _logprob_and_entropy(stats))
             with torch.enable_grad():
                 loss, metrics = token_loss(logprob, entropy, tokens[chunk])
@@ -168,30 +174,33 @@ class _FusedLoss(torch.autograd.Function):
         )
 
 
-def _chunks(num_tokens: int, head: Head) -> Iterator[slice]:
+def _chunks(num_tokens: int, head: Head) -> list[slice]:
     """Equal chunks of tokens whose logits over this rank's rows fit CHUNK_LOGITS; without tokens one empty chunk."""
     # Every rank of the group must cut alike, also one with nothing but padding: hence shape[0], not num_rows.
     most = max(CHUNK_LOGITS[head.weight.device.type] // head.weight.shape[0], 1)
     num_chunks = max(-(-num_tokens // most), 1)
     step = max(-(-num_tokens // num_chunks), 1)
-    for start in range(0, max(num_tokens, 1), step):
-        yield slice(start, min(start + step, num_tokens))
+    return [slice(start, min(start + step, num_tokens)) for start in range(0, max(num_tokens, 1), step)]
 
 
-def _statistics(x: Tensor, head: Head, targets: Tensor, max_logits: int, keep: list | None = None) -> Tensor:
-    """[4, T] over the vocabulary of all ranks. `keep` receives (tile, z, scale, shift), as in `update_statistics`."""
-    stats, kernels = new_statistics(len(x), x), for_device(x.device)
+def _statistics(
+    x: Tensor, head: Head, targets: Tensor, max_logits: int, memory: Tensor | None = None
+) -> tuple[Tensor, list[_KeptTile]]:
+    """[4, T] over the vocabulary of all ranks; the logits are kept in `memory`, flat, of T x num_rows, if given."""
+    stats, kernels, kept = new_statistics(len(x), x), for_device(x.device), []
+    tiles = head.tiles(len(x), max_logits)
+    one_tile = head.tile_memory(x, tiles if memory is None else [])
     scaled_x, scale = head.prepare(x)
-    for tile in head.tiles(len(x), max_logits):
-        z = head.logits(scaled_x, tile)
+    for tile in tiles:
+        z = head.logits(scaled_x, tile, one_tile if memory is None else memory[len(x) * tile.start :])
         shift = kernels.update_statistics(stats, z, scale, head.vocab_start + tile.start, targets)
-        if keep is not None:
-            keep.append((tile, z, scale, shift))
-    if head.tp_group is None or head.tp_group.size() == 1:
-        return stats
-    parts = stats.new_empty(head.tp_group.size(), *stats.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), stats, group=head.tp_group)
-    return merge_statistics(parts)
+        if memory is not None:
+            kept.append((tile, z, scale, shift))
+    if head.tp_group is not None and head.tp_group.size() > 1:
+        parts = stats.new_empty(head.tp_group.size(), *stats.shape)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), stats, group=head.tp_group)
+        stats = merge_statistics(parts)
+    return stats, kept
 
 
 def _logprob_and_entropy(stats: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_t1.algo.head_gemm import add_matmul_, matmul, operand_dtype
+from megatron_t1.algo.head_gemm import accumulation_dtype, add_matmul_, matmul, operand_dtype
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,14 +51,21 @@ class Head:
         step = max(max_logits // max(num_tokens, 1), 256)
         return [slice(start, min(start + step, self.num_rows)) for start in range(0, self.num_rows, step)]
 
+    def tile_memory(self, x: Tensor, tiles: list[slice]) -> Tensor:
+        """Flat memory for the logits of any one of the tiles."""
+        width = max((tile.stop - tile.start for tile in tiles), default=0)
+        return x.new_empty(len(x) * width, dtype=accumulation_dtype(x.dtype))
+
     def prepare(self, x: Tensor) -> tuple[Tensor, float]:
         """x and a factor for its logits that together apply the temperature; a narrow x must not be rounded again."""
         if self.temperature == 1.0:
             return x, 1.0
         return (x, 1.0 / self.temperature) if x.dtype.itemsize < 4 else (x / self.temperature, 1.0)
 
-    def logits(self, x: Tensor, tile: slice) -> Tensor:
-        return matmul(x, self.weight.detach()[tile].t())
+    def logits(self, x: Tensor, tile: slice, memory: Tensor) -> Tensor:
+        """[T, rows of the tile], at the beginning of `memory`. Allocating each tile anew costs page faults on CPUs."""
+        shape = len(x), tile.stop - tile.start
+        return matmul(x, self.weight.detach()[tile].t(), memory[: shape[0] * shape[1]].view(shape))
 
 
 def select(hidden: Tensor, head: Head, positions: Tensor) -> Tensor:

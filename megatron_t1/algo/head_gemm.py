@@ -35,15 +35,16 @@ def operand_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return dtype if device.type == "cuda" else accumulation_dtype(dtype)
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] @ b [k, n], float32 (float64 if b is)."""
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [m, k] @ b [k, n], float32 (float64 if b is), into `out` [m, n] if given."""
     dtype = operand_dtype(b.device, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
     if dtype != accumulation_dtype(dtype):
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     if _ONEDNN_LINEAR is not None and dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] > 0:
-        return _ONEDNN_LINEAR(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b)
+        product = _ONEDNN_LINEAR(a, b.t(), None, "none", [], "")
+        return product if out is None else out.copy_(product)
+    return torch.mm(a, b, out=out)
 
 
 def add_matmul_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, overwrite: bool = False) -> None:
