@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megatron_t1.reward.brackets import closing, split_at, split_top, unwrap
+from megatron_t1.reward.latex import UndecidableError
 from megatron_t1.reward.leaves import is_text, leaves_equal, numbers_equal, words
 from megatron_t1.reward.normalize import compact, exact_number
 
@@ -39,7 +40,8 @@ _NAME = re.compile(
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{_SUB}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
 _TRAILING_CLAUSE = re.compile(
     r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*\\mathbb\{?[ZNRQ]\}?(?:[_^+*{}>0\s]*)\)?$"
-    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each)|where)\b[^{}]*\}|(?<![a-z])for (?:all|any|every|each)\b).*$",
+    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each)|where)\b[^{}]*\}"
+    r"|(?<![a-z])for (?:all|any|every|each)\b).*$",
     re.S,
 )
 _NEGATIVE = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
@@ -62,11 +64,18 @@ def _same_items(gold: Sequence[T], answer: Sequence[T], same: Callable[[T, T], b
         return False
     left = list(answer)
     for item in gold:
-        hit = next((i for i, candidate in enumerate(left) if same(item, candidate)), None)
+        hit = next((i for i, candidate in enumerate(left) if _surely(same, item, candidate)), None)
         if hit is None:
             return False
         left.pop(hit)
     return True
+
+
+def _surely(same: Callable[[T, T], bool], gold: T, answer: T) -> bool:
+    try:
+        return same(gold, answer)
+    except UndecidableError:  # this pair is no match; another one may be
+        return False
 
 
 def _same_sequence(gold: Sequence[str], answer: Sequence[str]) -> bool:

@@ -23,8 +23,8 @@ _END_TOKENS = re.compile(r"<\|[a-z_]{1,20}\|>|</?(?:answer|s)>|<end_of_turn>", r
 _BOX = re.compile(r"\\f?boxed\b|\\fbox\b")
 _JOINT = re.compile(r"[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*")
 _ANCHOR = re.compile(
-    r"(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?(?:\s*[:：]|\s*(?:是|为)|(?<=is)|(?<=are)|(?<=est))"
-    r"\s*",
+    r"(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?"
+    r"(?:\s*[:：]|\s*(?:是|为)|(?<=is)|(?<=are)|(?<=est))\s*",
     re.I,
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
@@ -37,7 +37,7 @@ _NUMBER = re.compile(
 
 def after_thinking(text: str) -> str | None:
     """The text after the last closed thinking tag; None when thinking was opened and never closed."""
-    closes = list(_THINK_CLOSE.finditer(text))
+    closes = list(_THINK_CLOSE.finditer(text)) if "</" in text else []
     tail = text[closes[-1].end() :] if closes else text
     if _THINK_OPEN.search(tail):
         return None
@@ -161,6 +161,10 @@ _MC_ANCHOR = re.compile(
 _HEDGE_AFTER = re.compile(r"^[)*\s.}$]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?[(*]*([A-J])(?![A-Za-z'’])")
 
 
+_LONE_LETTER = re.compile(r"(?<![A-Za-z'’\\])([B-HJ]|A(?!\s+(?!and\b|or\b)[a-z]))(?![A-Za-z'’])")
+"""A letter on its own; "A triangle" is an article, "I" a person."""
+
+
 def _one_letter(text: str) -> str | None:
     """A text that is nothing but one letter, in whatever wrapping; lower case counts only here."""
     bare = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text).strip(" \n\t()[]{}$*.:\"'`。")
@@ -216,7 +220,7 @@ def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None,
             return None, "hedged choice"
         return letters.pop(), "leading letter"
     marked = set(re.findall(r"\(([A-J])\)|\*\*([A-J])\*\*", tail))
-    letters = {a or b for a, b in marked} or set(re.findall(r"(?<![A-Za-z'’\\])([B-HJ])(?![A-Za-z'’])", tail))
+    letters = {a or b for a, b in marked} or set(_LONE_LETTER.findall(tail))
     if len(letters) == 1:
         return letters.pop(), "only letter"
     return None, "no single choice"

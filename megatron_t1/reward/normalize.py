@@ -5,6 +5,7 @@ Everything here is string work with bounded cost; no mathematics is decided beyo
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -31,10 +32,11 @@ _COMMANDS = {
     "Rightarrow", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|",
     "backslash": "setminus", "ast": "cdot", "div": "/", "degree": "^\\circ", "textdegree": "^\\circ", "dots": "ldots",
     "cdots": "ldots", "dotsm": "ldots", "dotsb": "ldots", "varepsilon": "epsilon", "varphi": "phi", "colon": ":",
+    "langle": "(", "rangle": ")",
     "arcctg": "arccot", "tg": "tan", "ctg": "cot", "mid": "|", "cupdot": "cup", "sqcup": "cup",
 }  # fmt: skip
 _TO_PUNCTUATION = {"lt", "gt", "land", "lor", "vee", "lbrace", "rbrace", "lbrack", "rbrack", "vert", "lvert", "rvert"}
-_TO_PUNCTUATION |= {"div", "degree", "textdegree", "colon", "mid"}
+_TO_PUNCTUATION |= {"langle", "rangle", "div", "degree", "textdegree", "colon", "mid"}
 _DROPPED = re.compile(
     r"\\(?:left|right|bigg?[lrm]?|Bigg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|"
     r"boldsymbol|bm|mathop|mathbin|mathrel|phantom)(?![a-zA-Z])\.?"
@@ -42,31 +44,14 @@ _DROPPED = re.compile(
 _SPACES = re.compile(r"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{[^{}]*\}|space(?![a-zA-Z]))|~")
 _TEXT = re.compile(r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}")
 _FONT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*(?:\{([^{}]*)\}|([a-zA-Z]))")
-_FUNCTIONS = set(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "log",
-        "ln",
-        "exp",
-        "lcm",
-        "gcd",
-        "max",
-        "min",
-        "det",
-        "lim",
-        "sup",
-        "inf",
-    ]
-)
+_PHRASES = {
+    **dict.fromkeys(("all real numbers", "all reals", "\\mathbb{r}", "\\mathbb r"), "(-\\infty,\\infty)"),
+    **dict.fromkeys(("no solution", "no solutions", "none", "empty set", "no real solutions"), "\\emptyset "),
+}
+_FUNCTIONS = {
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "log", "ln",
+    "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
+}  # fmt: skip
 _AND_OR = re.compile(r",?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]),?")
 
 
@@ -112,8 +97,11 @@ def _unicode(text: str) -> str:
     return "".join(out)
 
 
+@functools.lru_cache(maxsize=4096)
 def normalize(text: str) -> str:
-    r"""Canonical spelling of an answer. Idempotent on its own output for all golds of MATH500."""
+    """Canonical spelling of an answer."""
+    if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", text):
+        return text
     s = _unicode(text)
     if "\\begin" not in s:  # a doubled backslash of an escaped source, not a row end
         s = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s)
@@ -155,7 +143,9 @@ def normalize(text: str) -> str:
     s = _AND_OR.sub(", ", s)
     s = re.sub(r"\+\s*\\infty", r"\\infty", s)
     s = re.sub(r"\s+", " ", s)
-    return re.sub(r"(?<=[}\s])\.(?=\s*[\])])", "", s).lstrip(" ,;:").rstrip(" .,;:^")
+    s = re.sub(r"(?<=[}\s])\.(?=\s*[\])])", "", s).lstrip(" ,;:").rstrip(" .,;:^")
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip().casefold()
+    return _PHRASES.get(bare, s)
 
 
 def compact(s: str) -> str:

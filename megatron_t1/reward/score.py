@@ -73,10 +73,18 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 _LAZY_IMPORTS = (
-    "sympy.tensor.tensor sympy.sets.setexpr sympy.sets.handlers.add sympy.sets.handlers.functions "
-    "sympy.sets.handlers.mul sympy.sets.handlers.power sympy.sets.handlers.issubset sympy.combinatorics "
-    "sympy.matrices.expressions.applyfunc sympy.simplify.traversaltools sympy.assumptions.wrapper"
-).split()
+    "sympy.tensor.tensor",
+    "sympy.sets.setexpr",
+    "sympy.sets.handlers.add",
+    "sympy.sets.handlers.functions",
+    "sympy.sets.handlers.mul",
+    "sympy.sets.handlers.power",
+    "sympy.sets.handlers.issubset",
+    "sympy.combinatorics",
+    "sympy.matrices.expressions.applyfunc",
+    "sympy.simplify.traversaltools",
+    "sympy.assumptions.wrapper",
+)
 """What SymPy imports in the middle of its work; a locked-down grader cannot open files any more."""
 
 _WARM_UP = (
@@ -84,6 +92,8 @@ _WARM_UP = (
     r"\sum_{k=1}^{10}\frac{k}{2} ~ \sum_{k=0}^{n-1} F_k F_{n-k-1}",
     r"\lim_{x\to 0}\frac{\sin x}{x} ~ \int_0^1 x^{2} dx",
     r"\begin{vmatrix}2&1\\1&2\end{vmatrix} ~ \prod_{k=1}^{10}k",
+    r"\sum_{i=1}^{n} a_i b_{n-i+1}+\frac{1}{2^{i}} ~ \sum_{n=1}^{\infty}\frac{1}{n^2}-\frac{(-1)^{k}}{k!}",
+    r"\int_{0}^{\pi}\sin^{2}(x)e^{-x}\,dx ~ \lim_{n\to\infty}\left(1+\frac{1}{n}\right)^{n}",
     r"x+y=1 ~ y=1-x",
 )
 
@@ -129,6 +139,10 @@ class Scorer:
     def num_kills(self) -> int:
         """Graders killed at their deadline so far."""
         return self._pool.num_kills
+
+    def pids(self) -> list[int]:
+        """Its live processes, the zygote's first."""
+        return self._pool.pids()
 
     async def score(self, prompt: Prompt, sample: Sample) -> Reward:
         """The reward of one sample. It never raises for what the sample contains."""

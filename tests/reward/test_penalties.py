@@ -1,0 +1,116 @@
+"""Penalties: the shipped texts, every threshold's two sides, and T1's rule."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_t1.reward.penalties import PENALTIES, PenaltyConfig, Response, find_penalties, longest_periodic_run, np
+from tests.reward.cases import rows
+
+CONFIG = PenaltyConfig()
+
+
+@pytest.mark.parametrize("case", rows("textquality"), ids=lambda c: c["name"])
+def test_shipped_texts(case: dict) -> None:
+    found = find_penalties(CONFIG, Response(text=case["text"]))
+    assert bool(found) == case["expected_penalty"], found
+
+
+def test_honest_solutions_are_not_flagged() -> None:
+    for case in rows("cases"):
+        assert not find_penalties(CONFIG, Response(text=case["prediction"], prompt=case.get("question"))), case["id"]
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 40, 113, 399])
+def test_periodic_runs_are_found_with_their_length(period: int) -> None:
+    """Against the definition: the longest stretch in which every element equals the one `period` before."""
+    generator = np.random.default_rng(period)
+    unit = generator.integers(0, 5000, period)
+    ids = np.concatenate(
+        [generator.integers(5000, 9000, 3000), np.tile(unit, 1600 // period + 3), generator.integers(9000, 9999, 500)]
+    )
+    length, start, found = longest_periodic_run(ids, 400)
+    assert found == period
+    assert (length, start) == (period * (1600 // period + 3), 3000)
+
+
+def test_random_text_has_no_long_run() -> None:
+    ids = np.random.default_rng(0).integers(0, 50, 20_000)
+    assert longest_periodic_run(ids, 400)[0] < 500
+
+
+def test_a_paragraph_said_twice_is_no_loop() -> None:
+    words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300)]
+    assert not find_penalties(CONFIG, Response(text=" ".join(words * 2)))
+    assert "repetition" in find_penalties(CONFIG, Response(text=" ".join(words * 4)))
+
+
+def test_ngrams_of_tokens_are_off_until_asked_for() -> None:
+    tokens = list(range(12)) * 4
+    assert not find_penalties(CONFIG, Response(text="short", token_ids=tokens))
+    strict = PenaltyConfig(max_ngram_repeats=3)
+    assert "12-gram" in find_penalties(strict, Response(text="short", token_ids=tokens))["repetition"]
+    assert not find_penalties(strict, Response(text="short", token_ids=tokens[:36]))
+
+
+def test_overlong_is_the_length_limit() -> None:
+    assert "overlong" in find_penalties(CONFIG, Response(text="cut", finish_reason="length"))
+    assert not find_penalties(PenaltyConfig(enabled=()), Response(text="cut", finish_reason="length"))
+
+
+@pytest.mark.parametrize(
+    ("text", "hit"),
+    [
+        ("The answer is \ufffd\ufffd\ufffd\ufffd\ufffd 7", True),
+        ("\x00\x01\x02\x03\x04\x05", True),
+        ("One broken \ufffd character from a cut emoji", False),
+        ("k" * 301, True),
+        (r"\begin{pmatrix}1&2\end{pmatrix} café naïve — “quoted” … ∑ ℝ ≤ 🙂", False),
+    ],
+)
+def test_garbled(text: str, hit: bool) -> None:
+    assert ("garbled" in find_penalties(CONFIG, Response(text=text, prompt="What is it?"))) == hit
+
+
+CHINESE = "我们首先考虑这个方程的解,因此答案是显然的。"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "hit"),
+    [
+        ("Solve the equation.", "We get the root. " + CHINESE, True),
+        ("解这个方程。", CHINESE + " so x = 2", False),
+        ("解这个方程。", "The answer in English is 2.", False),
+        ("Solve the equation.", r"Let $\text{解}$ be the root, and see 方程 once.", False),
+        ("Solve the equation.", "Ответ: корень уравнения равен двум.", True),
+        ("Решите уравнение.", "Ответ: корень уравнения равен двум.", False),
+        ("方程式を解いてください。", "答えは二です。方程式の解は明らかです。", False),
+    ],
+)
+def test_language_is_compared_with_the_prompt(prompt: str, text: str, hit: bool) -> None:
+    assert ("language" in find_penalties(CONFIG, Response(text=text, prompt=prompt))) == hit
+
+
+def test_malformed_is_optional() -> None:
+    cfg = PenaltyConfig(enabled=("malformed",))
+    assert find_penalties(cfg, Response(text="<think>never closed \\boxed{1}"))
+    assert find_penalties(cfg, Response(text="<think>a</think> the answer is 1"))
+    assert not find_penalties(cfg, Response(text="<think>a</think> \\boxed{1}"))
+    assert not find_penalties(CONFIG, Response(text="no box"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("enabled", ("repetitoin",)), ("max_periodic_run", 0), ("max_ngram_repeats", -1), ("max_foreign_share", 2.0)],
+)
+def test_config_errors_name_the_field(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        PenaltyConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_adding_a_penalty_is_one_function() -> None:
+    assert set(PENALTIES) == {"repetition", "overlong", "garbled", "language", "malformed"}
+    text = "".join(random.Random(0).choices("abcdefgh ", k=200))
+    assert not find_penalties(PenaltyConfig(enabled=tuple(PENALTIES)[:4]), Response(text=text))

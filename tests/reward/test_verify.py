@@ -1,0 +1,103 @@
+"""Verdicts on the shipped collections: other projects' cases, the hostile set, MATH500."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.reward.verify import verify
+from tests.reward.cases import pair, rows
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    with Scorer(RewardConfig(num_workers=2)) as scorer:
+        yield scorer
+
+
+def _grade(scorer: Scorer, cases: list[dict]) -> list[bool]:
+    pairs = [pair(c["gold"], c["prediction"], c["mode"], choices=c.get("choices") or ()) for c in cases]
+    rewards = scorer.score_all(pairs)
+    assert not [r for r in rewards if r.outcome == "crash"]
+    return [r.correct for r in rewards]
+
+
+def test_cases(scorer: Scorer) -> None:
+    cases = rows("cases")
+    correct = dict(zip((c["id"] for c in cases), _grade(scorer, cases), strict=True))
+    assert [c["id"] for c in cases if correct[c["id"]] and not c["expected"]] == []  # no wrong answer is accepted
+    share = {}
+    for hard in (True, False):
+        mine = [c for c in cases if bool(c.get("hard")) == hard]
+        share[hard] = sum(correct[c["id"]] == c["expected"] for c in mine) / len(mine)
+    assert share[False] >= 0.99
+    assert share[True] >= 0.88
+
+
+def test_hostile_inputs(scorer: Scorer) -> None:
+    cases = rows("adversarial")
+    correct = _grade(scorer, cases)
+    wrong = [c["id"] for c, ok in zip(cases, correct, strict=True) if c["expected"] != "any" and ok != c["expected"]]
+    assert wrong == []
+    assert not list(Path("/tmp").glob("pwned*"))
+
+
+def test_math500_answers_equal_themselves(scorer: Scorer) -> None:
+    golds = [row["answer"] for row in rows("math500")]
+    spelled = [r"Thus $$\boxed{" + g.replace("\\frac", "\\dfrac").replace(" ", "  ") + "}.$$" for g in golds]
+    rewards = scorer.score_all([pair(g, text) for g, text in zip(golds, spelled, strict=True)])
+    assert [(g, r.reason) for g, r in zip(golds, rewards, strict=True) if not r.correct] == []
+
+
+def _letters(answer: str) -> str:
+    return answer.replace("dfrac", "frac").replace(" ", "")
+
+
+def _kind(answer: str) -> str:
+    patterns = {
+        "text": r"\\text", "matrix": "begin", "degrees": "circ", "set": r"cup|\\infty|\\in|\[", "tuple": r"^\(|left\(",
+        "list": ",", "equation": "=", "root": "sqrt", "pi": "pi", "fraction": "frac|/", "letters": "[a-z]",
+    }  # fmt: skip
+    return next((kind for kind, pattern in patterns.items() if re.search(pattern, answer)), "number")
+
+
+def test_math500_answers_do_not_equal_others_of_their_kind(scorer: Scorer) -> None:
+    by_kind = defaultdict(set)
+    for row in rows("math500"):
+        by_kind[_kind(row["answer"])].add(row["answer"])
+    generator = random.Random(0)
+    pairs = [(g, o) for golds in by_kind.values() for g in sorted(golds)
+             for o in generator.sample(sorted(golds - {g}), min(5, len(golds) - 1))]  # fmt: skip
+    rewards = scorer.score_all([pair(g, r"\boxed{" + o + "}") for g, o in pairs])
+    accepted = {(g, o) for (g, o), r in zip(pairs, rewards, strict=True) if r.correct}
+    same = {frozenset(p) for p in (("-2,1", "1,-2"),)}  # the same numbers in another order: lists have no order
+    spelled_alike = {(g, o) for g, o in accepted if _letters(g) == _letters(o)}
+    assert {frozenset(p) for p in accepted - spelled_alike} <= same
+
+
+def test_nothing_is_imported_after_the_warm_up() -> None:
+    """A locked-down grader cannot open files, so a late import would change verdicts."""
+    code = (
+        "import sys\n"
+        "from megatron_t1.reward import score, verify\n"
+        "from tests.reward.cases import rows\n"
+        "score.warm_up(); before = set(sys.modules)\n"
+        "for c in rows('cases'): verify.verify(str(c['gold']), c['prediction'], c['mode'])\n"
+        "late = set(sys.modules) - before\n"
+        "assert not late, late\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_long_response_is_read_at_its_end() -> None:
+    thinking = "We try $x = 1$ and \\boxed{9}. " * 20_000
+    assert verify("7", thinking + "</think> So \\boxed{7}.").outcome == "correct"
+    assert verify("7", "<think>" + thinking + "\\boxed{7}").outcome == "no_answer"

@@ -1,0 +1,49 @@
+"""`t1 grade`: files in, files out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_t1.grade import GradeConfig, grade
+
+
+def _write(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_verdicts_in_order(tmp_path: Path) -> None:
+    lines = [
+        {"id": "a", "gold": 4, "prediction": r"\boxed{4}", "mode": "response"},
+        {"id": 7, "gold": "x^2-1", "prediction": "(x-1)(x+1)", "mode": "answer"},
+        {"id": "c", "gold": "B", "prediction": "The answer is Paris", "mode": "mc", "choices": ["London", "Paris"]},
+        {"id": "d", "gold": "3", "prediction": "So we have 3 apples.", "mode": "text"},
+        {"id": "e", "gold": "3", "prediction": "nothing\nhere"},
+    ]
+    out = tmp_path / "out.jsonl"
+    grade(GradeConfig(input=_write(tmp_path / "in.jsonl", lines), output=out))
+    graded = [json.loads(line) for line in out.open()]
+    assert [row["id"] for row in graded] == ["a", 7, "c", "d", "e"]
+    assert [row["correct"] for row in graded] == [True, True, True, True, False]
+    assert graded[4]["outcome"] == "no_answer"
+    assert set(graded[0]) == {"id", "correct", "outcome", "extracted", "reason", "penalties", "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": "a", "gold": "4"}, "prediction missing"),
+        ({"id": "a", "gold": "4", "prediction": "4", "mode": "x"}, "mode='x'"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"line 1: {message}"):
+        grade(GradeConfig(input=_write(tmp_path / "in.jsonl", [line]), output=tmp_path / "out.jsonl"))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="input="):
+        GradeConfig(input=tmp_path / "nothing.jsonl", output=tmp_path / "out.jsonl")
