@@ -1,11 +1,12 @@
 """Accuracy on held-out questions: k graded samples a question from the servers, every response and verdict kept.
 
-Responses are written as they come, a block of questions at a time, so a cut evaluation goes on with the questions that
-are not finished. Left out for now: fetching question sets by name.
+Responses are written as they come, a block of questions at a time, so a resumed evaluation asks only the blocks that
+are not finished, with the seeds that they would have had. Left out for now: fetching question sets by name.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_t1 import stats
 from megatron_t1.actors import Actors
-from megatron_t1.files import append_jsonl, read_jsonl, write_json
+from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from megatron_t1.metrics import sample_row
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt
@@ -49,17 +50,41 @@ class EvalResult:
 
 
 def evaluate(
-    cfg: EvaluateConfig, actors: Actors, prompts: list[Prompt], out_dir: Path, label: str, seed: int
+    cfg: EvaluateConfig,
+    actors: Actors,
+    prompts: list[Prompt],
+    out_dir: Path,
+    label: str,
+    seed: int,
+    *,
+    resume: bool = False,
 ) -> EvalResult:
-    """Evaluate what the servers serve now; writes `responses.jsonl` and `summary.json` to `out_dir/label`."""
+    """Evaluate what the servers serve now; writes `responses.jsonl` and `summary.json` to `out_dir/label`.
+
+    Args:
+        resume: keep the finished blocks of an evaluation of the same weights, sampling and seed. Any other is replaced.
+    """
     folder = out_dir / label
-    path = folder / "responses.jsonl"
-    rows = read_jsonl(path)
-    finished = {row["id"] for row in rows}
-    todo = [prompt for prompt in prompts if prompt.id not in finished]
-    blocks = range(0, len(todo), _BLOCK)
-    for start in tqdm(blocks, desc=f"evaluate {label}", unit="block", disable=len(blocks) < 2):
-        groups = actors.generate(todo[start : start + _BLOCK], cfg.sampling, seed=seed)
+    path, settings_path = folder / "responses.jsonl", folder / "settings.json"
+    settings = {
+        "model": str(actors.servers.model_dir),
+        "weight_version": max(server.version for server in actors.servers.all),
+        "sampling": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(cfg.sampling).items()},
+        "seed": seed,
+    }
+    stored: dict[str, list[dict[str, Any]]] = {}
+    if resume and settings_path.exists() and json.loads(settings_path.read_text()) == settings:
+        for row in read_jsonl(path):
+            stored.setdefault(row["id"], []).append(row)
+    blocks = [prompts[start : start + _BLOCK] for start in range(0, len(prompts), _BLOCK)]
+    finished = [all(len(stored.get(p.id, ())) == cfg.sampling.num_samples for p in block) for block in blocks]
+    rows = [row for block, done in zip(blocks, finished, strict=True) if done for p in block for row in stored[p.id]]
+    write_jsonl(path, rows)
+    write_json(settings_path, settings)
+    for number, block in enumerate(tqdm(blocks, desc=f"evaluate {label}", unit="block", disable=len(blocks) < 2)):
+        if finished[number]:
+            continue
+        groups = actors.generate(block, cfg.sampling, seed=seed + number)
         fresh = [sample_row(group, sample) for group in groups for sample in group.samples]
         append_jsonl(path, fresh)
         rows += fresh

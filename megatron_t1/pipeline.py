@@ -1,4 +1,4 @@
-"""The jobs behind `t1 sft`, `t1 rl`, `t1 evaluate`, `t1 scaling` and `t1 run`: which parts they bring up, in which order.
+"""The jobs behind `t1 sft`, `t1 rl`, `t1 evaluate`, `t1 scaling` and `t1 run`: what they bring up, in which order.
 
 `run` is the whole of T1 in one job: SFT while the servers start, evaluation, RL, evaluation, inference scaling, report.
 Every job runs on all trainer ranks; what concerns servers, grading and files is rank 0's.
@@ -27,6 +27,7 @@ from megatron_t1.files import write_json
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.platform import Platform
 from megatron_t1.report import write_report
+from megatron_t1.types import Prompt
 from megatron_t1.weights.sync import WeightSync, folder_pieces
 
 
@@ -69,8 +70,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
     heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
     with open_actors(cfg, template) as actors:
         _serve_folder(cfg, actors)
-        result = evaluate.evaluate(cfg.evaluate, actors, heldout, Path(cfg.run_dir) / "evaluate", label, cfg.seed)
-    print(_sentence(result))
+        _evaluate(cfg, actors, heldout, label)
 
 
 def run_scaling(cfg: Config, label: str) -> None:
@@ -79,9 +79,7 @@ def run_scaling(cfg: Config, label: str) -> None:
     heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
     with open_actors(cfg, template) as actors:
         _serve_folder(cfg, actors)
-        points = scaling.measure(
-            cfg.scaling, actors, template, heldout, Path(cfg.run_dir) / "scaling", label, cfg.seed
-        )
+        points = scaling.measure(cfg.scaling, actors, template, heldout, Path(cfg.run_dir) / "scaling", label, cfg.seed)
     for point in points:
         print(f"{point.budget:>8} thinking tokens: accuracy {point.accuracy:.3f}")
 
@@ -112,17 +110,14 @@ def run_all(cfg: Config) -> None:
                 actors.ready(train[0])
             trainer.push()
 
-        results = {}
         with watch("evaluate"):
             if actors and trainer.steps_done == 0:
-                results["sft"] = evaluate.evaluate(cfg.evaluate, actors, heldout, run_dir / "evaluate", "sft", cfg.seed)
-                _say(_sentence(results["sft"]))
+                _evaluate(cfg, actors, heldout, "sft")
         with watch("rl"):
             final = trainer.train()
         with watch("evaluate"):
             if actors:
-                results["rl"] = evaluate.evaluate(cfg.evaluate, actors, heldout, run_dir / "evaluate", "rl", cfg.seed)
-                _say(_sentence(results["rl"]))
+                _evaluate(cfg, actors, heldout, "rl")
         with watch("scaling"):
             if actors:
                 scaling.measure(cfg.scaling, actors, template, heldout, run_dir / "scaling", "rl", cfg.seed)
@@ -176,11 +171,14 @@ def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float)
     )
 
 
-def _sentence(result: evaluate.EvalResult) -> str:
+def _evaluate(cfg: Config, actors: Actors, heldout: list[Prompt], label: str) -> None:
+    folder = Path(cfg.run_dir) / "evaluate"
+    result = evaluate.evaluate(cfg.evaluate, actors, heldout, folder, label, cfg.seed, resume=cfg.resume)
     low, high = result.interval
-    return (
-        f"{result.label}: pass@1 {result.pass_at_1:.3f} (95%: {low:.3f} to {high:.3f}) on {result.num_questions} questions "
-        f"x {result.num_samples}, {result.mean_tokens:.0f} tokens a response"
+    print(
+        f"{label}: pass@1 {result.pass_at_1:.3f} (95%: {low:.3f} to {high:.3f}) on {result.num_questions} questions "
+        f"x {result.num_samples}, {result.mean_tokens:.0f} tokens a response",
+        flush=True,
     )
 
 

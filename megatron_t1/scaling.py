@@ -2,7 +2,8 @@
 
 Each response's thinking is cut at every budget, and the answer is forced from the cut by closing the thinking and
 opening the answer; the same server continues from there (its prefix cache holds the thinking, nothing is generated
-twice). A thinking that ended within the budget keeps its own answer.
+twice). A thinking that ended within the budget keeps its own answer; one that the length limit cut has none and is
+forced at every budget.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Point:
     accuracy: float
     interval: tuple[float, float]
     share_forced: float
-    """Responses whose thinking the budget cut."""
+    """Responses whose thinking was cut."""
 
 
 def measure(
@@ -65,11 +66,11 @@ def measure(
     """The curve of what the servers serve now; writes `points.json` to `out_dir/label`."""
     groups = actors.generate(prompts, cfg.sampling, seed=seed)
     flat = [(group.prompt, sample) for group in groups for sample in group.samples]
-    thinking = [_thinking_tokens(sample, template, cfg.end_of_thinking) for _, sample in flat]
+    thinking = [_thinking(sample, template, cfg.end_of_thinking) for _, sample in flat]
     opening = template.ids(cfg.answer_opening)
     points = []
     for budget in cfg.budgets:
-        forced = [i for i, used in enumerate(thinking) if used > budget]
+        forced = [i for i, (used, ended) in enumerate(thinking) if used > budget or not ended]
         correct = [bool(sample.reward and sample.reward.correct) for _, sample in flat]
         prefixes = [
             np.concatenate([flat[i][0].token_ids, flat[i][1].token_ids[:budget], opening]).tolist() for i in forced
@@ -87,7 +88,7 @@ def measure(
         points.append(
             Point(
                 budget=budget,
-                mean_thinking_tokens=float(np.mean([min(used, budget) for used in thinking])),
+                mean_thinking_tokens=float(np.mean([min(used, budget) for used, _ in thinking])),
                 accuracy=mean,
                 interval=(low, high),
                 share_forced=len(forced) / len(flat),
@@ -97,18 +98,19 @@ def measure(
     return points
 
 
-def _thinking_tokens(sample: Sample, template: Template, end: str) -> int:
-    """Tokens of the response up to the end of its thinking; all of them when it never ends."""
-    if end not in sample.text:
-        return len(sample.token_ids)
+def _thinking(sample: Sample, template: Template, end: str) -> tuple[int, bool]:
+    """Tokens of the response up to the end of its thinking, and whether the model ended it (or the whole response)."""
+    decode = template.tokenizer.decode  # with special tokens, which the end of thinking may be
+    if end not in decode(sample.token_ids):
+        return len(sample.token_ids), sample.finish_reason == "stop"
     low, high = 0, len(sample.token_ids)
     while low < high:  # the smallest prefix whose text holds the end mark
         middle = (low + high) // 2
-        if end in template.tokenizer.decode(sample.token_ids[:middle]):
+        if end in decode(sample.token_ids[:middle]):
             high = middle
         else:
             low = middle + 1
-    return low
+    return low, True
 
 
 def _completed(sample: Sample, budget: int, opening: str, answer: Sample, template: Template) -> Sample:

@@ -1,4 +1,4 @@
-"""Question files and SFT files (JSON lines) in; prompts and sequences, tokenised, out. Bad lines are named, all at once.
+"""Question files and SFT files (JSON lines) in; tokenised prompts and sequences out. Bad lines are named, all at once.
 
 A question: {"id", "prompt" or "messages", "answer"}, optionally "mode" and "choices"; everything else is kept as meta.
 An SFT example: {"prompt" or "messages", "response"}.
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
+
+import numpy as np
 
 from megatron_t1.data.packing import Sequence
 from megatron_t1.data.template import Message, Template
@@ -83,12 +85,21 @@ def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
         ValueError: malformed lines, each named by file and line.
     """
 
-    def parse(row: dict[str, Any], number: int) -> Sequence:
-        messages = _messages(row, cfg.system_prompt)
-        response = _need(row, "response", (str,))
-        return Sequence(prompt_ids=template.prompt_ids(messages), response_ids=template.response_ids(response))
+    prompts: dict[str, np.ndarray] = {}  # SFT files hold many responses to one question
 
-    return _parse_all(path, parse)
+    def parse(row: dict[str, Any], number: int) -> tuple[np.ndarray, str]:
+        messages = _messages(row, cfg.system_prompt)
+        key = json.dumps(messages)
+        if key not in prompts:
+            prompts[key] = template.prompt_ids(messages)
+        return prompts[key], _need(row, "response", (str,))
+
+    examples = _parse_all(path, parse)
+    responses = template.response_ids([response for _, response in examples])
+    return [
+        Sequence(prompt_ids=prompt_ids, response_ids=response_ids)
+        for (prompt_ids, _), response_ids in zip(examples, responses, strict=True)
+    ]
 
 
 def _parse_all(path: Path, parse: Callable[[dict[str, Any], int], T]) -> list[T]:
@@ -96,12 +107,13 @@ def _parse_all(path: Path, parse: Callable[[dict[str, Any], int], T]) -> list[T]
     for number, line in _lines(path):
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             if not isinstance(row, dict):
                 raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
             parsed.append(parse(row, number))
         except json.JSONDecodeError as error:
             errors.append(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             errors.append(f"{path}:{number}: {error}")
     if errors:
         more = f"\n... and {len(errors) - _MAX_SHOWN} more" if len(errors) > _MAX_SHOWN else ""
@@ -140,7 +152,9 @@ def _messages(row: dict[str, Any], system_prompt: str | None) -> list[Message]:
         isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in messages
     )
     if not well_formed or messages[-1]["role"] != "user":
-        raise ValueError(f'"messages" must be a list of {{"role": one of {_ROLES}, "content": text}} that ends with the user')
+        raise ValueError(
+            f'"messages" must be a list of {{"role": one of {_ROLES}, "content": text}} that ends with the user'
+        )
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return messages

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 Message = dict[str, str]
+_BATCH = 1000  # texts tokenised at a time: many are quicker, all at once would take 100 bytes a token
 
 
 class Template:
@@ -35,12 +36,26 @@ class Template:
         self.eos_token_id = int(self.tokenizer.eos_token_id)
 
     def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
-        """int64 [num_prompt_tokens]: the conversation with the opening of the assistant's turn."""
-        return self.ids(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        """int64 [num_prompt_tokens]: the conversation with the opening of the assistant's turn.
 
-    def response_ids(self, text: str) -> np.ndarray:
-        """int64 [num_response_tokens]: the assistant's words and the end token."""
-        return np.append(self.ids(text), self.eos_token_id)
+        Raises:
+            ValueError: the chat template refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from None
+        return self.ids(text)
+
+    def response_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int64 [num_response_tokens] of each text: the assistant's words and the end token."""
+        found: list[np.ndarray] = []
+        for start in range(0, len(texts), _BATCH):
+            batch = self.tokenizer(list(texts[start : start + _BATCH]), add_special_tokens=False)["input_ids"]
+            found += [np.array([*ids, self.eos_token_id], np.int64) for ids in batch]
+        return found
 
     def ids(self, text: str) -> np.ndarray:
         """int64 [num_tokens] of bare text, nothing added."""

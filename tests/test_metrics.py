@@ -1,0 +1,95 @@
+"""What a run writes down: whole lines, nothing twice after a resume, numbers that add up."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
+from megatron_t1.types import Group, Prompt, Reward, Sample
+
+
+def sample(value: float, num_tokens: int, penalties: dict[str, str] | None = None, version: int = 3) -> Sample:
+    return Sample(
+        token_ids=np.arange(num_tokens),
+        logprobs=np.zeros(num_tokens, np.float32),
+        text="answer",
+        finish_reason="length" if penalties else "stop",
+        weight_versions=((version, 0, num_tokens),),
+        server="",
+        reward=Reward(
+            value=value,
+            correct=value == 1,
+            outcome="correct" if value == 1 else "wrong",
+            extracted=None,
+            reason="",
+            penalties=penalties or {},
+        ),
+    )
+
+
+def group(identity: str, *samples: Sample) -> Group:
+    prompt = Prompt(id=identity, text="question", token_ids=np.arange(3), gold="7")
+    return Group(prompt=prompt, samples=list(samples))
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_resume_drops_what_came_after_its_step(tmp_path: Path) -> None:
+    first = MetricsLog(tmp_path, "rl", groups_kept=1)
+    for step in (1, 2, 3):
+        first.log(step, {"reward": step / 10})
+        first.samples(step, [group("a", sample(1, 4)), group("b", sample(0, 4))])
+    first.close()
+    with (tmp_path / "rl/metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')  # killed while writing
+    second = MetricsLog(tmp_path, "rl", first_step=2, groups_kept=1)
+    second.log(3, {"reward": 9.0})
+    second.close()
+    assert [(row["step"], row["reward"]) for row in rows(tmp_path / "rl/metrics.jsonl")] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 9.0),
+    ]
+    assert [(row["step"], row["id"]) for row in rows(tmp_path / "rl/samples.jsonl")] == [(1, "a"), (2, "a")]
+    board = EventAccumulator(str(tmp_path / "tensorboard/rl")).Reload()
+    assert [(e.step, round(e.value, 3)) for e in board.Scalars("reward")] == [(1, 0.1), (2, 0.2), (3, 9.0)]
+
+
+def test_rollout_metrics_by_hand() -> None:
+    groups = [
+        group("mixed", sample(1, 10), sample(0, 20)),
+        group("equal", sample(-1, 30, {"repetition": "why"}, version=2), sample(-1, 40, {"overlong": "why"})),
+    ]
+    metrics = rollout_metrics(groups)
+    assert metrics["reward"] == pytest.approx(-0.25)
+    assert metrics["pass_rate"] == pytest.approx(0.25)
+    assert metrics["groups_all_equal"] == 0.5
+    assert metrics["tokens_all_equal"] == 70
+    assert (metrics["response_tokens_mean"], metrics["response_tokens_max"]) == (25, 40)
+    assert metrics["share_cut"] == metrics["penalized"] == 0.5
+    assert metrics["penalty/repetition"] == metrics["penalty/overlong"] == 0.25
+    assert metrics["outcome/wrong"] == 0.75
+    assert metrics["oldest_version"] == 2
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_stopwatch_keeps_laps_and_totals_apart() -> None:
+    watch = Stopwatch()
+    with watch("a"):
+        time.sleep(0.01)
+    with pytest.raises(KeyError), watch("b"):
+        raise KeyError
+    assert set(watch.lap()) == {"a", "b"}
+    assert watch.lap() == {}
+    with watch("a"):
+        pass
+    assert watch.total["a"] >= 0.01
