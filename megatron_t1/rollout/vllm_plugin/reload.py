@@ -82,7 +82,9 @@ def check_names(model_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Non
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size))
-        served |= {name: tuple(info["shape"]) for name, info in header.items() if name != "__metadata__"}
+        # inv_freq is computed, not learned; old exporters left it in.
+        names = [name for name in header if name != "__metadata__" and not name.endswith("rotary_emb.inv_freq")]
+        served |= {name: tuple(header[name]["shape"]) for name in names}
     if not served:
         return
     optional = {"lm_head.weight"} if getattr(model_config.hf_config, "tie_word_embeddings", False) else set()
