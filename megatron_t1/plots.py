@@ -1,13 +1,13 @@
 """The report's plots: small matplotlib figures as SVG data URIs, one a panel, so that a phone stacks them.
 
-Left out: pyplot and its global state, and mathematics in labels (`$` in a user's label is a dollar sign).
+Left out: pyplot and its global state.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _STYLE: Any = {
-    "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -84,32 +83,34 @@ def learning_curves(rows: Sequence[dict[str, float]]) -> dict[str, list[Plot]]:
 @matplotlib.rc_context(_STYLE)
 def accuracy(evals: dict[str, dict[str, Any]]) -> Plot:
     """Accuracy of every evaluation with its 95% interval."""
-    figure, axes = _figure("Held-out accuracy with 95% interval", height=1.2 + 0.45 * len(evals))
+    title = "Held-out accuracy with 95% interval"
+    figure, axes = _figure(title, height=1.2 + 0.45 * len(evals))
     for place, result in enumerate(evals.values()):
         value, (low, high) = result["pass_at_1"], result["interval"]
         axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color=f"C{place}")
         axes.annotate(f"{100 * value:.1f}%", (value, place), xytext=(0, 7), textcoords="offset points", ha="center")
-    axes.set_yticks(range(len(evals)), list(evals))
+    axes.set_yticks(range(len(evals)), [_literal(label) for label in evals])
     axes.set_ylim(len(evals) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-    return _plot(figure, axes)
+    return _plot(title, figure)
 
 
 @matplotlib.rc_context(_STYLE)
 def scaling(curves: dict[str, list[dict[str, Any]]]) -> Plot:
     """Accuracy against the mean thinking tokens that were used, with 95% bands."""
-    figure, axes = _figure("Accuracy against thinking tokens", height=3.6)
+    title = "Accuracy against thinking tokens"
+    figure, axes = _figure(title, height=3.6)
     for label, points in curves.items():
         used = [point["mean_thinking_tokens"] for point in points]
         low, high = zip(*(point["interval"] for point in points), strict=True)
-        (line,) = axes.plot(used, [point["accuracy"] for point in points], "o-", markersize=4, label=label)
+        (line,) = axes.plot(used, [point["accuracy"] for point in points], "o-", markersize=4, label=_literal(label))
         axes.fill_between(used, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel("mean thinking tokens used")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
     axes.set_ylim(bottom=0)
     axes.legend()
-    return _plot(figure, axes)
+    return _plot(title, figure)
 
 
 def _curves(title: str, steps: np.ndarray, series: dict[str, np.ndarray], log: bool = False) -> Plot:
@@ -118,24 +119,30 @@ def _curves(title: str, steps: np.ndarray, series: dict[str, np.ndarray], log: b
     for name, values in series.items():
         at, values = steps[np.isfinite(values)], values[np.isfinite(values)]
         smooth = [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
-        (line,) = axes.plot(at, smooth, label=name, marker="o" if len(at) == 1 else "", linewidth=1.6)
+        (line,) = axes.plot(at, smooth, label=_literal(name), marker="o" if len(at) == 1 else "", linewidth=1.6)
         axes.plot(at, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
     if log and any((values > 0).any() for values in series.values()):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:.0e}")
     if len(series) > 1:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=3)
     axes.set_xlabel("step")
-    return _plot(figure, axes)
+    axes.locator_params(axis="x", integer=True)
+    return _plot(title, figure)
 
 
 def _stacked(title: str, steps: np.ndarray, series: dict[str, np.ndarray]) -> Plot:
     figure, axes = _figure(title)
-    labels: Iterable[str] = [name.removeprefix("seconds/") for name in series]
+    labels = [_literal(name.removeprefix("seconds/")) for name in series]
     axes.stackplot(steps, np.nan_to_num(np.array(list(series.values()))), labels=labels, alpha=0.85)
-    axes.legend(loc="upper right", ncols=2)
+    figure.legend(loc="outside lower center", ncols=4)
     axes.set_xlabel("step")
-    return _plot(figure, axes)
+    axes.locator_params(axis="x", integer=True)
+    return _plot(title, figure)
+
+
+def _literal(text: str) -> str:
+    """A dollar sign in a label is no mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _number(value: Any) -> float:
@@ -145,11 +152,11 @@ def _number(value: Any) -> float:
 def _figure(title: str, height: float = 2.6) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.6, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title)
+    axes.set_title(_literal(title))
     return figure, axes
 
 
-def _plot(figure: Figure, axes: Axes) -> Plot:
+def _plot(title: str, figure: Figure) -> Plot:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return Plot(axes.get_title(loc="left"), "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return Plot(title, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())

@@ -42,10 +42,9 @@ def write_report(run_dir: Path) -> Path:
     )
     environment.filters |= {"percent": _percent, "seconds": _seconds}
     script, style = (_asset(environment, name) for name in ("report.js", "report.css"))
-    evals = _read_each(run_dir / "evaluate", "summary.json")
-    curves = _read_each(run_dir / "scaling", "points.json")
+    evals, responses = _evaluations(run_dir / "evaluate")
+    curves = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/points.json"))}
     metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl") for stage in ("sft", "rl")}
-    responses = {label: read_jsonl(run_dir / "evaluate" / label / "responses.jsonl") for label in evals}
     summary = _read_json(run_dir / "summary.json") or {}
     html = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
@@ -68,6 +67,14 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_text(path, html.encode("utf-8", "replace").decode())  # a lone surrogate in a data file has no UTF-8
     return path
+
+
+def _evaluations(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Summaries and responses by label, those of earlier weights first."""
+    found = [(path.parent.name, _read_json(path)) for path in folder.glob("*/summary.json")]
+    rows = {label: read_jsonl(folder / label / "responses.jsonl") for label, _ in found}
+    found.sort(key=lambda item: (max((row["weight_versions"][-1][0] for row in rows[item[0]]), default=0), item[0]))
+    return dict(found), {label: rows[label] for label, _ in found}
 
 
 def _comparison(responses: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
@@ -115,12 +122,6 @@ def _shown(row: dict[str, Any], source: str) -> dict[str, Any]:
         "verdict": "penalized" if reward.get("penalties") else reward.get("outcome", "not graded"),
         "response": row["response"][:MAX_CHARS] + (f" … ({hidden} more characters)" if hidden > 0 else ""),
     }
-
-
-def _read_each(folder: Path, name: str) -> dict[str, Any]:
-    """{label: content of folder/label/name}, oldest first."""
-    files = sorted(folder.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime_ns)
-    return {path.parent.name: _read_json(path) for path in files}
 
 
 def _read_json(path: Path) -> Any:

@@ -39,7 +39,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-def row(identity: str, response: str, correct: bool, penalties: dict[str, str] | None = None) -> dict[str, Any]:
+def row(
+    identity: str, response: str, correct: bool, penalties: dict[str, str] | None = None, version: int = 0
+) -> dict[str, Any]:
     return {
         "id": identity,
         "prompt": f"question {identity}",
@@ -47,6 +49,7 @@ def row(identity: str, response: str, correct: bool, penalties: dict[str, str] |
         "response": response,
         "num_tokens": 40,
         "finish_reason": "stop",
+        "weight_versions": [[version, 0, 40]],
         "reward": {
             "value": -1.0 if penalties else float(correct),
             "correct": correct,
@@ -71,7 +74,8 @@ def run_dir(tmp_path: Path) -> Path:
     )
     write_jsonl(tmp_path / "rl/samples.jsonl", [{"step": i, **row("t", f"rollout {i}", True)} for i in range(1, 30)])
     for label, right in (("sft", 2), ("rl$", 8)):
-        rows = [row(str(i), "right" if i < right else "a" * (MAX_CHARS + 5), i < right) for i in range(10)]
+        texts = ["right" if i < right else "a" * (MAX_CHARS + 5) for i in range(10)]
+        rows = [row(str(i), text, i < right, version=right) for i, text in enumerate(texts)]
         rows[0] = row("0", HOSTILE.replace("\ud800", ""), False, {"garbled": HOSTILE.replace("\ud800", "")})
         write_jsonl(tmp_path / "evaluate" / label / "responses.jsonl", rows)
         summary = {"num_questions": 10, "num_samples": 1, "mean_tokens": 40.0, "share_cut": 0.0}
