@@ -17,7 +17,7 @@ from megatron_t1.models import spec_of
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.server import Servers, open_servers
+from megatron_t1.rollout.server import Servers
 from megatron_t1.types import Group, Prompt
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def open_actors(cfg: Config, template: Template) -> Iterator[Actors]:
     model_dir = Path(cfg.model.hf_path)
     with ExitStack() as stack:
         scorer = stack.enter_context(Scorer(cfg.reward))
-        servers = stack.enter_context(open_servers(cfg.rollout, model_dir, Path(cfg.run_dir)))
+        servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir)).start()
         vocab_size = spec_of(model_dir).vocab_size
         client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size))
         yield Actors(servers, client, scorer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("T1_TRACEBACK"):
             raise
-        # One rank speaks: the others fail only because it did.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, RuntimeError):
-            print(f"t1 {command}: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            # One rank speaks: mostly all fail of the same cause, and the launcher ends this one while it waits.
+            time.sleep(3.0)
+        print(f"t1 {command}: error: {error}", file=sys.stderr)
         return 1
 
 
@@ -123,19 +125,17 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
 
 
 def _serve(arguments: list[str]) -> int:
-    import time
-
     from megatron_t1.config import Config
-    from megatron_t1.rollout.server import open_servers
+    from megatron_t1.rollout.server import KEY_FILE, open_servers
 
     cfg, _ = _read("serve", arguments, Config)
-    with open_servers(cfg.rollout, Path(cfg.model.hf_path), Path(cfg.run_dir)) as servers:
-        servers.wait_ready()
+    with open_servers(cfg.rollout, cfg.model.hf_path, cfg.run_dir) as servers:
         urls = [server.url for server in servers.all]
-        print(f"rollout.urls: {urls}\nrollout.key_file: {servers.key_path}\nCtrl-C ends them", flush=True)
-        while servers.usable():
-            time.sleep(1.0)
-        raise RuntimeError(servers.describe_failures())
+        print(f"rollout.urls: {urls}\nrollout.key_file: {Path(cfg.run_dir) / KEY_FILE}\nCtrl-C ends them", flush=True)
+        try:
+            servers.watch()
+        except KeyboardInterrupt:
+            return 0
 
 
 def _report(arguments: list[str]) -> int:

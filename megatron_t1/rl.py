@@ -83,7 +83,10 @@ class Trainer:
 
     def push(self) -> None:
         """Bring the servers to the policy as it is; its version is the number of steps that made it."""
-        self.sync.push(version=self.steps_done)
+        report = self.sync.push(version=self.steps_done)
+        if self.actors:
+            for name, why in report.failed.items():
+                print(f"server {name} did not take weights {report.version} and is not asked any more: {why}", flush=True)
 
     def step(self) -> dict[str, float]:
         """One step of T1. Returns its metrics, the same on every rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from tests.launch import ROOT
 
@@ -37,8 +39,22 @@ def rows(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("task")
-    t1("quickstart-data", "--out", folder, "--num_sft_samples", 800)
+    t1("quickstart-data", "--out", folder, "--num_sft_samples", 4000)
+    config = Qwen2Config.from_pretrained(folder / "model", num_key_value_heads=2, num_hidden_layers=2,
+                                         layer_types=["full_attention"] * 2)  # so that TP2 and PP2 divide them  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(data, tmp_path_factory) -> Path:
+    """The task's folder with a model that answers in the right form, sometimes correctly: rewards differ."""
+    folder = tmp_path_factory.mktemp("tuned")
+    t1("sft", *options(data, folder, **{"sft.max_steps": 250}))
+    shutil.copytree(data, folder / "task")
+    shutil.rmtree(folder / "task/model")
+    shutil.copytree(folder / "sft/hf", folder / "task/model")
+    return folder / "task"
 
 
 def options(data: Path, run_dir: Path, **overrides: object) -> list[str]:
@@ -63,11 +79,11 @@ def options(data: Path, run_dir: Path, **overrides: object) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(data, tmp_path_factory):
+def server(tuned, tmp_path_factory):
     """One `t1 serve` for all layouts, given to them by URL."""
     run_dir = tmp_path_factory.mktemp("serve")
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_t1", "serve", *options(data, run_dir)],
+        [sys.executable, "-m", "megatron_t1", "serve", *options(tuned, run_dir)],
         stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT,
     )  # fmt: skip
     said = [process.stdout.readline() for _ in range(2)]
@@ -115,14 +131,15 @@ def test_the_whole_pipeline_on_two_ranks(data, tmp_path):
     [({"parallel.tensor": 2, "parallel.sequence_parallel": "true"}, 2), ({"parallel.pipeline": 2}, 2), ({}, 2), ({}, 1)],
     ids=["TP2 SP", "PP2", "DP2", "one process"],
 )
-def test_rl_is_the_same_on_every_layout(layout, count, data, server, tmp_path, request):
+def test_rl_is_the_same_on_every_layout(layout, count, tuned, server, tmp_path, request):
     """Three steps on each layout, all from the same weights and seeds: the same rewards, losses and exported model."""
-    t1("rl", *options(data, tmp_path, **server, **layout, **{"parallel.nproc_per_node": count, "rl.steps": 3}))
+    t1("rl", *options(tuned, tmp_path, **server, **layout, **{"parallel.nproc_per_node": count, "rl.steps": 3}))
     mine = rows(tmp_path / "rl/metrics.jsonl")
     weights = load_file(tmp_path / "rl/hf/model.safetensors")
     reference = request.config.stash.setdefault(_REFERENCE, (mine, weights))
     for row, expected in zip(mine, reference[0], strict=True):
         assert row["logprob_diff"] < 1e-3
+        assert row["groups_all_equal"] < 1, "no group had an advantage: the test would show nothing"
         for name in ("reward", "response_tokens_mean", "loss", "entropy", "kl_k1", "grad_norm"):
             assert row[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-6), name
     for name, value in reference[1].items():
@@ -132,12 +149,12 @@ def test_rl_is_the_same_on_every_layout(layout, count, data, server, tmp_path, r
 _REFERENCE = pytest.StashKey[tuple]()
 
 
-def test_resume_goes_on_bit_equal_and_on_another_layout(data, server, tmp_path):
+def test_resume_goes_on_bit_equal_and_on_another_layout(tuned, server, tmp_path):
     """4 steps at once against 2 steps, a new process and 2 more: the same numbers, optimizer and anchor included."""
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    t1("rl", *options(data, straight, **server, **{"rl.steps": 4}))
-    t1("rl", *options(data, cut, **server, **{"rl.steps": 2}))
-    output = t1("rl", *options(data, cut, **server, **{"rl.steps": 4}), "--resume")
+    t1("rl", *options(tuned, straight, **server, **{"rl.steps": 4}))
+    t1("rl", *options(tuned, cut, **server, **{"rl.steps": 2}))
+    output = t1("rl", *options(tuned, cut, **server, **{"rl.steps": 4}), "--resume")
     assert "4/4" in output
     timeless = [{k: v for k, v in row.items() if "second" not in k and "per_s" not in k}
                 for row in rows(straight / "rl/metrics.jsonl")]  # fmt: skip
@@ -148,9 +165,9 @@ def test_resume_goes_on_bit_equal_and_on_another_layout(data, server, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_killed_server_is_replaced(data, tmp_path):
+def test_a_killed_server_is_replaced(tuned, tmp_path):
     """Of two servers one is killed in the middle: training goes on and the server comes back."""
-    arguments = options(data, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 60})
+    arguments = options(tuned, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 60})
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_t1", "rl", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, cwd=ROOT,
@@ -172,14 +189,12 @@ def test_a_killed_server_is_replaced(data, tmp_path):
     assert [row["step"] for row in rows(metrics)] == list(range(1, 61))
 
 
-def test_the_exported_model_answers_as_the_trained_one(data, server, tmp_path):
+def test_the_exported_model_answers_as_the_trained_one(tuned, server, tmp_path):
     """Greedy answers of the export in transformers are those of vLLM serving the trained weights."""
-    t1("rl", *options(data, tmp_path, **server, **{"rl.steps": 2}))
+    t1("rl", *options(tuned, tmp_path, **server, **{"rl.steps": 2}))
     exported = tmp_path / "rl/hf"
-    t1("evaluate", *options(data, tmp_path, **{**server, "model.hf_path": exported}), "--evaluate.sampling.temperature",
+    t1("evaluate", *options(tuned, tmp_path, **{**server, "model.hf_path": exported}), "--evaluate.sampling.temperature",
        "0", "--evaluate.sampling.num_samples", "1", "--evaluate.sampling.top_p", "1", "--label", "greedy")  # fmt: skip
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     for row in rows(tmp_path / "evaluate/greedy/responses.jsonl")[:5]:

@@ -1,0 +1,97 @@
+"""Bad input, through the real command: one message that names the place, the value and the remedy; nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import socket
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from tests.launch import ROOT
+from tests.test_loop import ENV, options
+from tests.tiny import make_tiny_qwen2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    make_tiny_qwen2(folder / "model")
+    question = {"id": "1", "prompt": "1+1?", "answer": "2"}
+    (folder / "rl.jsonl").write_text("".join(json.dumps({**question, "id": str(i)}) + "\n" for i in range(8)))
+    (folder / "heldout.jsonl").write_text(json.dumps({"id": "h", "prompt": "2+2?", "answer": "4"}) + "\n")
+    example = {"prompt": "1+1?", "response": "<think>2</think>\\boxed{2}"}
+    (folder / "sft.jsonl").write_text((json.dumps(example) + "\n") * 64)
+    return folder
+
+
+def refused(command, data, run_dir, limit=None, **overrides):
+    """The command's output; it must fail, and without a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_t1", command, *options(data, run_dir, **overrides)],
+        capture_output=True, text=True, timeout=200, env=ENV, cwd=ROOT, preexec_fn=limit,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "Traceback" not in output, output[-3000:]
+    return output
+
+
+def test_malformed_lines_are_named_by_file_and_line(data, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    good = (data / "sft.jsonl").read_text()
+    bad.write_text(good + '{"prompt": "x"}\nnot json\n' + good)
+    output = refused("sft", data, tmp_path, **{"data.sft": bad})
+    assert f'{bad}:65: "response" is missing or empty' in output
+    assert f"{bad}:66: not valid JSON" in output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"rl.stepps": 3}, "stepps"),
+        ({"rl.steps": 0}, "rl.steps = 0 must be at least 1"),
+        ({"model.transformer": "{hidden_size: 128}"}, "which the checkpoint's config.json decides"),
+        ({"model.transformer": "{hiden_size: 128}"}, "hiden_size"),
+        ({"sampling.temperature": 0}, "sampling.temperature = 0"),
+        ({"parallel.max_tokens_per_microbatch": 8}, "does not fit into a microbatch of 8"),
+        ({"data.sft": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"model.hf_path": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value(overrides, message, data, tmp_path):
+    assert message in refused("sft", data, tmp_path, **overrides)
+
+
+def test_a_config_that_the_model_family_does_not_understand(data, tmp_path):
+    other = make_tiny_qwen2(tmp_path / "model")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "use_sliding_window": True}))
+    assert "use_sliding_window = True is not supported" in refused("sft", data, tmp_path, **{"model.hf_path": other})
+    (other / "config.json").write_text(json.dumps({**config, "logit_softcap": 30}))
+    assert "logit_softcap = 30" in refused("sft", data, tmp_path, **{"model.hf_path": other})
+
+
+def test_a_port_in_use(data, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        output = refused("rl", data, tmp_path, **{"rollout.ports": f"[{port}]", "parallel.max_tokens_per_microbatch": 512})
+    assert str(port) in output
+
+
+def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(data, tmp_path):
+    output = refused("rl", data, tmp_path, **{"rollout.vllm_args": "{no-such-option: 1}"})
+    assert "no-such-option" in output
+
+
+def test_a_full_disk_leaves_no_half_written_checkpoint(data, tmp_path):
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    output = refused("sft", data, tmp_path, limit, **{"sft.max_steps": 4, "sft.checkpoint.every_steps": 2})
+    assert "error" in output
+    finished = list((tmp_path / "sft/checkpoints").glob("step_????????"))
+    assert not finished, "a checkpoint that could not be written whole must not look finished"
