@@ -33,7 +33,7 @@ class Actors:
     def ready(self, prompt: Prompt) -> None:
         """Wait for the servers and check, on one prompt, that they return logprobs after temperature."""
         self.servers.wait_ready()
-        self.client.check_logprob_contract(prompt.token_ids)
+        self.client.check_logprob_contract(prompt.token_ids.tolist())
 
     def generate(self, prompts: list[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
         """K graded samples of every prompt; finished ones are graded while others still generate."""

@@ -68,7 +68,7 @@ def _line_of(command: str) -> str:
     return next(line.strip()[len(command) :].strip() for line in USAGE.splitlines() if line.split()[:1] == [command])
 
 
-def _read(command: str, arguments: list[str], cls: type, *extra: tuple[str, str, str]) -> tuple[Any, Any]:
+def _read(command: str, arguments: list[str], cls: Any, *extra: tuple[str, str, str]) -> tuple[Any, Any]:
     """The config object, and the namespace with what `extra` (name, default, help) asked for."""
     parser = _parser(command)
     for name, default, text in extra:
@@ -135,7 +135,8 @@ def _serve(arguments: list[str]) -> int:
         try:
             servers.watch()
         except KeyboardInterrupt:
-            return 0
+            pass
+    return 0
 
 
 def _report(arguments: list[str]) -> int:

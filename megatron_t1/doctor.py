@@ -38,7 +38,12 @@ def vllm_version() -> str | None:
 def versions() -> dict[str, str | None]:
     """Version of every package that decides what a run computes."""
     named = {name: installed(name) for name in (*REQUIRED, *OPTIONAL)}
-    return {"python": platform.python_version(), "megatron-t1": installed("megatron-t1"), "vllm": vllm_version(), **named}
+    return {
+        "python": platform.python_version(),
+        "megatron-t1": installed("megatron-t1"),
+        "vllm": vllm_version(),
+        **named,
+    }
 
 
 def diagnose() -> tuple[str, bool]:
@@ -57,7 +62,11 @@ def diagnose() -> tuple[str, bool]:
     apex = importlib.util.find_spec("amp_C") is not None
     rows.append(("ok" if apex else "absent", "Apex", "optional, for a fused optimizer without Transformer Engine"))
     gpus = torch.cuda.device_count()
-    device = ", ".join(torch.cuda.get_device_name(i) for i in range(gpus)) if gpus else "none: Megatron and vLLM run on the CPU"
+    device = (
+        ", ".join(torch.cuda.get_device_name(i) for i in range(gpus))
+        if gpus
+        else "none: Megatron and vLLM run on the CPU"
+    )
     rows.append(("ok" if gpus else "absent", f"GPU {device}", ""))
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     rows.append(("ok", f"{os.cpu_count()} CPU cores, {memory_gb:.0f} GB of memory", ""))

@@ -68,7 +68,8 @@ class MetricsLog:
     def samples(self, step: int, groups: list[Group]) -> None:
         kept = groups[: self._groups_kept]
         append_jsonl(
-            self._samples_path, ({"step": step, **sample_row(group, sample)} for group in kept for sample in group.samples)
+            self._samples_path,
+            ({"step": step, **sample_row(group, sample)} for group in kept for sample in group.samples),
         )
 
     def close(self) -> None:
@@ -101,7 +102,9 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "pass_rate": float(np.mean([reward.correct for reward in rewards])),
         "groups_all_equal": float(np.mean(equal)),
         # What K samples of an all-equal group cost and did not teach.
-        "tokens_all_equal": float(sum(len(s.token_ids) for g, e in zip(groups, equal, strict=True) if e for s in g.samples)),
+        "tokens_all_equal": float(
+            sum(len(s.token_ids) for g, e in zip(groups, equal, strict=True) if e for s in g.samples)
+        ),
         "response_tokens_mean": float(lengths.mean()),
         "response_tokens_max": float(lengths.max()),
         "share_cut": float(np.mean([sample.finish_reason == "length" for sample in samples])),

@@ -74,9 +74,7 @@ class Trainer:
         )
         self.engine.load_hf(Path(cfg.model.hf_path))
         self.anchor = Anchor(self.engine, cfg.anchor)
-        self.steps_done = checkpoint.resume(
-            self.folder / "checkpoints", self.engine, self.anchor, allowed=cfg.resume
-        )
+        self.steps_done = checkpoint.resume(self.folder / "checkpoints", self.engine, self.anchor, allowed=cfg.resume)
         self.sync = WeightSync(self.engine.pieces(), cfg.rollout, actors.servers if actors else None)
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
         self.watch = Stopwatch()
@@ -86,7 +84,9 @@ class Trainer:
         report = self.sync.push(version=self.steps_done)
         if self.actors:
             for name, why in report.failed.items():
-                print(f"server {name} did not take weights {report.version} and is not asked any more: {why}", flush=True)
+                print(
+                    f"server {name} did not take weights {report.version} and is not asked any more: {why}", flush=True
+                )
 
     def step(self) -> dict[str, float]:
         """One step of T1. Returns its metrics, the same on every rank."""

@@ -49,7 +49,7 @@ class SFTConfig:
 
 
 def batches(examples: list[Sequence], batch_size: int, seed: int, start: int) -> Iterator[list[Sequence]]:
-    """Batch number `start` and those after it: each epoch a permutation of its own, its incomplete last batch left out."""
+    """Batch number `start` and those after it: each epoch a permutation, its incomplete last batch left out."""
     per_epoch = len(examples) // batch_size
     number = start
     while True:

@@ -18,7 +18,7 @@ def wilson_interval(num_correct: int, num_samples: int, confidence: float = 0.95
 
 
 def clustered_interval(means: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean over questions, each question's k samples counted as one cluster (Student's t), within [0, 1]."""
+    """Interval of the mean over questions, each question's k samples one cluster (Student's t), within [0, 1]."""
     values = np.asarray(means, np.float64)
     if len(values) < 2 or np.ptp(values) == 0:
         return wilson_interval(round(values.sum()), len(values), confidence)
@@ -27,7 +27,7 @@ def clustered_interval(means: Sequence[float], confidence: float = 0.95) -> tupl
 
 
 def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
-    """Mean accuracy with its 95% interval from [questions][samples]; Wilson for one sample a question, else clustered."""
+    """Mean accuracy and its 95% interval from [questions][samples]; Wilson for one sample each, else clustered."""
     means = [float(np.mean(samples)) for samples in correct]
     if all(len(samples) == 1 for samples in correct):
         low, high = wilson_interval(round(sum(means)), len(means))

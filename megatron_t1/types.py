@@ -100,7 +100,7 @@ class Microbatch:
     position_ids: torch.Tensor
     """int64 [s], restarting at 0 in every sequence"""
     cu_seqlens: torch.Tensor
-    """int32 [num_sequences + 1], boundaries in the packed stream; the last one is s (padding is a sequence of its own)"""
+    """int32 [num_sequences + 1], boundaries in the packed stream; the last is s (padding is a sequence of its own)"""
     max_seqlen: int
     target_positions: torch.Tensor
     """int64 [T], positions in the packed stream whose output predicts a response token"""

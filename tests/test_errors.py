@@ -1,4 +1,4 @@
-"""Bad input, through the real command: one message that names the place, the value and the remedy; nothing half-written."""
+"""Bad input, through the real command: one message with place, value and remedy; nothing half-written."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_a_port_in_use(data, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        output = refused("rl", data, tmp_path, **{"rollout.ports": f"[{port}]", "parallel.max_tokens_per_microbatch": 512})
+        output = refused(
+            "rl", data, tmp_path, **{"rollout.ports": f"[{port}]", "parallel.max_tokens_per_microbatch": 512}
+        )
     assert str(port) in output
 
 

@@ -34,9 +34,9 @@ def module_level_imports(path: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom):
                 base = node.module or ""
                 found.update(f"{base}.{alias.name}" for alias in node.names)
-            elif isinstance(node, ast.Try):
-                visit(node.body)
-            elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            elif isinstance(node, ast.Try) or (
+                isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test)
+            ):
                 visit(node.body)
 
     visit(ast.parse(path.read_text()).body)

@@ -40,8 +40,9 @@ def rows(path: Path) -> list[dict]:
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     t1("quickstart-data", "--out", folder, "--num_sft_samples", 4000)
-    config = Qwen2Config.from_pretrained(folder / "model", num_key_value_heads=2, num_hidden_layers=2,
-                                         layer_types=["full_attention"] * 2)  # so that TP2 and PP2 divide them  # fmt: skip
+    # Two layers and two KV heads, so that TP2 and PP2 divide them.
+    sizes = {"num_key_value_heads": 2, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    config = Qwen2Config.from_pretrained(folder / "model", **sizes)
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     return folder
 
@@ -128,7 +129,12 @@ def test_the_whole_pipeline_on_two_ranks(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("layout", "count"),
-    [({"parallel.tensor": 2, "parallel.sequence_parallel": "true"}, 2), ({"parallel.pipeline": 2}, 2), ({}, 2), ({}, 1)],
+    [
+        ({"parallel.tensor": 2, "parallel.sequence_parallel": "true"}, 2),
+        ({"parallel.pipeline": 2}, 2),
+        ({}, 2),
+        ({}, 1),
+    ],
     ids=["TP2 SP", "PP2", "DP2", "one process"],
 )
 def test_rl_is_the_same_on_every_layout(layout, count, tuned, server, tmp_path, request):
@@ -193,8 +199,9 @@ def test_the_exported_model_answers_as_the_trained_one(tuned, server, tmp_path):
     """Greedy answers of the export in transformers are those of vLLM serving the trained weights."""
     t1("rl", *options(tuned, tmp_path, **server, **{"rl.steps": 2}))
     exported = tmp_path / "rl/hf"
-    t1("evaluate", *options(tuned, tmp_path, **{**server, "model.hf_path": exported}), "--evaluate.sampling.temperature",
-       "0", "--evaluate.sampling.num_samples", "1", "--evaluate.sampling.top_p", "1", "--label", "greedy")  # fmt: skip
+    greedy = {"temperature": 0, "num_samples": 1, "top_p": 1}
+    sampling = {f"evaluate.sampling.{name}": value for name, value in greedy.items()}
+    t1("evaluate", *options(tuned, tmp_path, **server, **sampling, **{"model.hf_path": exported, "label": "greedy"}))
     model = AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     for row in rows(tmp_path / "evaluate/greedy/responses.jsonl")[:5]:

@@ -80,9 +80,7 @@ def _sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> d
     return state
 
 
-def save(
-    folder: Path, step: int, engine: Engine, anchor: Anchor | None, state: dict[str, Any], keep: int
-) -> Path:
+def save(folder: Path, step: int, engine: Engine, anchor: Anchor | None, state: dict[str, Any], keep: int) -> Path:
     """Collective. Write `folder/step_<step>` and drop all but the `keep` newest.
 
     Raises:
@@ -101,8 +99,8 @@ def save(
         if is_main():
             building.rmdir()
         raise OSError(
-            f"a checkpoint needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some space "
-            f"or lower checkpoint.keep (now {keep})"
+            f"a checkpoint needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some "
+            f"space or lower checkpoint.keep (now {keep})"
         )
     dist_checkpointing.save(_sharded_state(engine, anchor, is_loading=False), str(building))
     dist.barrier()
@@ -140,7 +138,7 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
 
 
 def _prime(engine: Engine) -> None:
-    """Make torch's AdamW loadable by Megatron's distributed optimizer, which expects Apex's or Transformer Engine's Adam.
+    """Make torch's AdamW loadable by Megatron's distributed optimizer, which expects the Adam of Apex or its like.
 
     torch's makes its state in its first step only, where Megatron asks for it before loading; and it keeps a `step`
     tensor a parameter, which Megatron forgets to bring along, and shares between all parameters so that each of them

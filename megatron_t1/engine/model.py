@@ -46,7 +46,7 @@ class ModelConfig:
 
 
 class T1GPTModel(GPTModel):
-    """GPTModel whose last stage returns the final hidden states [s, 1, h] ([s / tp, 1, h] under sequence parallelism)."""
+    """GPTModel whose last stage returns the final hidden states: [s, 1, h], or [s / tp, 1, h] under SP."""
 
     def _preprocess(self, input_ids, position_ids, decoder_input=None, inference_context=None, packed_seq_params=None,
                     padding_mask=None):  # fmt: skip

@@ -160,8 +160,9 @@ class Engine:
 
         # Megatron's schedule calls `no_sync` and `finalize` of the config that all models share; forward only has
         # nothing to synchronise.
-        no_sync, self.config.no_sync_func = self.config.no_sync_func, (
-            contextlib.nullcontext if forward_only else self.config.no_sync_func
+        no_sync, self.config.no_sync_func = (
+            self.config.no_sync_func,
+            (contextlib.nullcontext if forward_only else self.config.no_sync_func),
         )
         try:
             return get_forward_backward_func()(

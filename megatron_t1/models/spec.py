@@ -78,7 +78,7 @@ class HFConfig:
             raise ValueError(f"{self.origin}: {name} = {value!r} is not supported (supported: {list(allowed)})")
 
     def rope_theta(self) -> float:
-        """Rotary base from either spelling (`rope_theta`, or `rope_parameters` of transformers >= 5); scaling is refused."""
+        """Rotary base, as `rope_theta` or in `rope_parameters` (transformers >= 5); any scaling is refused."""
         parameters = dict(self.get("rope_parameters") or {})
         kind = parameters.pop("rope_type", parameters.pop("type", "default"))
         theta = parameters.pop("rope_theta", None) or self.get("rope_theta", 10000.0)

@@ -77,11 +77,16 @@ def load(pieces: list[Piece], model_dir: Path) -> None:
     extra = sorted(name for name in files.keys() - wanted if not name.endswith(_IGNORED_SUFFIX))
     # A tied checkpoint may repeat the embedding as the head; it may not bring a different head.
     if extra == ["lm_head.weight"] and "model.embed_tokens.weight" in wanted:
-        with safe_open(files["lm_head.weight"], "pt") as head, safe_open(files["model.embed_tokens.weight"], "pt") as em:
+        with (
+            safe_open(files["lm_head.weight"], "pt") as head,
+            safe_open(files["model.embed_tokens.weight"], "pt") as em,
+        ):
             if torch.equal(head.get_tensor("lm_head.weight"), em.get_tensor("model.embed_tokens.weight")):
                 extra = []
     if extra:
-        raise CheckpointError(f"{model_dir} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}")
+        raise CheckpointError(
+            f"{model_dir} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"
+        )
 
 
 def save(pieces: list[Piece], like_dir: Path, out_dir: Path, max_shard_bytes: int = 4 << 30) -> None:

@@ -104,9 +104,7 @@ class GateUp:
         for name, view in zip((self.gate, self.up), param.chunk(2), strict=True):
             rows, rest = view.shape[0], view.shape[1:]
             index = (slice(tp.rank * rows, (tp.rank + 1) * rows), *(slice(0, n) for n in rest))
-            pieces.append(
-                Piece(name=name.format(layer=layer), shape=(rows * tp.size, *rest), index=index, view=view)
-            )
+            pieces.append(Piece(name=name.format(layer=layer), shape=(rows * tp.size, *rest), index=index, view=view))
         return pieces
 
 

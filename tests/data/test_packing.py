@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,9 +30,7 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1
 @given(lengths=LENGTHS, dp_size=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]), limit=st.integers(50, 200))
 def test_every_response_token_is_predicted_once(lengths, dp_size, multiple, limit):
     sequences = make(lengths)
-    ranks = [
-        pack(sequences, max_tokens=limit, dp_rank=r, dp_size=dp_size, multiple=multiple) for r in range(dp_size)
-    ]
+    ranks = [pack(sequences, max_tokens=limit, dp_rank=r, dp_size=dp_size, multiple=multiple) for r in range(dp_size)]
     flat = [mb for rank in ranks for mb in rank]
     assert len({len(rank) for rank in ranks}) == 1, "the pipeline schedule needs as many microbatches on every rank"
     assert len({mb.token_ids.numel() for mb in flat}) == 1
@@ -41,7 +41,7 @@ def test_every_response_token_is_predicted_once(lengths, dp_size, multiple, limi
         bounds = mb.cu_seqlens.tolist()
         assert bounds[0] == 0
         assert bounds[-1] == mb.token_ids.numel()
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             assert mb.position_ids[start:stop].tolist() == list(range(stop - start))
         for position, target, index in zip(
             mb.target_positions.tolist(), mb.targets.tolist(), mb.sample_index.tolist(), strict=True

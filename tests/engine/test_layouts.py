@@ -70,14 +70,18 @@ def reference(request, tmp_path_factory):
         [(torch.tensor(s.rollout_logprobs).double() - a).sum() for s, a in zip(sequences, anchors, strict=True)]
     )
     loss, entropy_sum, k1_sum = 0.0, 0.0, 0.0
-    for s, a, c, (logprob, entropy) in zip(sequences, anchors, kl - kl.mean(), per_token(model, sequences), strict=True):
+    for s, a, c, (logprob, entropy) in zip(
+        sequences, anchors, kl - kl.mean(), per_token(model, sequences), strict=True
+    ):
         loss = loss + (-s.advantage * logprob - ALPHA * entropy + BETA * c * logprob).sum()
         entropy_sum += entropy.sum().item()
         k1_sum += (logprob - a).sum().item()
     (loss / count).backward()
     rl_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     # The engine has taken its SFT step before: Adam's moments carry that gradient, the weights were loaded anew.
-    weights = {name: adam_second_step(p.detach(), sft_grads[name], rl_grads[name]) for name, p in model.named_parameters()}
+    weights = {
+        name: adam_second_step(p.detach(), sft_grads[name], rl_grads[name]) for name, p in model.named_parameters()
+    }
     average = {name: 0.75 * a.detach() + 0.25 * weights[name] for name, a in anchor.named_parameters()}
     return {
         "dirs": (policy_dir, anchor_dir), "sft": (sft.item(), sft_grads), "rl": (loss.item() / count, rl_grads),

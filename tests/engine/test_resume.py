@@ -44,7 +44,9 @@ def test_same_layout_is_bit_equal(straight, model_dir, tmp_path):
     folder, layout, ranks, metrics, weights = straight
     cut_after_three(folder, tmp_path)
     resumed_metrics, resumed = train(tmp_path, model_dir, layout, ranks, 6, "resume")
-    untimed = [[{k: v for k, v in row.items() if k != "tokens_per_s"} for row in run] for run in (metrics, resumed_metrics)]
+    untimed = [
+        [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in run] for run in (metrics, resumed_metrics)
+    ]
     assert untimed[1] == untimed[0]
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
