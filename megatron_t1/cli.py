@@ -5,6 +5,7 @@ Errors that a person can mend are printed as one message without a traceback (T1
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -132,10 +133,8 @@ def _serve(arguments: list[str]) -> int:
     with open_servers(cfg.rollout, cfg.model.hf_path, cfg.run_dir) as servers:
         urls = [server.url for server in servers.all]
         print(f"rollout.urls: {urls}\nrollout.key_file: {Path(cfg.run_dir) / KEY_FILE}\nCtrl-C ends them", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             servers.watch()
-        except KeyboardInterrupt:
-            pass
     return 0
 
 
