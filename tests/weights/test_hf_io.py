@@ -1,0 +1,111 @@
+"""Hugging Face folders in and out, byte-exact, and every way in which a folder can be wrong named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_t1.models import spec_of
+from megatron_t1.weights import hf_io
+from megatron_t1.weights.ops import QKV, GateUp, Piece, Rename, Shard, Vocab
+from megatron_t1.weights.stream import Plan
+from tests.tiny import make_tiny_qwen2
+
+
+def blank(spec, tensors, tp):
+    """Every parameter of a one-stage model on each tensor-parallel rank, filled with NaN, with its pieces."""
+    heads, groups = spec.transformer["num_attention_heads"], spec.transformer["num_query_groups"]
+    width = (heads + 2 * groups) * spec.transformer["kv_channels"]
+    hidden, ffn = spec.transformer["hidden_size"], spec.transformer["ffn_hidden_size"]
+    rows = -(-spec.vocab_size // tp)
+    pieces = []
+    for rank in range(tp):
+        for name, op in spec.weights.items():
+            match op:
+                case QKV():
+                    shape = (width // tp, hidden) if name.endswith("weight") else (width // tp,)
+                case GateUp():
+                    shape = (2 * ffn // tp, hidden)
+                case Vocab():
+                    shape = (rows, hidden)
+                case Rename(tp_dim=1):
+                    shape = (hidden, (ffn if "fc2" in name else heads * spec.transformer["kv_channels"]) // tp)
+                case Rename():
+                    shape = (hidden,)
+            for layer in range(spec.transformer["num_layers"]) if "{layer}" in name else [0]:
+                param = torch.full(shape, torch.nan, dtype=next(iter(tensors.values())).dtype)
+                pieces += op.pieces(param, Shard(rank, tp), layer)
+    return pieces
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip_is_byte_exact_at_every_tp_and_shard_size(tp, dtype, tied, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf", tied=tied, dtype=dtype, vocab_size=321)
+    tensors = load_file(source / "model.safetensors")
+    pieces = blank(spec_of(source), tensors, tp)
+    hf_io.load(pieces, source)
+    hf_io.save(pieces, source, tmp_path / "out", max_shard_bytes=40_000)
+    files = hf_io.tensor_files(tmp_path / "out")
+    assert len(set(files.values())) > 3
+    written = {name: load_file(path)[name] for name, path in files.items()}
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert written[name].dtype == tensor.dtype
+        assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    for beside in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / beside).read_bytes() == (source / beside).read_bytes()
+    # The sharded folder is a checkpoint like any other.
+    hf_io.load(blank(spec_of(source), tensors, tp), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks 1 tensors, the first: ['model.norm.weight']"),
+        (
+            lambda t: t.update({"model.extra": torch.zeros(1)}),
+            "does not use, the first: ['model.extra']",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(63)}), "has shape (63,), the config asks for (128,)"),
+        (lambda t: t.update({"lm_head.weight": torch.zeros(320, 128)}), "does not use, the first: ['lm_head.weight']"),
+    ],
+    ids=["missing", "extra", "misshapen", "another head in a tied model"],
+)
+def test_a_folder_that_is_not_the_model_is_refused_by_name(change, message, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    tensors = load_file(source / "model.safetensors")
+    pieces = blank(spec_of(source), tensors, 1)
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(hf_io.CheckpointError) as error:
+        hf_io.load(pieces, source)
+    assert message in str(error.value)
+
+
+def test_a_tied_checkpoint_may_repeat_its_embedding_as_the_head(tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    tensors = load_file(source / "model.safetensors")
+    pieces = blank(spec_of(source), tensors, 1)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors")
+    hf_io.load(pieces, source)
+
+
+def piece(rows, shape=(4, 2), name="w"):
+    size = rows.stop - rows.start
+    return Piece(name=name, shape=shape, index=(rows, slice(0, shape[1])), view=torch.zeros(size, shape[1]))
+
+
+@pytest.mark.parametrize(
+    "rows", [[slice(0, 2)], [slice(0, 3), slice(2, 4)], [slice(0, 5)]], ids=["gap", "overlap", "outside"]
+)
+def test_a_plan_covers_every_element_exactly_once(rows):
+    with pytest.raises(ValueError, match="tensor w"):
+        Plan([piece(r) for r in rows])
