@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
 from megatron_t1 import evaluate, platform, rl, scaling, sft
@@ -86,7 +87,7 @@ def run_scaling(cfg: Config, label: str) -> None:
 
 def run_all(cfg: Config) -> None:
     """SFT, evaluation, RL, evaluation, inference scaling, report. With `resume`, what is finished is not done again."""
-    began = time.perf_counter()
+    began = time.perf_counter() - (time.time() - psutil.Process().create_time())  # Python and the imports included
     run_dir, watch = Path(cfg.run_dir), Stopwatch()
     with trainer_ranks(cfg) as found, ExitStack() as stack:
         template = Template(Path(cfg.model.hf_path))

@@ -63,7 +63,7 @@ class Trainer:
                 f"rl.prompts_per_step = {cfg.rl.prompts_per_step} is larger than the {len(prompts)} questions; lower it"
             )
         if cfg.loss.kl_estimator == "full":
-            raise ValueError("loss.kl_estimator = full is not wired into the trainer; use centered (T1), k2 or k3_score")
+            raise ValueError("loss.kl_estimator = full is not wired into the trainer: use centered (T1), k2, k3_score")
         self.cfg, self.prompts, self.actors = cfg, prompts, actors
         self.folder = Path(cfg.run_dir) / "rl"
         self.engine = Engine(

@@ -20,7 +20,7 @@ TAIL_CHARS = 20_000
 _THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>", re.I)
 _THINK_OPEN = re.compile(r"<(?:think|thinking|thought)>", re.I)
 _END_TOKENS = re.compile(r"<\|[a-z_]{1,20}\|>|</?(?:answer|s)>|<end_of_turn>", re.I)
-_BOX = re.compile(r"\\f?boxed\b|\\fbox\b")
+BOX = re.compile(r"\\f?boxed\b|\\fbox\b")
 _JOINT = re.compile(r"[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*")
 _ANCHOR = re.compile(
     r"(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?"
@@ -59,7 +59,7 @@ def _boxes(text: str) -> list[tuple[int, int, str | None]]:
     """(start, end, content) of the outermost boxes; content None when it is unclosed."""
     found: list[tuple[int, int, str | None]] = []
     pairs = _closing_braces(text)
-    for match in _BOX.finditer(text):
+    for match in BOX.finditer(text):
         start, end = match.span()
         if found and start < found[-1][1]:
             continue
@@ -86,7 +86,7 @@ def last_box(text: str) -> str | None:
         contents.insert(0, left[2])
     contents = list(dict.fromkeys(c.strip() for c in contents))
     inner = contents[0] if len(contents) == 1 else ", ".join(contents)
-    if _BOX.search(inner):
+    if BOX.search(inner):
         return last_box(inner)
     return inner
 
@@ -113,7 +113,7 @@ def response_answer(text: str) -> tuple[str | None, str]:
     if tail is None:
         return None, "thinking never closed"
     tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
-    if _BOX.search(tail):
+    if BOX.search(tail):
         box = last_box(tail)
         return (box, "last box") if box is not None else (None, "the last box is empty or unclosed")
     phrase = _phrase(tail)
@@ -132,7 +132,7 @@ def sentence_answer(text: str) -> tuple[str | None, str]:
         return None, "thinking never closed"
     tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
     phrase = _phrase(tail)
-    boxes = [m.end() for m in _BOX.finditer(tail)]
+    boxes = [m.end() for m in BOX.finditer(tail)]
     final = re.search(r".*(final answer is)", tail, re.S | re.I)
     if boxes and not (phrase and final and final.start(1) > boxes[-1]):
         box = last_box(tail)
@@ -195,7 +195,7 @@ def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None,
     if tail is None:
         return None, "thinking never closed"
     tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
-    if _BOX.search(tail):
+    if BOX.search(tail):
         box = last_box(tail)
         if box is None:
             return None, "the last box is empty or unclosed"

@@ -92,6 +92,8 @@ def find_penalties(cfg: PenaltyConfig, response: Response) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
+MAX_LOOP_CHARS = 100_000
+"""Loops are looked for in this much of a response's end: about 30,000 tokens."""
 _PIECE = re.compile(r"[A-Za-z]+|\S")
 
 
@@ -126,18 +128,24 @@ def longest_periodic_run(ids: np.ndarray, max_period: int) -> tuple[int, int, in
     return best
 
 
-def _may_loop(text: str, stride: int = 150, probe: int = 40, window: int = 8000) -> bool:
-    """Whether any of the text's probes comes again within a window: true of every run the penalty can flag, which has
-    three periods and 500 characters at least; false of most honest texts, at a tenth of the cost."""
-    return any(text.find(text[i : i + probe], i + 1, i + window) >= 0 for i in range(0, len(text) - probe, stride))
+def _may_loop(text: str, stride: int = 100, probe: int = 40, window: int = 8000) -> bool:
+    """Whether some probe comes again twice, at equal distances within a window: true of every run that can be flagged
+    (500 characters and three periods at least), false of nearly all honest texts, at a fraction of the cost."""
+    for start in range(0, len(text) - probe, stride):
+        piece = text[start : start + probe]
+        again = text.find(piece, start + 1, start + window)
+        if again >= 0 and text.startswith(piece, 2 * again - start):
+            return True
+    return False
 
 
 @penalty
 def repetition(cfg: PenaltyConfig, response: Response) -> str | None:
     """Loops: an exactly periodic run, a prose line that only changes its numbers, or (optional) token n-grams."""
     length = start = period = 0
-    if _may_loop(response.text):
-        pieces = _PIECE.findall(response.text)
+    text = response.text[-MAX_LOOP_CHARS:]
+    if _may_loop(text):
+        pieces = _PIECE.findall(text)
         ids = np.fromiter(map(hash, pieces), dtype=np.int64, count=len(pieces))
         length, start, period = longest_periodic_run(ids, cfg.max_period)
     if length > cfg.max_periodic_run:

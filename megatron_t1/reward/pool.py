@@ -1,11 +1,12 @@
 """Killable grader processes behind futures.
 
 A thread a slot takes tasks from one queue, hands each to its own grader process and waits with a deadline. Past the
-deadline the grader's process group is SIGKILLed and the next task gets a fresh fork of the warmed zygote (about 11 ms).
-A grader that dies without passing its deadline is not to blame the first times: its task is tried again, so killing
-graders or the zygote at random loses no task and changes no verdict. A zygote that dies is started again.
+deadline, if it had the CPU at all, the grader's process group is SIGKILLed and the next task gets a fresh fork of the
+warmed zygote (about 10 ms). A grader that dies without passing its deadline is not to blame the first times: its task
+is tried again, so killing graders or the zygote at random loses no task and changes no verdict. A zygote that dies is
+started again.
 
-Whoever runs longer than `SUSPECT_AFTER_S` is a suspect: it drops to the lowest CPU priority and its place goes to the
+Whoever runs longer than `SUSPECT_AFTER_S` is a suspect: it drops to a lower CPU priority and its place goes to the
 next task, so bombs run out their deadline beside the queue and not in front of it.
 """
 
@@ -27,11 +28,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_t1.reward.worker import receive_frame, send_frame
+from megatron_t1.reward.worker import Channel
 
-SUSPECT_AFTER_S = 0.25
+SUSPECT_AFTER_S = 0.1
+SUSPECT_NICENESS = 5
+"""A third of the others' share. Not less: an honest slow answer must come to an end on a busy machine too."""
 MAX_SUSPECTS = 16
 """Bombs that may run out their deadline at the same time."""
+MIN_CPU_S = 0.5
+"""A task that got less CPU time than this at its deadline was starved by a busy machine, not slow, and goes on; the
+slowest honest answer known needs 0.5 s. So verdicts do not depend on the load, ..."""
+STARVED_FACTOR = 5
+"""... up to this many deadlines."""
 MAX_ATTEMPTS = 10
 """A task whose grader died this often is a `crash`."""
 START_TIMEOUT_S = 60.0
@@ -53,23 +61,29 @@ class _Grader:
     """One process, reached through one socket."""
 
     def __init__(self, connection: socket.socket):
-        self.connection = connection
-        connection.settimeout(START_TIMEOUT_S)
-        self.pid = int(receive_frame(connection))
+        self.channel = Channel(connection)
+        self.pid = int(self.channel.receive(START_TIMEOUT_S))
         self.tasks = 0
         self.suspect = False
 
+    def cpu_seconds(self) -> float:
+        """CPU time of its life; 0 when it is gone. The clock is that of clock_getcpuclockid(3)."""
+        try:
+            return time.clock_gettime((~self.pid << 3) | 2)
+        except OSError:
+            return 0.0
+
     def yield_cpu(self) -> None:
-        """Lowest priority from now on, also where the kernel shares the CPU by sessions first (see sched(7))."""
+        """Lower priority from now on, also where the kernel shares the CPU by sessions first (see sched(7))."""
         self.suspect = True
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.pid, 19)
-            Path(f"/proc/{self.pid}/autogroup").write_text("19")
+            os.setpriority(os.PRIO_PROCESS, self.pid, SUSPECT_NICENESS)
+            Path(f"/proc/{self.pid}/autogroup").write_text(str(SUSPECT_NICENESS))
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        self.connection.close()
+        self.channel.close()
 
 
 class Zygote:
@@ -234,16 +248,18 @@ class Pool:
         Raises:
             EOFError, OSError: the grader is dead.
         """
-        ends = time.monotonic() + self._deadline_s
-        grader.connection.settimeout(self._deadline_s)
-        send_frame(grader.connection, task)
+        started, cpu_before = time.monotonic(), grader.cpu_seconds()
+        grader.channel.send(task, self._deadline_s)
         while True:
-            left = ends - time.monotonic()
+            waited = time.monotonic() - started
+            left = self._deadline_s - waited
             if left <= 0:
-                return False
-            grader.connection.settimeout(left if grader.suspect else min(left, SUSPECT_AFTER_S))
+                starved = grader.cpu_seconds() - cpu_before < min(MIN_CPU_S, self._deadline_s / 2)
+                if not starved or waited >= STARVED_FACTOR * self._deadline_s:
+                    return False
+                left = SUSPECT_AFTER_S
             try:
-                message = receive_frame(grader.connection)
+                message = grader.channel.receive(left if grader.suspect else min(left, SUSPECT_AFTER_S))
             except TimeoutError:
                 if not grader.suspect:
                     grader.yield_cpu()
@@ -259,7 +275,7 @@ class Pool:
                 if not self._idle:
                     break
                 grader = self._idle.pop()
-            if not select.select([grader.connection], [], [], 0)[0]:
+            if not select.select([grader.channel], [], [], 0)[0]:
                 return grader
             self._drop(grader)  # it died while idle: only the end of the connection makes it readable
         grader = self._zygote.fork()

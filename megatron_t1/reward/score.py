@@ -7,7 +7,9 @@ while others are generated only waits. `Scorer` owns them.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
+import json
 import logging
 import os
 from collections import Counter, deque
@@ -54,12 +56,16 @@ class RewardConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
+@functools.lru_cache(maxsize=8)
+def _penalty_config(as_json: str) -> PenaltyConfig:
+    fields = json.loads(as_json)
+    return PenaltyConfig(**{**fields, "enabled": tuple(fields["enabled"])})
+
+
 def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Grader side: penalties and the cheap verdict first, so that a timeout loses only the full comparison."""
-    penalties = task["penalties"]
-    config = PenaltyConfig(**{**penalties, "enabled": tuple(penalties["enabled"])})
     found = find_penalties(
-        config,
+        _penalty_config(task["penalties"]),
         Response(
             text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
         ),
@@ -123,7 +129,7 @@ class Scorer:
         self._pool = Pool(
             cfg.num_workers or min(8, os.cpu_count() or 1), cfg.deadline_s, cfg.memory_mb << 20, cfg.tasks_per_worker
         )
-        self._penalties = asdict(cfg.penalties)
+        self._penalties = json.dumps(asdict(cfg.penalties))
 
     def __enter__(self) -> Scorer:
         return self

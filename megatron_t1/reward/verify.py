@@ -29,10 +29,10 @@ def _gold(gold: str, mode: AnswerMode) -> str:
     return extract.sentence_answer(gold)[0] or gold if mode == "text" and len(gold) > 80 else gold
 
 
-def _found(answer: str | None, text: str, mode: AnswerMode) -> tuple[str | None, str]:
+def _found(text: str, mode: AnswerMode) -> tuple[str | None, str]:
     if mode == "answer":
         bare = text.strip()
-        if extract._BOX.search(bare):
+        if extract.BOX.search(bare):
             return extract.last_box(bare), "box"
         return (bare[: extract.MAX_ANSWER_CHARS + 1] or None), "bare answer"
     return extract.sentence_answer(text) if mode == "text" else extract.response_answer(text)
@@ -55,7 +55,7 @@ def verify_cheaply(
     if mode == "mc":
         verdict = _choose(gold, text, choices)
         return verdict, verdict.extracted
-    answer, where = _found(None, text, mode)
+    answer, where = _found(text, mode)
     if answer is None:
         return Verdict("no_answer", None, where), None
     if len(answer) > extract.MAX_ANSWER_CHARS:

@@ -25,34 +25,52 @@ MAX_FRAME_BYTES = 64 << 20
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, CLONE_NEWNET, CLONE_NEWUSER = 1, 38, 0x40000000, 0x10000000
 
 
-def send_frame(connection: socket.socket, message: Any) -> None:
-    """One JSON message."""
-    payload = json.dumps(message).encode("utf-8", "surrogatepass")
-    connection.sendall(struct.pack("<I", len(payload)) + payload)
+class Channel:
+    """JSON messages over a socket. What arrived before a timeout is kept for the next `receive`."""
 
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._buffer = bytearray()
 
-def receive_frame(connection: socket.socket) -> Any:
-    """The next JSON message.
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._connection.fileno()
 
-    Raises:
-        EOFError: the other side is gone.
-        TimeoutError: the socket's timeout passed.
-    """
-    header = _receive_exactly(connection, 4)
-    size = struct.unpack("<I", header)[0]
-    if size > MAX_FRAME_BYTES:
-        raise EOFError(f"a frame of {size} bytes")
-    return json.loads(_receive_exactly(connection, size))
+    def send(self, message: Any, timeout_s: float | None = None) -> None:
+        """One message.
 
+        Raises:
+            OSError: the other side is gone, or does not read within the timeout.
+        """
+        self._connection.settimeout(timeout_s)
+        payload = json.dumps(message).encode()
+        self._connection.sendall(struct.pack("<I", len(payload)) + payload)
 
-def _receive_exactly(connection: socket.socket, size: int) -> bytes:
-    chunks = bytearray()
-    while len(chunks) < size:
-        chunk = connection.recv(min(1 << 20, size - len(chunks)))
-        if not chunk:
-            raise EOFError("the other side closed")
-        chunks += chunk
-    return bytes(chunks)
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """The next message.
+
+        Raises:
+            EOFError: the other side is gone.
+            TimeoutError: nothing more came for `timeout_s`.
+        """
+        self._connection.settimeout(timeout_s)
+        while True:
+            if len(self._buffer) >= 4:
+                size = struct.unpack_from("<I", self._buffer)[0]
+                if size > MAX_FRAME_BYTES:
+                    raise EOFError(f"a frame of {size} bytes")
+                if len(self._buffer) >= 4 + size:
+                    message = json.loads(self._buffer[4 : 4 + size])
+                    del self._buffer[: 4 + size]
+                    return message
+            chunk = self._connection.recv(1 << 16)
+            if not chunk:
+                raise EOFError("the other side closed")
+            self._buffer += chunk
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._connection.close()
 
 
 def leave_the_network(libc: ctypes.CDLL) -> None:
@@ -83,14 +101,15 @@ def _grader(connection: socket.socket, parent: int, memory_bytes: int, max_tasks
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock_down(memory_bytes)
-    send_frame(connection, os.getpid())
+    channel = Channel(connection)
+    channel.send(os.getpid())
     for _ in range(max_tasks):
         try:
-            task = receive_frame(connection)
+            task = channel.receive()
         except EOFError:
             return
         for message in score.grade_task(task):
-            send_frame(connection, message)
+            channel.send(message)
 
 
 def zygote(control: socket.socket) -> None:
