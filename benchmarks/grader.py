@@ -10,6 +10,7 @@ runs the same texts as its users run it: `verify(parse(gold), parse(response))` 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import logging
 import multiprocessing
@@ -23,6 +24,7 @@ import psutil
 
 from megatron_t1.grade import pair_from_row
 from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.types import Prompt, Reward, Sample
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "grader"
 BOMB = r"\int_0^1" + "|x+" * 120 + "x" + "|" * 120
@@ -83,26 +85,42 @@ def time_math_verify(rows: list[dict[str, Any]], workers: int) -> tuple[float, f
         return time.perf_counter() - started, sum(cpu for _, cpu in seconds), [wall for wall, _ in seconds]
 
 
-def time_ours(rows: list[dict[str, Any]], workers: int) -> tuple[float, float, list[float], int]:
-    """(wall seconds, CPU seconds of the graders and of this process, wall seconds of each, kills)."""
+def time_ours(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """Times of a step that is awaited all at once, as the rollout does it."""
     pairs = [pair_from_row(row) for row in rows]
-    with Scorer(RewardConfig(num_workers=workers)) as scorer:
+
+    async def one(scorer: Scorer, prompt: Prompt, sample: Sample) -> tuple[Reward, float]:
+        return await scorer.score(prompt, sample), time.perf_counter()
+
+    async def everything(scorer: Scorer) -> list[tuple[Reward, float]]:
+        return await asyncio.gather(*(one(scorer, *pair) for pair in pairs))
+
+    with Scorer(RewardConfig(num_workers=workers, tasks_per_worker=10**6)) as scorer:  # a dead grader's CPU is lost
         scorer.score_all(pairs[:8])  # start-up
         process = psutil.Process()
         before = sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True)))
         started = time.perf_counter()
-        rewards = scorer.score_all(pairs)
-        wall = time.perf_counter() - started
+        done = asyncio.run(everything(scorer))
         after = sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True)))
-        return wall, after - before, [r.seconds for r in rewards], scorer.num_kills
+        finished = [at - started for _, at in done]
+        others = [at - started for reward, at in done if reward.outcome != "timeout"]
+        return {
+            "wall": max(finished),
+            "others": len(others) / max(others),
+            "cpu": after - before,
+            "seconds": [reward.seconds for reward, _ in done],
+            "kills": scorer.num_kills,
+        }
 
 
-def _line(name: str, wall: float, cpu: float, seconds: list[float], kills: int | str) -> str:
-    ordered = sorted(seconds)
+def _row(name: str, wall: float, cpu: float, seconds: list[float], others: float | None = None, kills: int = 0) -> str:
+    ordered, rate = sorted(seconds), len(seconds) / wall
     p99 = ordered[int(0.99 * (len(ordered) - 1))]
+    median_ms = statistics.median(ordered) * 1e3
+    a_cpu_second = "-" if kills else f"{len(seconds) / cpu:,.0f}"
     return (
-        f"| {name} | {len(seconds) / wall:,.0f} | {len(seconds) / cpu:,.0f} | "
-        f"{statistics.median(ordered) * 1e3:.1f} | {p99 * 1e3:.0f} | {ordered[-1]:.2f} | {kills} |"
+        f"| {name} | {rate:,.0f} | {others or rate:,.0f} | {a_cpu_second} | {median_ms:.1f} | {p99 * 1e3:.0f} | "
+        f"{ordered[-1]:.2f} | {kills} |"
     )
 
 
@@ -113,23 +131,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     table = [
-        "| grader | verdicts a second | a CPU second | p50 ms | p99 ms | worst s | kills |",
-        "|---|---|---|---|---|---|---|",
+        "| grader | verdicts/s | without the killed | a CPU second | p50 ms | p99 ms | worst s | kills |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, hostile, bombs in (
         ("honest only", 0.0, 0.0),
         ("5% hostile", 0.05, 0.0),
         ("5% hostile, 1% need a kill", 0.05, 0.01),
     ):
-        wall, cpu, seconds, kills = time_ours(step(args.responses, hostile, bombs), args.workers)
-        table.append(_line(f"ours, {name}", wall, cpu, seconds, kills))
+        table.append(_row(f"ours, {name}", **time_ours(step(args.responses, hostile, bombs), args.workers)))
         print(table[-1], flush=True)
     for name, hostile in (("honest only", 0.0), ("5% hostile", 0.05)):
         wall, cpu, seconds = time_math_verify(step(args.responses, hostile, 0.0), args.workers)
-        table.append(_line(f"math-verify alone, {name}", wall, cpu, seconds, "-"))
+        table.append(_row(f"math-verify alone, {name}", wall, cpu, seconds))
         print(table[-1], flush=True)
     if args.out:
-        args.out.write_text("\n".join(table) + "\n")
+        args.out.write_text("\n".join(table) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
