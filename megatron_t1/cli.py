@@ -25,7 +25,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   scaling     accuracy of model.hf_path on data.heldout against thinking budgets
   serve       start vLLM servers for model.hf_path and keep them up
   report      (re)write the HTML report of run_dir
-  grade       grade answers in a JSON lines file, without any model
+  grade       grade IN.jsonl into OUT.jsonl (`t1 grade IN.jsonl OUT.jsonl`), without any model
   quickstart-data   write the quickstart's task: questions, SFT traces, tokenizer, tiny model
   doctor      what is installed here, and what is missing for what
 
@@ -58,8 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser(command: str) -> Any:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help
     parser = ArgumentParser(prog=f"t1 {command}", description=_line_of(command))
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
     return parser
@@ -69,48 +70,38 @@ def _line_of(command: str) -> str:
     return next(line.strip()[len(command) :].strip() for line in USAGE.splitlines() if line.split()[:1] == [command])
 
 
-def _read(command: str, arguments: list[str], cls: Any, *extra: tuple[str, str, str]) -> tuple[Any, Any]:
-    """The config object, and the namespace with what `extra` (name, default, help) asked for."""
+def _read(command: str, arguments: list[str], cls: Any, *extra: tuple[str, str, str]) -> tuple[Any, Any, str]:
+    """The config object, the namespace with what `extra` (name, default, help) asked for, and all of it as YAML."""
     parser = _parser(command)
     for name, default, text in extra:
         parser.add_argument(f"--{name}", type=str, default=default, help=text)
     parser.add_class_arguments(cls)
-    arguments = ["--resume=true" if argument == "--resume" else argument for argument in arguments]
-    namespace = parser.instantiate_classes(parser.parse_args(arguments))
+    parsed = parser.parse_args(["--resume=true" if argument == "--resume" else argument for argument in arguments])
+    namespace = parser.instantiate_classes(parsed)
     fields = {name: getattr(namespace, name) for name in cls.__dataclass_fields__}
-    return cls(**fields), namespace
+    return cls(**fields), namespace, parser.dump(parsed)
 
 
 def _trainer_job(command: str) -> Callable[[list[str]], int]:
     """A job on all trainer ranks: starts them when nobody has, keeps the config it was told, runs."""
 
     def job(arguments: list[str]) -> int:
-        from megatron_t1 import launch
-
-        if "RANK" in os.environ:
-            from megatron_t1 import pipeline
-            from megatron_t1.config import Config
-
-            cfg, _ = _read(command, arguments, Config)
-            {"run": pipeline.run_all, "sft": pipeline.run_sft, "rl": pipeline.run_rl}[command](cfg)
-            return 0
         from megatron_t1.config import Config
+        from megatron_t1.files import write_text
 
-        cfg, _ = _read(command, arguments, Config)
-        _keep_config(command, arguments, Path(cfg.run_dir))
-        return launch.start(cfg.parallel.nproc_per_node, [command, *arguments])
+        cfg, _, text = _read(command, arguments, Config)
+        if "RANK" not in os.environ:
+            from megatron_t1 import launch
+
+            return launch.start(cfg.parallel.nproc_per_node, [command, *arguments])
+        if os.environ["RANK"] == "0":
+            write_text(Path(cfg.run_dir) / "config.yaml", text)
+        from megatron_t1 import pipeline
+
+        {"run": pipeline.run_all, "sft": pipeline.run_sft, "rl": pipeline.run_rl}[command](cfg)
+        return 0
 
     return job
-
-
-def _keep_config(command: str, arguments: list[str], run_dir: Path) -> None:
-    from megatron_t1.config import Config
-    from megatron_t1.files import write_text
-
-    parser = _parser(command)
-    parser.add_class_arguments(Config)
-    namespace = parser.parse_args(["--resume=true" if a == "--resume" else a for a in arguments])
-    write_text(run_dir / "config.yaml", parser.dump(namespace))
 
 
 def _labelled_job(command: str) -> Callable[[list[str]], int]:
@@ -118,7 +109,7 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
         from megatron_t1 import pipeline
         from megatron_t1.config import Config
 
-        cfg, namespace = _read(command, arguments, Config, ("label", command, "name of the result in run_dir"))
+        cfg, namespace, _ = _read(command, arguments, Config, ("label", command, "name of the result in run_dir"))
         {"evaluate": pipeline.run_evaluate, "scaling": pipeline.run_scaling}[command](cfg, namespace.label)
         return 0
 
@@ -129,7 +120,7 @@ def _serve(arguments: list[str]) -> int:
     from megatron_t1.config import Config
     from megatron_t1.rollout.server import KEY_FILE, open_servers
 
-    cfg, _ = _read("serve", arguments, Config)
+    cfg, *_ = _read("serve", arguments, Config)
     with open_servers(cfg.rollout, cfg.model.hf_path, cfg.run_dir) as servers:
         urls = [server.url for server in servers.all]
         print(f"rollout.urls: {urls}\nrollout.key_file: {Path(cfg.run_dir) / KEY_FILE}\nCtrl-C ends them", flush=True)
@@ -152,7 +143,9 @@ def _report(arguments: list[str]) -> int:
 def _grade(arguments: list[str]) -> int:
     from megatron_t1.grade import GradeConfig, grade
 
-    cfg, _ = _read("grade", arguments, GradeConfig)
+    if len(arguments) >= 2 and not any(argument.startswith("-") for argument in arguments[:2]):
+        arguments = ["--input", arguments[0], "--output", arguments[1], *arguments[2:]]
+    cfg, *_ = _read("grade", arguments, GradeConfig)
     grade(cfg)
     return 0
 
@@ -160,7 +153,7 @@ def _grade(arguments: list[str]) -> int:
 def _quickstart_data(arguments: list[str]) -> int:
     from megatron_t1.data.quickstart import QuickstartDataConfig, write
 
-    cfg, _ = _read("quickstart-data", arguments, QuickstartDataConfig)
+    cfg, *_ = _read("quickstart-data", arguments, QuickstartDataConfig)
     write(cfg)
     print(f"wrote {cfg.out}/model, sft.jsonl, rl.jsonl, heldout.jsonl")
     return 0

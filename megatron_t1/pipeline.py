@@ -94,6 +94,7 @@ def run_all(cfg: Config) -> None:
         train = load_prompts(cfg.data.need("train"), template, cfg.data)
         heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
         _refuse_overlap(train, heldout)
+        rl.check(cfg, train)
         actors = stack.enter_context(open_actors(cfg, template)) if is_main() else None
         watch.add("start", time.perf_counter() - began)
 

@@ -50,20 +50,30 @@ class RLConfig:
                 raise ValueError(f"rl.{name} = {getattr(self, name)} must be at least 1")
 
 
+def check(cfg: Config, prompts: list[Prompt]) -> None:
+    """Refuse, before anything is started, what would end the run after hours.
+
+    Raises:
+        ValueError: a batch larger than the data, a sample that may not fit into a microbatch, a loss we lack.
+    """
+    if len(prompts) < cfg.rl.prompts_per_step:
+        raise ValueError(
+            f"rl.prompts_per_step = {cfg.rl.prompts_per_step} is larger than the {len(prompts)} questions; lower it"
+        )
+    if cfg.loss.kl_estimator == "full":
+        raise ValueError("loss.kl_estimator = full is not wired into the trainer: use centered (T1), k2, k3_score")
+    cfg.parallel.check_fits(max(len(prompt.token_ids) for prompt in prompts) + cfg.sampling.max_new_tokens)
+
+
 class Trainer:
     """Policy, anchor and weight sync. Collective over the trainer's ranks; `actors` are rank 0's alone."""
 
     def __init__(self, cfg: Config, platform: Platform, prompts: list[Prompt], actors: Actors | None) -> None:
         """
         Raises:
-            ValueError: a batch larger than the data; a begun run in run_dir without `resume`.
+            ValueError: what `check` refuses; a begun run in run_dir without `resume`.
         """
-        if len(prompts) < cfg.rl.prompts_per_step:
-            raise ValueError(
-                f"rl.prompts_per_step = {cfg.rl.prompts_per_step} is larger than the {len(prompts)} questions; lower it"
-            )
-        if cfg.loss.kl_estimator == "full":
-            raise ValueError("loss.kl_estimator = full is not wired into the trainer: use centered (T1), k2, k3_score")
+        check(cfg, prompts)
         self.cfg, self.prompts, self.actors = cfg, prompts, actors
         self.folder = Path(cfg.run_dir) / "rl"
         self.engine = Engine(

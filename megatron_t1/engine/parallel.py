@@ -51,6 +51,14 @@ class ParallelConfig:
         if self.timeout_s <= 0:
             raise ValueError(f"parallel.timeout_s = {self.timeout_s} must be positive")
 
+    def check_fits(self, num_tokens: int) -> None:
+        """Raise ValueError, before any step, when the longest sequence of a run has no room in a microbatch."""
+        if num_tokens > self.max_tokens_per_microbatch:
+            raise ValueError(
+                f"the longest sequence has up to {num_tokens} tokens and does not fit into a microbatch of "
+                f"{self.max_tokens_per_microbatch}; raise parallel.max_tokens_per_microbatch"
+            )
+
 
 def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
     """Join the process group (from torchrun's environment, or alone) and build Megatron's groups. Idempotent.
