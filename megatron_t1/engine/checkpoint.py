@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import from_main, is_main
@@ -84,7 +85,7 @@ def save(folder: Path, step: int, engine: Engine, anchor: Anchor | None, state: 
     """Collective. Write `folder/step_<step>` and drop all but the `keep` newest.
 
     Raises:
-        OSError: the disk is too full for it (checked before a byte is written).
+        OSError: the disk is too full for it (checked before a byte is written), or writing failed.
     """
     final = folder / f"step_{step:08d}"
     building = final.with_suffix(".tmp")
@@ -102,7 +103,13 @@ def save(folder: Path, step: int, engine: Engine, anchor: Anchor | None, state: 
             f"a checkpoint needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some "
             f"space or lower checkpoint.keep (now {keep})"
         )
-    dist_checkpointing.save(_sharded_state(engine, anchor, is_loading=False), str(building))
+    try:
+        dist_checkpointing.save(_sharded_state(engine, anchor, is_loading=False), str(building))
+    except CheckpointException as error:  # a BaseException: it would pass by every handler above
+        if is_main():
+            shutil.rmtree(building, ignore_errors=True)
+        reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        raise OSError(f"checkpoint {final} could not be written ({reasons}); the one before it stays") from error
     dist.barrier()
     if is_main():
         (building / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
