@@ -22,6 +22,7 @@ def start(nproc_per_node: int, arguments: list[str]) -> int:
 
         os.environ["RANK"] = "0"
         return main(arguments)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -41,4 +42,6 @@ def start(nproc_per_node: int, arguments: list[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "megatron_t1", *arguments)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode or 1
+    except SignalException:  # Ctrl-C, after the ranks were ended
+        raise KeyboardInterrupt from None
     return 0
