@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -121,6 +122,7 @@ def _serve(arguments: list[str]) -> int:
     from megatron_t1.rollout.server import KEY_FILE, open_servers
 
     cfg, *_ = _read("serve", arguments, Config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way of pressing Ctrl-C
     with open_servers(cfg.rollout, cfg.model.hf_path, cfg.run_dir) as servers:
         urls = [server.url for server in servers.all]
         print(f"rollout.urls: {urls}\nrollout.key_file: {Path(cfg.run_dir) / KEY_FILE}\nCtrl-C ends them", flush=True)

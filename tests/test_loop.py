@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,8 +92,8 @@ def server(tuned, tmp_path_factory):
     key_file = Path(said[1].split(":", 1)[1].strip())
     assert key_file.stat().st_mode & 0o777 == 0o600
     yield {"rollout.urls": json.dumps(url), "rollout.key_file": key_file}
-    process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.terminate()
+    assert process.wait(30) == 0
 
 
 def test_the_whole_pipeline_on_two_ranks(data, tmp_path):
