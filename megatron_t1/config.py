@@ -44,5 +44,5 @@ class Config:
         if self.sampling.temperature <= 0:
             raise ValueError(
                 f"sampling.temperature = {self.sampling.temperature}: RL samples, so it must be above 0; "
-                "evaluation has its own (evaluate.temperature)"
+                "evaluation has its own (evaluate.sampling.temperature)"
             )

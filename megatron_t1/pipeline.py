@@ -26,6 +26,7 @@ from megatron_t1.doctor import versions
 from megatron_t1.engine.parallel import initialize, is_main
 from megatron_t1.files import write_json
 from megatron_t1.metrics import Stopwatch
+from megatron_t1.models import spec_of
 from megatron_t1.platform import Platform
 from megatron_t1.report import write_report
 from megatron_t1.types import Prompt
@@ -56,6 +57,7 @@ def run_rl(cfg: Config) -> None:
     with trainer_ranks(cfg) as found, ExitStack() as stack:
         template = Template(Path(cfg.model.hf_path))
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
+        rl.check(cfg, prompts)
         actors = stack.enter_context(open_actors(cfg, template)) if is_main() else None
         trainer = rl.Trainer(cfg, found, prompts, actors)
         stack.callback(trainer.close)
@@ -95,6 +97,7 @@ def run_all(cfg: Config) -> None:
         heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
         _refuse_overlap(train, heldout)
         rl.check(cfg, train)
+        _check_lengths(cfg, template, train, heldout)
         actors = stack.enter_context(open_actors(cfg, template)) if is_main() else None
         watch.add("start", time.perf_counter() - began)
 
@@ -148,6 +151,25 @@ def _refuse_overlap(train: list[Any], heldout: list[Any]) -> None:
     shared = {prompt.text for prompt in train} & {prompt.text for prompt in heldout}
     if shared:
         raise ValueError(f"{len(shared)} held-out questions are in data.train too, for example {min(shared)!r}")
+
+
+def _check_lengths(cfg: Config, template: Template, train: list[Prompt], heldout: list[Prompt]) -> None:
+    """Refuse, before the servers tell us hours later, a sampling that their context can't hold."""
+    limit = cfg.rollout.max_model_len or spec_of(Path(cfg.model.hf_path)).max_position_embeddings
+    forced = len(template.ids(cfg.scaling.answer_opening)) + cfg.scaling.max_answer_tokens
+    longest = max(len(prompt.token_ids) for prompt in heldout)
+    needed = {
+        "sampling.max_new_tokens": max(len(p.token_ids) for p in train) + cfg.sampling.max_new_tokens,
+        "evaluate.sampling.max_new_tokens": longest + cfg.evaluate.sampling.max_new_tokens,
+        "scaling.sampling.max_new_tokens": longest + cfg.scaling.sampling.max_new_tokens,
+        "scaling.budgets": longest + min(cfg.scaling.budgets[-1], cfg.scaling.sampling.max_new_tokens) + forced,
+    }
+    if too_long := {name: tokens for name, tokens in needed.items() if tokens > limit}:
+        listed = ", ".join(f"{name} needs {tokens}" for name, tokens in too_long.items())
+        raise ValueError(
+            f"the servers' context of {limit} tokens is too short for the longest prompt: {listed}; lower them or "
+            "raise rollout.max_model_len"
+        )
 
 
 def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float) -> None:

@@ -46,6 +46,8 @@ class SFTConfig:
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sft.{name} = {getattr(self, name)} must be at least 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"sft.max_steps = {self.max_steps} must be at least 1, or null for all epochs")
 
 
 def batches(examples: list[Sequence], batch_size: int, seed: int, start: int) -> Iterator[list[Sequence]]:

@@ -56,7 +56,7 @@ def test_malformed_lines_are_named_by_file_and_line(data, tmp_path):
         ({"rl.steps": 0}, "rl.steps = 0 must be at least 1"),
         ({"model.transformer": "{hidden_size: 128}"}, "which the checkpoint's config.json decides"),
         ({"model.transformer": "{hiden_size: 128}"}, "hiden_size"),
-        ({"sampling.temperature": 0}, "sampling.temperature = 0"),
+        ({"sampling.temperature": 0, "sampling.num_samples": 1}, "sampling.temperature = 0"),
         ({"parallel.max_tokens_per_microbatch": 8}, "does not fit into a microbatch of 8"),
         ({"data.sft": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
         ({"model.hf_path": "nowhere"}, "nowhere"),

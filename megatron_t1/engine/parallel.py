@@ -37,8 +37,9 @@ class ParallelConfig:
     """Shard the optimizer's state over the data-parallel ranks."""
     max_tokens_per_microbatch: int = 16384
     """Packing limit: tokens in one forward pass of one data-parallel rank, prompts and padding included."""
-    timeout_s: float = 1800.0
-    """Deadline of a collective within the trainer; the other ranks wait in one while rank 0 generates."""
+    timeout_s: float = 21600.0
+    """Deadline of a collective within the trainer. The other ranks wait in one while rank 0 generates or evaluates: it
+    must exceed the longest of these. (A rank that dies is noticed at once.)"""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "max_tokens_per_microbatch"):
@@ -53,7 +54,8 @@ class ParallelConfig:
 
     def check_fits(self, num_tokens: int) -> None:
         """Raise ValueError, before any step, when the longest sequence of a run has no room in a microbatch."""
-        if num_tokens > self.max_tokens_per_microbatch:
+        multiple = 16 * self.tensor  # what a microbatch's length may be rounded down to (FP8)
+        if num_tokens > self.max_tokens_per_microbatch // multiple * multiple:
             raise ValueError(
                 f"the longest sequence has up to {num_tokens} tokens and does not fit into a microbatch of "
                 f"{self.max_tokens_per_microbatch}; raise parallel.max_tokens_per_microbatch"

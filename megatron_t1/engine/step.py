@@ -98,7 +98,7 @@ class Engine:
             num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
 
         Raises:
-            FloatingPointError: loss or gradient norm is not finite; the weights are as before the step.
+            FloatingPointError: the loss is not finite (no step was taken), or the gradient norm was not.
         """
         self.ddp.train()
         self.ddp.zero_grad_buffer()

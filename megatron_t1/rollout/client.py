@@ -143,10 +143,6 @@ class RolloutClient:
         seed: int,
         max_new_tokens: Sequence[int] | None,
     ) -> list[list[_Request]]:
-        if sampling.temperature == 0 and sampling.num_samples > 1:
-            raise ValueError(
-                f"sampling.num_samples={sampling.num_samples} at temperature 0: greedy samples are all the same; use 1"
-            )
         usable = self.servers.usable()
         limit = min((server.max_model_len for server in usable), default=0)
         # A 48-bit hash keeps the seeds of different calls apart; within a call they are consecutive.

@@ -112,6 +112,10 @@ class SamplingConfig:
             raise ValueError(f"sampling.top_p={self.top_p}: must be in (0, 1]")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"sampling.min_p={self.min_p}: must be in [0, 1)")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(
+                f"sampling.num_samples={self.num_samples} at temperature 0: greedy samples are all the same; use 1"
+            )
         for name in ("num_samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampling.{name}={getattr(self, name)}: must be at least 1")

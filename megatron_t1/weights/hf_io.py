@@ -102,6 +102,7 @@ def save(pieces: list[Piece], like_dir: Path, out_dir: Path, max_shard_bytes: in
         for path in like_dir.iterdir():
             if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt") and path.name != _INDEX:
                 shutil.copy2(path, building)
+        _name_dtype(building / "config.json", plan.tensors[0].dtype)
     shard: dict[str, torch.Tensor] = {}
     shard_names: list[list[str]] = []
     num_bytes = total_bytes = 0
@@ -130,6 +131,15 @@ def save(pieces: list[Piece], like_dir: Path, out_dir: Path, max_shard_bytes: in
         shutil.rmtree(old, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _name_dtype(config: Path, dtype: torch.dtype) -> None:
+    """A model trained in another precision than its checkpoint came in must not be announced in the old one."""
+    fields = json.loads(config.read_text())
+    name = str(dtype).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in fields else "dtype"
+    if fields.get(key, name) != name:
+        config.write_text(json.dumps({**fields, key: name}, indent=2) + "\n")
 
 
 def _name_shards(folder: Path, shard_names: list[list[str]], total_bytes: int) -> None:
