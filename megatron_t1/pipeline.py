@@ -144,7 +144,7 @@ def _serve_folder(cfg: Config, actors: Actors) -> None:
     actors.servers.wait_ready()
     if cfg.rollout.urls:
         with WeightSync(folder_pieces(Path(cfg.model.hf_path)), cfg.rollout, actors.servers) as sync:
-            sync.push(version=max(server.version for server in actors.servers.all) + 1)
+            sync.push(version=sync.next_version())
 
 
 def _refuse_overlap(train: list[Any], heldout: list[Any]) -> None:
