@@ -11,6 +11,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +121,13 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
 
 def _serve(arguments: list[str]) -> int:
     from megatron_t1.config import Config
-    from megatron_t1.rollout.server import KEY_FILE, open_servers
+    from megatron_t1.rollout.serve import serve
 
     cfg, *_ = _read("serve", arguments, Config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way of pressing Ctrl-C
-    with open_servers(cfg.rollout, cfg.model.hf_path, cfg.run_dir) as servers:
-        urls = [server.url for server in servers.all]
-        print(f"rollout.urls: {urls}\nrollout.key_file: {Path(cfg.run_dir) / KEY_FILE}\nCtrl-C ends them", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            servers.watch()
+    rollout = replace(cfg.rollout, urls=(), await_servers=0)  # what trainers elsewhere are told
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(rollout, Path(cfg.model.hf_path), Path(cfg.run_dir), partial(print, flush=True))
     return 0
 
 

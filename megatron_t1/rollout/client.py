@@ -202,6 +202,9 @@ class RolloutClient:
                 return self._parse(server, request, await self._post(server, _body(request)), held)
             except _AbortedError:
                 continue  # a push made room for itself; the same seed is asked again
+            except _RestartedError as error:
+                server.unusable = str(error)
+                continue
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 failures[server.url] = failures.get(server.url, 0) + 1
                 if isinstance(error, TimeoutError):
@@ -226,7 +229,7 @@ class RolloutClient:
                     await self._room.wait()
                     continue
             if not self.servers.pushing:
-                raise ServerError(f"no server is left to generate:\n{self.servers.describe_failures()}")
+                raise NoServerLeftError(f"no server is left to generate:\n{self.servers.describe_failures()}")
             await asyncio.sleep(0.05)
 
     async def _give_back(self, server: Server, count: int) -> None:
@@ -306,10 +309,12 @@ class RolloutClient:
         if [start for _, start, _ in result] != bounds[:-1] or bounds[-1] != count:
             raise ValueError(f"weight_versions {result} do not cover {count} tokens")
         newest = result[-1][0]
-        if not held <= newest <= server.version:
+        if newest < held:
+            raise _RestartedError(f"it lost version {held} and holds {newest}: it was started again meanwhile")
+        if newest > server.version:
             raise ServerError(
                 f"server {server.name} generated with weights of version {newest}, it should hold {server.version}: "
-                "somebody else pushed into it, or it restarted"
+                "somebody else pushed into it"
             )
         return result
 
@@ -363,8 +368,16 @@ class RolloutClient:
             await session.close()
 
 
+class NoServerLeftError(ServerError):
+    """Every server was lost while samples were missing. Those that were finished have been handed to `keep`."""
+
+
 class _AbortedError(Exception):
     """The server cut the request short to take new weights."""
+
+
+class _RestartedError(Exception):
+    """The server answered with older weights than it held when it was asked."""
 
 
 def _body(request: _Request) -> dict[str, Any]:

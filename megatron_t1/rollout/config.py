@@ -6,6 +6,7 @@ Left out: everything vLLM decides well by itself. What it takes beyond these fie
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Transport = Literal["shm", "gloo", "nccl"]
@@ -18,15 +19,24 @@ class RolloutConfig:
     urls: tuple[str, ...] = ()
     """Base URLs of servers that already run (`t1 serve` prints one). Empty: start `num_servers` here."""
     key_file: str | None = None
-    """File with the key of the servers in `urls` (mode 0600); otherwise the environment variable T1_SERVER_KEY."""
+    """File with the servers' key (mode 0600), made when there is none. None: run_dir/server_key; for `urls` the
+    environment variable T1_SERVER_KEY."""
+    await_servers: int = 0
+    """Servers that other hosts start (`t1 serve --rollout.host auto`, same run_dir on a shared file system): wait for
+    so many, start none here."""
+    registry: str | None = None
+    """Folder in which servers on other hosts are announced; None: run_dir/servers."""
     num_servers: int = 1
     """Servers to start on this host."""
+    host: str = "127.0.0.1"
+    """Address that the servers of this host listen on, behind the key: a loopback address keeps them to this host;
+    `auto` is this host's address as others see it."""
     ports: tuple[int, ...] = ()
     """A fixed port for every server; empty: free ones are taken."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda when torch finds a GPU."""
     gpu_ids: tuple[int, ...] = ()
-    """GPUs of the servers, `tp` of them for each in order; empty: 0, 1, 2, ..."""
+    """GPUs of the servers, `tp` of them for each in order, counted along CUDA_VISIBLE_DEVICES; empty: 0, 1, 2, ..."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that a server may fill (GPU only)."""
     tp: int = 1
@@ -40,7 +50,8 @@ class RolloutConfig:
     kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
-    """How new weights reach the servers. auto: shm on CPU, nccl on CUDA. See `megatron_t1.weights.transports`."""
+    """How new weights reach the servers. auto: nccl on CUDA; on CPU shm, to other hosts gloo. See
+    `megatron_t1.weights.transports`."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""
@@ -81,9 +92,21 @@ class RolloutConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
+        if self.await_servers < 0:
+            raise ValueError(f"rollout.await_servers={self.await_servers}: must be 0 (start servers here) or more")
+        if self.await_servers and self.urls:
+            raise ValueError(f"rollout.await_servers={self.await_servers} and rollout.urls exclude each other")
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"rollout.urls={url!r}: must start with http:// or https://")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether the servers started here are for this host alone."""
+        return self.host == "localhost" or self.host.startswith("127.")
+
+    def registry_folder(self, run_dir: Path) -> Path:
+        return Path(self.registry) if self.registry else run_dir / "servers"
 
 
 @dataclass(kw_only=True, frozen=True)

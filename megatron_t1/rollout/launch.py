@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_t1.rollout.config import RolloutConfig
+from megatron_t1.rollout.endpoint import ServerError
 from megatron_t1.rollout.vllm_plugin import HOST_BACKEND
 from megatron_t1.rollout.vllm_plugin.guard import KEY_ENV
-
-HOST = "127.0.0.1"
 
 _COMMON_ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # the weight routes; `KeyGuard` keeps them to holders of the key
@@ -42,14 +41,23 @@ _TRAINER_VARIABLES = {
 
 
 def launch(
-    cfg: RolloutConfig, model_dir: Path, *, index: int, port: int, key: str, device: str, transport: str, log: Path
+    cfg: RolloutConfig,
+    model_dir: Path,
+    *,
+    index: int,
+    host: str,
+    port: int,
+    key: str,
+    device: str,
+    transport: str,
+    log: Path,
 ) -> subprocess.Popen[bytes]:
     """Starts server `index` as a process group of its own that ends when this process does; appends to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     supervisor = [sys.executable, "-m", "megatron_t1.rollout.supervise", str(os.getpid())]
     with log.open("ab") as file:
         return subprocess.Popen(
-            [*supervisor, *command(cfg, model_dir, port=port, device=device, transport=transport)],
+            [*supervisor, *command(cfg, model_dir, host=host, port=port, device=device, transport=transport)],
             env=environment(cfg, index=index, key=key, device=device),
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -58,12 +66,12 @@ def launch(
         )
 
 
-def command(cfg: RolloutConfig, model_dir: Path, *, port: int, device: str, transport: str) -> list[str]:
+def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device: str, transport: str) -> list[str]:
     """The vLLM command line. The key is not on it: it is in the environment."""
     options: dict[str, Any] = {
         "model": str(model_dir),
         "served-model-name": "policy",
-        "host": HOST,
+        "host": host,
         "port": port,
         "dtype": cfg.dtype,
         "seed": cfg.seed,
@@ -112,13 +120,47 @@ def environment(cfg: RolloutConfig, *, index: int, key: str, device: str) -> dic
         env |= _CPU_ENV
         env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_bytes
     else:
-        gpu_ids = cfg.gpu_ids or tuple(range(cfg.num_servers * cfg.tp))
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids[index * cfg.tp : (index + 1) * cfg.tp]))
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(cfg, env.get("CUDA_VISIBLE_DEVICES"), index))
     return env | cfg.vllm_env
 
 
-def reserve_port(port: int) -> socket.socket:
-    """Holds `port` (0: any free one) until the returned socket is closed; raises OSError when it is taken.
+def gpus(cfg: RolloutConfig, visible: str | None, index: int) -> list[str]:
+    """The GPUs of server `index`, as CUDA_VISIBLE_DEVICES spells them: `rollout.gpu_ids` count along `visible`.
+
+    Raises:
+        ServerError: fewer GPUs are visible to this process than the servers need.
+    """
+    numbers = (cfg.gpu_ids or tuple(range(cfg.num_servers * cfg.tp)))[index * cfg.tp : (index + 1) * cfg.tp]
+    if visible is None:
+        return [str(number) for number in numbers]
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if max(numbers) >= len(names):
+        raise ServerError(
+            f"server {index} needs GPU number {max(numbers)} and CUDA_VISIBLE_DEVICES={visible} shows {len(names)}: "
+            "lower rollout.num_servers or rollout.tp, or set rollout.gpu_ids (they count along CUDA_VISIBLE_DEVICES)"
+        )
+    return [names[number] for number in numbers]
+
+
+def own_address() -> str:
+    """This host's IPv4 address as other hosts see it: of its name, or, where that is an alias of loopback, of its
+    default route."""
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        if not address.startswith("127."):
+            return address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # reserved for documentation; connecting a UDP socket sends nothing
+        except OSError:
+            raise ServerError(
+                "rollout.host = auto: this host's address for other hosts can't be told; give it by number"
+            ) from None
+        return str(probe.getsockname()[0])
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """Holds `port` of `host` (0: any free one) until the returned socket is closed; raises OSError when it is taken.
 
     A socket that is bound but does not listen lets vLLM's own bind pass (both set SO_REUSEADDR), while the kernel gives
     the port to nobody who asks for a free one.
@@ -126,7 +168,7 @@ def reserve_port(port: int) -> socket.socket:
     holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        holder.bind((HOST, port))
+        holder.bind((host, port))
     except OSError:
         holder.close()
         raise

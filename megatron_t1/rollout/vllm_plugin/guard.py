@@ -1,4 +1,4 @@
-"""ASGI middleware: no route of the server without the key, except /health and /metrics.
+"""ASGI middleware: no route of the server without the key, except /health, and /metrics for this host.
 
 vLLM's own `--api-key` guards /v1, /v2, /inference and /cohere only; with the developer routes on, the weight routes,
 /pause, /collective_rpc and /invocations would be open to everybody who reaches the port.
@@ -11,7 +11,6 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-OPEN_PATHS = frozenset({"/health", "/metrics"})
 KEY_ENV = "VLLM_API_KEY"
 
 ASGIApp = Callable[[Any, Any, Any], Awaitable[None]]
@@ -28,7 +27,9 @@ class KeyGuard:
         self.expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan" or scope.get("path") in OPEN_PATHS:
+        if scope["type"] == "lifespan" or scope.get("path") == "/health":
+            return await self.app(scope, receive, send)
+        if scope.get("path") == "/metrics" and (scope.get("client") or ("",))[0].startswith("127."):
             return await self.app(scope, receive, send)
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if hmac.compare_digest(given, self.expected):
