@@ -31,6 +31,73 @@ def make_tiny_tokenizer(directory: Path, vocab_size: int = 320):
     return fast
 
 
+# What a tiny model of each architecture has besides the common sizes. Each number that may differ from another does:
+# an entry read from the wrong field then shows.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {"head_dim": 40},
+    "Qwen3MoeForCausalLM": {
+        "head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
+    },
+}  # fmt: skip
+
+
+def make_tiny(
+    architecture: str,
+    directory: str | Path,
+    *,
+    vocab_size: int = 320,
+    tied: bool = False,
+    dtype: str = "float32",
+    seed: int = 0,
+    init_std: float = 0.3,
+    **fields: Any,
+) -> Path:
+    """Writes a random model with tokenizer and chat template, loadable by transformers and vLLM; returns `directory`.
+
+    vLLM's CPU attention needs heads of at least 32 numbers. `init_std` is far above the usual 0.02: the logits then
+    differ enough for a wrong weight to show in the logprobs.
+
+    Args:
+        architecture: one of ARCHITECTURES.
+        fields: of its `config.json`.
+    """
+    import torch
+    import transformers
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tiny_tokenizer(directory, vocab_size)
+    model_class = getattr(transformers, architecture)
+    config = model_class.config_class(
+        **{
+            "vocab_size": vocab_size,
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": tied,
+            "initializer_range": init_std,
+            **ARCHITECTURES[architecture],
+            **fields,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).to(getattr(torch, dtype))
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases start at 0 and norms at 1, where a swapped one would not show
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
 def make_tiny_qwen2(
     directory: str | Path,
     *,
@@ -46,71 +113,24 @@ def make_tiny_qwen2(
     seed: int = 0,
     init_std: float = 0.3,
 ) -> Path:
-    """Writes a random Qwen2 with tokenizer and chat template, loadable by transformers and vLLM; returns `directory`.
-
-    vLLM's CPU attention needs heads of at least 32 numbers. `init_std` is far above the usual 0.02: the logits then
-    differ enough for a wrong weight to show in the logprobs.
-    """
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    directory = Path(directory)
-    config = Qwen2Config(
-        **_common(directory, vocab_size),
+    """`make_tiny` of a Qwen2."""
+    return make_tiny(
+        "Qwen2ForCausalLM",
+        directory,
+        vocab_size=vocab_size,
+        tied=tied,
+        dtype=dtype,
+        seed=seed,
+        init_std=init_std,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=tied,
-        initializer_range=init_std,
     )
-    return _save(Qwen2ForCausalLM, config, directory, dtype, seed)
 
 
 def make_tiny_qwen3_moe(directory: str | Path, *, vocab_size: int = 320, seed: int = 0, init_std: float = 0.3) -> Path:
-    """As `make_tiny_qwen2`, for a Qwen3 mixture of experts: 2 layers of 4 experts, 2 a token, an untied head."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    directory = Path(directory)
-    config = Qwen3MoeConfig(
-        **_common(directory, vocab_size),
-        hidden_size=128,
-        intermediate_size=256,
-        moe_intermediate_size=64,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        initializer_range=init_std,
-    )
-    return _save(Qwen3MoeForCausalLM, config, directory, "float32", seed)
-
-
-def _common(directory: Path, vocab_size: int) -> dict[str, Any]:
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tiny_tokenizer(directory, vocab_size)
-    return {
-        "vocab_size": vocab_size,
-        "bos_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    }
-
-
-def _save(model_class: Any, config: Any, directory: Path, dtype: str, seed: int) -> Path:
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config).to(getattr(torch, dtype))
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases start at 0 and norms at 1, where a swapped one would not show
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(directory)
-    return directory
+    """`make_tiny` of a Qwen3 mixture of experts: 4 experts, 2 a token."""
+    return make_tiny("Qwen3MoeForCausalLM", directory, vocab_size=vocab_size, seed=seed, init_std=init_std)

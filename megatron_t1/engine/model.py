@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_t1.algo.fused_head import Head
 from megatron_t1.engine.layers import LocalPackedSeqParams, local_block_spec
-from megatron_t1.engine.parallel import ParallelConfig, tensor_shard
+from megatron_t1.engine.parallel import ParallelConfig, shards
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform import Platform
 from megatron_t1.types import Microbatch
@@ -143,6 +143,7 @@ def build_model(
         share_embeddings_and_output_weights=spec.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=spec.rotary_base,
+        rotary_percent=spec.rotary_fraction,
     )
     model.to(platform.device)
     with torch.no_grad():
@@ -175,7 +176,7 @@ def packed_seq_params(microbatch: Microbatch, config: TransformerConfig, local: 
 def output_head(model: T1GPTModel, spec: ModelSpec, temperature: float) -> Head:
     """This rank's rows of the output layer, for the fused head (last pipeline stage only)."""
     weight = model.shared_embedding_or_output_weight() if spec.tied_embeddings else model.output_layer.weight
-    tp = tensor_shard()
+    tp = shards().tensor
     return Head(
         weight=weight,
         vocab_start=tp.rank * weight.shape[0],

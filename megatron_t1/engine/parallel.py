@@ -15,7 +15,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 from megatron_t1.platform import Platform
-from megatron_t1.weights.ops import Shard
+from megatron_t1.weights.ops import Shard, Shards
 
 T = TypeVar("T")
 
@@ -81,7 +81,9 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
     timeout = datetime.timedelta(seconds=cfg.timeout_s)
     # Both backends in one group: control messages and exports travel as CPU tensors, training as the device's.
     backend = "gloo" if platform.backend == "gloo" else "cpu:gloo,cuda:nccl"
-    if "MASTER_ADDR" in os.environ:
+    if dist.is_initialized():
+        pass  # the caller has joined, or had other model-parallel groups before
+    elif "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -101,8 +103,13 @@ def seed_everything(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def tensor_shard() -> Shard:
-    return Shard(rank=mpu.get_tensor_model_parallel_rank(), size=mpu.get_tensor_model_parallel_world_size())
+def shards() -> Shards:
+    """This rank's place in the groups that cut weights."""
+    return Shards(
+        tensor=Shard(mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()),
+        expert=Shard(mpu.get_expert_model_parallel_rank(), mpu.get_expert_model_parallel_world_size()),
+        expert_tensor=Shard(mpu.get_expert_tensor_parallel_rank(), mpu.get_expert_tensor_parallel_world_size()),
+    )
 
 
 def is_main() -> bool:

@@ -32,7 +32,7 @@ from megatron_t1.engine.model import (
     wrap_ddp,
 )
 from megatron_t1.engine.optimizer import OptimConfig, build_optimizer
-from megatron_t1.engine.parallel import ParallelConfig, tensor_shard
+from megatron_t1.engine.parallel import ParallelConfig, shards
 from megatron_t1.models import spec_of
 from megatron_t1.platform import Platform
 from megatron_t1.types import Microbatch
@@ -70,7 +70,7 @@ class Engine:
 
     def pieces(self, module: T1GPTModel | None = None) -> list[Piece]:
         """This rank's Hugging Face pieces, aliasing the live weights (of the anchor, when its module is given)."""
-        return local_pieces([module or self.module], self.spec, tensor_shard())
+        return local_pieces([module or self.module], self.spec, shards())
 
     def load_hf(self, model_dir: Path) -> None:
         hf_io.load(self.pieces(), model_dir)

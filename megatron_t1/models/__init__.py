@@ -1,13 +1,15 @@
-"""One file a model family; this registry finds the family of a Hugging Face folder."""
+"""One file a model family; every module here is imported and registers the architectures that it reads."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
 
-from megatron_t1.models.qwen2 import qwen2
-from megatron_t1.models.spec import Family, HFConfig, ModelSpec
+from megatron_t1.models.spec import FAMILIES, HFConfig, ModelSpec
 
-FAMILIES: dict[str, Family] = {"Qwen2ForCausalLM": qwen2}
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def spec_of(model_dir: Path) -> ModelSpec:

@@ -77,16 +77,25 @@ class HFConfig:
         if value is not None and value not in allowed:
             raise ValueError(f"{self.origin}: {name} = {value!r} is not supported (supported: {list(allowed)})")
 
-    def rope_theta(self) -> float:
-        """Rotary base, as `rope_theta` or in `rope_parameters` (transformers >= 5); any scaling is refused."""
+    def rotary(self, fraction: float = 1.0) -> dict[str, float]:
+        """`rotary_base` and `rotary_fraction` of a ModelSpec, at the top or in `rope_parameters` (transformers >= 5).
+
+        Args:
+            fraction: of each head's numbers that is rotated where the config does not say.
+
+        Raises:
+            ValueError: a scaled rotary embedding (YaRN and its like).
+        """
         parameters = dict(self.get("rope_parameters") or {})
         kind = parameters.pop("rope_type", parameters.pop("type", "default"))
         theta = parameters.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
-        partial = parameters.pop("partial_rotary_factor", 1.0)
-        if kind != "default" or parameters or partial != 1.0:
-            raise ValueError(f"{self.origin}: rope_parameters {self.get('rope_parameters')!r} are not supported")
-        self.only("rope_scaling")
-        return float(theta)
+        fraction = parameters.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor", fraction)
+        if kind != "default" or parameters or self.get("rope_scaling"):
+            name = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
+            raise ValueError(
+                f"{self.origin}: {name} = {self.get(name)!r} is not supported: only the plain rotary embedding is"
+            )
+        return {"rotary_base": float(theta), "rotary_fraction": float(fraction)}
 
     def refuse_unread(self) -> None:
         unread = sorted(
@@ -110,9 +119,25 @@ class ModelSpec:
     vocab_size: int
     max_position_embeddings: int
     rotary_base: float
+    rotary_fraction: float
+    """Of each head's numbers, the first ones, that are rotated."""
     tied_embeddings: bool
     weights: dict[str, Op]
-    """Megatron parameter name, with `{layer}` for the global layer number, -> how Hugging Face spells it."""
+    """Megatron parameter or buffer name, with `{layer}` and `{expert}` for their global numbers, -> how Hugging Face
+    spells it."""
 
 
 Family = Callable[[HFConfig], ModelSpec]
+
+FAMILIES: dict[str, Family] = {}
+"""Hugging Face architecture -> its family; filled by the modules of this package."""
+
+
+def family(architecture: str) -> Callable[[Family], Family]:
+    """Registers a function as the reader of the checkpoints of `architecture`."""
+
+    def register(read: Family) -> Family:
+        FAMILIES[architecture] = read
+        return read
+
+    return register

@@ -4,13 +4,21 @@ An op is data: which Hugging Face tensors a Megatron parameter is made of, and h
 method, `pieces`, lists this rank's part as (Hugging Face name, full shape, index into it, view into the local
 parameter). The views alias the parameter, so the same list serves import (write into the views), export and the live
 sync (read from them): no direction is written twice.
+
+Names carry `{layer}` and, for the matrices of a mixture of experts, `{expert}`: both are global numbers, so pipeline and
+expert parallelism need no op of their own.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+
+Where = Mapping[str, int]
+"""What fills a name's fields: `layer` and `expert`, each where it applies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,17 @@ class Shard:
     size: int = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """This rank's place in every group that cuts parameters."""
+
+    tensor: Shard = Shard()
+    expert: Shard = Shard()
+    """Which of the experts are here."""
+    expert_tensor: Shard = Shard()
+    """How the matrices of one expert are cut."""
+
+
 @dataclass(frozen=True)
 class Rename:
     """One parameter, one tensor, the same layout; cut along `tp_dim`, or replicated when that is None."""
@@ -54,58 +73,63 @@ class Rename:
     name: str
     tp_dim: int | None = None
 
-    def pieces(self, param: torch.Tensor, tp: Shard, layer: int) -> list[Piece]:
+    def pieces(self, param: torch.Tensor, tp: Shard, where: Where) -> list[Piece]:
         shape, index = list(param.shape), [slice(0, n) for n in param.shape]
         if self.tp_dim is not None:
             local = shape[self.tp_dim]
             shape[self.tp_dim] = local * tp.size
             index[self.tp_dim] = slice(tp.rank * local, (tp.rank + 1) * local)
-        return [Piece(name=self.name.format(layer=layer), shape=tuple(shape), index=tuple(index), view=param)]
+        return [Piece(name=self.name.format(**where), shape=tuple(shape), index=tuple(index), view=param)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QKV:
-    """Megatron's fused QKV (rows ordered by KV group: its queries, its key, its value) and three projections.
+    """Megatron's fused QKV: rows ordered by KV group, in each its queries, its key, its value.
 
-    Serves weights [rows, hidden] and biases [rows].
+    Hugging Face has three projections, or (ChatGLM) one tensor of all queries, then all keys, then all values. Serves
+    weights [rows, hidden] and biases [rows]. Where there are more tensor-parallel ranks than KV heads, Megatron cuts
+    the rows of one group over several ranks, wherever that falls in it.
     """
 
-    q: str
-    k: str
-    v: str
+    names: tuple[str, ...]
+    """Those of q, k and v, or the one of the fused tensor."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
 
-    def pieces(self, param: torch.Tensor, tp: Shard, layer: int) -> list[Piece]:
-        num_groups = self.num_kv_heads // tp.size
-        queries = self.num_heads // self.num_kv_heads
-        rest = param.shape[1:]
-        by_group = param.view(num_groups, queries + 2, self.head_dim, *rest)
-        parts = ((self.q, by_group[:, :queries]), (self.k, by_group[:, queries]), (self.v, by_group[:, queries + 1]))
-        pieces = []
-        for name, view in parts:
-            rows = view.numel() // max(1, rest.numel())
-            index = (slice(tp.rank * rows, (tp.rank + 1) * rows), *(slice(0, n) for n in rest))
-            shape = (rows * tp.size, *rest)
-            pieces.append(Piece(name=name.format(layer=layer), shape=shape, index=index, view=view))
+    def pieces(self, param: torch.Tensor, tp: Shard, where: Where) -> list[Piece]:
+        widths = (self.num_heads // self.num_kv_heads * self.head_dim, self.head_dim, self.head_dim)
+        group_rows, rows = sum(widths), param.shape[0]
+        group, low = divmod(tp.rank * rows, group_rows)
+        by_group = param.view(-1, min(rows, group_rows), *param.shape[1:])
+        pieces, begin = [], 0
+        for part, width in enumerate(widths):
+            first, last = max(begin - low, 0), min(begin + width - low, by_group.shape[1])
+            if first < last:
+                start = group * width + low + first - begin
+                totals = [w * self.num_kv_heads for w in widths]
+                pieces.append(_stacked(self.names, part, totals, start, by_group[:, first:last], param, where))
+            begin += width
         return pieces
 
 
 @dataclass(frozen=True)
 class GateUp:
-    """Megatron's fused first MLP layer: on every tensor-parallel rank the gate's rows, then the up projection's."""
+    """Megatron's fused first MLP layer: on every tensor-parallel rank the gate's rows, then the up projection's.
 
-    gate: str
-    up: str
+    Hugging Face has two tensors, or (GLM) one of all gate rows, then all up rows.
+    """
 
-    def pieces(self, param: torch.Tensor, tp: Shard, layer: int) -> list[Piece]:
-        pieces = []
-        for name, view in zip((self.gate, self.up), param.chunk(2), strict=True):
-            rows, rest = view.shape[0], view.shape[1:]
-            index = (slice(tp.rank * rows, (tp.rank + 1) * rows), *(slice(0, n) for n in rest))
-            pieces.append(Piece(name=name.format(layer=layer), shape=(rows * tp.size, *rest), index=index, view=view))
-        return pieces
+    names: tuple[str, ...]
+    """Those of gate and up, or the one of the fused tensor."""
+
+    def pieces(self, param: torch.Tensor, tp: Shard, where: Where) -> list[Piece]:
+        rows = param.shape[0] // 2
+        totals = [rows * tp.size] * 2
+        return [
+            _stacked(self.names, part, totals, tp.rank * rows, view, param, where)
+            for part, view in enumerate(param.chunk(2))
+        ]
 
 
 @dataclass(frozen=True)
@@ -118,7 +142,7 @@ class Vocab:
     name: str
     vocab_size: int
 
-    def pieces(self, param: torch.Tensor, tp: Shard, layer: int) -> list[Piece]:
+    def pieces(self, param: torch.Tensor, tp: Shard, where: Where) -> list[Piece]:
         start = tp.rank * param.shape[0]
         rows = max(0, min(param.shape[0], self.vocab_size - start))
         if rows == 0:
@@ -129,3 +153,28 @@ class Vocab:
 
 
 Op = Rename | QKV | GateUp | Vocab
+
+
+def _stacked(
+    names: tuple[str, ...],
+    part: int,
+    totals: list[int],
+    start: int,
+    view: torch.Tensor,
+    param: torch.Tensor,
+    where: Where,
+) -> Piece:
+    """The piece of one part, whose rows are a tensor of their own or, when there is one name, follow the parts before.
+
+    Args:
+        totals: rows of each part over all ranks.
+        start: where in its part `view` begins.
+        param: the parameter that `view` looks into: its dimensions past the rows are those of the tensor.
+    """
+    rest = param.shape[1:]
+    name, total = (names[part], totals[part]) if len(names) > 1 else (names[0], sum(totals))
+    if len(names) == 1:
+        start += sum(totals[:part])
+    rows = view.numel() // math.prod(rest)
+    index = (slice(start, start + rows), *(slice(0, n) for n in rest))
+    return Piece(name=name.format(**where), shape=(total, *rest), index=index, view=view)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_t1.models.spec import ModelSpec
-from megatron_t1.weights.ops import Piece, Shard
+from megatron_t1.weights.ops import Piece, Shards
 
 # Transformer Engine keeps a norm's weight in the linear layer that follows it.
 _TE_ALIAS = {
@@ -25,25 +25,49 @@ _TE_ALIAS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
+# One expert's matrix: in Megatron's SequentialMLP, or in Transformer Engine's grouped linear.
+_EXPERT = re.compile(r"^(.*mlp\.experts\.)(?:local_experts\.(\d+)\.(linear_fc\d\.weight)|(linear_fc\d\.weight)(\d+))$")
+
+Named = Iterable[tuple[str, torch.Tensor]]
 
 
-def local_pieces(chunks: Iterable[torch.nn.Module], spec: ModelSpec, tp: Shard) -> list[Piece]:
-    """This rank's pieces of every Hugging Face tensor, as views into the parameters of its (unwrapped) model chunks.
+def weights_of(chunk: torch.nn.Module) -> Named:
+    """A chunk's parameters, and the buffers that are weights (a router's bias): those that its state dict has."""
+    yield from ((name, param.data) for name, param in chunk.named_parameters())
+    kept = chunk.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name in kept)
+
+
+def local_pieces(
+    chunks: Iterable[torch.nn.Module],
+    spec: ModelSpec,
+    shards: Shards,
+    tensors_of: Callable[[Any], Named] = weights_of,
+) -> list[Piece]:
+    """This rank's pieces of every Hugging Face tensor, as views into the weights of its (unwrapped) model chunks.
+
+    Args:
+        tensors_of: what to view of a chunk; its gradients, for example.
 
     Raises:
-        ValueError: a parameter that the family's weight map does not name.
+        ValueError: a weight that the family's map does not name.
     """
     pieces: list[Piece] = []
     for chunk in chunks:
         decoder: Any = chunk.decoder
-        for full_name, param in chunk.named_parameters():
-            name, layer = full_name, -1
+        for full_name, tensor in tensors_of(chunk):
+            name, where, shard = full_name, {}, shards.tensor
             if match := _LAYER.match(full_name):
-                layer = decoder.layers[int(match[2])].layer_number - 1
+                where["layer"] = decoder.layers[int(match[2])].layer_number - 1
                 name = f"{match[1]}{{layer}}.{_TE_ALIAS.get(match[3], match[3])}"
+            if match := _EXPERT.match(name):
+                num_local = spec.transformer["num_moe_experts"] // shards.expert.size
+                where["expert"] = shards.expert.rank * num_local + int(match[2] or match[5])
+                name = f"{match[1]}{{expert}}.{match[3] or match[4]}"
+                shard = shards.expert_tensor
             if name not in spec.weights:
                 raise ValueError(f"the weight map of {spec.architecture} has no entry for the parameter {full_name}")
-            pieces += spec.weights[name].pieces(param.data, tp, layer)
+            pieces += spec.weights[name].pieces(tensor, shard, where)
     return pieces
 
 

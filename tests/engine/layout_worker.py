@@ -6,7 +6,6 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -14,17 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_t1.platform import setup
 from tests.engine.batch import TEMPERATURE, make_sequences
-
-
-def gradient_pieces(engine):
-    """The weight map applied to the gradients: pieces alias each parameter's main gradient."""
-    from megatron_t1.engine.parallel import tensor_shard
-    from megatron_t1.weights.stream import local_pieces
-
-    grads = [(name, SimpleNamespace(data=p.main_grad)) for name, p in engine.module.named_parameters()]
-    return local_pieces(
-        [SimpleNamespace(decoder=engine.module.decoder, named_parameters=lambda: grads)], engine.spec, tensor_shard()
-    )
+from tests.engine.gradients import gradient_pieces
 
 
 def main() -> None:

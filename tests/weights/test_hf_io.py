@@ -37,7 +37,7 @@ def blank(spec, tensors, tp):
                     shape = (hidden,)
             for layer in range(spec.transformer["num_layers"]) if "{layer}" in name else [0]:
                 param = torch.full(shape, torch.nan, dtype=next(iter(tensors.values())).dtype)
-                pieces += op.pieces(param, Shard(rank, tp), layer)
+                pieces += op.pieces(param, Shard(rank, tp), {"layer": layer})
     return pieces
 
 

@@ -1,0 +1,80 @@
+"""Every family on every layout of one number of ranks: logits, gradients and the exported folder, for the tests.
+
+argv: folder of the checkpoints, folder for the results, {layout: [ParallelConfig fields, [family, ...]]} as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megatron_t1.platform import setup
+from tests.engine.batch import make_sequences
+from tests.engine.gradients import gradient_pieces
+
+
+def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
+    """Sample number -> the logits that predict its response, whole, on every rank."""
+    from megatron_t1.algo.head import select
+
+    def local(hidden, head, microbatch):
+        logits = select(hidden, head, microbatch.target_positions) @ head.weight[: head.num_rows].T
+        return head.vocab_start, microbatch.sample_index.tolist(), logits.numpy()
+
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, engine.map_hidden(engine.module, microbatches, local))
+    columns = defaultdict(dict)
+    for start, samples, logits in (part for parts in everyone for part in parts):
+        rows = defaultdict(list)
+        for sample, row in zip(samples, logits, strict=True):
+            rows[str(sample)].append(torch.from_numpy(row))
+        for sample, found in rows.items():
+            columns[sample][start] = torch.stack(found)
+    return {
+        sample: torch.cat([parts[start] for start in sorted(parts)], dim=1).contiguous()
+        for sample, parts in columns.items()
+    }
+
+
+def main() -> None:
+    checkpoints, out, layouts = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    platform = setup()
+    from megatron.core import parallel_state as mpu
+
+    from megatron_t1.algo.loss import sft_token_loss
+    from megatron_t1.engine.model import ModelConfig
+    from megatron_t1.engine.optimizer import OptimConfig
+    from megatron_t1.engine.parallel import ParallelConfig, initialize
+    from megatron_t1.engine.step import Engine
+    from megatron_t1.weights.stream import Plan
+
+    for layout, (fields, families) in layouts.items():
+        parallel = ParallelConfig(max_tokens_per_microbatch=120, distributed_optimizer=False, **fields)
+        initialize(parallel, platform, 0)
+        for family in families:
+            folder = checkpoints / family
+            engine = Engine(
+                ModelConfig(hf_path=str(folder), dtype="float32"),
+                parallel, OptimConfig(lr=0.0, clip_grad=0.0), platform, total_steps=1, temperature=1.0,
+            )  # fmt: skip
+            engine.load_hf(folder)
+            sequences = make_sequences(engine.spec.vocab_size)
+            microbatches = engine.pack(sequences)
+            results = {f"logits/{sample}": logits for sample, logits in all_logits(engine, microbatches).items()}
+            engine.step(microbatches, sum(len(s.response_ids) for s in sequences), sft_token_loss)
+            results |= {f"grad/{name}": grad for name, grad in Plan(gradient_pieces(engine)).gather()}
+            result = out / layout / family
+            engine.save_hf(result)  # after a step at learning rate 0: still the bytes that were loaded
+            if dist.get_rank() == 0:
+                save_file(results, result / "results")
+        mpu.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()
