@@ -77,7 +77,7 @@ class HFConfig:
         if value is not None and value not in allowed:
             raise ValueError(f"{self.origin}: {name} = {value!r} is not supported (supported: {list(allowed)})")
 
-    def rotary(self, fraction: float = 1.0) -> dict[str, float]:
+    def rotary(self, fraction: float = 1.0) -> dict[str, Any]:
         """`rotary_base` and `rotary_fraction` of a ModelSpec, at the top or in `rope_parameters` (transformers >= 5).
 
         Args:

@@ -5,8 +5,8 @@ method, `pieces`, lists this rank's part as (Hugging Face name, full shape, inde
 parameter). The views alias the parameter, so the same list serves import (write into the views), export and the live
 sync (read from them): no direction is written twice.
 
-Names carry `{layer}` and, for the matrices of a mixture of experts, `{expert}`: both are global numbers, so pipeline and
-expert parallelism need no op of their own.
+Names carry `{layer}` and, for the matrices of a mixture of experts, `{expert}`: both are global numbers, so pipeline
+and expert parallelism need no op of their own.
 """
 
 from __future__ import annotations
