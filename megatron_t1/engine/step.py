@@ -41,31 +41,15 @@ from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.stream import local_pieces
 
 
-class Engine:
-    """A trainable model on this rank's layout. Every method is collective over the trainer's ranks."""
+class ForwardEngine:
+    """A model on this rank's layout that is only asked. Every method is collective over the trainer's ranks."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        parallel: ParallelConfig,
-        optim: OptimConfig,
-        platform: Platform,
-        *,
-        total_steps: int,
-        temperature: float,
-    ) -> None:
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, platform: Platform, *, temperature: float) -> None:
         """`temperature` divides the logits: the sampling temperature in RL, 1 in SFT."""
         self.spec = spec_of(Path(model.hf_path))
         self.platform, self.parallel, self.model_config = platform, parallel, model
         self.temperature = temperature
         self.config, self.module = build_model(model, self.spec, parallel, platform)
-        self.config.finalize_model_grads_func = _finalize_without_token_count
-        self.ddp = wrap_ddp(self.config, self.module, parallel)
-        self.config.no_sync_func = self.ddp.no_sync
-        self.optimizer, self.scheduler = build_optimizer(
-            optim, self.ddp, self.config.params_dtype, parallel, total_steps
-        )
-        self.config.grad_scale_func = self.optimizer.scale_loss
         self.local_layers = platform.transformer_engine is None or model.layers == "local"
 
     def pieces(self, module: T1GPTModel | None = None) -> list[Piece]:
@@ -74,7 +58,6 @@ class Engine:
 
     def load_hf(self, model_dir: Path) -> None:
         hf_io.load(self.pieces(), model_dir)
-        self.optimizer.reload_model_params()
 
     def save_hf(self, out_dir: Path) -> None:
         hf_io.save(self.pieces(), Path(self.model_config.hf_path), out_dir)
@@ -90,48 +73,6 @@ class Engine:
             multiple=multiple,
             device=self.platform.device,
         )
-
-    def step(self, microbatches: list[Microbatch], num_targets: int, token_loss: TokenLoss) -> dict[str, float]:
-        """One optimizer step. Returns the loss's metrics (means over tokens, maxima), gradient norm and learning rate.
-
-        Args:
-            num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
-
-        Raises:
-            FloatingPointError: the loss is not finite (no step was taken), or the gradient norm was not.
-        """
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-        grad_scale = float(self.optimizer.scale_loss(torch.ones(1, device=self.platform.device))) / num_targets
-
-        def loss_func(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
-            total, metrics = fused_loss(
-                hidden.squeeze(1),
-                output_head(self.module, self.spec, self.temperature),
-                microbatch.target_positions,
-                microbatch.targets,
-                token_loss,
-                TokenFields.of(microbatch),
-                grad_scale=grad_scale,
-            )
-            counted = torch.tensor(microbatch.targets.numel(), dtype=torch.int, device=total.device)
-            # The schedule may go on to work on the loss in place: keep a number of our own.
-            metrics.sums["loss"] = total.detach().clone()
-            return total / num_targets, counted, metrics
-
-        stored = self._run(self.ddp, microbatches, loss_func, forward_only=False)
-        metrics = self._reduce(stored, num_targets)
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss is {metrics['loss']}; no step was taken")
-        self.scheduler.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
-        metrics["grad_norm"] = float(grad_norm or 0.0)
-        if not math.isfinite(metrics["grad_norm"]):
-            raise FloatingPointError(f"the gradient norm is {metrics['grad_norm']}; resume from the last checkpoint")
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return metrics
 
     @torch.no_grad()
     def map_hidden(
@@ -177,6 +118,75 @@ class Engine:
             )
         finally:
             self.config.no_sync_func = no_sync
+
+
+class Engine(ForwardEngine):
+    """A trainable model: gradients, optimizer and learning-rate schedule around it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optim: OptimConfig,
+        platform: Platform,
+        *,
+        total_steps: int,
+        temperature: float,
+    ) -> None:
+        super().__init__(model, parallel, platform, temperature=temperature)
+        self.config.finalize_model_grads_func = _finalize_without_token_count
+        self.ddp = wrap_ddp(self.config, self.module, parallel)
+        self.config.no_sync_func = self.ddp.no_sync
+        self.optimizer, self.scheduler = build_optimizer(
+            optim, self.ddp, self.config.params_dtype, parallel, total_steps
+        )
+        self.config.grad_scale_func = self.optimizer.scale_loss
+
+    def load_hf(self, model_dir: Path) -> None:
+        super().load_hf(model_dir)
+        self.optimizer.reload_model_params()
+
+    def step(self, microbatches: list[Microbatch], num_targets: int, token_loss: TokenLoss) -> dict[str, float]:
+        """One optimizer step. Returns the loss's metrics (means over tokens, maxima), gradient norm and learning rate.
+
+        Args:
+            num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
+
+        Raises:
+            FloatingPointError: the loss is not finite (no step was taken), or the gradient norm was not.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        grad_scale = float(self.optimizer.scale_loss(torch.ones(1, device=self.platform.device))) / num_targets
+
+        def loss_func(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+            total, metrics = fused_loss(
+                hidden.squeeze(1),
+                output_head(self.module, self.spec, self.temperature),
+                microbatch.target_positions,
+                microbatch.targets,
+                token_loss,
+                TokenFields.of(microbatch),
+                grad_scale=grad_scale,
+            )
+            counted = torch.tensor(microbatch.targets.numel(), dtype=torch.int, device=total.device)
+            # The schedule may go on to work on the loss in place: keep a number of our own.
+            metrics.sums["loss"] = total.detach().clone()
+            return total / num_targets, counted, metrics
+
+        stored = self._run(self.ddp, microbatches, loss_func, forward_only=False)
+        metrics = self._reduce(stored, num_targets)
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"the loss is {metrics['loss']}; no step was taken")
+        self.scheduler.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        metrics["grad_norm"] = float(grad_norm or 0.0)
+        if not math.isfinite(metrics["grad_norm"]):
+            raise FloatingPointError(f"the gradient norm is {metrics['grad_norm']}; resume from the last checkpoint")
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        return metrics
 
     def _reduce(self, stored: list[Metrics], num_targets: int) -> dict[str, float]:
         """Token sums and maxima of the last stage's ranks -> global means and maxima, the same on every rank."""
