@@ -34,7 +34,7 @@ CFG = LossConfig(entropy_coef=0.01, kl_coef=0.01)
 
 
 def token_loss(logprob, entropy, tokens):
-    return t1_token_loss(logprob, entropy, tokens, CFG)
+    return t1_token_loss(logprob, entropy, tokens, cfg=CFG)
 
 
 def naive(hidden, head, positions, targets, tokens):

@@ -10,7 +10,7 @@ Left out: a bias in the output layer, context parallelism, Megatron's deferred e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_t1.algo.head_gemm import accumulation_dtype, add_matmul_, matmul, operand_dtype
+from megatron_t1.algo.head_tiles import Tile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,26 +47,64 @@ class Head:
         """Rows of `weight` that are vocabulary entries; a rank may hold nothing but padding."""
         return min(max(self.vocab_size - self.vocab_start, 0), self.weight.shape[0])
 
-    def tiles(self, num_tokens: int, max_logits: int) -> list[slice]:
+    def slices(self, num_tokens: int, max_logits: int) -> list[slice]:
         """Cut the rows so that num_tokens x rows is about max_logits, at least 256 rows (GEMMs get slow below)."""
         step = max(max_logits // max(num_tokens, 1), 256)
         return [slice(start, min(start + step, self.num_rows)) for start in range(0, self.num_rows, step)]
 
-    def tile_memory(self, x: Tensor, tiles: list[slice]) -> Tensor:
-        """Flat memory for the logits of any one of the tiles."""
-        width = max((tile.stop - tile.start for tile in tiles), default=0)
-        return x.new_empty(len(x) * width, dtype=accumulation_dtype(x.dtype))
 
-    def prepare(self, x: Tensor) -> tuple[Tensor, float]:
-        """x and a factor for its logits that together apply the temperature; a narrow x must not be rounded again."""
-        if self.temperature == 1.0:
-            return x, 1.0
-        return (x, 1.0 / self.temperature) if x.dtype.itemsize < 4 else (x / self.temperature, 1.0)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnchorHead:
+    """The anchor's last hidden states of the same stream and its output layer, constants of a full-vocabulary KL."""
 
-    def logits(self, x: Tensor, tile: slice, memory: Tensor) -> Tensor:
-        """[T, rows of the tile], at the beginning of `memory`. Allocating each tile anew costs page faults on CPUs."""
-        shape = len(x), tile.stop - tile.start
-        return matmul(x, self.weight.detach()[tile].t(), memory[: shape[0] * shape[1]].view(shape))
+    hidden: Tensor
+    """as the policy's: [s, H], or [s / tp, H] under sequence parallelism"""
+    head: Head
+
+    def check(self, policy: Head) -> None:
+        """Raise ValueError when the two models are not cut alike."""
+        if policy.num_rows != self.head.num_rows or policy.vocab_start != self.head.vocab_start:
+            raise ValueError(
+                f"policy rows [{policy.vocab_start}, +{policy.num_rows}) and anchor rows [{self.head.vocab_start},"
+                f" +{self.head.num_rows}) differ; give both models the same tensor-parallel layout"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Logits:
+    """The logits of T tokens over this rank's rows, a tile at a time."""
+
+    head: Head
+    x: Tensor
+    """[T, H]"""
+    scale: float
+    """logits = scale * x.w"""
+    targets: Tensor
+    """int64 [T]"""
+
+    @classmethod
+    def of(cls, head: Head, x: Tensor, targets: Tensor) -> Logits:
+        """x [T, H] as `select` gives it; the temperature is applied here."""
+        if x.dtype.itemsize < 4:  # a narrow x must not be rounded again
+            return cls(head=head, x=x, scale=1.0 / head.temperature, targets=targets)
+        return cls(head=head, x=x if head.temperature == 1.0 else x / head.temperature, scale=1.0, targets=targets)
+
+    def __getitem__(self, tokens: slice) -> Logits:
+        return replace(self, x=self.x[tokens], targets=self.targets[tokens])
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.x)
+
+    def memory(self, num_rows: int) -> Tensor:
+        """Flat memory for the logits of so many rows. Allocating each tile anew would cost page faults on CPUs."""
+        return self.x.new_empty(len(self.x) * num_rows, dtype=accumulation_dtype(self.x.dtype))
+
+    def tile(self, rows: slice, memory: Tensor) -> Tile:
+        """Made at the beginning of `memory`."""
+        shape = len(self.x), rows.stop - rows.start
+        z = matmul(self.x, self.head.weight.detach()[rows].t(), memory[: shape[0] * shape[1]].view(shape))
+        return Tile(z=z, scale=self.scale, column=self.head.vocab_start + rows.start, targets=self.targets)
 
 
 def select(hidden: Tensor, head: Head, positions: Tensor) -> Tensor:
@@ -102,9 +141,9 @@ class WeightGradient:
         if self.fresh:
             self.buffer[head.num_rows :] = 0
 
-    def add(self, tile: slice, dz: Tensor, x: Tensor) -> None:
+    def add(self, rows: slice, dz: Tensor, x: Tensor) -> None:
         alpha = 1.0 if self.main_grad is None else self.scale
-        add_matmul_(self.buffer[tile], dz.t(), x, alpha=alpha, overwrite=self.fresh)
+        add_matmul_(self.buffer[rows], dz.t(), x, alpha=alpha, overwrite=self.fresh)
 
     def for_autograd(self, g: Tensor | None = None) -> Tensor | None:
         """What the backward returns for the weight; `g` is the gradient that came to a loss formed in the forward."""
@@ -125,8 +164,8 @@ class WeightGradient:
         return self.weight.detach()  # never read; an alias costs no memory
 
 
-def add_gradients(dz: Tensor, x: Tensor, head: Head, tile: slice, dx: Tensor, dw: WeightGradient | None) -> None:
+def add_gradients(dz: Tensor, x: Tensor, head: Head, rows: slice, dx: Tensor, dw: WeightGradient | None) -> None:
     """One tile's share of dX and dW."""
-    add_matmul_(dx, dz, head.weight.detach()[tile])
+    add_matmul_(dx, dz, head.weight.detach()[rows])
     if dw:
-        dw.add(tile, dz, x)
+        dw.add(rows, dz, x)

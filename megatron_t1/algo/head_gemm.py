@@ -41,7 +41,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     a, b = a.to(dtype), b.to(dtype)
     if dtype != accumulation_dtype(dtype):
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    if _ONEDNN_LINEAR is not None and dtype == torch.float32 and a.device.type == "cpu" and a.shape[0] > 0:
+    if _ONEDNN_LINEAR is not None and dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0:
         product = _ONEDNN_LINEAR(a, b.t(), None, "none", [], "")
         return product if out is None else out.copy_(product)
     return torch.mm(a, b, out=out)

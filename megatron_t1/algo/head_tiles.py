@@ -4,12 +4,15 @@ Statistics of a token are four numbers streamed over the vocabulary, in float32:
 e^(z-M), the centred sum A = sum e^(z-M) (z-M), and the target's logit z_y. They give logprob = (z_y - M) - ln S and
 entropy = ln S - A/S. M and S are never folded into one log-sum-exp: with logits of 1e5 that would round ln S away.
 
-`head_triton` has `update_statistics` and `logits_to_gradient` as CUDA kernels; `for_device` picks.
+The paths of `fused_head` know `TileMath` alone: this module is one, `head_triton` another (the two functions that touch
+logits as CUDA kernels), `full_kl` a third (the anchor's tile beside the policy's).
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,19 +20,61 @@ from torch import Tensor
 from megatron_t1.algo.head_gemm import accumulation_dtype
 
 
-def for_device(device: torch.device) -> ModuleType:
-    """The module whose two tile functions serve this device."""
-    if device.type == "cuda":
-        from megatron_t1.algo import head_triton
+@dataclass
+class Tile:
+    """Logits of T tokens over n neighbouring vocabulary entries: scale * z, less `shift` once that is set."""
 
-        return head_triton
-    import megatron_t1.algo.head_tiles as here
+    z: Tensor
+    """[T, n], contiguous, float32 (float64 in tests)"""
+    scale: float
+    """what z has still to be multiplied by"""
+    column: int
+    """vocabulary entry of the first column"""
+    targets: Tensor
+    """int64 [T], vocabulary entries, in this tile or not"""
+    shift: Tensor | None = None
+    """[T]; once set, scale is applied and the logits are z + shift: it saves a pass over memory"""
 
-    return here
+    def place(self) -> tuple[Tensor, Tensor]:
+        """Each target's column [T, 1], clamped into the tile, and whether it lies there at all [T]."""
+        width = self.z.shape[1]
+        local = self.targets - self.column
+        return local.clamp(0, width - 1)[:, None], (local >= 0) & (local < width)
+
+    def center(self, at: Tensor) -> Tensor:
+        """The logits less `at` [T], in place."""
+        if self.shift is not None:
+            at, self.shift = at - self.shift, at
+        else:
+            self.shift = at
+            if self.scale != 1.0:
+                self.z.mul_(self.scale)
+        return self.z.sub_(at[:, None])
+
+
+class TileMath(Protocol):
+    """What the paths need to know of a tile; `tiles` are the policy's and, for `full_kl`, the anchor's."""
+
+    def new_statistics(self, num_tokens: int, like: Tensor) -> Tensor:
+        """[k, num_tokens] before any logit was seen."""
+
+    def update_statistics(self, stats: Tensor, tiles: Sequence[Tile]) -> None:
+        """Add these logits to `stats`, in place; may centre the tiles."""
+
+    def merge_statistics(self, parts: Tensor) -> Tensor:
+        """[n, k, T] -> [k, T] of all parts together, rescaled to the common maximum in the order given."""
+
+    def token_values(self, stats: Tensor) -> tuple[Tensor, ...]:
+        """logprob, entropy (and KL), [T] each, from the statistics of the whole vocabulary."""
+
+    def logits_to_gradient(
+        self, stats: Tensor, grads: Sequence[Tensor], tiles: Sequence[Tile], dtype: torch.dtype
+    ) -> Tensor:
+        """Gradient with respect to the logits [T, n], in `dtype`, from those of the token values; uses the tiles up."""
 
 
 def new_statistics(num_tokens: int, like: Tensor) -> Tensor:
-    """[4, num_tokens]: rows M, S, A, z_y before any logit was seen.
+    """Rows M, S, A, z_y.
 
     M starts finite so that an empty shard merges without inf - inf; z_y = -inf makes a target outside the vocabulary
     loud.
@@ -41,7 +86,6 @@ def new_statistics(num_tokens: int, like: Tensor) -> Tensor:
 
 
 def merge_statistics(parts: Tensor) -> Tensor:
-    """[n, 4, T] -> [4, T]; rescales every part to the common maximum, in the order given."""
     m, s, a, z_y = parts.unbind(1)
     top = m.amax(0)
     shift = m - top
@@ -49,54 +93,36 @@ def merge_statistics(parts: Tensor) -> Tensor:
     return torch.stack([top, (factor * s).sum(0), (factor * (a + shift * s)).sum(0), z_y.amax(0)])
 
 
-def _place(targets: Tensor, column: int, width: int) -> tuple[Tensor, Tensor]:
-    """Each target's column [T, 1] in a tile, clamped into it, and whether it lies there at all [T]."""
-    local = targets - column
-    return local.clamp(0, width - 1)[:, None], (local >= 0) & (local < width)
+def token_values(stats: Tensor) -> tuple[Tensor, Tensor]:
+    m, s, a, z_y = stats
+    log_s = s.log()
+    return (z_y - m) - log_s, log_s - a / s
 
 
-def update_statistics(stats: Tensor, z: Tensor, scale: float, column: int, targets: Tensor) -> Tensor | None:
-    """Add the logits scale * z [T, n] of vocabulary entries column ... column + n - 1 to `stats`, in place.
-
-    Returns shift [T]; z is left holding scale * z - shift, which saves a pass over memory (None: z was left as it was).
-    """
-    if scale != 1.0:
-        z.mul_(scale)
-    where, inside = _place(targets, column, z.shape[1])
-    z_y = torch.where(inside, z.gather(1, where).squeeze(1), stats[3])
-    tile_max = z.amax(1)
-    e = z.sub_(tile_max[:, None]).exp()
-    part = torch.stack([tile_max, e.sum(1), e.mul_(z).sum(1), z_y])
+def update_statistics(stats: Tensor, tiles: Sequence[Tile]) -> None:
+    (tile,) = tiles
+    where, inside = tile.place()
+    z_y = torch.where(inside, tile.z.gather(1, where).squeeze(1) * tile.scale, stats[3])
+    top = tile.z.amax(1) * tile.scale
+    z = tile.center(top)
+    e = z.exp()
+    part = torch.stack([top, e.sum(1), e.mul_(z).sum(1), z_y])
     stats.copy_(merge_statistics(torch.stack([stats, part])))
-    return tile_max
 
 
-def logits_to_gradient(
-    z: Tensor,
-    scale: float,
-    shift: Tensor | None,
-    stats: Tensor,
-    column: int,
-    targets: Tensor,
-    g_logprob: Tensor,
-    g_entropy: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """dz [T, n] = g_logprob (delta - p) - g_entropy p (ln p + entropy), in `dtype`; z is used up.
+def logits_to_gradient(stats: Tensor, grads: Sequence[Tensor], tiles: Sequence[Tile], dtype: torch.dtype) -> Tensor:
+    """dz = g_logprob (delta - p) - g_entropy p (ln p + entropy).
 
-    `shift` is what `update_statistics` returned for this tile, or None when z are logits that scale has still to be
-    applied to. With p = e^(z-M)/S and ln p + entropy = (z-M) - A/S, dz is e^(z-M) (slope (z-M) + offset), plus
-    g_logprob at the target.
+    With p = e^(z-M)/S and ln p + entropy = (z-M) - A/S it is e^(z-M) (slope (z-M) + offset), plus g_logprob at the
+    target.
     """
+    (tile,), (g_logprob, g_entropy) = tiles, grads
     m, s, a, _ = stats
     slope = -g_entropy / s
     offset = (g_entropy * (a / s) - g_logprob) / s
-    if shift is not None:
-        m = m - shift
-    elif scale != 1.0:
-        z.mul_(scale)
-    e = z.sub_(m[:, None]).exp()
+    z = tile.center(m)
+    e = z.exp()
     z.mul_(slope[:, None]).add_(offset[:, None]).mul_(e)
-    where, inside = _place(targets, column, z.shape[1])
+    where, inside = tile.place()
     z.scatter_add_(1, where, torch.where(inside, g_logprob, 0.0)[:, None])
     return z.to(dtype)

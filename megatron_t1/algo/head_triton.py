@@ -1,15 +1,21 @@
-"""The two tile functions of `head_tiles` as Triton kernels: one read of the logits for the statistics, one read and one
-narrow write for the gradient. The GEMMs stay with cuBLAS.
+"""`head_tiles` with its two passes over logits as Triton kernels: one read for the statistics, one read and one narrow
+write for the gradient; tiles are left as they were. The GEMMs stay with cuBLAS.
 
 Checked against `head_tiles` under Triton's interpreter (TRITON_INTERPRET=1) on the CPU; not yet run on a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatron_t1.algo.head_tiles import Tile, merge_statistics, new_statistics, token_values
+
+__all__ = ["logits_to_gradient", "merge_statistics", "new_statistics", "token_values", "update_statistics"]
 
 BLOCK = 2048
 
@@ -61,30 +67,22 @@ def _gradient_kernel(
     tl.store(dz_ptr + row * width + offsets, dz.to(dz_ptr.dtype.element_ty), mask=valid)
 
 
-def update_statistics(stats: Tensor, z: Tensor, scale: float, column: int, targets: Tensor) -> None:
-    """As `head_tiles.update_statistics`; z [T, n] contiguous, left as it was."""
-    num_tokens, width = z.shape
+def update_statistics(stats: Tensor, tiles: Sequence[Tile]) -> None:
+    (tile,) = tiles
+    num_tokens, width = tile.z.shape
     if num_tokens:
-        _update_kernel[(num_tokens,)](z, stats, targets, num_tokens, width, scale, column, BLOCK=BLOCK)
+        _update_kernel[(num_tokens,)](
+            tile.z, stats, tile.targets, num_tokens, width, tile.scale, tile.column, BLOCK=BLOCK
+        )
 
 
-def logits_to_gradient(
-    z: Tensor,
-    scale: float,
-    shift: None,
-    stats: Tensor,
-    column: int,
-    targets: Tensor,
-    g_logprob: Tensor,
-    g_entropy: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """As `head_tiles.logits_to_gradient`; z [T, n] contiguous, left as it was."""
-    num_tokens, width = z.shape
-    dz = torch.empty_like(z, dtype=dtype)
+def logits_to_gradient(stats: Tensor, grads: Sequence[Tensor], tiles: Sequence[Tile], dtype: torch.dtype) -> Tensor:
+    (tile,), (g_logprob, g_entropy) = tiles, grads
+    num_tokens, width = tile.z.shape
+    dz = torch.empty_like(tile.z, dtype=dtype)
     if num_tokens:
         _gradient_kernel[(num_tokens, triton.cdiv(width, BLOCK))](
-            z, dz, stats, targets, g_logprob.contiguous(), g_entropy.contiguous(),
-            num_tokens, width, scale, column, BLOCK=BLOCK,
+            tile.z, dz, stats, tile.targets, g_logprob.contiguous(), g_entropy.contiguous(),
+            num_tokens, width, tile.scale, tile.column, BLOCK=BLOCK,
         )  # fmt: skip
     return dz

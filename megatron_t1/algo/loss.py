@@ -124,7 +124,7 @@ def _max(x: Tensor) -> Tensor:
 
 
 def t1_token_loss(
-    logprob: Tensor, entropy: Tensor, tokens: TokenFields, cfg: LossConfig, kl: Tensor | None = None
+    logprob: Tensor, entropy: Tensor, tokens: TokenFields, kl: Tensor | None = None, *, cfg: LossConfig
 ) -> tuple[Tensor, Metrics]:
     """Per-token T1 loss.
 

@@ -21,7 +21,7 @@ def _expected_gradient(estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
     x = (logp - anchor).detach()
     tokens = _fields(7, anchor_logprob=anchor, centered_kl=x - (logp.exp() * x).sum().detach())
     cfg = LossConfig(entropy_coef=0.0, kl_coef=1.0, kl_estimator=estimator)
-    loss, _ = t1_token_loss(logp, torch.zeros(7), tokens, cfg, kl=kl.expand(7))
+    loss, _ = t1_token_loss(logp, torch.zeros(7), tokens, cfg=cfg, kl=kl.expand(7))
     value = (logp.exp() * loss).sum()
     (grad,) = torch.autograd.grad((logp.detach().exp() * loss).sum(), z)
     return value.detach(), grad
@@ -66,7 +66,7 @@ def test_t1_loss_is_its_formula():
         centered_kl=torch.tensor([3.0, -4.0]),
         rollout_logprob=torch.tensor([-1.5, -2.0]),
     )
-    loss, metrics = t1_token_loss(logprob, entropy, tokens, LossConfig(entropy_coef=0.1, kl_coef=0.01))
+    loss, metrics = t1_token_loss(logprob, entropy, tokens, cfg=LossConfig(entropy_coef=0.1, kl_coef=0.01))
     torch.testing.assert_close(loss, torch.tensor([0.75 - 0.05 - 0.03, -0.5 - 0.025 + 0.08]))
     assert metrics.sums["num_tokens"] == 2
     assert metrics.sums["logprob_diff"] == 0.5
@@ -81,7 +81,7 @@ def test_t1_loss_is_its_formula():
 def test_clipping_stops_the_gradient_where_ppo_does(ratio, advantage, gradient, clipped):
     logprob = torch.tensor([ratio]).log().requires_grad_()
     cfg = LossConfig(entropy_coef=0.0, kl_coef=0.0, clip_ratio_low=0.2, clip_ratio_high=0.28)
-    loss, metrics = t1_token_loss(logprob, torch.zeros(1), _fields(1, advantage=torch.tensor([advantage])), cfg)
+    loss, metrics = t1_token_loss(logprob, torch.zeros(1), _fields(1, advantage=torch.tensor([advantage])), cfg=cfg)
     loss.sum().backward()
     torch.testing.assert_close(logprob.grad, torch.tensor([gradient]))
     assert metrics.sums["clip_fraction"] == clipped
@@ -90,7 +90,7 @@ def test_clipping_stops_the_gradient_where_ppo_does(ratio, advantage, gradient, 
 def test_one_sided_clipping():
     logprob = torch.tensor([0.01]).log()
     cfg = LossConfig(entropy_coef=0.0, kl_coef=0.0, clip_ratio_high=0.28)
-    _, metrics = t1_token_loss(logprob, torch.zeros(1), _fields(1, advantage=torch.tensor([-1.0])), cfg)
+    _, metrics = t1_token_loss(logprob, torch.zeros(1), _fields(1, advantage=torch.tensor([-1.0])), cfg=cfg)
     assert metrics.sums["clip_fraction"] == 0
 
 
@@ -100,7 +100,7 @@ def test_truncated_importance_sampling_weights_the_gradient(ratio, weight):
     rollout = torch.tensor([-1.0]) - torch.tensor([ratio]).log()
     tokens = _fields(1, advantage=torch.tensor([3.0]), rollout_logprob=rollout)
     loss, metrics = t1_token_loss(
-        logprob, torch.zeros(1), tokens, LossConfig(entropy_coef=0.0, kl_coef=0.0, tis_cap=2.0)
+        logprob, torch.zeros(1), tokens, cfg=LossConfig(entropy_coef=0.0, kl_coef=0.0, tis_cap=2.0)
     )
     loss.sum().backward()
     torch.testing.assert_close(logprob.grad, torch.tensor([-3.0 * weight]))
@@ -111,14 +111,14 @@ def test_truncated_importance_sampling_weights_the_gradient(ratio, weight):
 def test_a_token_the_policy_lost_keeps_everything_finite(estimator):
     logprob = torch.tensor([-1e4], requires_grad=True)
     tokens = _fields(1, advantage=torch.ones(1), anchor_logprob=torch.tensor([-0.1]))
-    loss, metrics = t1_token_loss(logprob, torch.zeros(1), tokens, LossConfig(kl_estimator=estimator))
+    loss, metrics = t1_token_loss(logprob, torch.zeros(1), tokens, cfg=LossConfig(kl_estimator=estimator))
     loss.sum().backward()
     assert torch.isfinite(logprob.grad).all()
     assert all(torch.isfinite(v) for v in (*metrics.sums.values(), *metrics.maxima.values()))
 
 
 def test_no_tokens_have_the_same_metrics():
-    some, none = (t1_token_loss(torch.zeros(n), torch.zeros(n), _fields(n), LossConfig())[1] for n in (3, 0))
+    some, none = (t1_token_loss(torch.zeros(n), torch.zeros(n), _fields(n), cfg=LossConfig())[1] for n in (3, 0))
     assert some.sums.keys() == none.sums.keys()
     assert some.maxima.keys() == none.maxima.keys()
     merged = Metrics.merge([some, none])
@@ -134,7 +134,7 @@ def test_sft_loss_is_the_negative_log_likelihood():
 
 def test_full_kl_needs_the_heads_kl():
     with pytest.raises(ValueError, match="anchor"):
-        t1_token_loss(torch.zeros(1), torch.zeros(1), _fields(1), LossConfig(kl_estimator="full"))
+        t1_token_loss(torch.zeros(1), torch.zeros(1), _fields(1), cfg=LossConfig(kl_estimator="full"))
 
 
 @pytest.mark.parametrize(
