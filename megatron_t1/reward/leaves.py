@@ -39,6 +39,7 @@ _NEGATION = re.compile(r"(?<![a-z])(?:not|never|no|none|neither|nor|except|canno
 _HARMLESS_LEAD = re.compile(
     r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|the answer is)\s*:?\s*\}", re.I
 )
+_BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _STOP_WORDS = {"the", "a", "an", "is", "are", "and", "or"}
 
 
@@ -127,7 +128,7 @@ def leaves_equal(gold: str, answer: str) -> bool:
     gold, answer = _HARMLESS_LEAD.sub("", gold), _HARMLESS_LEAD.sub("", answer)
     if compact(gold) == compact(answer):
         return True
-    if "\\infty" in gold or "\\infty" in answer:
+    if any("\\infty" in s and not _BINDER.search(s) for s in (gold, answer)):
         return False
     g_base, a_base = _in_base(gold), _in_base(answer)
     if g_base or a_base:

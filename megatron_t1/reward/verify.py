@@ -68,8 +68,10 @@ def verify_cheaply(
 
 def verify_fully(gold: str, answer: str, mode: AnswerMode) -> Verdict:
     """The verdict on an extracted answer; may take long or kill the process."""
-    from megatron_t1.reward.symbolic import UndecidableError
+    from megatron_t1.reward.evaluate import start_meter
+    from megatron_t1.reward.latex import UndecidableError
 
+    start_meter()
     try:
         same = equal(normalize(_gold(gold, mode)), normalize(answer))
     except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:

@@ -1,0 +1,206 @@
+"""Values of parsed expressions, as mpmath numbers at the current precision, within a budget of work.
+
+SymPy evaluates, simplifies and solves nothing here: its trees are only walked. Every step is charged for what it costs
+at its precision before it is taken, so no tree, however hostile, takes longer than about `MAX_WORK_US`; and since the
+charge is a count and not a clock, a verdict does not depend on how busy the machine is.
+
+Unknown names and functions get reproducible made-up values. So do integrals, limits and infinite sums: they equal
+themselves and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import mpmath
+import sympy
+
+from megatron_t1.reward.latex import INDEX, Binder, UndecidableError
+
+Values = dict[str, Any]
+MAX_MAGNITUDE = 10**5
+"""Largest |log10| of an intermediate value."""
+MAX_WORK_US = 200_000
+"""Microseconds of an ordinary core that one comparison may cost; the most expensive honest one known costs 15,000."""
+MAX_FACTORIAL = 10_000
+MAX_GAMMA_DIGITS = 400
+"""Factorials and binomials of other numbers than integers: beyond these digits mpmath needs minutes."""
+_ELEMENTARY: dict[str, Callable[..., Any]] = {
+    "sin": mpmath.sin, "cos": mpmath.cos, "tan": mpmath.tan, "cot": mpmath.cot, "sec": mpmath.sec, "csc": mpmath.csc,
+    "asin": mpmath.asin, "acos": mpmath.acos, "atan": mpmath.atan, "acot": mpmath.acot, "sinh": mpmath.sinh,
+    "cosh": mpmath.cosh, "tanh": mpmath.tanh, "asinh": mpmath.asinh, "acosh": mpmath.acosh, "atanh": mpmath.atanh,
+}  # fmt: skip
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "Abs": mpmath.fabs, "floor": mpmath.floor, "ceiling": mpmath.ceil, "re": mpmath.re, "im": mpmath.im,
+    "conjugate": mpmath.conj, "Max": max, "Min": min, "UnevaluatedExpr": lambda x: x,
+}  # fmt: skip
+
+
+class _Meter:
+    """What the comparison at hand has cost so far."""
+
+    spent_us = 0.0
+
+    def charge(self, microseconds: float) -> None:
+        self.spent_us += microseconds
+        if self.spent_us > MAX_WORK_US:
+            raise UndecidableError("too much to compute")
+
+
+METER = _Meter()
+
+
+def start_meter() -> None:
+    """A new comparison begins."""
+    METER.spent_us = 0.0
+
+
+def _charge_elementary(times: float = 1.0) -> None:
+    METER.charge(times * (60 + 3 * (mpmath.mp.dps / 50) ** 2))  # measured from 50 to 5,000 digits
+
+
+def magnitude(x: Any) -> float:
+    """log10 |x|; 0 for 0 and infinity."""
+    x = abs(x)
+    return float(mpmath.log10(x)) if x > 0 and mpmath.isfinite(x) else 0.0
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if magnitude(exponent) > 8 or abs(float(mpmath.re(exponent)) * magnitude(base)) > MAX_MAGNITUDE:
+        raise UndecidableError("power too large")
+    if base == 0 and mpmath.re(exponent) <= 0:
+        raise UndecidableError("0 to a power that is not positive")
+    _charge_elementary(0.2 if mpmath.isint(exponent) else 2)
+    return base**exponent
+
+
+def _exp(x: Any) -> Any:
+    if abs(x) > MAX_MAGNITUDE:
+        raise UndecidableError("exponential too large")
+    _charge_elementary()
+    return mpmath.exp(x)
+
+
+def _log(x: Any, base: Any = None) -> Any:
+    _charge_elementary()
+    if x == 0 or (base is not None and mpmath.log(base) == 0):
+        raise UndecidableError("logarithm of 0")
+    return mpmath.log(x) if base is None else mpmath.log(x) / mpmath.log(base)
+
+
+def _gamma_like(name: str, args: list[Any]) -> Any:
+    if any(abs(a) > MAX_FACTORIAL for a in args):
+        raise UndecidableError(f"{name} of a large number")
+    METER.charge(1000)
+    if all(mpmath.isint(a) and mpmath.re(a) >= 0 for a in args):
+        whole = [int(mpmath.re(a)) for a in args]
+        return mpmath.mpf(math.factorial(*whole) if name == "factorial" else math.comb(*whole))
+    if mpmath.mp.dps > MAX_GAMMA_DIGITS:
+        raise UndecidableError(f"{name} of a number that is not whole")
+    METER.charge(20_000 if mpmath.mp.dps > 100 else 0)
+    return mpmath.factorial(args[0]) if name == "factorial" else mpmath.binomial(args[0], args[1])
+
+
+def _binder(node: Any) -> tuple[str, Any, Any, list[Any]] | None:
+    """(name, body, bound variable, bounds) of ours, or of SymPy's from math-verify's parser."""
+    if isinstance(node, Binder):
+        symbol, body, variable, *bounds = node.args
+        return symbol.name, body, variable, bounds
+    name = {"Sum": "sum", "Product": "prod", "Integral": "int", "Limit": "lim"}.get(type(node).__name__)
+    if name == "lim":
+        body, variable, point, side = node.args
+        return f"lim{side}", body, variable, [point]
+    if name and len(node.args) == 2:
+        variable, *bounds = node.args[1].args
+        return name, node.args[0], variable, bounds
+    return None
+
+
+def _bound(name: str, body: Any, variable: Any, bounds: list[Any], values: Values) -> Any:
+    """Finite sums and products are computed; what else binds a variable gets a made-up value by its body and bounds."""
+    open_ended = any(b.free_symbols or b in (sympy.oo, -sympy.oo) for b in bounds)
+    if name in ("sum", "prod") and not open_ended and not any(INDEX in s.name for s in body.free_symbols):
+        first, last = (evaluate(b, values) for b in bounds)
+        if not (mpmath.isint(first) and mpmath.isint(last)):
+            raise UndecidableError("bounds that are not whole")
+        total = mpmath.mpf(0 if name == "sum" else 1)
+        for k in range(int(first), int(last) + 1):
+            term = evaluate(body, {**values, variable.name: mpmath.mpf(k)})
+            total = total + term if name == "sum" else total * term
+            if magnitude(total) > MAX_MAGNITUDE:
+                raise UndecidableError("series too large")
+        return total
+    parts = [evaluate(body, {**values, variable.name: _made_up("bound variable")})]
+    parts += [_made_up(str(b)) if b in (sympy.oo, -sympy.oo) else evaluate(b, values) for b in bounds]
+    return _made_up_value(name, parts, values)
+
+
+def _made_up(key: str) -> Any:
+    """A reproducible irrational-looking number for a name, the same in every process and at every precision."""
+    generator = random.Random(zlib.crc32(key.encode()))
+    return mpmath.mpf(generator.randrange(10**12, 10**13)) / (10**12 + generator.randrange(10**6)) + mpmath.mpf(1) / 7
+
+
+def _made_up_value(name: str, args: list[Any], values: Values) -> Any:
+    key = name + "|" + "|".join(mpmath.nstr(a, 20) for a in args)
+    return values.setdefault(key, _made_up(key))
+
+
+def evaluate(node: Any, values: Values) -> Any:
+    """Value of a parsed tree at the current mpmath precision; symbols are looked up in `values` or made up by name.
+
+    Raises:
+        UndecidableError: undefined, too large, too much work, or a kind of node that is not supported.
+    """
+    METER.charge(8)
+    name = type(node).__name__
+    if node.is_Symbol:
+        return values.setdefault(node.name, _made_up(node.name))
+    if node.is_Integer:
+        return mpmath.mpf(int(node))
+    if node.is_Rational:
+        return mpmath.mpf(int(node.p)) / int(node.q)
+    if node.is_Float:
+        return mpmath.mpf(str(node))
+    if node is sympy.pi:
+        return +mpmath.pi
+    if node is sympy.E:
+        return +mpmath.e
+    if node is sympy.I:
+        return mpmath.mpc(0, 1)
+    if (binder := _binder(node)) is not None:
+        return _bound(*binder, values)
+    if name in ("Integral", "Derivative") or not node.args:
+        raise UndecidableError(f"{name} is not evaluated")
+    args = [evaluate(a, values) for a in node.args]
+    METER.charge(len(args) * (mpmath.mp.dps / 500) ** 2)
+    if node.is_Add:
+        return functools.reduce(lambda a, b: a + b, args)
+    if node.is_Mul:
+        product = functools.reduce(lambda a, b: a * b, args)
+        if magnitude(product) > MAX_MAGNITUDE:
+            raise UndecidableError("product too large")
+        return product
+    if node.is_Pow:
+        return _power(*args)
+    if name == "exp":
+        return _exp(args[0])
+    if name == "log":
+        return _log(*args)
+    if name in ("factorial", "binomial"):
+        return _gamma_like(name, args)
+    if name in _ELEMENTARY:
+        if magnitude(args[0]) > 1000:
+            raise UndecidableError("angle too large")
+        _charge_elementary()
+        return _ELEMENTARY[name](*args)
+    if name in _PLAIN:
+        return _PLAIN[name](*([mpmath.re(a) for a in args] if name in ("Max", "Min", "floor", "ceiling") else args))
+    if isinstance(node, sympy.Function):
+        return _made_up_value(name, args, values)
+    raise UndecidableError(f"{name} is not supported")
