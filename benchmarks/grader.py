@@ -1,23 +1,24 @@
 """How fast a step's worth of responses is graded, against math-verify alone, and what kills cost.
 
-    python -m benchmarks.grader [--responses 2048] [--workers 2] [--out benchmarks/grader.md]
+    python -m benchmarks.grader [--responses 2048] [--workers 2] [--rounds 3]
 
 A step: 32 MATH500 problems with 64 responses each, every one several thousand characters of solution text before its
 box; 40% give the gold in one of four spellings, the others another problem's answer; 5% are hostile inputs. math-verify
-runs the same texts as its users run it: `verify(parse(gold), parse(response))` in one process a core, timeouts on.
+runs the same texts as its users run it: `verify(parse(gold), parse(response))` in one process a core, timeouts on. All
+rows are measured in turns, `--rounds` times; medians are printed. Answers that need a kill have to be made: a gold that
+only ANTLR reads, and an answer on which ANTLR takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import multiprocessing
 import random
 import statistics
+import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,46 +26,37 @@ import psutil
 from megatron_t1.grade import pair_from_row
 from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.types import Prompt, Reward, Sample
-
-DATA = Path(__file__).parents[1] / "tests" / "data" / "grader"
-BOMB = r"\int_0^1" + "|x+" * 120 + "x" + "|" * 120
-
-
-def _rows(name: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").open(encoding="utf-8")]
-    for row in rows:
-        if generator := row.get("gen"):
-            row["prediction"] = generator["pre"] + generator["rep"] * generator["n"] + generator["post"]
-    return rows
+from tests.reward.cases import BOMB, BOMB_GOLD, rows
 
 
 def step(num_responses: int, hostile_share: float, bomb_share: float) -> list[dict[str, Any]]:
     """Rows of one step's responses, shuffled, the same in every run."""
     generator = random.Random(2025)
-    problems = generator.sample(_rows("math500"), 32)
+    problems = generator.sample(rows("math500"), 32)
     solutions = [
-        row["prediction"] for row in _rows("cases") if row["source"].startswith("PRM800K") and row["mode"] == "response"
+        row["prediction"] for row in rows("cases") if row["source"].startswith("PRM800K") and row["mode"] == "response"
     ]
-    hostile = [row for row in _rows("adversarial") if row["mode"] == "response"]
+    hostile = [row for row in rows("adversarial") if row["mode"] == "response"]
     spellings = (
         lambda a: a,
         lambda a: a.replace("\\frac", "\\dfrac"),
         lambda a: f"x = {a}",
         lambda a: a.replace(" ", "\\, "),
     )
-    rows: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
     for i in range(num_responses):
         problem, chance = problems[i % 32], generator.random()
         thinking = "\n\nWait, let me check. ".join(generator.choice(solutions) for _ in range(generator.randint(4, 12)))
         thinking = thinking.replace("\\boxed", "")
         answer = problem["answer"] if generator.random() < 0.4 else generator.choice(problems)["answer"]
         text = f"{thinking}</think> The answer is $\\boxed{{{generator.choice(spellings)(answer)}}}$."
+        gold = problem["answer"]
         if chance < bomb_share:
-            text = thinking + f"</think> \\boxed{{{BOMB}}}"
+            gold, text = BOMB_GOLD, thinking + f"</think> \\boxed{{{BOMB}}}"
         elif chance < bomb_share + hostile_share:
             text = generator.choice(hostile)["prediction"]
-        rows.append({"id": i, "gold": problem["answer"], "prediction": text, "question": problem["problem"]})
-    return rows
+        made.append({"id": i, "gold": gold, "prediction": text, "question": problem["problem"]})
+    return made
 
 
 def _math_verify(row: dict[str, Any]) -> tuple[float, float]:
@@ -76,13 +68,20 @@ def _math_verify(row: dict[str, Any]) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - cpu
 
 
-def time_math_verify(rows: list[dict[str, Any]], workers: int) -> tuple[float, float, list[float]]:
-    """(wall seconds, CPU seconds, wall seconds of each)."""
+def time_math_verify(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]:
+    """The same times, without start-up."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(_math_verify, rows[:8], chunksize=1)  # imports
         started = time.perf_counter()
         seconds = pool.map(_math_verify, rows, chunksize=8)
-        return time.perf_counter() - started, sum(cpu for _, cpu in seconds), [wall for wall, _ in seconds]
+        wall = time.perf_counter() - started
+        return {
+            "wall": wall,
+            "others": len(rows) / wall,
+            "cpu": sum(cpu for _, cpu in seconds),
+            "seconds": [each for each, _ in seconds],
+            "kills": 0,
+        }
 
 
 def time_ours(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]:
@@ -113,14 +112,22 @@ def time_ours(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]:
         }
 
 
-def _row(name: str, wall: float, cpu: float, seconds: list[float], others: float | None = None, kills: int = 0) -> str:
-    ordered, rate = sorted(seconds), len(seconds) / wall
-    p99 = ordered[int(0.99 * (len(ordered) - 1))]
-    median_ms = statistics.median(ordered) * 1e3
-    a_cpu_second = "-" if kills else f"{len(seconds) / cpu:,.0f}"
+def _line(name: str, rounds: list[dict[str, Any]]) -> str:
+    """The medians of a row's rounds."""
+    a_cpu_second = [len(r["seconds"]) / r["cpu"] for r in rounds]
+    columns = [
+        [len(r["seconds"]) / r["wall"] for r in rounds],
+        [r["others"] for r in rounds],
+        a_cpu_second,
+        [statistics.median(r["seconds"]) * 1e3 for r in rounds],
+        [sorted(r["seconds"])[int(0.99 * (len(r["seconds"]) - 1))] * 1e3 for r in rounds],
+        [max(r["seconds"]) for r in rounds],
+    ]
+    rate, others, cpu, p50, p99, worst = (statistics.median(column) for column in columns)
+    kills = rounds[0]["kills"]
     return (
-        f"| {name} | {rate:,.0f} | {others or rate:,.0f} | {a_cpu_second} | {median_ms:.1f} | {p99 * 1e3:.0f} | "
-        f"{ordered[-1]:.2f} | {kills} |"
+        f"| {name} | {rate:,.0f} | {others:,.0f} | {'-' if kills else f'{cpu:,.0f}'} | {p50:.1f} | {p99:.0f} | "
+        f"{worst:.2f} | {kills} |"
     )
 
 
@@ -128,25 +135,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    table = [
-        "| grader | verdicts/s | without the killed | a CPU second | p50 ms | p99 ms | worst s | kills |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, hostile, bombs in (
-        ("honest only", 0.0, 0.0),
-        ("5% hostile", 0.05, 0.0),
-        ("5% hostile, 1% need a kill", 0.05, 0.01),
-    ):
-        table.append(_row(f"ours, {name}", **time_ours(step(args.responses, hostile, bombs), args.workers)))
-        print(table[-1], flush=True)
-    for name, hostile in (("honest only", 0.0), ("5% hostile", 0.05)):
-        wall, cpu, seconds = time_math_verify(step(args.responses, hostile, 0.0), args.workers)
-        table.append(_row(f"math-verify alone, {name}", wall, cpu, seconds))
-        print(table[-1], flush=True)
-    if args.out:
-        args.out.write_text("\n".join(table) + "\n", encoding="utf-8")
+    shares = {"honest only": (0.0, 0.0), "5% hostile": (0.05, 0.0), "5% hostile, 1% need a kill": (0.05, 0.01)}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(args.rounds):
+        for name, (hostile, bombs) in shares.items():
+            made = step(args.responses, hostile, bombs)
+            found.setdefault(f"ours, {name}", []).append(time_ours(made, args.workers))
+            if not bombs:
+                found.setdefault(f"math-verify alone, {name}", []).append(time_math_verify(made, args.workers))
+        print(f"load {psutil.getloadavg()[0]:.1f}", file=sys.stderr)
+    print("| grader | verdicts/s | without the killed | a CPU second | p50 ms | p99 ms | worst s | kills |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in sorted(found, reverse=True):
+        print(_line(name, found[name]))
 
 
 if __name__ == "__main__":

@@ -133,13 +133,13 @@ def sentence_answer(text: str) -> tuple[str | None, str]:
     tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
     phrase = _phrase(tail)
     boxes = [m.end() for m in BOX.finditer(tail)]
-    final = re.search(r".*(final answer is)", tail, re.S | re.I)
-    if boxes and not (phrase and final and final.start(1) > boxes[-1]):
+    if boxes and not (phrase and tail.casefold().rfind("final answer is") > boxes[-1]):
         box = last_box(tail)
         return (box, "last box") if box is not None else (None, "the last box is empty or unclosed")
     if phrase is not None and (len(phrase) <= 40 or not _NUMBER.search(phrase)):
         return phrase[:MAX_ANSWER_CHARS], "final phrase"
-    formulas = [next(g for g in m.groups() if g is not None).strip() for m in _MATH.finditer(tail)]
+    end = tail[-MAX_ANSWER_CHARS:]
+    formulas = [next(g for g in m.groups() if g is not None).strip() for m in _MATH.finditer(end)]
     if formulas and formulas[-1]:
         return formulas[-1][:MAX_ANSWER_CHARS], "last formula"
     numbers = _NUMBER.findall(phrase if phrase is not None else tail)

@@ -1,151 +1,49 @@
 """Killable grader processes behind futures.
 
-A thread a slot takes tasks from one queue, hands each to its own grader process and waits with a deadline. Past the
-deadline, if it had the CPU at all, the grader's process group is SIGKILLed and the next task gets a fresh fork of the
-warmed zygote (about 10 ms). A grader that dies without passing its deadline is not to blame the first times: its task
-is tried again, so killing graders or the zygote at random loses no task and changes no verdict. A zygote that dies is
-started again.
+One thread, the dispatcher, owns all of it: it hands tasks to graders, collects their messages and keeps their time, and
+never blocks on any of them. Time is CPU time of the grader's process, so a verdict does not depend on how busy the
+machine is. There are two lanes:
 
-Whoever runs longer than `SUSPECT_AFTER_S` is a suspect: it drops to a lower CPU priority and its place goes to the
-next task, so bombs run out their deadline beside the queue and not in front of it.
+- The fast lane is `num_workers` graders. Each holds a few tasks at once, so that it need not wait for the dispatcher.
+- A task that has used `SUSPECT_CPU_S` moves, with its grader, to the slow lane, and a fresh grader takes its place. The
+  slow lane is stopped (SIGSTOP) while the fast lane has work, so bombs cost the others nothing; it runs when nothing
+  waits, or one at a time once something in it has waited `MAX_WAIT_S`. When a task's deadline is used up, its grader's
+  process group is SIGKILLed.
+
+A grader that dies otherwise is not to blame the first times: its tasks are tried again, so killing graders or the
+zygote at random loses no task and changes no verdict. What is gone is forked again from the warmed zygote (about
+10 ms); a zygote that dies is started again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import queue
-import select
-import signal
+import selectors
 import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from megatron_t1.reward.worker import Channel
+from megatron_t1.reward.processes import Graded, Grader, Job, Zygote
+from megatron_t1.reward.worker import encode
 
-SUSPECT_AFTER_S = 0.1
-SUSPECT_NICENESS = 5
-"""A third of the others' share. Not less: an honest slow answer must come to an end on a busy machine too."""
-MAX_SUSPECTS = 16
-"""Bombs that may run out their deadline at the same time."""
-MIN_CPU_S = 0.5
-"""A task that got less CPU time than this at its deadline was starved by a busy machine, not slow, and goes on; the
-slowest honest answer known needs 0.5 s. So verdicts do not depend on the load, ..."""
-STARVED_FACTOR = 5
-"""... up to this many deadlines."""
-MAX_ATTEMPTS = 10
+TASKS_AHEAD = 4
+"""Tasks that a grader of the fast lane holds at once."""
+SUSPECT_CPU_S = 0.05
+"""The slowest honest answer known needs 0.015 s."""
+MAX_WAIT_S = 5.0
+MAX_SUSPECTS = 64
+"""More leave no room for the fast lane: each is a process of its own."""
+MIN_STALL_S, STALL_FACTOR = 60.0, 30
+"""A grader that takes so much time, and so many deadlines, without using its CPU time is stuck (or the machine is)."""
+MAX_ATTEMPTS = 30
 """A task whose grader died this often is a `crash`."""
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 """For the zygote's imports on a busy machine."""
-
-
-@dataclass
-class Graded:
-    """What came back for one task."""
-
-    messages: list[Any] = field(default_factory=list)
-    """The grader's messages so far; those sent before a timeout are kept."""
-    ending: Literal["done", "timeout", "crash"] = "crash"
-    seconds: float = 0.0
-    """From the moment a grader took the task."""
-
-
-class _Grader:
-    """One process, reached through one socket."""
-
-    def __init__(self, connection: socket.socket):
-        self.channel = Channel(connection)
-        self.pid = int(self.channel.receive(START_TIMEOUT_S))
-        self.tasks = 0
-        self.suspect = False
-
-    def cpu_seconds(self) -> float:
-        """CPU time of its life; 0 when it is gone. The clock is that of clock_getcpuclockid(3)."""
-        try:
-            return time.clock_gettime((~self.pid << 3) | 2)
-        except OSError:
-            return 0.0
-
-    def yield_cpu(self) -> None:
-        """Lower priority from now on, also where the kernel shares the CPU by sessions first (see sched(7))."""
-        self.suspect = True
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.pid, SUSPECT_NICENESS)
-            Path(f"/proc/{self.pid}/autogroup").write_text(str(SUSPECT_NICENESS))
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.channel.close()
-
-
-class Zygote:
-    """The warmed process graders are forked from; started on first use, and again when it is gone."""
-
-    def __init__(self, memory_bytes: int, max_tasks: int):
-        self._order = struct.pack("<QI", memory_bytes, max_tasks)
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-
-    def _start(self) -> None:
-        self.close()
-        ours, theirs = socket.socketpair()
-        environment = {
-            k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "PYTHONPATH")
-        }
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_t1.reward.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                env=environment | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
-            )  # fmt: skip
-        self._control = ours
-
-    def fork(self) -> _Grader:
-        """A fresh grader.
-
-        Raises:
-            RuntimeError: no grader could be started.
-        """
-        for _ in range(3):
-            ours, theirs = socket.socketpair()
-            with theirs, self._lock:
-                if self._process is None or self._process.poll() is not None:
-                    self._start()
-                assert self._control is not None
-                try:
-                    socket.send_fds(self._control, [self._order], [theirs.fileno()])
-                except OSError:
-                    self._start()
-                    continue
-            try:
-                return _Grader(ours)
-            except (EOFError, OSError):
-                ours.close()
-        raise RuntimeError(
-            "the grader processes do not start: run `python -m megatron_t1.reward.worker 0` in a shell to see why"
-        )
-
-    def pids(self) -> list[int]:
-        """The zygote's process id, when it runs."""
-        return [self._process.pid] if self._process is not None else []
-
-    def close(self) -> None:
-        """End the zygote, and with it every grader."""
-        if self._control is not None:
-            self._control.close()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._control = self._process = None
+MAX_FAILED_STARTS = 3
+TICK_S = 0.02
 
 
 class Pool:
@@ -155,25 +53,27 @@ class Pool:
     """
 
     def __init__(self, num_workers: int, deadline_s: float, memory_bytes: int, tasks_per_worker: int):
+        """`deadline_s`: CPU seconds one task may use."""
         self.num_kills = 0
         """Graders killed at their deadline."""
         self.num_lost = 0
         """Graders that died by themselves or by another hand."""
-        self._zygote = Zygote(memory_bytes, tasks_per_worker)
-        self._tasks_per_worker = tasks_per_worker
+        self._num_workers = num_workers
         self._deadline_s = deadline_s
-        self._queue: queue.SimpleQueue[tuple[Any, Future[Graded]] | None] = queue.SimpleQueue()
-        self._slots = threading.Semaphore(num_workers)
-        self._lock = threading.Lock()
-        self._idle: list[_Grader] = []
-        self._live: dict[int, _Grader] = {}
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"grader-{i}", daemon=True)
-            for i in range(num_workers + MAX_SUSPECTS)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._tasks_per_worker = tasks_per_worker
+        self._zygote = Zygote(memory_bytes)
+        self._inbox: deque[Job] = deque()
+        self._waiting: deque[Job] = deque()
+        self._fast: list[Grader] = []
+        self._slow: list[Grader] = []
+        self._failed_starts = 0
+        self._closed = self._asleep = False
+        self._alarm, self._bell = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._alarm, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._serve, name="graders", daemon=True)
+        self._thread.start()
 
     def submit(self, task: Any) -> Future[Graded]:
         """Queue one task.
@@ -183,127 +83,191 @@ class Pool:
         """
         if self._closed:
             raise RuntimeError("the grader pool is closed")
-        future: Future[Graded] = Future()
-        self._queue.put((task, future))
-        return future
+        job = Job(encode(task), Future())
+        self._inbox.append(job)
+        self._wake()
+        return job.future
 
     def close(self) -> None:
         """Finish what is queued, then end every process."""
         self._closed = True
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
-        for grader in list(self._live.values()):
-            self._drop(grader)
-        self._zygote.close()
+        self._wake(always=True)
+        self._thread.join()
+        self._bell.close()
 
     def pids(self) -> list[int]:
         """Live processes, the zygote's first."""
-        with self._lock:
-            return [*self._zygote.pids(), *self._live]
+        return [*self._zygote.pids(), *(g.pid for g in [*self._fast, *self._slow] if g.pid)]
+
+    def _wake(self, always: bool = False) -> None:
+        if self._asleep or always:
+            self._asleep = False
+            with contextlib.suppress(OSError):
+                self._bell.send(b"!")
+
+    # --- the dispatcher's thread -------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while True:
-            self._slots.acquire()
-            job = self._queue.get()
-            if job is None:
-                self._slots.release()
-                return
-            task, future = job
-            slot = _Slot(self._slots)
-            try:
-                if future.set_running_or_notify_cancel():
-                    future.set_result(self._run(task, slot))
-            except BaseException as error:
-                future.set_exception(error)
-            finally:
-                slot.release()
-
-    def _run(self, task: Any, slot: _Slot) -> Graded:
-        graded = Graded()
-        for _ in range(MAX_ATTEMPTS):
-            grader = self._take()
-            graded = Graded()
-            started = time.monotonic()
-            try:
-                finished = self._attempt(grader, task, graded.messages, slot)
-            except (EOFError, OSError, ValueError):
+        checked = 0.0
+        try:
+            while True:
+                busy = self._waiting or self._slow or any(g.jobs for g in self._fast)
+                if self._closed and not busy and not self._inbox:
+                    return
+                self._asleep = True  # from here on, who submits rings
+                timeout = 0 if self._inbox else TICK_S if busy else None
+                events = self._selector.select(timeout)
+                self._asleep = False
+                for key, mask in events:
+                    if key.data is None:
+                        with contextlib.suppress(BlockingIOError):
+                            self._alarm.recv(4096)
+                    elif mask & selectors.EVENT_WRITE:
+                        self._send(key.data)
+                    else:
+                        self._receive(key.data)
+                while self._inbox:
+                    self._waiting.append(self._inbox.popleft())
+                now = time.monotonic()
+                if now - checked >= TICK_S:
+                    self._keep_time(min(now - checked, 10 * TICK_S))
+                    checked = now
+                self._assign()
+        finally:
+            self._closed = True
+            for grader in [*self._fast, *self._slow]:
                 self._drop(grader)
-                self.num_lost += 1
-                continue
-            graded.seconds = time.monotonic() - started
-            graded.ending = "done" if finished else "timeout"
-            if finished:
-                self._give(grader)
-            else:
-                self._drop(grader)
-                self.num_kills += 1
-            break
-        return graded
+            self._fail(RuntimeError("the grader pool has ended"))
+            self._zygote.close()
+            self._selector.close()
+            self._alarm.close()
 
-    def _attempt(self, grader: _Grader, task: Any, messages: list[Any], slot: _Slot) -> bool:
-        """Collect a grader's messages; False when its time is up.
+    def _assign(self) -> None:
+        """Waiting jobs to the fast lane, spread evenly; graders are forked for what they cannot take."""
+        ready = [g for g in self._fast if g.pid and g.num_tasks < self._tasks_per_worker]
+        given: set[Grader] = set()
+        for depth in range(TASKS_AHEAD):
+            for grader in ready:
+                if len(grader.jobs) == depth and grader.num_tasks < self._tasks_per_worker and self._next_job(grader):
+                    given.add(grader)
+        for grader in given:
+            self._send(grader)
+        wanted = min(self._num_workers, len(self._fast) + len(self._waiting), MAX_SUSPECTS - len(self._slow))
+        while len(self._fast) < wanted:
+            grader = self._zygote.fork()
+            self._fast.append(grader)
+            self._selector.register(grader.connection, selectors.EVENT_READ, grader)
 
-        Raises:
-            EOFError, OSError: the grader is dead.
-        """
-        started, cpu_before = time.monotonic(), grader.cpu_seconds()
-        grader.channel.send(task, self._deadline_s)
-        while True:
-            waited = time.monotonic() - started
-            left = self._deadline_s - waited
-            if left <= 0:
-                starved = grader.cpu_seconds() - cpu_before < min(MIN_CPU_S, self._deadline_s / 2)
-                if not starved or waited >= STARVED_FACTOR * self._deadline_s:
-                    return False
-                left = SUSPECT_AFTER_S
-            try:
-                message = grader.channel.receive(left if grader.suspect else min(left, SUSPECT_AFTER_S))
-            except TimeoutError:
-                if not grader.suspect:
-                    grader.yield_cpu()
-                    slot.release()
-                continue
-            messages.append(message)
-            if message["done"]:
+    def _next_job(self, grader: Grader) -> bool:
+        while self._waiting:
+            job = self._waiting.popleft()
+            if job.begin():
+                grader.jobs.append(job)
+                grader.num_tasks += 1
+                grader.unsent += job.frame
+                if len(grader.jobs) == 1:
+                    grader.begin()
                 return True
+        return False
 
-    def _take(self) -> _Grader:
-        while True:
-            with self._lock:
-                if not self._idle:
-                    break
-                grader = self._idle.pop()
-            if not select.select([grader.channel], [], [], 0)[0]:
-                return grader
-            self._drop(grader)  # it died while idle: only the end of the connection makes it readable
-        grader = self._zygote.fork()
-        with self._lock:
-            self._live[grader.pid] = grader
-        return grader
-
-    def _give(self, grader: _Grader) -> None:
-        grader.tasks += 1
-        if grader.tasks >= self._tasks_per_worker or grader.suspect:  # a priority cannot be raised again
-            self._drop(grader)
+    def _send(self, grader: Grader) -> None:
+        try:
+            sent = grader.connection.send(grader.unsent)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._lose(grader)
             return
-        with self._lock:
-            self._idle.append(grader)
+        del grader.unsent[:sent]
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if grader.unsent else 0)
+        if self._selector.get_key(grader.connection).events != wanted:
+            self._selector.modify(grader.connection, wanted, grader)
 
-    def _drop(self, grader: _Grader) -> None:
-        with self._lock:
-            self._live.pop(grader.pid, None)
+    def _receive(self, grader: Grader) -> None:
+        try:
+            messages = grader.frames.feed(grader.connection.recv(1 << 16))
+        except BlockingIOError:
+            return
+        except (OSError, EOFError, ValueError):
+            self._lose(grader)
+            return
+        for message in messages:
+            if not grader.pid:
+                grader.pid = int(message)
+                self._failed_starts = 0
+                continue
+            if not grader.jobs or not isinstance(message, dict) or "done" not in message:
+                self._lose(grader)
+                return
+            grader.jobs[0].messages.append(message)
+            if message["done"]:
+                self._finish(grader, "done")
+                if grader.suspect or (grader.num_tasks >= self._tasks_per_worker and not grader.jobs):
+                    self._drop(grader)
+                    return
+
+    def _finish(self, grader: Grader, ending: Literal["done", "timeout"]) -> None:
+        job = grader.jobs.popleft()
+        seconds = time.monotonic() - grader.started
+        grader.begin()
+        job.future.set_result(Graded(job.messages, ending, seconds))
+
+    def _keep_time(self, elapsed_s: float) -> None:
+        for grader in [*self._fast, *self._slow]:
+            if grader.stopped or not (grader.jobs or not grader.pid):
+                continue
+            grader.stalled_s += elapsed_s
+            used = grader.used_cpu_s()
+            if not grader.pid:
+                if grader.stalled_s > START_TIMEOUT_S:
+                    self._lose(grader)
+            elif used >= self._deadline_s or grader.stalled_s > max(MIN_STALL_S, STALL_FACTOR * self._deadline_s):
+                self.num_kills += 1
+                self._finish(grader, "timeout")
+                self._drop(grader)
+            elif used >= min(SUSPECT_CPU_S, self._deadline_s / 2) and not grader.suspect:
+                grader.suspect = True
+                self._fast.remove(grader)
+                self._slow.append(grader)
+                job = grader.jobs.popleft()
+                self._retry(grader.jobs)  # those behind it: the grader is dropped before it comes to them
+                grader.jobs.append(job)
+        running = self._num_workers
+        if self._waiting or any(g.jobs for g in self._fast):
+            running = int(any(time.monotonic() - grader.started > MAX_WAIT_S for grader in self._slow))
+        self._slow.sort(key=Grader.used_cpu_s)  # so that what ends soon does not wait for bombs
+        for i, grader in enumerate(self._slow):
+            grader.stop(i >= running)
+
+    def _retry(self, jobs: deque[Job]) -> None:
+        while jobs:
+            job = jobs.pop()
+            job.messages = []
+            self._waiting.appendleft(job)
+
+    def _lose(self, grader: Grader) -> None:
+        """It died, or never came up: its jobs go to others."""
+        if grader.pid:
+            self.num_lost += 1
+        else:
+            self._failed_starts += 1
+        if grader.jobs and grader.jobs[0].attempts >= MAX_ATTEMPTS:
+            job = grader.jobs.popleft()
+            job.future.set_result(Graded(job.messages, "crash", time.monotonic() - grader.started))
+        self._drop(grader)
+        if self._failed_starts >= MAX_FAILED_STARTS * self._num_workers:
+            self._failed_starts = 0
+            self._fail(RuntimeError("graders do not start: `python -m megatron_t1.reward.worker 0` may show why"))
+
+    def _fail(self, error: Exception) -> None:
+        while self._waiting:
+            job = self._waiting.popleft()
+            if job.begin():
+                job.future.set_exception(error)
+
+    def _drop(self, grader: Grader) -> None:
+        """End a grader; what it still held is waiting again."""
+        (self._slow if grader.suspect else self._fast).remove(grader)
+        self._selector.unregister(grader.connection)
         grader.kill()
-
-
-class _Slot:
-    """The right to run at full priority; given back once."""
-
-    def __init__(self, slots: threading.Semaphore):
-        self._slots: threading.Semaphore | None = slots
-
-    def release(self) -> None:
-        if self._slots is not None:
-            self._slots.release()
-        self._slots = None
+        self._retry(grader.jobs)

@@ -19,12 +19,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_t1.reward.penalties import PenaltyConfig, Response, find_penalties
-from megatron_t1.reward.pool import Graded, Pool
+from megatron_t1.reward.pool import Pool
+from megatron_t1.reward.processes import Graded
 from megatron_t1.reward.verify import Verdict, verify_cheaply, verify_fully
 from megatron_t1.types import Prompt, Reward, Sample
 
 _LOG = logging.getLogger(__name__)
 _FAILURES = ("no_answer", "timeout", "crash")
+MAX_RESPONSE_CHARS = 4_000_000
+"""Longer responses are refused unread; 128k tokens of a model are 600,000 characters."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -33,8 +36,8 @@ class RewardConfig:
 
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
     """Bad patterns that replace the reward by -1."""
-    deadline_s: float = 2.0
-    """Wall time one answer may take before its grader is killed; honest answers need 5 ms, the worst 0.5 s."""
+    deadline_s: float = 0.5
+    """CPU seconds one answer may use before its grader is killed; honest answers need 0.3 ms, the worst known 15 ms."""
     num_workers: int = 0
     """Grader processes working at a time; 0 means one a CPU core, at most 8."""
     memory_mb: int = 1024
@@ -46,7 +49,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s={self.deadline_s} must be positive seconds (2 is a good value)")
+            raise ValueError(f"deadline_s={self.deadline_s} must be positive CPU seconds (0.5 is a good value)")
         if self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be 0 (one a core) or more")
         if self.memory_mb < 512:
@@ -169,6 +172,11 @@ class Scorer:
         return list(self.score_iter(pairs))
 
     def _submit(self, prompt: Prompt, sample: Sample) -> Future[Graded]:
+        if len(sample.text) > MAX_RESPONSE_CHARS:
+            refused: Future[Graded] = Future()
+            verdict = Verdict("no_answer", None, f"a response of more than {MAX_RESPONSE_CHARS} characters")
+            refused.set_result(Graded([{"penalties": {}, "answer": None, "verdict": asdict(verdict)}], "done"))
+            return refused
         needs_tokens = self.cfg.penalties.max_ngram_repeats > 0
         return self._pool.submit(
             {

@@ -10,6 +10,7 @@ Frames are a 4-byte length and JSON, in both directions: nothing a grader sends 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -25,52 +26,38 @@ MAX_FRAME_BYTES = 64 << 20
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, CLONE_NEWNET, CLONE_NEWUSER = 1, 38, 0x40000000, 0x10000000
 
 
-class Channel:
-    """JSON messages over a socket. What arrived before a timeout is kept for the next `receive`."""
+class Frames:
+    """Puts frames together from what a socket gives."""
 
-    def __init__(self, connection: socket.socket):
-        self._connection = connection
+    def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def fileno(self) -> int:
-        """For `select`."""
-        return self._connection.fileno()
-
-    def send(self, message: Any, timeout_s: float | None = None) -> None:
-        """One message.
+    def feed(self, chunk: bytes) -> list[Any]:
+        """The messages that are complete now.
 
         Raises:
-            OSError: the other side is gone, or does not read within the timeout.
+            EOFError: the chunk is empty (the other side closed), or a frame is too long.
+            ValueError: a frame is not JSON.
         """
-        self._connection.settimeout(timeout_s)
-        payload = json.dumps(message).encode()
-        self._connection.sendall(struct.pack("<I", len(payload)) + payload)
+        if not chunk:
+            raise EOFError("the other side closed")
+        self._buffer += chunk
+        found = []
+        while len(self._buffer) >= 4:
+            size = struct.unpack_from("<I", self._buffer)[0]
+            if size > MAX_FRAME_BYTES:
+                raise EOFError(f"a frame of {size} bytes")
+            if len(self._buffer) < 4 + size:
+                break
+            found.append(json.loads(self._buffer[4 : 4 + size]))
+            del self._buffer[: 4 + size]
+        return found
 
-    def receive(self, timeout_s: float | None = None) -> Any:
-        """The next message.
 
-        Raises:
-            EOFError: the other side is gone.
-            TimeoutError: nothing more came for `timeout_s`.
-        """
-        self._connection.settimeout(timeout_s)
-        while True:
-            if len(self._buffer) >= 4:
-                size = struct.unpack_from("<I", self._buffer)[0]
-                if size > MAX_FRAME_BYTES:
-                    raise EOFError(f"a frame of {size} bytes")
-                if len(self._buffer) >= 4 + size:
-                    message = json.loads(self._buffer[4 : 4 + size])
-                    del self._buffer[: 4 + size]
-                    return message
-            chunk = self._connection.recv(1 << 16)
-            if not chunk:
-                raise EOFError("the other side closed")
-            self._buffer += chunk
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._connection.close()
+def encode(message: Any) -> bytes:
+    """One frame."""
+    payload = json.dumps(message).encode()
+    return struct.pack("<I", len(payload)) + payload
 
 
 def leave_the_network(libc: ctypes.CDLL) -> None:
@@ -90,7 +77,7 @@ def lock_down(memory_bytes: int) -> None:
     sys.setrecursionlimit(3000)
 
 
-def _grader(connection: socket.socket, parent: int, memory_bytes: int, max_tasks: int) -> None:
+def _grader(connection: socket.socket, parent: int, memory_bytes: int) -> None:
     from megatron_t1.reward import score
 
     os.setsid()
@@ -101,15 +88,13 @@ def _grader(connection: socket.socket, parent: int, memory_bytes: int, max_tasks
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock_down(memory_bytes)
-    channel = Channel(connection)
-    channel.send(os.getpid())
-    for _ in range(max_tasks):
-        try:
-            task = channel.receive()
-        except EOFError:
-            return
-        for message in score.grade_task(task):
-            channel.send(message)
+    frames = Frames()
+    connection.sendall(encode(os.getpid()))
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            for task in frames.feed(connection.recv(1 << 20)):
+                for message in score.grade_task(task):
+                    connection.sendall(encode(message))
 
 
 def zygote(control: socket.socket) -> None:
@@ -130,12 +115,12 @@ def zygote(control: socket.socket) -> None:
             return
         if not data or not descriptors:
             return
-        memory_bytes, max_tasks = struct.unpack("<QI", data)
+        (memory_bytes,) = struct.unpack("<Q", data)
         connection = socket.socket(fileno=descriptors[0])
         if os.fork() == 0:
             control.close()
             try:
-                _grader(connection, parent, memory_bytes, max_tasks)
+                _grader(connection, parent, memory_bytes)
             finally:
                 os._exit(0)
         connection.close()

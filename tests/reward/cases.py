@@ -26,5 +26,5 @@ def pair(gold: str, prediction: str, mode: str = "response", **more: Any) -> tup
     return pair_from_row({"id": "case", "gold": gold, "prediction": prediction, "mode": mode, **more})
 
 
-BOMB = r"\int_0^1" + "|x+" * 120 + "x" + "|" * 120
-"""Burns minutes in math-verify's grammar: only a kill ends it."""
+BOMB_GOLD, BOMB = r"x \mod 3", r"\int_0^1" + "|x+" * 120 + "x" + "|" * 120
+"""Only math-verify's grammar reads this gold, and it burns minutes on this answer: only a kill ends it."""

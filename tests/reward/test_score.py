@@ -17,7 +17,7 @@ import pytest
 
 from megatron_t1.reward.penalties import PenaltyConfig
 from megatron_t1.reward.score import RewardConfig, Scorer
-from tests.reward.cases import BOMB, pair, rows
+from tests.reward.cases import BOMB, BOMB_GOLD, pair, rows
 
 
 def test_rewards_are_one_zero_and_minus_one() -> None:
@@ -42,7 +42,7 @@ def test_rewards_are_one_zero_and_minus_one() -> None:
 
 def test_a_bomb_is_killed_and_keeps_its_penalties() -> None:
     with Scorer(RewardConfig(num_workers=1, deadline_s=0.5)) as scorer:
-        bomb = pair("4", "\\boxed{" + BOMB + "}", finish_reason="length")
+        bomb = pair(BOMB_GOLD, "\\boxed{" + BOMB + "}", finish_reason="length")
         rewards = scorer.score_all([pair("4", r"\boxed{4}"), bomb, pair("x+1", r"\boxed{1+x}")])
         assert [r.outcome for r in rewards] == ["correct", "timeout", "correct"]
         assert set(rewards[1].penalties) == {"overlong"}
@@ -61,9 +61,11 @@ def test_random_kills_lose_nothing_and_change_no_verdict() -> None:
         kills: list[int] = []
 
         def killer() -> None:
-            while not stop.wait(0.05):
+            graded = 0
+            while not stop.wait(0.005):
                 pids = scorer.pids()
-                if len(pids) > 1:
+                if len(pids) > 1 and sum(scorer.outcomes.values()) >= graded + 5:  # never faster than they can work
+                    graded = sum(scorer.outcomes.values())
                     victim = pids[0] if generator.random() < 0.05 else generator.choice(pids[1:])
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(victim, signal.SIGKILL)
@@ -83,7 +85,7 @@ def test_random_kills_lose_nothing_and_change_no_verdict() -> None:
 def test_an_event_loop_stays_free_while_answers_are_graded() -> None:
     async def run(scorer: Scorer) -> tuple[list[str], float]:
         ticks, longest = 0, 0.0
-        work = asyncio.gather(*(scorer.score(*pair("4", r"\boxed{" + BOMB + "}")) for _ in range(2)))
+        work = asyncio.gather(*(scorer.score(*pair(BOMB_GOLD, r"\boxed{" + BOMB + "}")) for _ in range(2)))
         while not work.done():
             before = time.monotonic()
             await asyncio.sleep(0.01)
@@ -159,6 +161,13 @@ def test_the_alarm_names_what_is_wrong(caplog: pytest.LogCaptureFixture) -> None
 def test_config_errors_name_the_field(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         RewardConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_response_of_100_mb_is_refused_unread() -> None:
+    with Scorer(RewardConfig(num_workers=1)) as scorer:
+        (reward,) = scorer.score_all([pair("4", "x" * 100_000_000 + r"\boxed{4}")])
+    assert (reward.outcome, reward.value) == ("no_answer", 0)
+    assert "characters" in reward.reason
 
 
 def test_penalties_can_be_switched_off() -> None:
