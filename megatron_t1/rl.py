@@ -54,14 +54,12 @@ def check(cfg: Config, prompts: list[Prompt]) -> None:
     """Refuse, before anything is started, what would end the run after hours.
 
     Raises:
-        ValueError: a batch larger than the data, a sample that may not fit into a microbatch, a loss we lack.
+        ValueError: a batch larger than the data, a sample that may not fit into a microbatch.
     """
     if len(prompts) < cfg.rl.prompts_per_step:
         raise ValueError(
             f"rl.prompts_per_step = {cfg.rl.prompts_per_step} is larger than the {len(prompts)} questions; lower it"
         )
-    if cfg.loss.kl_estimator == "full":
-        raise ValueError("loss.kl_estimator = full is not wired into the trainer: use centered (T1), k2, k3_score")
     cfg.parallel.check_fits(max(len(prompt.token_ids) for prompt in prompts) + cfg.sampling.max_new_tokens)
 
 
@@ -108,11 +106,13 @@ class Trainer:
         advantage.assign(groups)
         sequences = sequences_of(groups)
         microbatches = self.engine.pack(sequences)
+        full_kl = cfg.loss.kl_estimator == "full"
         with watch("anchor"):
-            self.anchor.fill(microbatches, len(sequences))
+            self.anchor.fill(microbatches, len(sequences), keep_hidden=full_kl)
         with watch("train"):
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
-            metrics = self.engine.step(microbatches, num_targets, partial(t1_token_loss, cfg=cfg.loss))
+            loss = partial(t1_token_loss, cfg=cfg.loss)
+            metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.module if full_kl else None)
             self.anchor.update()
         self.steps_done += 1
         with watch("push"):

@@ -116,3 +116,6 @@ class Microbatch:
     """float32 [T], 0 in SFT"""
     sample_index: torch.Tensor
     """int64 [T], index of the sample in the step's flat list, to bring per-token results back to samples"""
+    anchor_hidden: torch.Tensor | None = None
+    """[s, H] ([s / tp, H] under sequence parallelism), the anchor's last hidden states in host memory; on the last
+    pipeline stage, for a full-vocabulary KL only"""

@@ -17,7 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_t1.algo.head_gemm import accumulation_dtype, add_matmul_, matmul, operand_dtype
+from megatron_t1.algo.head_gemm import (
+    accumulation_dtype,
+    add_matmul_,
+    gradient_operand_dtype,
+    logits_operand_dtype,
+    matmul,
+)
 from megatron_t1.algo.head_tiles import Tile
 
 
@@ -85,6 +91,7 @@ class Logits:
     @classmethod
     def of(cls, head: Head, x: Tensor, targets: Tensor) -> Logits:
         """x [T, H] as `select` gives it; the temperature is applied here."""
+        x = x.to(logits_operand_dtype(x.device, x.dtype))
         if x.dtype.itemsize < 4:  # a narrow x must not be rounded again
             return cls(head=head, x=x, scale=1.0 / head.temperature, targets=targets)
         return cls(head=head, x=x if head.temperature == 1.0 else x / head.temperature, scale=1.0, targets=targets)
@@ -108,13 +115,13 @@ class Logits:
 
 
 def select(hidden: Tensor, head: Head, positions: Tensor) -> Tensor:
-    """[T, H]: the hidden states that predict a target, of the whole stream, as the GEMMs want them."""
+    """[T, H]: the hidden states that predict a target, of the whole stream, as the gradients' GEMMs want them."""
     hidden = hidden.detach()
     if head.sequence_parallel and head.tp_group is not None:
         whole = hidden.new_empty(hidden.shape[0] * head.tp_group.size(), hidden.shape[1])
         dist.all_gather_into_tensor(whole, hidden.contiguous(), group=head.tp_group)
         hidden = whole
-    return hidden[positions].to(operand_dtype(hidden.device, hidden.dtype))
+    return hidden[positions].to(gradient_operand_dtype(hidden.device, hidden.dtype))
 
 
 def hand_back(dx: Tensor, head: Head, positions: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

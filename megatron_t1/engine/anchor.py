@@ -64,14 +64,17 @@ class Anchor:
             if weight is not average:
                 weight.copy_(average)
 
-    def fill(self, microbatches: list[Microbatch], num_samples: int) -> None:
+    def fill(self, microbatches: list[Microbatch], num_samples: int, *, keep_hidden: bool = False) -> None:
         """Set `anchor_logprob` and `centered_kl` on this rank's microbatches (on the last pipeline stage).
 
         Args:
             num_samples: samples of the whole step, over all ranks.
+            keep_hidden: set `anchor_hidden` too, for `Engine.step` to compute the full-vocabulary KL from.
         """
 
         def logprobs(hidden: torch.Tensor, head: Head, microbatch: Microbatch) -> torch.Tensor:
+            if keep_hidden:
+                microbatch.anchor_hidden = hidden.cpu()
             return logprob_entropy_nograd(hidden, head, microbatch.target_positions, microbatch.targets)[0]
 
         computed = self._engine.map_hidden(self.module, microbatches, logprobs)

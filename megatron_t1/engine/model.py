@@ -155,7 +155,7 @@ def build_model(
 def wrap_ddp(config: TransformerConfig, model: T1GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     return DistributedDataParallel(config, ddp_config, model)

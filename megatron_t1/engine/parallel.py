@@ -35,6 +35,8 @@ class ParallelConfig:
     """Shard norms and residuals over the tensor-parallel group too; needs tensor > 1."""
     distributed_optimizer: bool = True
     """Shard the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks bucket by bucket during the last backward, not after it."""
     max_tokens_per_microbatch: int = 16384
     """Packing limit: tokens in one forward pass of one data-parallel rank, prompts and padding included."""
     timeout_s: float = 21600.0

@@ -20,7 +20,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_t1.algo.fused_head import Head, TokenLoss, fused_loss
+from megatron_t1.algo.fused_head import AnchorHead, Head, TokenLoss, fused_loss
 from megatron_t1.algo.loss import Metrics, TokenFields
 from megatron_t1.data.packing import Sequence, pack
 from megatron_t1.engine.model import (
@@ -146,11 +146,19 @@ class Engine(ForwardEngine):
         super().load_hf(model_dir)
         self.optimizer.reload_model_params()
 
-    def step(self, microbatches: list[Microbatch], num_targets: int, token_loss: TokenLoss) -> dict[str, float]:
+    def step(
+        self,
+        microbatches: list[Microbatch],
+        num_targets: int,
+        token_loss: TokenLoss,
+        anchor: T1GPTModel | None = None,
+    ) -> dict[str, float]:
         """One optimizer step. Returns the loss's metrics (means over tokens, maxima), gradient norm and learning rate.
 
         Args:
             num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
+            anchor: the model that made `anchor_hidden` of the microbatches; token_loss is then given the
+                full-vocabulary KL to it.
 
         Raises:
             FloatingPointError: the loss is not finite (no step was taken), or the gradient norm was not.
@@ -161,6 +169,15 @@ class Engine(ForwardEngine):
 
         grad_scale = float(self.optimizer.scale_loss(torch.ones(1, device=self.platform.device))) / num_targets
 
+        def anchor_head(microbatch: Microbatch) -> AnchorHead | None:
+            if anchor is None:
+                return None
+            assert microbatch.anchor_hidden is not None, "Anchor.fill(keep_hidden=True) comes first"
+            return AnchorHead(
+                hidden=microbatch.anchor_hidden.to(self.platform.device),
+                head=output_head(anchor, self.spec, self.temperature),
+            )
+
         def loss_func(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
             total, metrics = fused_loss(
                 hidden.squeeze(1),
@@ -170,6 +187,7 @@ class Engine(ForwardEngine):
                 token_loss,
                 TokenFields.of(microbatch),
                 grad_scale=grad_scale,
+                anchor=anchor_head(microbatch),
             )
             counted = torch.tensor(microbatch.targets.numel(), dtype=torch.int, device=total.device)
             # The schedule may go on to work on the loss in place: keep a number of our own.

@@ -74,7 +74,7 @@ def test_gradcheck(full_kl):
     assert torch.autograd.gradcheck(f, (c.hidden.requires_grad_(), weight))
 
 
-def test_bf16_inputs_lose_nothing_but_their_own_rounding(path):
+def test_bf16_inputs_are_rounded_in_dz_and_in_the_result_alone(path):
     c = case(s=40, hidden_size=64, vocab_size=3000, num_targets=30, scale=3.0, dtype=torch.bfloat16)
     want = path.reference(c, 3000, 0.9)
     hidden, weight = c.hidden.requires_grad_(), c.weight.requires_grad_()
@@ -82,8 +82,8 @@ def test_bf16_inputs_lose_nothing_but_their_own_rounding(path):
     loss.backward()
     torch.testing.assert_close(loss.double(), want.loss, rtol=1e-6, atol=0)
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
-    assert max_relative_error(hidden.grad, want.d_hidden) < 2**-8
-    assert max_relative_error(weight.grad, want.d_weight) < 2**-8
+    assert max_relative_error(hidden.grad, want.d_hidden) < 1.5 * 2**-8
+    assert max_relative_error(weight.grad, want.d_weight) < 1.5 * 2**-8
 
 
 @pytest.mark.parametrize("fused", [False, True])

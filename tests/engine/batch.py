@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from megatron_t1.data.packing import Sequence
 
 TEMPERATURE = 1.2
+LOSSES: dict[str, dict[str, Any]] = {
+    "rl": {},
+    "full_kl": {"kl_estimator": "full"},
+    "clipped": {"kl_estimator": "k3", "clip_ratio_low": 0.2, "clip_ratio_high": 0.28},
+    "truncated": {"kl_estimator": "k3_score", "tis_cap": 2.0},
+}
+"""Fields of LossConfig beside these coefficients"""
+ENTROPY_COEF, KL_COEF = 0.02, 0.05
 
 
 def make_sequences(vocab_size: int) -> list[Sequence]:

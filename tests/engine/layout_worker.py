@@ -1,9 +1,10 @@
-"""One RL step and one SFT step on a given layout; rank 0 writes losses, metrics, gradients and logprobs."""
+"""One SFT step and one RL step of each loss on a given layout; rank 0 writes losses, metrics, gradients and weights."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,19 +13,20 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_t1.platform import setup
-from tests.engine.batch import TEMPERATURE, make_sequences
+from tests.engine.batch import ENTROPY_COEF, KL_COEF, LOSSES, TEMPERATURE, make_sequences
 from tests.engine.gradients import gradient_pieces
 
 
 def main() -> None:
     model_dir, out, layout = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     platform = setup()
-    from megatron_t1.algo.loss import LossConfig, sft_token_loss, t1_token_loss
+    from megatron_t1.algo.loss import LossConfig, TokenFields, sft_token_loss, t1_token_loss
     from megatron_t1.engine.anchor import Anchor, AnchorConfig
     from megatron_t1.engine.model import ModelConfig
     from megatron_t1.engine.optimizer import OptimConfig
     from megatron_t1.engine.parallel import ParallelConfig, initialize
     from megatron_t1.engine.step import Engine
+    from megatron_t1.weights import hf_io
     from megatron_t1.weights.stream import Plan
 
     parallel = ParallelConfig(**layout)
@@ -32,30 +34,32 @@ def main() -> None:
     optim = OptimConfig(lr=1e-3, clip_grad=0.0, adam_eps=1e-2)
     engine = Engine(
         ModelConfig(hf_path=str(model_dir), dtype="float32"),
-        parallel, optim, platform, total_steps=4, temperature=TEMPERATURE,
+        parallel, optim, platform, total_steps=10, temperature=TEMPERATURE,
     )  # fmt: skip
-    engine.load_hf(model_dir)
     anchor = Anchor(engine, AnchorConfig(decay=0.75))
-    anchor_dir = Path(sys.argv[4])
-    from megatron_t1.weights import hf_io
-
-    hf_io.load(engine.pieces(anchor.module), anchor_dir)
+    hf_io.load(engine.pieces(anchor.module), Path(sys.argv[4]))
 
     sequences = make_sequences(vocab_size=engine.spec.vocab_size)
     num_targets = sum(len(s.response_ids) for s in sequences)
     microbatches = engine.pack(sequences)
-    anchor.fill(microbatches, len(sequences))
+    # One more whose tokens are all masked: it must change nothing.
+    per_target = ("target_positions", "targets", "sample_index", *(f.name for f in fields(TokenFields)))
+    microbatches.append(replace(microbatches[0], **{name: getattr(microbatches[0], name)[:0] for name in per_target}))
+    anchor.fill(microbatches, len(sequences), keep_hidden=True)
     results = {}
-    loss = partial(t1_token_loss, cfg=LossConfig(entropy_coef=0.02, kl_coef=0.05))
-    for name, token_loss in (("sft", sft_token_loss), ("rl", loss)):
-        metrics = engine.step(microbatches, num_targets, token_loss)
-        results[name] = metrics
+
+    def step(name, token_loss, full_kl=False):
+        engine.load_hf(model_dir)
+        results[name] = engine.step(microbatches, num_targets, token_loss, anchor.module if full_kl else None)
         if not parallel.distributed_optimizer:  # else a rank's gradient buffer holds its own shard only
             tensors = dict(Plan(gradient_pieces(engine)).gather())
             if dist.get_rank() == 0:
                 save_file(tensors, out / f"{name}.safetensors")
-        if name == "sft":
-            engine.load_hf(model_dir)
+
+    step("sft", sft_token_loss)
+    for name, given in LOSSES.items():
+        cfg = LossConfig(entropy_coef=ENTROPY_COEF, kl_coef=KL_COEF, **given)
+        step(name, partial(t1_token_loss, cfg=cfg), full_kl=cfg.kl_estimator == "full")
     tensors = dict(Plan(engine.pieces()).gather())
     anchor.update()
     averages = dict(Plan(engine.pieces(anchor.module)).gather())

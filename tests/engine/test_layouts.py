@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.engine.batch import TEMPERATURE, make_sequences
+from tests.engine.batch import ENTROPY_COEF, KL_COEF, LOSSES, TEMPERATURE, make_sequences
 from tests.launch import run_ranks
 from tests.tiny import make_tiny_qwen2
 
 VOCAB = 321  # odd: padded to TP in Megatron
-ALPHA, BETA = 0.02, 0.05
 WORKER = Path(__file__).with_name("layout_worker.py")
 
 LAYOUTS = {
@@ -30,18 +29,51 @@ LAYOUTS = {
     "PP2": (2, {"pipeline": 2, "max_tokens_per_microbatch": 100, "distributed_optimizer": False}),
     "DP2": (2, {"max_tokens_per_microbatch": 90, "distributed_optimizer": False}),
     "DP2 distributed optimizer": (2, {"max_tokens_per_microbatch": 90}),
+    "DP2 overlap": (2, {"max_tokens_per_microbatch": 90, "distributed_optimizer": False, "overlap_grad_reduce": True}),
+    "DP2 TP2": (4, {"tensor": 2, "max_tokens_per_microbatch": 90, "distributed_optimizer": False}),
     "TP2 PP2 SP": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "max_tokens_per_microbatch": 100,
                        "distributed_optimizer": False}),
 }  # fmt: skip
 
 
-def per_token(model, sequences):
-    """For each sequence: logprob and entropy of its response tokens, float64, from the full logits."""
+def log_softmaxes(model, sequences):
+    """For each sequence: float64 [num_response_tokens, vocabulary] from the full logits."""
     for s in sequences:
         ids = torch.tensor([*s.prompt_ids, *s.response_ids])
         logits = model(ids[None]).logits[0, len(s.prompt_ids) - 1 : -1].double() / TEMPERATURE
-        logps = logits.log_softmax(-1)
-        yield logps[torch.arange(len(logps)), torch.tensor(s.response_ids)], -(logps.exp() * logps).sum(-1)
+        yield logits.log_softmax(-1)
+
+
+def token_loss(name, s, logps, anchor_logps, centered_kl):
+    """One sequence's loss and metrics, each [num_response_tokens], by the textbook."""
+    at = torch.arange(len(logps)), torch.tensor(s.response_ids)
+    logprob, anchor = logps[at], anchor_logps[at]
+    entropy = -(logps.exp() * logps).sum(-1)
+    ratio = (logprob - torch.tensor(s.rollout_logprobs).double()).exp()
+    k1 = logprob - anchor
+    k3 = (-k1).exp() - 1 + k1
+    clipped = torch.zeros_like(ratio)
+    match name:
+        case "sft":
+            return -logprob, {"nll": -logprob, "entropy": entropy}
+        case "rl":
+            pg_loss, kl_loss = -s.advantage * logprob, centered_kl * logprob
+        case "full_kl":
+            pg_loss, kl_loss = -s.advantage * logprob, (logps.exp() * (logps - anchor_logps)).sum(-1)
+        case "clipped":
+            stopped = ratio > 1.28 if s.advantage > 0 else ratio < 0.8
+            pg_loss, kl_loss = -s.advantage * torch.where(stopped, ratio.detach().clamp(0.8, 1.28), ratio), k3
+            clipped = stopped.double()
+        case "truncated":
+            weight = ratio.detach().clamp(max=2.0)
+            pg_loss, kl_loss = -weight * s.advantage * logprob, logprob.exp() / logprob.detach().exp() * k3
+            clipped = (ratio > 2.0).double()
+    metrics = {
+        "entropy": entropy, "logprob": logprob, "pg_loss": pg_loss, "kl_loss": kl_loss, "kl_k1": k1, "kl_k3": k3,
+        "ratio": ratio, "logprob_diff": ratio.log().abs(), "clip_fraction": clipped,
+        "prob_diff": (logprob.exp() - torch.tensor(s.rollout_logprobs).double().exp()).abs(),
+    }  # fmt: skip
+    return pg_loss - ENTROPY_COEF * entropy + KL_COEF * kl_loss, metrics
 
 
 def gradients(model):
@@ -62,41 +94,43 @@ def reference(request, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
     anchor = AutoModelForCausalLM.from_pretrained(anchor_dir, dtype=torch.float64)
     sequences = make_sequences(VOCAB)
-    count = sum(len(s.response_ids) for s in sequences)
-
-    sft = sum(-logprob.sum() for logprob, _ in per_token(model, sequences)) / count
-    sft.backward()
-    sft_grads = gradients(model)
-
     with torch.no_grad():
-        anchors = [logprob for logprob, _ in per_token(anchor, sequences)]
+        anchors = list(log_softmaxes(anchor, sequences))
     kl = torch.stack(
-        [(torch.tensor(s.rollout_logprobs).double() - a).sum() for s, a in zip(sequences, anchors, strict=True)]
+        [
+            (torch.tensor(s.rollout_logprobs).double() - a[torch.arange(len(a)), torch.tensor(s.response_ids)]).sum()
+            for s, a in zip(sequences, anchors, strict=True)
+        ]
     )
-    loss, entropy_sum, k1_sum = 0.0, 0.0, 0.0
-    for s, a, c, (logprob, entropy) in zip(
-        sequences, anchors, kl - kl.mean(), per_token(model, sequences), strict=True
-    ):
-        loss = loss + (-s.advantage * logprob - ALPHA * entropy + BETA * c * logprob).sum()
-        entropy_sum += entropy.sum().item()
-        k1_sum += (logprob - a).sum().item()
-    (loss / count).backward()
-    rl_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    # The engine has taken its SFT step before: Adam's moments carry that gradient, the weights were loaded anew.
+    steps = {}
+    for name in ("sft", *LOSSES):
+        losses, metrics = [], {}
+        everything = zip(sequences, log_softmaxes(model, sequences), anchors, kl - kl.mean(), strict=True)
+        for s, logps, anchor_logps, centered in everything:
+            loss, parts = token_loss(name, s, logps, anchor_logps, centered)
+            losses.append(loss)
+            for key, value in parts.items():
+                metrics.setdefault(key, []).append(value.detach())
+        loss = torch.cat(losses).mean()
+        loss.backward()
+        metrics = {key: torch.cat(values) for key, values in metrics.items()}
+        steps[name] = loss.item(), metrics, gradients(model)
+    # The engine takes the steps one after another: Adam's moments go on, the weights are loaded anew each time.
+    all_grads = [grads for _, _, grads in steps.values()]
     weights = {
-        name: adam_second_step(p.detach(), sft_grads[name], rl_grads[name]) for name, p in model.named_parameters()
+        name: adam_step(p.detach(), [grads[name] for grads in all_grads]) for name, p in model.named_parameters()
     }
     average = {name: 0.75 * a.detach() + 0.25 * weights[name] for name, a in anchor.named_parameters()}
-    return {
-        "dirs": (policy_dir, anchor_dir), "sft": (sft.item(), sft_grads), "rl": (loss.item() / count, rl_grads),
-        "entropy": entropy_sum / count, "kl_k1": k1_sum / count, "weights": weights, "average": average,
-    }  # fmt: skip
+    return {"dirs": (policy_dir, anchor_dir), "steps": steps, "weights": weights, "average": average}
 
 
-def adam_second_step(weight, first, second, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-2):
-    m = beta1 * (1 - beta1) * first + (1 - beta1) * second
-    v = beta2 * (1 - beta2) * first**2 + (1 - beta2) * second**2
-    return weight - lr * (m / (1 - beta1**2)) / ((v / (1 - beta2**2)).sqrt() + eps)
+def adam_step(weight, grads, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-2):
+    """The last of some steps that all began at `weight`."""
+    m = v = 0.0
+    for grad in grads:
+        m, v = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
+    m, v = m / (1 - beta1 ** len(grads)), v / (1 - beta2 ** len(grads))
+    return weight - lr * m / (v.sqrt() + eps)
 
 
 def assert_close(actual: dict, expected: dict, relative: float) -> None:
@@ -114,15 +148,19 @@ def test_equals_the_plain_reference(layout, reference, tmp_path):
     policy_dir, anchor_dir = reference["dirs"]
     run_ranks(WORKER, num_ranks, policy_dir, tmp_path, json.dumps(parallel), anchor_dir)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    for name in ("sft", "rl"):
-        loss, grads = reference[name]
-        assert metrics[name]["loss"] == pytest.approx(loss, rel=1e-5)
+    for name, (loss, per_token, grads) in reference["steps"].items():
+        got = metrics[name]
+        assert got["loss"] == pytest.approx(loss, rel=1e-5)
+        assert got["num_tokens"] == pytest.approx(1.0)
+        for key, values in per_token.items():
+            assert got[key] == pytest.approx(values.mean().item(), rel=1e-5), f"{name}: {key}"
+            if f"{key}_max" in got:
+                assert got[f"{key}_max"] == pytest.approx(values.max().item(), rel=1e-5), f"{name}: {key}_max"
+        named = {key.removesuffix("_max") for key in got}
+        assert named == per_token.keys() | {"loss", "num_tokens", "grad_norm", "lr"}
         if not parallel.get("distributed_optimizer", True):
             assert_close(load_file(tmp_path / f"{name}.safetensors"), grads, 1e-5)
         norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
-        assert metrics[name]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    assert metrics["rl"]["entropy"] == pytest.approx(reference["entropy"], rel=1e-5)
-    assert metrics["rl"]["kl_k1"] == pytest.approx(reference["kl_k1"], rel=1e-5)
-    assert metrics["rl"]["num_tokens"] == pytest.approx(1.0)
+        assert got["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert_close(load_file(tmp_path / "weights.safetensors"), reference["weights"], 1e-6)
     assert_close(load_file(tmp_path / "anchor.safetensors"), reference["average"], 1e-6)
