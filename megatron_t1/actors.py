@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_t1.data.template import Template
 from megatron_t1.models import spec_of
 from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.bank import StepBank
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
@@ -35,9 +36,11 @@ class Actors:
         self.servers.wait_ready()
         self.client.check_logprob_contract(prompt.token_ids.tolist())
 
-    def generate(self, prompts: list[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
+    def generate(
+        self, prompts: list[Prompt], sampling: SamplingConfig, seed: int, bank: StepBank | None = None
+    ) -> list[Group]:
         """K graded samples of every prompt; finished ones are graded while others still generate."""
-        return self.client.generate(prompts, sampling, self.scorer.score, seed=seed)
+        return self.client.generate(prompts, sampling, self.scorer.score, seed=seed, bank=bank)
 
 
 @contextmanager

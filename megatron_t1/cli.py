@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_t1.stop import EXIT_STOPPED, STOP, Stopped
+
 USAGE = """\
 usage: t1 COMMAND [--config FILE.yaml] [--section.field VALUE ...]
 
@@ -26,6 +28,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   rl          reinforcement learning of model.hf_path on data.train
   evaluate    accuracy of model.hf_path on data.heldout
   scaling     accuracy of model.hf_path on data.heldout against thinking budgets
+  check       what would stop or spoil a run, and what it needs (`t1 check FILE.yaml --for rl --nodes 4 --vllm_nodes 2`)
   serve       start vLLM servers for model.hf_path and keep them up
   report      (re)write the HTML report of run_dir
   grade       grade IN.jsonl into OUT.jsonl (`t1 grade IN.jsonl OUT.jsonl`), without any model
@@ -50,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("t1: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
         return 130
+    except Stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print("t1: stopped as asked; `--resume` goes on from here", file=sys.stderr)
+        return EXIT_STOPPED
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("T1_TRACEBACK"):
             raise
@@ -101,6 +108,7 @@ def _trainer_job(command: str) -> Callable[[list[str]], int]:
             write_text(Path(cfg.run_dir) / "config.yaml", text)
         from megatron_t1 import pipeline
 
+        STOP.install()
         {"run": pipeline.run_all, "sft": pipeline.run_sft, "rl": pipeline.run_rl}[command](cfg)
         return 0
 
@@ -124,11 +132,44 @@ def _serve(arguments: list[str]) -> int:
     from megatron_t1.rollout.serve import serve
 
     cfg, *_ = _read("serve", arguments, Config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's way of pressing Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system's ways of pressing Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     rollout = replace(cfg.rollout, urls=(), await_servers=0)  # what trainers elsewhere are told
     with contextlib.suppress(KeyboardInterrupt):
         serve(rollout, Path(cfg.model.hf_path), Path(cfg.run_dir), partial(print, flush=True))
     return 0
+
+
+def _check(arguments: list[str]) -> int:
+    from argparse import ArgumentParser
+
+    from megatron_t1 import lenient
+    from megatron_t1.check import Findings, Place, check, dry_run
+    from megatron_t1.config import Config
+
+    parser = ArgumentParser(prog="t1 check", description=_line_of("check"), allow_abbrev=False)
+    parser.add_argument("file", nargs="?", help="a configuration, as with --config")
+    parser.add_argument("--for", dest="command", default="rl", help="the command that will run (rl)",
+                        choices=["run", "sft", "rl", "evaluate", "scaling", "serve"])  # fmt: skip
+    parser.add_argument("--nodes", type=int, default=1, help="nodes in all (1)")
+    parser.add_argument("--vllm_nodes", type=int, default=0, help="of them for vLLM alone; 0: all do both (0)")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="(8)")
+    parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
+    parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
+    parser.add_argument("--dry-run", action="store_true", help="print the srun and vLLM commands that would run")
+    asked, options = parser.parse_known_args(arguments)
+    if asked.file:
+        options = ["--config", asked.file, *options]
+    found = Findings()
+    values, found.problems = lenient.parse(Config, options)
+    cfg = lenient.build(Config, values, found.problems)
+    place = Place(**{name: getattr(asked, name) for name in Place.__dataclass_fields__})
+    if cfg is not None:
+        check(cfg, asked.command, place, found)
+    print(found.text())
+    if asked.dry_run and not found.problems:
+        print(dry_run(cfg, asked.command, place, options))
+    return 1 if found.problems else 0
 
 
 def _report(arguments: list[str]) -> int:
@@ -175,6 +216,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "rl": _trainer_job("rl"),
     "evaluate": _labelled_job("evaluate"),
     "scaling": _labelled_job("scaling"),
+    "check": _check,
     "serve": _serve,
     "report": _report,
     "grade": _grade,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 
+import psutil
 import torch
 
 
@@ -38,6 +40,7 @@ def start(nproc_per_node: int, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    signal.signal(signal.SIGUSR1, lambda *_: _signal_children(signal.SIGUSR1))
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_t1", *arguments)
     except ChildFailedError as error:
@@ -45,3 +48,8 @@ def start(nproc_per_node: int, arguments: list[str]) -> int:
     except SignalException:  # Ctrl-C, after the ranks were ended
         raise KeyboardInterrupt from None
     return 0
+
+
+def _signal_children(number: int) -> None:
+    for child in psutil.Process().children():
+        child.send_signal(number)

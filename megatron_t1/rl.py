@@ -7,10 +7,10 @@ with entropy bonus and KL to the EMA anchor, push the new weights with their ver
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -27,11 +27,19 @@ from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
 from megatron_t1.platform import Platform
+from megatron_t1.rollout.bank import Bank
+from megatron_t1.rollout.client import NoServerLeftError
+from megatron_t1.rollout.server import ServerError
+from megatron_t1.stop import STOP, Stopped
 from megatron_t1.types import Group, Prompt
+from megatron_t1.weights.fanout import SyncError
 from megatron_t1.weights.sync import WeightSync
 
 if TYPE_CHECKING:
     from megatron_t1.config import Config
+
+_MAX_OUTAGES = 5
+"""Times that all servers may be lost in one step before the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +94,10 @@ class Trainer:
         self.anchor = Anchor(self.engine, cfg.anchor)
         self.steps_done = checkpoint.resume(self.folder / "checkpoints", self.engine, self.anchor, allowed=cfg.resume)
         self.sync = WeightSync(self.engine.pieces(), cfg.rollout, actors.servers if actors else None)
+        self.bank = Bank(self.folder / "bank")
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
         self.watch = Stopwatch()
+        self._rewards: list[float] = []  # of the steps since the last checkpoint
 
     def push(self) -> None:
         """Bring the servers to the policy as it is; its version is the number of steps that made it."""
@@ -99,10 +109,14 @@ class Trainer:
                 )
 
     def step(self) -> dict[str, float]:
-        """One step of T1. Returns its metrics, the same on every rank."""
+        """One step of T1. Returns its metrics, the same on every rank.
+
+        Raises:
+            Stopped: the run was asked to stop before the samples were complete; no step was taken.
+        """
         cfg, watch = self.cfg, self.watch
         with watch("generate"):
-            groups = from_main(self._generate() if self.actors else None)
+            groups = self._collect()
         advantage.assign(groups)
         sequences = sequences_of(groups)
         microbatches = self.engine.pack(sequences)
@@ -116,7 +130,7 @@ class Trainer:
             self.anchor.update()
         self.steps_done += 1
         with watch("push"):
-            self.push()
+            self._push_or_later()
         if self.log:
             self.log.samples(self.steps_done, groups)
         return metrics | rollout_metrics(groups)
@@ -126,8 +140,13 @@ class Trainer:
         cfg = self.cfg
         bar = tqdm(total=cfg.rl.steps, initial=self.steps_done, desc="rl", unit="step", disable=not is_main())
         while self.steps_done < cfg.rl.steps:
-            metrics = self.step()
+            try:
+                metrics = self.step()
+            except Stopped:
+                self._save()
+                raise
             seconds = self.watch.lap()
+            self._rewards.append(metrics["reward"])
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics["weight_version"] = self.steps_done
             metrics["generate_tokens_per_s"] = metrics["num_response_tokens"] / seconds["generate"]
@@ -142,14 +161,7 @@ class Trainer:
                 bar.update()
             if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
                 with self.watch("checkpoint"):
-                    checkpoint.save(
-                        self.folder / "checkpoints",
-                        self.steps_done,
-                        self.engine,
-                        self.anchor,
-                        {"seed": cfg.seed, "weight_version": self.steps_done},
-                        cfg.rl.checkpoint.keep,
-                    )
+                    self._save()
         bar.close()
         self.engine.save_hf(self.folder / "hf")
         return self.folder / "hf"
@@ -159,16 +171,69 @@ class Trainer:
         if self.log:
             self.log.close()
 
-    def _generate(self) -> list[Group]:
+    def _save(self) -> None:
+        """A checkpoint of the steps done, unless it is there already."""
+        if not self._rewards:
+            return
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.steps_done,
+            self.engine,
+            self.anchor,
+            {"seed": self.cfg.seed, "weight_version": self.steps_done},
+            self.cfg.rl.checkpoint,
+            score=float(np.mean(self._rewards)),
+        )
+        self._rewards.clear()
+        if is_main():
+            self.bank.drop_before(self.steps_done)
+
+    def _push_or_later(self) -> None:
+        """After a step: when no server is left to push to, `_collect` brings them back before it asks for samples."""
+        try:
+            self.push()
+        except SyncError as error:
+            if is_main():
+                print(f"warning: {error}", flush=True)
+
+    def _collect(self) -> list[Group]:
+        """The step's graded samples, on every rank. Servers that are all lost are brought back and asked for the rest.
+
+        Raises:
+            Stopped: rank 0 was asked to stop.
+            ServerError: the servers were lost `_MAX_OUTAGES` times.
+        """
+        weights = self.sync.plan.fingerprint()
+        for _ in range(_MAX_OUTAGES):
+            outcome = from_main(self._generate(weights) if self.actors else None)
+            if outcome == "stop":
+                raise Stopped
+            if outcome != "push":
+                return outcome
+            self._push_or_later()
+        raise ServerError(f"all servers were lost {_MAX_OUTAGES} times in step {self.steps_done + 1}; see their logs")
+
+    def _generate(self, weights: str) -> Any:
+        """Rank 0: the groups; `push` when servers came back and need the weights; `stop`."""
         assert self.actors is not None
-        servers = self.actors.servers
-        for server in servers.revive():
-            print(f"server {server.name} was lost and is started again; the next push brings it back", flush=True)
-        if not servers.usable():
-            servers.wait_ready()
-            self.sync.bring_up()
-        seed = self.cfg.seed * 1_000_003 + self.steps_done
-        return self.actors.generate(self.batch(self.steps_done), self.cfg.sampling, seed=seed)
+        cfg, servers = self.cfg, self.actors.servers
+        try:
+            with STOP.interruptible():
+                for server in servers.revive():
+                    print(
+                        f"server {server.name} was lost and is started again; the next push brings it back", flush=True
+                    )
+                if not servers.usable():
+                    servers.wait_ready(minimum=1)
+                    return "push"
+                seed = cfg.seed * 1_000_003 + self.steps_done
+                bank = self.bank.step(self.steps_done, weights, asdict(cfg.sampling), asdict(cfg.reward))
+                return self.actors.generate(self.batch(self.steps_done), cfg.sampling, seed, bank)
+        except NoServerLeftError as error:
+            print(f"{error}\nThey are started again; the samples that were finished are kept.", flush=True)
+            return self._generate(weights)
+        except Stopped:
+            return "stop"
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of a step: each epoch a permutation of its own, its incomplete last batch left out."""

@@ -20,10 +20,11 @@ from megatron_t1.data.packing import Sequence
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.checkpoint import CheckpointConfig
 from megatron_t1.engine.optimizer import OptimConfig
-from megatron_t1.engine.parallel import is_main
+from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch
 from megatron_t1.platform import Platform
+from megatron_t1.stop import STOP, Stopped
 
 if TYPE_CHECKING:
     from megatron_t1.config import Config
@@ -68,6 +69,7 @@ def train(cfg: Config, platform: Platform, examples: list[Sequence]) -> Path:
 
     Raises:
         ValueError: a batch larger than the data; a finished or begun run in run_dir without `resume`.
+        Stopped: the run was asked to stop; a checkpoint of the steps done is written.
     """
     folder = Path(cfg.run_dir) / "sft"
     if len(examples) < cfg.sft.batch_size:
@@ -80,6 +82,13 @@ def train(cfg: Config, platform: Platform, examples: list[Sequence]) -> Path:
     done = checkpoint.resume(folder / "checkpoints", engine, None, allowed=cfg.resume)
     log = MetricsLog(Path(cfg.run_dir), "sft", first_step=done) if is_main() else None
     watch = Stopwatch()
+    losses: list[float] = []  # of the steps since the last checkpoint
+
+    def save(step: int) -> None:
+        folder_of_all, state = folder / "checkpoints", {"seed": cfg.seed}
+        checkpoint.save(folder_of_all, step, engine, None, state, cfg.sft.checkpoint, score=-float(np.mean(losses)))
+        losses.clear()
+
     bar = tqdm(total=total, initial=done, desc="sft", unit="step", disable=not is_main())
     for step, batch in enumerate(batches(examples, cfg.sft.batch_size, cfg.seed, done), start=done + 1):
         if step > total:
@@ -87,13 +96,18 @@ def train(cfg: Config, platform: Platform, examples: list[Sequence]) -> Path:
         num_targets = sum(len(sequence.response_ids) for sequence in batch)
         with watch("train"):
             metrics = engine.step(engine.pack(batch), num_targets, sft_token_loss)
+        losses.append(metrics["loss"])
         metrics["tokens_per_s"] = sum(sequence.num_tokens for sequence in batch) / watch.lap()["train"]
         if log:
             log.log(step, metrics)
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             bar.update()
         if cfg.sft.checkpoint.due(step, total):
-            checkpoint.save(folder / "checkpoints", step, engine, None, {"seed": cfg.seed}, cfg.sft.checkpoint.keep)
+            save(step)
+        if step < total and from_main(STOP.asked):
+            if losses:
+                save(step)
+            raise Stopped
     bar.close()
     if log:
         log.close()

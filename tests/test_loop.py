@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -154,20 +156,45 @@ def test_rl_is_the_same_on_every_layout(layout, count, tuned, server, tmp_path, 
 _REFERENCE = pytest.StashKey[tuple]()
 
 
-def test_resume_goes_on_bit_equal_and_on_another_layout(tuned, server, tmp_path):
-    """4 steps at once against 2 steps, a new process and 2 more: the same numbers, optimizer and anchor included."""
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    t1("rl", *options(tuned, straight, **server, **{"rl.steps": 4}))
-    t1("rl", *options(tuned, cut, **server, **{"rl.steps": 2}))
-    output = t1("rl", *options(tuned, cut, **server, **{"rl.steps": 4}), "--resume")
+@pytest.mark.parametrize("asked_after", [1, 2], ids=["between checkpoints", "at a checkpoint"])
+def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, tuned, server, tmp_path):
+    """4 steps at once against a run that USR1 stops, and a new process: the same numbers, optimizer and anchor too."""
+    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 4, "parallel.nproc_per_node": 1})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_t1", "rl", *arguments], stderr=subprocess.PIPE, text=True, env=ENV, cwd=ROOT
+    )
+    metrics = tmp_path / "rl/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(rows(metrics)) >= asked_after):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=200)
+    done = len(rows(metrics))
+    if done < 4:  # else the run was over before the signal came
+        assert process.returncode == 75, said[-3000:]
+        assert "stopped as asked" in said
+        checkpoints = sorted(path.name for path in (tmp_path / "rl/checkpoints").iterdir())
+        assert f"step_{done:08d}" in checkpoints
+    output = t1("rl", *arguments, "--resume")
     assert "4/4" in output
-    timeless = [{k: v for k, v in row.items() if "second" not in k and "per_s" not in k}
-                for row in rows(straight / "rl/metrics.jsonl")]  # fmt: skip
-    resumed = [{k: v for k, v in row.items() if "second" not in k and "per_s" not in k}
-               for row in rows(cut / "rl/metrics.jsonl")]  # fmt: skip
-    assert resumed == timeless
-    one, other = (load_file(folder / "rl/hf/model.safetensors") for folder in (straight, cut))
+    assert timeless(tmp_path) == timeless(straight)
+    one, other = (load_file(folder / "rl/hf/model.safetensors") for folder in (straight, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def timeless(run_dir: Path) -> list[dict]:
+    """The metrics of every step that do not depend on the machine's speed."""
+    return [
+        {k: v for k, v in row.items() if "second" not in k and "per_s" not in k}
+        for row in rows(run_dir / "rl/metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(tuned, server, tmp_path_factory) -> Path:
+    """Four steps without a break."""
+    folder = tmp_path_factory.mktemp("straight")
+    t1("rl", *options(tuned, folder, **server, **{"rl.steps": 4}))
+    return folder
 
 
 def test_a_killed_server_is_replaced(tuned, tmp_path):

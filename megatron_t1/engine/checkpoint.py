@@ -1,15 +1,18 @@
-"""Checkpoints: Megatron's `torch_dist` format, so any layout resumes any other; whole or not there.
+"""Checkpoints: Megatron's `torch_dist` format, so any layout resumes any other; whole or not there, and proved.
 
-A checkpoint is written to `step_N.tmp` and renamed when every rank has finished, so an interrupted one is never picked
-up. It holds weights, optimizer, learning-rate schedule, the anchor's average, and `state.json` with what the loop needs
-to go on. There is no generator state in it: training draws nothing at random, and data order and sampling seeds are
-functions of (seed, step).
+A checkpoint is written to `step_N.tmp`, brought to the disk, and renamed when every rank has finished, so an
+interrupted one is never picked up. It holds weights, optimizer, learning-rate schedule, the anchor's average, and
+`state.json` with what the loop needs to go on and every file's size and digest. A run resumes from the newest one whose
+files are what was written, and says which it passed over. There is no generator state in it: training draws nothing at
+random, and data order and sampling seeds are functions of (seed, step).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -29,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
+from megatron_t1.files import sync_folder, write_json
 
 _STEP = re.compile(r"^step_(\d{8})$")
 # Gathers the optimizer's state in the model's own shapes: loads at any TP, PP and DP.
@@ -45,21 +49,24 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 writes only the last one."""
     keep: int = 2
     """How many of the newest stay on disk."""
+    keep_best: int = 1
+    """How many of the best stay besides: by mean reward of the steps since the one before (RL), by loss (SFT)."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise ValueError(f"checkpoint.every_steps = {self.every_steps} must be 0 or more")
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep = {self.keep} must be at least 1: the newest is what a run resumes from")
+        if self.keep_best < 0:
+            raise ValueError(f"checkpoint.keep_best = {self.keep_best} must be 0 or more")
 
     def due(self, step: int, last_step: int) -> bool:
         return step == last_step or (self.every_steps > 0 and step % self.every_steps == 0)
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest finished checkpoint, or None."""
-    found = [path for path in folder.glob("step_*") if _STEP.match(path.name)] if folder.exists() else []
-    return max(found, default=None)
+def finished(folder: Path) -> list[Path]:
+    """The finished checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if _STEP.match(path.name)) if folder.exists() else []
 
 
 def _sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> dict[str, Any]:
@@ -81,15 +88,27 @@ def _sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> d
     return state
 
 
-def save(folder: Path, step: int, engine: Engine, anchor: Anchor | None, state: dict[str, Any], keep: int) -> Path:
-    """Collective. Write `folder/step_<step>` and drop all but the `keep` newest.
+def save(
+    folder: Path,
+    step: int,
+    engine: Engine,
+    anchor: Anchor | None,
+    state: dict[str, Any],
+    cfg: CheckpointConfig,
+    *,
+    score: float,
+) -> Path:
+    """Collective. Write `folder/step_<step>` and drop all but the newest and best.
+
+    Args:
+        score: how good this one is, for `keep_best`; higher is better.
 
     Raises:
         OSError: the disk is too full for it (checked before a byte is written), or writing failed.
     """
     final = folder / f"step_{step:08d}"
     building = final.with_suffix(".tmp")
-    needed = _num_bytes(engine, anchor)
+    needed = num_bytes(engine, anchor)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.tmp"):
@@ -101,7 +120,7 @@ def save(folder: Path, step: int, engine: Engine, anchor: Anchor | None, state: 
             building.rmdir()
         raise OSError(
             f"a checkpoint needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some "
-            f"space or lower checkpoint.keep (now {keep})"
+            f"space or lower checkpoint.keep (now {cfg.keep})"
         )
     try:
         dist_checkpointing.save(_sharded_state(engine, anchor, is_loading=False), str(building))
@@ -111,15 +130,79 @@ def save(folder: Path, step: int, engine: Engine, anchor: Anchor | None, state: 
         reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
         raise OSError(f"checkpoint {final} could not be written ({reasons}); the one before it stays") from error
     dist.barrier()
+    digests = _digests(building)
     if is_main():
-        (building / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
+        contents = {**state, "step": step, "score": score, "files": digests}
+        write_json(building / "state.json", contents)
+        sync_folder(building)
         if final.exists():  # a run that resumed from an older checkpoint comes by here again
-            shutil.rmtree(final)
+            os.rename(final, final.with_suffix(".replaced.tmp"))
         os.rename(building, final)
-        for old in sorted(path for path in folder.iterdir() if _STEP.match(path.name))[:-keep]:
-            shutil.rmtree(old)
+        sync_folder(folder)
+        _rotate(folder, cfg)
     dist.barrier()
     return final
+
+
+def _rotate(folder: Path, cfg: CheckpointConfig) -> None:
+    checkpoints = finished(folder)
+    by_score = sorted(checkpoints, key=lambda path: (_state(path).get("score", -math.inf), path), reverse=True)
+    staying = {*checkpoints[-cfg.keep :], *by_score[: cfg.keep_best]}
+    for path in checkpoints:
+        if path not in staying:
+            # Renamed first: what a kill leaves of it must not look finished.
+            os.rename(path, path.with_suffix(".tmp"))
+            shutil.rmtree(path.with_suffix(".tmp"))
+    for replaced in folder.glob("*.replaced.tmp"):
+        shutil.rmtree(replaced)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What `state.json` says; {} when it is not there or not JSON."""
+    try:
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _digests(folder: Path) -> dict[str, tuple[int, str]]:
+    """Collective. Size and digest of every file, each read by one rank, after it was brought to the disk."""
+    names = from_main(sorted(path.name for path in folder.iterdir()) if is_main() else None)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine: dict[str, tuple[int, str]] = {}
+    for name in names[rank::world]:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+            mine[name] = (os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return _merged(mine)
+
+
+def _merged(mine: dict[str, Any]) -> dict[str, Any]:
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {name: value for part in everyone for name, value in part.items()}
+
+
+def damage(path: Path) -> str | None:
+    """Collective. What is wrong with a checkpoint's files, or None when they are what was written."""
+    state = from_main(_state(path) if is_main() else None)
+    if "step" not in state:
+        return "it has no readable state.json"
+    files = state.get("files", {})
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: dict[str, str] = {}
+    for name, (size, digest) in list(files.items())[rank::world]:
+        try:
+            with (path / name).open("rb") as file:
+                actual = os.fstat(file.fileno()).st_size
+                if actual != size:
+                    found[name] = f"{name} has {actual} bytes, {size} were written"
+                elif hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    found[name] = f"{name} has other contents than were written"
+        except OSError as error:
+            found[name] = f"{name} can't be read ({error.strerror})"
+    problems = _merged(found)
+    return "; ".join(problems[name] for name in sorted(problems)) or None
 
 
 def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
@@ -171,20 +254,26 @@ def _set_states_with_step(part: DistributedOptimizer, model_param: torch.Tensor,
 
 
 def resume(folder: Path, engine: Engine, anchor: Anchor | None, *, allowed: bool) -> int:
-    """Collective. Load the newest checkpoint in `folder`, if there is one; returns how many steps are done.
+    """Collective. Load the newest undamaged checkpoint in `folder`, if there is one; returns how many steps are done.
 
     Raises:
-        ValueError: there is a checkpoint and the user did not ask to resume.
+        ValueError: there is a checkpoint and the user did not ask to resume; or all of them are damaged.
     """
-    newest = from_main(latest(folder) if is_main() else None)
-    if newest is None:
+    checkpoints = from_main(finished(folder) if is_main() else None)
+    if not checkpoints:
         return 0
     if not allowed:
-        raise ValueError(f"{newest} is there already: give --resume to go on from it, or another run_dir")
-    return int(load(newest, engine, anchor)["step"])
+        raise ValueError(f"{checkpoints[-1]} is there already: give --resume to go on from it, or another run_dir")
+    for path in reversed(checkpoints):
+        problem = damage(path)
+        if problem is None:
+            return int(load(path, engine, anchor)["step"])
+        if is_main():
+            print(f"warning: checkpoint {path} is damaged: {problem}; looking at the one before", flush=True)
+    raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")
 
 
-def _num_bytes(engine: Engine, anchor: Anchor | None) -> int:
+def num_bytes(engine: Engine, anchor: Anchor | None) -> int:
     """Of the whole checkpoint: weights, float32 master weights and two moments, and the anchor's float32 average."""
     weights = sum(p.numel() for p in engine.module.parameters())
     element_size = engine.config.params_dtype.itemsize

@@ -16,38 +16,22 @@ import json
 import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import aiohttp
-import numpy as np
 from tqdm import tqdm
 
+from megatron_t1.rollout.bank import StepBank
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.server import Server, ServerError, Servers, parse_version
+from megatron_t1.rollout.reply import AbortedError, Request, RestartedError, Tokenizer, samples_of
+from megatron_t1.rollout.server import Server, ServerError, Servers
 from megatron_t1.types import Group, Prompt, Reward, Sample
 
 T = TypeVar("T")
 Score = Callable[[Prompt, Sample], Awaitable[Reward]]
 
 _WATCH_INTERVAL_S = 2.0
-
-
-class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str: ...
-
-
-@dataclass(frozen=True)
-class _Request:
-    """`count` samples that continue one token prefix; child j is drawn with seed `seed` + j."""
-
-    label: str
-    token_ids: list[int]
-    count: int
-    seed: int
-    sampling: SamplingConfig
 
 
 class RolloutClient:
@@ -73,17 +57,19 @@ class RolloutClient:
         score: Score | None = None,
         *,
         seed: int,
+        bank: StepBank | None = None,
         progress: bool = False,
     ) -> list[Group]:
         """`sampling.num_samples` samples of every prompt, graded by `score` when given; order as asked.
 
+        Requests whose samples are in `bank` are not asked again; those that finish are added to it.
         The same seed gives the same samples from the same weights on the same server setup, whatever the number of
         samples a request carries. Raises ServerError when no server is left, ValueError when a prompt does not fit.
         """
         requests = self._requests(
             [(prompt.id, [int(t) for t in prompt.token_ids]) for prompt in prompts], sampling, seed, None
         )
-        samples = self._run(self._ask_all(requests, prompts, score, progress))
+        samples = self._run(self._ask_all(requests, prompts, score, bank, progress))
         return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples, strict=True)]
 
     def complete_tokens(
@@ -101,7 +87,7 @@ class RolloutClient:
         """
         labelled = [(f"prefix {i}", [int(t) for t in ids]) for i, ids in enumerate(token_ids)]
         requests = self._requests(labelled, sampling, seed, max_new_tokens)
-        return self._run(self._ask_all(requests, None, None, progress))
+        return self._run(self._ask_all(requests, None, None, None, progress))
 
     def check_logprob_contract(self, token_ids: Sequence[int] = (0, 1, 2)) -> None:
         """Raises ServerError when a server returns logprobs from before the temperature.
@@ -142,7 +128,7 @@ class RolloutClient:
         sampling: SamplingConfig,
         seed: int,
         max_new_tokens: Sequence[int] | None,
-    ) -> list[list[_Request]]:
+    ) -> list[list[Request]]:
         usable = self.servers.usable()
         limit = min((server.max_model_len for server in usable), default=0)
         # A 48-bit hash keeps the seeds of different calls apart; within a call they are consecutive.
@@ -161,7 +147,7 @@ class RolloutClient:
             first = base + i * own.num_samples
             requests.append(
                 [
-                    _Request(label, ids, min(chunk, own.num_samples - j), first + j, own)
+                    Request(label, ids, min(chunk, own.num_samples - j), first + j, own)
                     for j in range(0, own.num_samples, chunk)
                 ]
             )
@@ -169,20 +155,32 @@ class RolloutClient:
 
     async def _ask_all(
         self,
-        requests: list[list[_Request]],
+        requests: list[list[Request]],
         prompts: Sequence[Prompt] | None,
         score: Score | None,
+        bank: StepBank | None,
         progress: bool,
     ) -> list[list[Sample]]:
         total = sum(request.count for group in requests for request in group)
+        unanswered: list[NoServerLeftError] = []
         with tqdm(total=total, desc="generate", unit="sample", disable=not progress, leave=False) as bar:
 
-            async def one(i: int, request: _Request) -> list[Sample]:
-                samples = await self._ask(request)
+            async def one(i: int, request: Request) -> list[Sample]:
+                samples = bank.find(request.token_ids, request.seed, request.count) if bank else None
+                if samples is not None:
+                    bar.update(len(samples))
+                    return samples
+                try:
+                    samples = await self._ask(request)
+                except NoServerLeftError as error:
+                    unanswered.append(error)  # the others may be in the grader still
+                    return []
                 if score is not None and prompts is not None:
                     rewards = await asyncio.gather(*(score(prompts[i], sample) for sample in samples))
                     for sample, reward in zip(samples, rewards, strict=True):
                         sample.reward = reward
+                if bank is not None:
+                    await asyncio.to_thread(bank.add, request.label, request.token_ids, request.seed, samples)
                 bar.update(len(samples))
                 return samples
 
@@ -190,19 +188,22 @@ class RolloutClient:
                 running = [
                     [tasks.create_task(one(i, request)) for request in group] for i, group in enumerate(requests)
                 ]
+        if unanswered:
+            raise unanswered[0]
         return [[sample for task in group for sample in task.result()] for group in running]
 
-    async def _ask(self, request: _Request) -> list[Sample]:
+    async def _ask(self, request: Request) -> list[Sample]:
         """Asks until a server answered; a failing one is left out by and by, and none left is an error."""
         failures: dict[str, int] = {}
         while True:
             server = await self._take(request.count)
             held = server.version
             try:
-                return self._parse(server, request, await self._post(server, _body(request)), held)
-            except _AbortedError:
+                reply = await self._post(server, _body(request))
+                return samples_of(reply, server, request, held, self.tokenizer, self.vocab_size)
+            except AbortedError:
                 continue  # a push made room for itself; the same seed is asked again
-            except _RestartedError as error:
+            except RestartedError as error:
                 server.unusable = str(error)
                 continue
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -259,71 +260,12 @@ class RolloutClient:
             raise ServerError(f"server {server.name} answered without choices: {raw[:200]!r}")
         return reply
 
-    def _parse(self, server: Server, request: _Request, reply: dict[str, Any], held: int) -> list[Sample]:
-        """Replies are other people's data: every type, length and range is checked before use."""
-        choices = reply["choices"]
-        if len(choices) != request.count:
-            raise ServerError(f"server {server.name}: {len(choices)} samples for {request.label}, not {request.count}")
-        try:
-            choices = sorted(choices, key=lambda choice: choice["index"])
-            return [self._sample(server, request, choice, held) for choice in choices]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ServerError(f"server {server.name}: unreadable sample for {request.label}: {error!r}") from None
-
-    def _sample(self, server: Server, request: _Request, choice: dict[str, Any], held: int) -> Sample:
-        if choice["finish_reason"] == "abort":
-            raise _AbortedError
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise ValueError(f"finish_reason is {choice['finish_reason']!r}")
-        content = choice["logprobs"]["content"]
-        token_ids = np.array(choice["token_ids"], dtype=np.int64)
-        logprobs = np.array([entry["logprob"] for entry in content], dtype=np.float32)
-        scored_ids = [entry["token_id"] for entry in content]
-        count = len(token_ids)
-        if token_ids.ndim != 1 or not 0 < count <= request.sampling.max_new_tokens:
-            raise ValueError(f"token_ids has shape {token_ids.shape}, limit {request.sampling.max_new_tokens}")
-        if token_ids.min() < 0 or token_ids.max() >= self.vocab_size:
-            raise ValueError(f"a token id is outside the vocabulary of {self.vocab_size}")
-        if scored_ids != choice["token_ids"]:
-            raise ValueError(f"{len(content)} logprobs for {count} tokens, or of other tokens")
-        if not np.isfinite(logprobs).all() or logprobs.max() > 1e-4:
-            raise ValueError("a logprob is not a finite number at or below 0")
-        return Sample(
-            token_ids=token_ids,
-            logprobs=logprobs,
-            text=self.tokenizer.decode(token_ids.tolist(), skip_special_tokens=True),
-            finish_reason=choice["finish_reason"],
-            weight_versions=self._versions(server, choice["weight_versions"], count, held),
-            server=server.url,
-        )
-
-    def _versions(
-        self, server: Server, spans: list[dict[str, Any]], count: int, held: int
-    ) -> tuple[tuple[int, int, int], ...]:
-        """(version, start, end) spans, which must cover all tokens.
-
-        The last token must come from the weights that the server held when it was asked, or from a push since.
-        """
-        result = tuple((parse_version(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
-        bounds = [0, *(end for _, _, end in result)]
-        if [start for _, start, _ in result] != bounds[:-1] or bounds[-1] != count:
-            raise ValueError(f"weight_versions {result} do not cover {count} tokens")
-        newest = result[-1][0]
-        if newest < held:
-            raise _RestartedError(f"it lost version {held} and holds {newest}: it was started again meanwhile")
-        if newest > server.version:
-            raise ServerError(
-                f"server {server.name} generated with weights of version {newest}, it should hold {server.version}: "
-                "somebody else pushed into it"
-            )
-        return result
-
     async def _check_contract(self, token_ids: list[int]) -> None:
         for server in self.servers.usable():
             found: list[dict[int, float]] = []
             for temperature in (1.0, 2.0):
                 sampling = SamplingConfig(temperature=temperature, num_samples=1, max_new_tokens=1)
-                body = _body(_Request("contract", token_ids, 1, 0, sampling))
+                body = _body(Request("contract", token_ids, 1, 0, sampling))
                 body["sampling_params"]["logprobs"] = 10
                 reply = await self._post(server, body)
                 try:
@@ -369,18 +311,10 @@ class RolloutClient:
 
 
 class NoServerLeftError(ServerError):
-    """Every server was lost while samples were missing. Those that were finished have been handed to `keep`."""
+    """Every server was lost while samples were missing; the finished ones are in the bank."""
 
 
-class _AbortedError(Exception):
-    """The server cut the request short to take new weights."""
-
-
-class _RestartedError(Exception):
-    """The server answered with older weights than it held when it was asked."""
-
-
-def _body(request: _Request) -> dict[str, Any]:
+def _body(request: Request) -> dict[str, Any]:
     sampling = request.sampling
     return {
         "token_ids": request.token_ids,

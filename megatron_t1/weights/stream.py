@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ _TE_ALIAS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
 # One expert's matrix: in Megatron's SequentialMLP, or in Transformer Engine's grouped linear.
 _EXPERT = re.compile(r"^(.*mlp\.experts\.)(?:local_experts\.(\d+)\.(linear_fc\d\.weight)|(linear_fc\d\.weight)(\d+))$")
@@ -132,6 +134,21 @@ class Plan:
     def mine(self) -> list[Piece]:
         """The pieces that this rank provides, in the plan's order."""
         return list(self._mine.values())
+
+    def fingerprint(self) -> str:
+        """Collective: a digest of every number in the pieces, the same on all ranks and for every layout.
+
+        A sum of the numbers' bits, weighted by tensor: it tells weights apart that a step or a rounding changed.
+        """
+        total = 0
+        for (name, _), piece in self._mine.items():
+            bits = piece.view.contiguous().view(_BITS[piece.dtype.itemsize])
+            total += int(bits.sum(dtype=torch.int64)) * (2 * zlib.crc32(name.encode()) + 1)
+        totals = [total]
+        if dist.is_initialized():
+            totals = [0] * dist.get_world_size(self._group)
+            dist.all_gather_object(totals, total, group=self._group)
+        return f"{sum(totals) % (1 << 128):032x}"
 
     def gather(self, dst: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
         """Collective: rank `dst` gets (name, whole tensor on the CPU) one after the other, the others get nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_t1.engine.checkpoint import CheckpointConfig, _rotate, finished
 from tests.launch import run_ranks
 from tests.tiny import make_tiny_qwen2
 
@@ -17,7 +19,8 @@ WORKER = Path(__file__).with_name("resume_worker.py")
 
 
 def train(run_dir, model_dir, layout, ranks, total, resume="fresh", every=3):
-    run_ranks(WORKER, ranks, run_dir, model_dir, json.dumps(layout), total, every, resume)
+    output = run_ranks(WORKER, ranks, run_dir, model_dir, json.dumps(layout), total, every, resume)
+    (run_dir / "output").write_text(output)
     metrics = [json.loads(line) for line in (run_dir / "sft/metrics.jsonl").read_text().splitlines()]
     return metrics, load_file(run_dir / "sft/hf/model.safetensors")
 
@@ -70,3 +73,60 @@ def test_an_unfinished_checkpoint_is_never_picked_up(straight, model_dir, tmp_pa
     resumed_metrics, _ = train(tmp_path, model_dir, layout, ranks, 4, "resume")
     assert resumed_metrics[3]["loss"] == metrics[3]["loss"]
     assert not list((tmp_path / "sft/checkpoints").glob("*.tmp"))
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(straight, model_dir, tmp_path):
+    folder, layout, ranks, metrics, weights = straight
+    cut_after_three(folder, tmp_path)
+    newest = tmp_path / "sft/checkpoints/step_00000006"
+    shutil.copytree(folder / "sft/checkpoints/step_00000006", newest)
+    flip_a_bit(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
+    resumed_metrics, resumed = train(tmp_path, model_dir, layout, ranks, 6, "resume")
+    output = (tmp_path / "output").read_text()
+    assert "step_00000006 is damaged" in output
+    assert "has other contents than were written; looking at the one before" in output
+    assert [row["loss"] for row in resumed_metrics] == [row["loss"] for row in metrics]
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
+def test_every_kind_of_damage_is_seen(straight, model_dir, tmp_path):
+    whole = straight[0] / "sft/checkpoints/step_00000006"
+    kinds = {
+        "whole": lambda folder: None,
+        "cut": lambda folder: cut_short(next(folder.glob("*.distcp"))),
+        "flipped": lambda folder: flip_a_bit(folder / "common.pt"),
+        "gone": lambda folder: (folder / ".metadata").unlink(),
+        "stateless": lambda folder: (folder / "state.json").write_text('{"step": '),
+    }
+    for name, spoil in kinds.items():
+        shutil.copytree(whole, tmp_path / name)
+        spoil(tmp_path / name)
+    output = run_ranks(WORKER.with_name("damage_worker.py"), 2, *(tmp_path / name for name in kinds))
+    found = json.loads(output.splitlines()[-1])
+    assert found[0] is None
+    assert re.fullmatch(r"\S+\.distcp has \d+ bytes, \d+ were written", found[1])
+    assert found[2] == "common.pt has other contents than were written"
+    assert found[3] == ".metadata can't be read (No such file or directory)"
+    assert found[4] == "it has no readable state.json"
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    for step, score in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], start=1):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"step": step, "score": score}))
+        _rotate(tmp_path, CheckpointConfig(keep=2, keep_best=1))
+    assert [int(path.name[5:]) for path in finished(tmp_path)] == [2, 4, 5]
+    _rotate(tmp_path, CheckpointConfig(keep=1, keep_best=0))
+    assert [int(path.name[5:]) for path in finished(tmp_path)] == [5]
+    assert len(list(tmp_path.iterdir())) == 1

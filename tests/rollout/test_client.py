@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.rollout.bank import Bank
+from megatron_t1.rollout.client import NoServerLeftError, RolloutClient
 from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
 from megatron_t1.rollout.server import ServerError, Servers
-from megatron_t1.types import Prompt, Reward
+from megatron_t1.types import Prompt, Reward, Sample
 from megatron_t1.weights.sync import WeightSync, folder_pieces
 from tests.rollout.hostile import good_reply, serving
 from tests.weights import reference
@@ -195,6 +196,83 @@ def test_a_server_that_drops_connections_is_asked_again_then_left(monkeypatch) -
     with serving(lambda request: None) as bad, client_of(bad, monkeypatch=monkeypatch, connect_retries=2) as client:
         with pytest.raises(ServerError, match=r"no server is left to generate:\n.*is unusable: 2 connection errors"):
             client.generate(prompts, sampling, seed=0)
+
+
+def test_finished_samples_are_not_asked_again(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def answer(request):
+        asked.append(request["sampling_params"]["seed"])
+        return good_reply(request) if len(asked) <= 2 else None
+
+    async def score(_: Prompt, sample) -> Reward:
+        return Reward(value=0.5, correct=True, outcome="correct", extracted="7", reason="")
+
+    sampling = dataclasses.replace(SAMPLING, num_samples=4)
+    bank = Bank(tmp_path).step(3, "weights")
+    options = {"samples_per_request": 2, "connect_retries": 1}
+    with serving(answer) as url, client_of(url, monkeypatch=monkeypatch, **options) as client:
+        with pytest.raises(NoServerLeftError):
+            client.generate([TINY_PROMPT] * 2, sampling, score, seed=0, bank=bank)
+    finished = asked[:2]
+    asked.clear()
+    with serving(lambda request: asked.append(request["sampling_params"]["seed"]) or good_reply(request)) as url:
+        with client_of(url, monkeypatch=monkeypatch, samples_per_request=2) as client:
+            bank = Bank(tmp_path).step(3, "weights")  # a new process
+            groups = client.generate([TINY_PROMPT] * 2, sampling, score, seed=0, bank=bank)
+            assert len(asked) == 2
+            assert not set(asked) & set(finished)
+            for sample in (sample for group in groups for sample in group.samples):
+                assert sample.token_ids.tolist() == [7, 8]
+                assert sample.logprobs.tolist() == [-1.0, -2.0]
+                assert sample.weight_versions == ((0, 0, 2),)
+                assert sample.reward.value == 0.5
+            client.generate([TINY_PROMPT] * 2, sampling, score, seed=0, bank=Bank(tmp_path).step(3, "weights"))
+            assert len(asked) == 2
+            client.generate([TINY_PROMPT] * 2, sampling, score, seed=0, bank=Bank(tmp_path).step(3, "other weights"))
+            assert len(asked) == 6
+    Bank(tmp_path).drop_before(3)
+    assert len(list(tmp_path.iterdir())) == 1
+    Bank(tmp_path).drop_before(4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_cut_by_a_kill_is_asked_again(tmp_path) -> None:
+    sample = Sample(
+        token_ids=np.array([7]), logprobs=np.array([-1], np.float32), text="", finish_reason="stop",
+        weight_versions=((0, 0, 1),), server="",
+    )  # fmt: skip
+    bank = Bank(tmp_path).step(0)
+    bank.add("a", [1], 5, [sample])
+    bank.add("a", [1], 6, [sample])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-20])
+    bank = Bank(tmp_path).step(0)
+    assert bank.find([1], 5, 1) is not None
+    assert bank.find([1], 6, 1) is None
+    bank.add("a", [1], 6, [sample])
+    assert Bank(tmp_path).step(0).find([1], 6, 1) is not None
+
+
+def test_a_server_that_started_again_unnoticed_is_left(monkeypatch) -> None:
+    sampling = dataclasses.replace(SAMPLING, num_samples=2)
+    with serving(good_reply) as restarted, serving(_at_version("3")) as good:
+        with client_of(restarted, good, monkeypatch=monkeypatch) as client:
+            for server in client.servers.all:
+                server.version = 3
+            groups = client.generate([TINY_PROMPT] * 3, sampling, seed=0)
+            assert {s.server for g in groups for s in g.samples} == {good}
+            assert "started again meanwhile" in client.servers.all[0].unusable
+
+
+def _at_version(version: str):
+    def answer(request):
+        reply = good_reply(request)
+        for choice in reply["choices"]:
+            choice["weight_versions"][0]["version"] = version
+        return reply
+
+    return answer
 
 
 def test_a_server_that_never_answers_is_left_at_the_deadline(monkeypatch) -> None:

@@ -1,0 +1,148 @@
+"""The memory estimate of `t1 check` against measured peaks, on the CPU: resident memory of every rank over one RL step.
+
+    python benchmarks/memory.py            # all cases; writes the table of benchmarks/memory.md
+    python benchmarks/memory.py --rank ... # one rank (started by the above)
+
+The measured figure is the highest resident size from before the model is built to the end of two steps (anchor,
+forward, backward, optimizer, EMA), less what Python and the libraries took before. MALLOC_MMAP_THRESHOLD_ makes glibc
+give every tensor back to the system when it is freed, as a GPU's allocator would reuse it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {
+    "67M, wide head": {"hidden": 512, "layers": 8, "ffn": 1536, "vocab": 40000, "tied": False},
+    "54M, wide layers": {"hidden": 1024, "layers": 4, "ffn": 2816, "vocab": 4096, "tied": True},
+}
+LAYOUTS = {
+    "one process": {},
+    "TP2 SP": {"tensor": 2, "sequence_parallel": True},
+    "PP2": {"pipeline": 2},
+}
+TOKENS = 2048
+MICROBATCHES = 2
+
+
+def rank(model_dir: str, layout: dict, dtype: str) -> None:
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state as mpu
+
+    from megatron_t1 import platform
+    from megatron_t1.algo.fused_head import CHUNK_LOGITS
+    from megatron_t1.algo.loss import LossConfig, t1_token_loss
+    from megatron_t1.data.packing import Sequence
+    from megatron_t1.engine.anchor import Anchor, AnchorConfig
+    from megatron_t1.engine.model import ModelConfig
+    from megatron_t1.engine.optimizer import OptimConfig
+    from megatron_t1.engine.parallel import ParallelConfig, initialize
+    from megatron_t1.engine.step import Engine
+    from megatron_t1.estimate import Layout, Sizes, stage_memory
+
+    def step(engine: Engine, anchor: Anchor, length: int) -> None:
+        rng = np.random.default_rng(0)
+        sequences = [
+            Sequence(prompt_ids=rng.integers(0, 99, 1), response_ids=rng.integers(0, 99, length - 1), advantage=1.0)
+            for _ in range(MICROBATCHES * TOKENS // length)
+        ]
+        microbatches = engine.pack(sequences)
+        assert len(microbatches) == MICROBATCHES
+        anchor.fill(microbatches, len(sequences))
+        engine.step(microbatches, MICROBATCHES * TOKENS, lambda *a: t1_token_loss(*a, cfg=LossConfig()))
+        anchor.update()
+
+    found = platform.setup()
+    parallel = ParallelConfig(max_tokens_per_microbatch=TOKENS, **layout)
+    initialize(parallel, found, 0)
+    torch.set_num_threads(1)
+    dist.barrier()
+
+    def status(name: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    optim = OptimConfig(lr=1e-3)
+    engine = Engine(ModelConfig(hf_path=model_dir, dtype=dtype), parallel, optim, found, total_steps=9, temperature=1.2)
+    anchor = Anchor(engine, AnchorConfig())
+    for _ in range(2):
+        step(engine, anchor, 256)
+    measured = status("VmHWM") - before
+    sizes = Sizes.of(engine.spec)
+    shape = Layout(
+        tensor=parallel.tensor, pipeline=parallel.pipeline, data=1, sequence_parallel=parallel.sequence_parallel,
+        distributed_optimizer=True, dtype=dtype, recompute=False, tokens=TOKENS, microbatches=MICROBATCHES,
+        chunk_logits=CHUNK_LOGITS["cpu"],
+    )  # fmt: skip
+    parts = stage_memory(sizes, shape, mpu.get_pipeline_model_parallel_rank())
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {"measured": measured, "parts": parts})
+    if dist.get_rank() == 0:
+        print(json.dumps(everyone))
+
+
+def make(folder: Path, sizes: dict) -> Path:
+    sys.path.insert(0, str(ROOT))
+    from tests.tiny import make_tiny_qwen2
+
+    return make_tiny_qwen2(
+        folder, vocab_size=sizes["vocab"], tied=sizes["tied"], hidden_size=sizes["hidden"], num_layers=sizes["layers"],
+        num_heads=sizes["hidden"] // 64, num_kv_heads=sizes["hidden"] // 128, intermediate_size=sizes["ffn"],
+        init_std=0.02,
+    )  # fmt: skip
+
+
+def measure(model_dir: Path, layout: dict, dtype: str) -> list[dict]:
+    num_ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    done = subprocess.run(
+        [*(starter if num_ranks > 1 else starter[:1]), __file__, "--rank", model_dir, json.dumps(layout), dtype],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rank", nargs=3, metavar=("MODEL", "LAYOUT", "DTYPE"))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
+    args = parser.parse_args()
+    if args.rank:
+        model_dir, layout, dtype = args.rank
+        rank(model_dir, json.loads(layout), dtype)
+        return
+    print("| model | layout | dtype | rank | measured MB | estimate MB | ratio | parts MB |\n" + "|---" * 8 + "|")
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            model_dir = make(Path(folder), MODELS[name])
+            for label in args.layouts:
+                for dtype in args.dtypes:
+                    for number, found in enumerate(measure(model_dir, LAYOUTS[label], dtype)):
+                        estimate = sum(found["parts"].values())
+                        parts = ", ".join(f"{part} {value / 1e6:.0f}" for part, value in found["parts"].items())
+                        print(
+                            f"| {name} | {label} | {dtype} | {number} | {found['measured'] / 1e6:.0f} | "
+                            f"{estimate / 1e6:.0f} | {estimate / found['measured']:.2f} | {parts} |",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()

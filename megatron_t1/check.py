@@ -1,0 +1,408 @@
+"""`t1 check`: everything that would stop or spoil a run, found before a GPU is spent, and what the run will need.
+
+    read all settings -> settings against the checkpoint, the layout, the data, the disk -> memory and time -> report
+
+Problems end it with exit code 1, warnings do not. Left out: anything that needs a GPU or a server to find out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_t1 import estimate
+from megatron_t1.algo.fused_head import CHUNK_LOGITS
+from megatron_t1.config import Config
+from megatron_t1.data.prompts import load_prompts, load_sft
+from megatron_t1.data.template import Template
+from megatron_t1.doctor import installed
+from megatron_t1.engine.model import check_divisible
+from megatron_t1.models import spec_of
+from megatron_t1.models.spec import ModelSpec
+from megatron_t1.rollout.launch import command as vllm_command
+
+_LINES_READ = 200
+"""Of each data file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The machines that the run is checked for."""
+
+    nodes: int = 1
+    """Nodes in all."""
+    vllm_nodes: int = 0
+    """Of them for vLLM alone; 0: every node both trains and serves, with half of its GPUs each."""
+    gpus_per_node: int = 8
+    ranks_per_node: int | None = None
+    """Trainer processes on a node; None: one on each of its GPUs that is not vLLM's."""
+    gpu: str = "H100"
+    """Which one: A100, H100, H200."""
+
+    def __post_init__(self) -> None:
+        if self.gpu not in estimate.GPUS:
+            raise ValueError(f"gpu = {self.gpu!r}: known are {', '.join(estimate.GPUS)}")
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.vllm_nodes < self.nodes:
+            raise ValueError(f"vllm_nodes = {self.vllm_nodes} must leave one of the {self.nodes} nodes to train")
+
+    def trainer_nodes(self, command: str) -> int:
+        return self.nodes - (self.vllm_nodes if command == "rl" else 0)
+
+    def ranks(self, command: str) -> int:
+        shared = command in ("rl", "run") and self.vllm_nodes == 0
+        each = self.ranks_per_node or (self.gpus_per_node // 2 if shared else self.gpus_per_node)
+        return self.trainer_nodes(command) * each
+
+    def servers(self, tp: int) -> int:
+        on, each = (self.vllm_nodes, self.gpus_per_node) if self.vllm_nodes else (self.nodes, self.gpus_per_node // 2)
+        return max(1, on * (each // tp))
+
+
+@dataclass
+class Findings:
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+
+    def must(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.problems.append(problem)
+
+    def should(self, holds: bool, warning: str) -> None:
+        if not holds:
+            self.warnings.append(warning)
+
+    def text(self) -> str:
+        lines = [*self.facts, *(f"warning: {text}" for text in self.warnings)]
+        lines += [f"problem: {text}" for text in self.problems]
+        count = len(self.problems)
+        lines.append(f"{count} problem{'s' * (count != 1)}" if count else "no problem found")
+        return "\n".join(lines)
+
+
+def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
+    """Adds what is found for `t1 <command>` at `place`: sft, rl, evaluate, scaling, run or serve."""
+    model_dir = Path(cfg.model.hf_path)
+    try:
+        spec = spec_of(model_dir)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return found
+    trains, samples = command in ("sft", "rl", "run"), command != "sft"
+    template = _tokens(model_dir, spec, found)
+    if trains:
+        _layout(cfg, spec, command, place, found)
+    if samples:
+        _sampling(cfg, spec, command, found)
+    longest = _data(cfg, command, template, found) if template else {}
+    _lengths(cfg, spec, command, longest, found)
+    if trains:
+        _needs(cfg, spec, command, place, longest, found)
+    return found
+
+
+def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | None:
+    try:
+        template = Template(model_dir)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return None
+    size = len(template.tokenizer)
+    found.must(
+        size <= spec.vocab_size,
+        f"{model_dir}: the tokenizer has {size} tokens and config.json a vocab_size of {spec.vocab_size}: ids beyond "
+        "it have no weights; use the tokenizer that the model came with",
+    )
+    found.facts.append(
+        f"{spec.architecture}, {estimate.Sizes.of(spec).total / 1e9:.2f}e9 parameters; vocabulary {spec.vocab_size} "
+        f"rows for {size} tokens (the rest is masked in the loss); responses end with token {template.eos_token_id}"
+    )
+    path = model_dir / "generation_config.json"
+    if path.exists():
+        ends = json.loads(path.read_text()).get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        found.should(
+            ends == [None] or template.eos_token_id in ends,
+            f"{path} ends responses with {ends}, the tokenizer, which training uses, with {template.eos_token_id}",
+        )
+    return template
+
+
+def _layout(cfg: Config, spec: ModelSpec, command: str, place: Place, found: Findings) -> None:
+    parallel, world = cfg.parallel, place.ranks(command)
+    try:
+        check_divisible(spec, parallel)
+    except ValueError as error:
+        found.problems += str(error).partition(": ")[2].split("; ")
+    group = parallel.tensor * parallel.pipeline
+    found.must(
+        world % group == 0,
+        f"{world} trainer processes do not divide by parallel.tensor x parallel.pipeline = {group}",
+    )
+    found.should(
+        parallel.tensor <= place.gpus_per_node,
+        f"parallel.tensor = {parallel.tensor} reaches over nodes of {place.gpus_per_node} GPUs: slow; use "
+        "parallel.pipeline",
+    )
+    if clash := sorted(set(cfg.model.transformer) & set(spec.transformer)):
+        found.problems.append(
+            f"model.transformer sets {clash}, which the checkpoint's config.json decides; remove them"
+        )
+    if cfg.model.transformer.get("fp8"):
+        found.should(
+            installed("transformer-engine") is not None,
+            "model.transformer.fp8 needs Transformer Engine, which is not installed here",
+        )
+        found.must(
+            cfg.model.dtype == "bfloat16", f"model.transformer.fp8 needs model.dtype = bfloat16, not {cfg.model.dtype}"
+        )
+    if command in ("rl", "run") and cfg.loss.kl_estimator == "full":
+        found.warnings.append("loss.kl_estimator = full computes the anchor's whole vocabulary in every step: slower")
+
+
+def _sampling(cfg: Config, spec: ModelSpec, command: str, found: Findings) -> None:
+    rollout, sampling = cfg.rollout, cfg.sampling
+    heads, groups = spec.transformer["num_attention_heads"], spec.transformer["num_query_groups"]
+    found.must(heads % rollout.tp == 0, f"rollout.tp = {rollout.tp} does not divide the {heads} attention heads")
+    found.must(
+        groups % rollout.tp == 0 or rollout.tp % groups == 0,
+        f"rollout.tp = {rollout.tp} and {groups} key-value heads: one must divide the other",
+    )
+    mode = rollout.vllm_args.get("logprobs-mode", rollout.vllm_args.get("logprobs_mode", "processed_logprobs"))
+    found.must(
+        mode == "processed_logprobs",
+        f"rollout.vllm_args sets logprobs-mode = {mode}: logprobs from before the temperature make every policy ratio "
+        "wrong",
+    )
+    if command not in ("rl", "run"):
+        return
+    for name in ("top_p", "min_p"):
+        value = getattr(sampling, name)
+        found.should(
+            value == (1.0 if name == "top_p" else 0.0),
+            f"sampling.{name} = {value} cuts the distribution that is sampled, not the one that is trained: the policy "
+            "gradient is biased, and tokens that were cut count as possible. T1 ablates it; the mismatch is logged",
+        )
+    found.should(
+        rollout.dtype in ("auto", cfg.model.dtype),
+        f"rollout.dtype = {rollout.dtype} is not model.dtype = {cfg.model.dtype}: a train/rollout mismatch by design",
+    )
+    found.facts.append(
+        f"logprobs of servers and trainer: after temperature {sampling.temperature}, checked on every server at first"
+    )
+
+
+def _data(cfg: Config, command: str, template: Template, found: Findings) -> dict[str, int]:
+    """Reads the first lines of each file that the command needs; the longest prompt (or example) in tokens."""
+    needed = {"sft": ["sft"], "rl": ["train"], "run": ["sft", "train", "heldout"], "serve": []}.get(
+        command, ["heldout"]
+    )
+    longest = {}
+    for name in needed:
+        try:
+            path = cfg.data.need(name)
+            with path.open(encoding="utf-8") as file:
+                head = list(itertools.islice((line for line in file if line.strip()), _LINES_READ))
+                count = len(head) + sum(1 for line in file if line.strip())
+        except (ValueError, OSError) as error:
+            found.problems.append(f"data.{name}: {error}")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            beginning = Path(folder) / path.name
+            beginning.write_text("".join(head), encoding="utf-8")
+            try:
+                if name == "sft":
+                    longest[name] = max(sequence.num_tokens for sequence in load_sft(beginning, template, cfg.data))
+                else:
+                    longest[name] = max(len(p.token_ids) for p in load_prompts(beginning, template, cfg.data))
+            except ValueError as error:
+                found.problems.append(f"data.{name}: {str(error).replace(str(beginning), str(path))}")
+                continue
+        found.facts.append(f"data.{name}: {count} lines; the longest of the first {len(head)}: {longest[name]} tokens")
+        wanted = {
+            "sft": ("sft.batch_size", cfg.sft.batch_size),
+            "train": ("rl.prompts_per_step", cfg.rl.prompts_per_step),
+        }
+        if name in wanted:
+            setting, least = wanted[name]
+            found.must(count >= least, f"{setting} = {least} is larger than the {count} lines of {path}")
+    return longest
+
+
+def _lengths(cfg: Config, spec: ModelSpec, command: str, longest: dict[str, int], found: Findings) -> None:
+    limit = cfg.rollout.max_model_len or spec.max_position_embeddings
+    found.must(
+        limit <= spec.max_position_embeddings,
+        f"rollout.max_model_len = {limit} is more than the model's {spec.max_position_embeddings} positions",
+    )
+    room = cfg.parallel.max_tokens_per_microbatch
+    if command in ("rl", "run"):
+        needed = longest.get("train", 0) + cfg.sampling.max_new_tokens
+        found.must(
+            needed <= limit,
+            f"the longest prompt and sampling.max_new_tokens make {needed} tokens, the servers take {limit}: lower it "
+            "or raise rollout.max_model_len",
+        )
+        found.must(
+            needed <= room,
+            f"the longest prompt and sampling.max_new_tokens make {needed} tokens, a microbatch takes {room}: raise "
+            "parallel.max_tokens_per_microbatch",
+        )
+    if command in ("sft", "run"):
+        found.must(
+            longest.get("sft", 0) <= room,
+            f"the longest example has {longest.get('sft', 0)} tokens, a microbatch takes {room}: raise "
+            "parallel.max_tokens_per_microbatch",
+        )
+    if command in ("evaluate", "scaling", "run"):
+        own = (cfg.scaling if command == "scaling" else cfg.evaluate).sampling.max_new_tokens
+        needed = longest.get("heldout", 0) + own
+        found.must(needed <= limit, f"evaluation needs {needed} tokens, the servers take {limit}")
+
+
+def _needs(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int], found: Findings) -> None:
+    """Memory by part, time by stage, disk."""
+    sizes, gpu = estimate.Sizes.of(spec), estimate.GPUS[place.gpu]
+    stage = cfg.sft if command == "sft" else cfg.rl
+    layout = layout_of(cfg, command, place, longest)
+    worst: dict[str, float] = {}
+    for number in range(layout.pipeline):
+        parts = estimate.stage_memory(sizes, layout, number)
+        if command == "sft":
+            parts.pop("anchor")
+        if sum(parts.values()) > sum(worst.values()):
+            worst = parts
+    total = sum(worst.values())
+    listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items())
+    found.facts.append(
+        f"memory of the fullest trainer GPU: {total / 1e9:.3g} GB ({listed}); TP {layout.tensor}, "
+        f"PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens in a microbatch"
+    )
+    found.should(
+        total < 0.95 * gpu.memory_bytes,
+        f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
+        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch or full recomputation",
+    )
+    keep = stage.checkpoint.keep + stage.checkpoint.keep_best + 1  # and the one that is being written
+    disk = keep * estimate.checkpoint_bytes(sizes, cfg.model.dtype) * (0.8 if command == "sft" else 1)
+    folder = next(
+        path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(folder).free
+    found.facts.append(f"disk: {keep} checkpoints take {disk / 1e9:.2f} GB, {folder} has {free / 1e9:.0f} GB free")
+    found.must(
+        disk <= free,
+        f"{keep} checkpoints take {disk / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or lower "
+        f"checkpoint.keep = {stage.checkpoint.keep} or keep_best = {stage.checkpoint.keep_best}",
+    )
+    if command == "sft":
+        return
+    dtype = cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype
+    holds = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, dtype, cfg.rollout.gpu_memory_utilization)
+    full = cfg.rollout.max_model_len or spec.max_position_embeddings
+    found.facts.append(
+        f"each vLLM server (TP {cfg.rollout.tp}): room for {holds:.0f} tokens of keys and values, {holds / full:.1f} "
+        f"samples of {full} tokens at a time"
+    )
+    found.should(
+        holds >= full,
+        f"a vLLM server of TP {cfg.rollout.tp} has no room for one sample of {full} tokens: raise rollout.tp",
+    )
+    seconds = seconds_of(cfg, spec, command, place, longest)
+    listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
+    found.facts.append(
+        f"time of a step: about {sum(seconds.values()):.3g} s ({listed}) on {place.gpu}s, if responses have half of "
+        "max_new_tokens on average"
+    )
+
+
+def layout_of(cfg: Config, command: str, place: Place, longest: dict[str, int]) -> estimate.Layout:
+    data = max(1, place.ranks(command) // (cfg.parallel.tensor * cfg.parallel.pipeline))
+    room = cfg.parallel.max_tokens_per_microbatch
+    if command == "sft":
+        tokens = cfg.sft.batch_size * longest.get("sft", room)
+    else:
+        samples = cfg.rl.prompts_per_step * cfg.sampling.num_samples
+        tokens = samples * (longest.get("train", 0) + cfg.sampling.max_new_tokens // 2)
+    return estimate.Layout(
+        tensor=cfg.parallel.tensor,
+        pipeline=cfg.parallel.pipeline,
+        data=data,
+        sequence_parallel=cfg.parallel.sequence_parallel,
+        distributed_optimizer=cfg.parallel.distributed_optimizer,
+        dtype=cfg.model.dtype,
+        recompute=cfg.model.transformer.get("recompute_granularity") == "full",
+        tokens=min(room, math.ceil(tokens / data)),
+        microbatches=max(1, math.ceil(tokens / data / room)),
+        chunk_logits=CHUNK_LOGITS["cuda"],
+    )
+
+
+def seconds_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> dict[str, float]:
+    return estimate.step_seconds(
+        estimate.Sizes.of(spec),
+        layout_of(cfg, command, place, longest),
+        estimate.GPUS[place.gpu],
+        servers=place.servers(cfg.rollout.tp),
+        server_tp=cfg.rollout.tp,
+        server_dtype=cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype,
+        num_samples=cfg.rl.prompts_per_step * cfg.sampling.num_samples,
+        prompt_tokens=longest.get("train", 200),
+        mean_tokens=cfg.sampling.max_new_tokens / 2,
+        max_tokens=cfg.sampling.max_new_tokens,
+        max_num_seqs=cfg.rollout.max_num_seqs,
+        utilization=cfg.rollout.gpu_memory_utilization,
+    )
+
+
+def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
+    """The srun commands that the batch scripts would run for these options, and the vLLM command of a server."""
+    root = Path(__file__).resolve().parents[1]
+    library = root / "slurm" / "lib.sh"
+    if not library.is_file():
+        raise ValueError(f"--dry-run reads {library}, which is there in a checkout of the project only")
+    rest = list(options)
+    at = rest.index("--config") if "--config" in rest else len(rest)
+    config = Path(rest[at + 1]).absolute() if at < len(rest) else ""
+    del rest[at : at + 2]
+    env = {
+        **os.environ,
+        "T1_DRY_RUN": "1",
+        "T1_HOME": str(root),
+        "T1_PYTHON": sys.executable,
+        "T1_NODES": " ".join(f"node{i + 1}" for i in range(place.nodes)),
+        "SLURM_GPUS_PER_NODE": str(place.gpus_per_node),
+        "VLLM_NODES": str(place.vllm_nodes),
+        "VLLM_GPUS": str(place.gpus_per_node // 2),
+        "VLLM_TP": str(cfg.rollout.tp),
+        "MODEL": cfg.model.hf_path,
+        "RUN_DIR": cfg.run_dir,
+        "RANKS": str(place.ranks_per_node or ""),
+    }
+    if command not in ("rl", "sft", "evaluate"):
+        raise ValueError(f"--dry-run is for rl, sft and evaluate; there is no batch script for {command}")
+    script = f'source {shlex.quote(str(library))}; t1_{command} "$@"'
+    done = subprocess.run(["bash", "-c", script, "t1", str(config), *rest], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"slurm/lib.sh refused: {done.stderr or done.stdout}")
+    text = done.stdout
+    if command != "sft":
+        words = vllm_command(cfg.rollout, Path(cfg.model.hf_path), host="NODE", port=0, device="cuda", transport="nccl")
+        text += (
+            "\n# each server that `t1 serve` starts on a node, with the key in its environment:\n"
+            + shlex.join(words)
+            + "\n"
+        )
+    return text

@@ -1,0 +1,225 @@
+"""What a run will need, from its configuration alone: bytes on each GPU by part, seconds of a step by stage.
+
+Memory. P parameters lie on a rank: layers / pipeline of them, each split by tensor but for the norms, and on the first
+and last stage their share of the vocabulary. b bytes hold a number in model.dtype, D is the data-parallel size (1 when
+parallel.distributed_optimizer is off), s the tokens of a microbatch, L the layers of a stage, t the tensor-parallel
+size, and u = t under sequence parallelism, else 1.
+
+    weights      b P
+    gradients    4 P                       float32, one buffer
+    optimizer    12 P / D in bfloat16      float32 weights and two moments; 8 P / D in float32, where the weights serve
+    anchor       6 P in bfloat16           its float32 average and a copy in bfloat16; 4 P in float32
+    activations  b s L c m                 m = min(microbatches, stages left): what 1F1B keeps on the first stage
+                 c = 4 h / u + (2 q + 2 k + o) / t + 4 f / t a token and layer, or h / u when all is recomputed (and
+                 then one layer's c besides); q, k, o: width of the queries, keys, attention output; f: of the MLP
+    head         4 (s_c V / t) + 12 s h    the logits of one chunk of s_c tokens, hidden states and their gradients
+    update       the largest tensor's float32 copies, while the optimizer and the anchor change it
+
+Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P, the anchor 2 P.
+
+    train        flops / (GPUs x peak x _TRAIN_SHARE)
+    generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
+                 tokens of the longest sample x (weights + cache) / (tensor-parallel GPUs x bandwidth x _READ_SHARE),
+                 repeated when the servers hold fewer samples than there are
+    push         b x parameters / (network of one node x _NET_SHARE)
+
+The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
+peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, NCCL's buffers, the CUDA context (about 2 GB a GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_t1.models.spec import ModelSpec
+
+_TRAIN_SHARE, _READ_SHARE, _NET_SHARE = 0.40, 0.60, 0.50
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One accelerator, by its data sheet."""
+
+    memory_bytes: float
+    flops_per_s: float
+    """Dense bfloat16."""
+    bytes_per_s: float
+    """Memory bandwidth."""
+    network_bytes_per_s: float
+    """Of a node to others, for each of its GPUs."""
+
+
+GPUS = {
+    "A100": Gpu(memory_bytes=80e9, flops_per_s=312e12, bytes_per_s=2.0e12, network_bytes_per_s=25e9),
+    "H100": Gpu(memory_bytes=80e9, flops_per_s=989e12, bytes_per_s=3.35e12, network_bytes_per_s=50e9),
+    "H200": Gpu(memory_bytes=141e9, flops_per_s=989e12, bytes_per_s=4.8e12, network_bytes_per_s=50e9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A model's numbers of parameters, by how tensor parallelism splits them."""
+
+    hidden: int
+    num_layers: int
+    vocab: int
+    tied: bool
+    query: int
+    """Width of all query heads together."""
+    key: int
+    """Width of all key heads together; values have the same."""
+    mlp: int
+    """Width of the MLP (of the experts that one token takes, for a mixture)."""
+    split_per_layer: int
+    whole_per_layer: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Sizes:
+        t: Mapping[str, Any] = spec.transformer
+        h, d = t["hidden_size"], t["kv_channels"]
+        q, k = t["num_attention_heads"] * d, t["num_query_groups"] * d
+        experts = t.get("num_moe_experts")
+        ffn = t["moe_ffn_hidden_size"] if experts else t["ffn_hidden_size"]
+        mlp = 3 * h * ffn * (experts or 1)
+        bias = q + 2 * k if t.get("add_qkv_bias") else 0
+        norms = 2 * h + (2 * d if t.get("qk_layernorm") else 0)
+        return cls(
+            hidden=h,
+            num_layers=t["num_layers"],
+            vocab=spec.vocab_size,
+            tied=spec.tied_embeddings,
+            query=q,
+            key=k,
+            mlp=ffn * (t.get("moe_router_topk", 1) if experts else 1),
+            split_per_layer=h * (q + 2 * k) + q * h + mlp + bias,
+            whole_per_layer=norms + (h * experts if experts else 0),
+        )
+
+    @property
+    def total(self) -> int:
+        per_layer = self.split_per_layer + self.whole_per_layer
+        return self.num_layers * per_layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token is multiplied with, the head included (the embedding is looked up)."""
+        mlp = 3 * self.hidden * self.mlp
+        attention = 2 * self.hidden * (self.query + self.key)
+        return self.num_layers * (attention + mlp) + self.vocab * self.hidden
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the trainer is laid out, and what one microbatch of it is."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence_parallel: bool
+    distributed_optimizer: bool
+    dtype: str
+    recompute: bool
+    tokens: int
+    """Of a microbatch, padding included."""
+    microbatches: int
+    """Of a step, on each data-parallel rank."""
+    chunk_logits: int
+    """Logits that the head holds at a time (algo.fused_head.CHUNK_LOGITS)."""
+
+
+def parameters(sizes: Sizes, layout: Layout, stage: int) -> int:
+    """Parameters on one rank of a pipeline stage."""
+    layers = sizes.num_layers // layout.pipeline
+    vocabulary = -(-sizes.vocab // layout.tensor) * sizes.hidden
+    count = layers * (sizes.split_per_layer // layout.tensor + sizes.whole_per_layer)
+    last = stage == layout.pipeline - 1
+    if stage == 0:
+        count += vocabulary
+    if last:
+        count += sizes.hidden
+        if not (sizes.tied and layout.pipeline == 1):  # tied embeddings are copied to the last stage
+            count += vocabulary
+    return count
+
+
+def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
+    """Bytes on one rank of a pipeline stage, by part; the formulas are in the module's docstring."""
+    b, p = _BYTES[layout.dtype], parameters(sizes, layout, stage)
+    narrow = b < 4
+    shards = layout.data if layout.distributed_optimizer else 1
+    t, u = layout.tensor, layout.tensor if layout.sequence_parallel else 1
+    h, layers = sizes.hidden, sizes.num_layers // layout.pipeline
+    per_token = 4 * h / u + (3 * sizes.query + 2 * sizes.key) / t + 4 * sizes.mlp / t
+    kept = layers * (h / u if layout.recompute else per_token)
+    under_way = min(layout.microbatches, layout.pipeline - stage)
+    activations = b * layout.tokens * (kept * under_way + (per_token if layout.recompute else 0))
+    vocabulary = -(-sizes.vocab // t)
+    head = 0.0
+    if stage == layout.pipeline - 1:
+        head = 4 * min(layout.chunk_logits, layout.tokens * vocabulary) + 12 * layout.tokens * h
+    largest = max(vocabulary * h if stage in (0, layout.pipeline - 1) else 0, 2 * h * sizes.mlp // t)
+    return {
+        "weights": b * p,
+        "gradients": 4.0 * p,
+        "optimizer": (12 if narrow else 8) * p / shards,
+        "anchor": (6.0 if narrow else 4.0) * p,
+        "activations": activations,
+        "head": head,
+        "update": 4.0 * largest,
+    }
+
+
+def checkpoint_bytes(sizes: Sizes, dtype: str) -> float:
+    """One checkpoint with optimizer and anchor."""
+    b = _BYTES[dtype]
+    return sizes.total * (b + (12 if b < 4 else 8) + 4)
+
+
+def cache_tokens(sizes: Sizes, gpu: Gpu, tp: int, dtype: str, utilization: float) -> float:
+    """Tokens whose keys and values one vLLM server can hold; 4 GB a GPU are left to its own work."""
+    b = _BYTES[dtype]
+    free = tp * (gpu.memory_bytes * utilization - 4e9) - b * sizes.total
+    return max(0.0, free / (2 * b * sizes.key * sizes.num_layers))
+
+
+def step_seconds(
+    sizes: Sizes,
+    layout: Layout,
+    gpu: Gpu,
+    *,
+    servers: int,
+    server_tp: int,
+    server_dtype: str,
+    num_samples: int,
+    prompt_tokens: float,
+    mean_tokens: float,
+    max_tokens: int,
+    max_num_seqs: int,
+    utilization: float,
+) -> dict[str, float]:
+    """Seconds of an RL step by stage, for `num_samples` samples of `mean_tokens` tokens, the longest `max_tokens`."""
+    b = _BYTES[server_dtype]
+    holds = cache_tokens(sizes, gpu, server_tp, server_dtype, utilization)
+    fits = holds / (prompt_tokens + mean_tokens)
+    together = max(1.0, min(max_num_seqs, num_samples / servers, fits))
+    rounds = max(1.0, num_samples / servers / together)
+    cache = together * (prompt_tokens + mean_tokens / 2) * 2 * b * sizes.key * sizes.num_layers
+    per_token_s = (b * sizes.total + cache) / (server_tp * gpu.bytes_per_s * _READ_SHARE)
+    # Rounds overlap: a finished sample makes room at once, so only the last one waits for the longest.
+    generate = per_token_s * ((rounds - 1) * mean_tokens + max_tokens)
+
+    gpus = layout.tensor * layout.pipeline * layout.data
+    tokens = num_samples * (prompt_tokens + mean_tokens)
+    flops = 2 * sizes.active * tokens
+    rate = gpus * gpu.flops_per_s * _TRAIN_SHARE
+    bubble = 1 + (layout.pipeline - 1) / max(1, layout.microbatches)
+    push = _BYTES[layout.dtype] * sizes.total / (gpu.network_bytes_per_s * _NET_SHARE)
+    return {
+        "generate": generate,
+        "anchor": flops / rate * bubble,
+        "train": flops * (4 if layout.recompute else 3) / rate * bubble,
+        "push": push,
+    }

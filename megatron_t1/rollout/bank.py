@@ -1,0 +1,92 @@
+"""Finished samples of the steps since the last checkpoint, on the disk: a trainer that died need not ask again.
+
+A line is the graded samples of one request. It is found again only for the same weights, prompt, seed, sampling and
+grading: the key is a digest of all of them, and the weights enter by the digest of their numbers, not by their version.
+So a run that resumes bit-equal replays its steps from here, and one that resumes with other rounding asks anew.
+Samples of a request that was not finished are lost.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_t1.files import append_jsonl, read_jsonl
+from megatron_t1.types import Reward, Sample
+
+_STEP = re.compile(r"^step_(\d{8})\.jsonl$")
+
+
+class Bank:
+    """The samples of every step since the last checkpoint: a file a step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def step(self, step: int, *same: Any) -> StepBank:
+        """The samples of one step; `same` (JSON values) is what has to be the same for a sample to be used again."""
+        return StepBank(self.folder / f"step_{step:08d}.jsonl", json.dumps([step, *same], sort_keys=True))
+
+    def drop_before(self, step: int) -> None:
+        """Forget the samples of steps below `step`: a checkpoint holds what was learned from them."""
+        for path in self.folder.glob("step_*.jsonl"):
+            if (match := _STEP.match(path.name)) and int(match[1]) < step:
+                path.unlink()
+
+
+class StepBank:
+    """The finished requests of one step. `add` may be called from several threads."""
+
+    def __init__(self, path: Path, same: str) -> None:
+        self._path, self._same = path, same
+        self._lock = threading.Lock()
+        self._rows = {row["key"]: row for row in read_jsonl(path)}
+
+    def find(self, token_ids: Sequence[int], seed: int, count: int) -> list[Sample] | None:
+        """The `count` samples from seed `seed` on, or None when they were not finished."""
+        row = self._rows.get(self._key(token_ids, seed, count))
+        return [_sample(fields) for fields in row["samples"]] if row else None
+
+    def add(self, prompt_id: str, token_ids: Sequence[int], seed: int, samples: list[Sample]) -> None:
+        """Brings the samples to the disk before it returns."""
+        key = self._key(token_ids, seed, len(samples))
+        row = {"key": key, "prompt": prompt_id, "seed": seed, "samples": [_fields(sample) for sample in samples]}
+        with self._lock:
+            append_jsonl(self._path, [row])
+
+    def _key(self, token_ids: Sequence[int], seed: int, count: int) -> str:
+        what = json.dumps([self._same, list(token_ids), seed, count])
+        return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+
+
+def _fields(sample: Sample) -> dict[str, Any]:
+    return {
+        "token_ids": base64.b64encode(sample.token_ids.astype("<i8").tobytes()).decode(),
+        "logprobs": base64.b64encode(sample.logprobs.astype("<f4").tobytes()).decode(),
+        "text": sample.text,
+        "finish_reason": sample.finish_reason,
+        "weight_versions": sample.weight_versions,
+        "server": sample.server,
+        "reward": asdict(sample.reward) if sample.reward else None,
+    }
+
+
+def _sample(fields: dict[str, Any]) -> Sample:
+    return Sample(
+        token_ids=np.frombuffer(base64.b64decode(fields["token_ids"]), "<i8").astype(np.int64),
+        logprobs=np.frombuffer(base64.b64decode(fields["logprobs"]), "<f4").astype(np.float32),
+        text=fields["text"],
+        finish_reason=fields["finish_reason"],
+        weight_versions=tuple(tuple(span) for span in fields["weight_versions"]),
+        server=fields["server"],
+        reward=Reward(**fields["reward"]) if fields["reward"] else None,
+    )

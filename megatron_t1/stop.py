@@ -1,0 +1,54 @@
+"""Stopping in order when a batch system asks: SIGUSR1 (a time limit comes near) or SIGTERM (preemption, scancel).
+
+The rule: a step that trains is finished; a step that still generates is dropped, its finished samples stay on the disk
+and are not asked again; then a checkpoint is written and the process ends with EXIT_STOPPED. Rank 0's signal decides
+for all ranks, at a point where all of them ask for its decision.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_STOPPED = 75
+"""Exit code (EX_TEMPFAIL) of a run that was stopped as asked: `--resume` goes on."""
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Stopped(Exception):  # noqa: N818 (not an error)
+    """The run ends here as it was asked to; what is done is on the disk."""
+
+
+class StopSignal:
+    """Remembers that the process was asked to stop, and cuts short what may be cut."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._interruptible = False
+
+    def install(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The signal raises `Stopped` inside the block; at once when it has come already."""
+        self._interruptible = True
+        try:
+            if self.asked:
+                raise Stopped
+            yield
+        finally:
+            self._interruptible = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if self._interruptible:
+            self._interruptible = False
+            raise Stopped
+
+
+STOP = StopSignal()
+"""The process's one: signals are the process's."""

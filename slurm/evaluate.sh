@@ -1,0 +1,25 @@
+#!/bin/bash
+#SBATCH --job-name=t1-evaluate
+#SBATCH --account=my_account
+#SBATCH --partition=gpu
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=96
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# Accuracy of a model on held-out questions, vLLM on every node.
+# Edit account, partition (above) and the paths (below); then: sbatch slurm/evaluate.sh [--rl.steps 100 ...]
+MODEL=${MODEL:-/path/to/runs/t1-qwen32b/rl/hf} # Hugging Face folder
+DATA=${DATA:-/path/to/data}          # folder with heldout.jsonl
+RUN_DIR=${RUN_DIR:-/path/to/runs/evaluate} # on a file system that all nodes share
+CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml}
+VLLM_TP=${VLLM_TP:-4}                # GPUs of one vLLM server
+# shellcheck source=slurm/lib.sh
+source "${T1_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
+t1_evaluate "$CONFIG" "$@"

@@ -1,0 +1,236 @@
+# shellcheck shell=bash
+# What the batch scripts of this folder share: placing trainer and servers, watching them, stopping and going on.
+#
+#   t1_rl CONFIG [OPTIONS]            trainer on the first nodes, vLLM servers on the last VLLM_NODES
+#   t1_sft CONFIG [OPTIONS]           trainer on all nodes
+#   t1_evaluate CONFIG [OPTIONS]      one process on the first node, vLLM servers on all nodes
+#
+# OPTIONS are options of the `t1` command (--rl.steps 100). With T1_DRY_RUN=1 the srun commands are printed, not run.
+#
+# USR1 (Slurm sends it before the time limit, #SBATCH --signal=B:USR1@300) -> the trainer finishes or drops its step,
+# writes a checkpoint and exits with 75 -> the job is requeued and goes on from there. A rank that was killed -> the
+# trainer is started again from the newest checkpoint while the servers stay up, RESTARTS times without a step between.
+# A node that fails -> Slurm requeues the job. Any other end of the trainer ends the job with its exit code.
+
+set -uo pipefail
+T1_HOME=${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+T1_PYTHON=${T1_PYTHON:-$T1_HOME/.venv/bin/python}
+VLLM_NODES=${VLLM_NODES:-0}
+VLLM_GPUS=${VLLM_GPUS:-4}         # of every node, when VLLM_NODES=0: servers and trainer share the nodes, not the GPUs
+VLLM_TP=${VLLM_TP:-4}             # GPUs of one server
+RESTARTS=${RESTARTS:-3}
+GRACE_S=${GRACE_S:-270}           # from USR1 to the end, when the trainer does not stop by itself
+STOPPED=75                        # exit code of a trainer that stopped as asked
+JOB=${SLURM_JOB_ID:-0}
+SESSION=$JOB.${SLURM_RESTART_COUNT:-0}
+export PYTHONPATH=$T1_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+ASKED_TO_STOP=
+TRAINER=
+KEEPERS=()
+
+say() { echo "$(date '+%F %T') job $SESSION: $*"; }
+
+fail() { # EXIT_CODE WORDS...: the job's last line
+  local code=$1
+  shift
+  end_steps
+  say "FAILED: $*"
+  exit "$code"
+}
+
+t1_rl() {
+  local config=$1
+  shift
+  prepare rl "$config" ${DATA:+--data.train "$DATA/rl.jsonl"} "$@"
+  local train_nodes=$((${#NODES[@]} - VLLM_NODES)) serve_gpus=$GPUS ranks=$GPUS gpu_ids=()
+  ((train_nodes >= 1)) || fail 2 "VLLM_NODES=$VLLM_NODES of ${#NODES[@]} nodes leaves none to train: lower it or ask for more nodes"
+  local -a serve_on=("${NODES[@]:train_nodes}")
+  if ((VLLM_NODES == 0)); then
+    serve_on=("${NODES[@]}") serve_gpus=$VLLM_GPUS ranks=$((GPUS - VLLM_GPUS))
+    ((ranks >= 1)) || fail 2 "VLLM_GPUS=$VLLM_GPUS of $GPUS GPUs leaves none to train"
+    gpu_ids=(--rollout.gpu_ids "[$(seq -s, "$ranks" $((GPUS - 1)))]")
+  fi
+  start_servers "$serve_gpus" "${serve_on[*]}" "${gpu_ids[@]}"
+  run_trainer rl "${RANKS:-$ranks}" "${NODES[@]:0:train_nodes}"
+}
+
+t1_sft() {
+  local config=$1
+  shift
+  prepare sft "$config" ${DATA:+--data.sft "$DATA/sft.jsonl"} "$@"
+  run_trainer sft "${RANKS:-$GPUS}" "${NODES[@]}"
+}
+
+t1_evaluate() {
+  local config=$1
+  shift
+  prepare evaluate "$config" ${DATA:+--data.heldout "$DATA/heldout.jsonl"} "$@"
+  start_servers "$GPUS" "${NODES[*]}"
+  run_trainer evaluate 1 "${NODES[0]}"
+}
+
+prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what would fail later
+  local command=$1 config=$2
+  shift 2
+  [[ $config = /* ]] || config=$T1_HOME/$config
+  OPTIONS=(--config "$config" --run_dir "$RUN_DIR" --model.hf_path "$MODEL" "$@" --resume)
+  REGISTRY=$RUN_DIR/servers/$SESSION
+  LOGS=$RUN_DIR/logs
+  GPUS=${SLURM_GPUS_PER_NODE:-8}
+  GPUS=${GPUS##*:}
+  CPUS=${SLURM_CPUS_PER_TASK:-1}
+  if [ -n "${T1_DRY_RUN:-}" ]; then
+    read -ra NODES <<<"$T1_NODES"
+    return
+  fi
+  mapfile -t NODES < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}")
+  trap on_usr1 USR1
+  say "$command on ${NODES[*]}, $VLLM_NODES of them for vLLM alone, logs in $LOGS"
+  mkdir -p "$LOGS" || fail 2 "RUN_DIR=$RUN_DIR can't be made: set it to a folder that all nodes share"
+  "$T1_PYTHON" -m megatron_t1 check --for "$command" --nodes "${#NODES[@]}" --vllm_nodes "$VLLM_NODES" \
+    --gpus_per_node "$GPUS" ${RANKS:+--ranks_per_node "$RANKS"} "${OPTIONS[@]}" --rollout.tp "$VLLM_TP" ||
+    fail 2 "t1 check refused the configuration: see above"
+}
+
+on_usr1() {
+  ASKED_TO_STOP=1
+  say "asked to stop: the trainer finishes or drops its step and writes a checkpoint"
+  [ -n "$TRAINER" ] && kill -USR1 "$TRAINER" # srun hands it to all ranks
+  (sleep "$GRACE_S" && kill -KILL "$TRAINER") 2>/dev/null &
+}
+
+# One step of the job on some of its nodes, in the background; its process id is in $!.
+step() { # LOG NUM_NODES TASKS_PER_NODE NODELIST COMMAND...
+  local log=$1 num_nodes=$2 tasks=$3 nodelist=$4
+  shift 4
+  local -a command=(srun --overlap "--nodes=$num_nodes" "--ntasks-per-node=$tasks" "--ntasks=$((num_nodes * tasks))"
+    "--nodelist=$nodelist" "--cpus-per-task=$((CPUS / tasks > 0 ? CPUS / tasks : 1))" --mem=0
+    --kill-on-bad-exit=1 --unbuffered --input=none "--output=$log" --open-mode=append "$@")
+  if [ -n "${T1_DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    return
+  fi
+  exec "${command[@]}"
+}
+
+start_servers() { # GPUS_PER_NODE "NODES" OPTIONS...: a keeper for every node
+  local per_node=$(($1 / VLLM_TP > 0 ? $1 / VLLM_TP : 1)) node
+  per_node=${SERVERS_PER_NODE:-$per_node}
+  local -a nodes
+  read -ra nodes <<<"$2"
+  shift 2
+  OPTIONS+=(--rollout.registry "$REGISTRY" --rollout.num_servers "$per_node" --rollout.tp "$VLLM_TP")
+  for node in "${nodes[@]}"; do
+    if [ -n "${T1_DRY_RUN:-}" ]; then
+      serve "$node" "$@"
+    else
+      keep_serving "$node" "$@" &
+      KEEPERS+=($!)
+    fi
+  done
+  OPTIONS+=(--rollout.await_servers $((per_node * ${#nodes[@]})))
+}
+
+serve() { # NODE OPTIONS...
+  local node=$1
+  shift
+  step "$LOGS/serve_$node.log" 1 1 "$node" "$T1_PYTHON" -m megatron_t1 serve "${OPTIONS[@]}" --rollout.host auto "$@"
+}
+
+keep_serving() { # NODE OPTIONS...: its `t1 serve` keeps the servers up; this keeps `t1 serve` up
+  local step_pid='' code=0 tries=0
+  trap 'kill -USR1 "$step_pid"; wait "$step_pid"; exit 0' TERM # srun would kill its tasks on TERM, it hands on USR1
+  while ((tries++ < RESTARTS)); do
+    serve "$@" &
+    step_pid=$!
+    wait "$step_pid"
+    code=$?
+    ((code > 128)) || break # it ended by itself and has said why
+    say "the servers on $1 were killed (exit code $code) and are started again"
+    sleep 2
+  done
+  say "the servers on $1 ended (exit code $code): $(last_line "$LOGS/serve_$1.log")"
+  exit 1
+}
+
+run_trainer() { # COMMAND RANKS_PER_NODE NODES...
+  local what=$1 ranks=$2 code done_before='' restarts=0
+  shift 2
+  local nodelist
+  nodelist=$(IFS=,; echo "$*")
+  # shellcheck disable=SC2016  # the variables are those of each rank
+  local rank='RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"'
+  while :; do
+    export MASTER_ADDR=$1
+    if [ -n "${T1_DRY_RUN:-}" ]; then
+      step "$LOGS/trainer.log" $# "$ranks" "$nodelist" bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}"
+      return
+    fi
+    [ -n "$ASKED_TO_STOP" ] && requeue
+    MASTER_PORT=$(free_port)
+    export MASTER_PORT
+    step "$LOGS/trainer.log" $# "$ranks" "$nodelist" \
+      bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}" &
+    TRAINER=$!
+    await_trainer
+    code=$?
+    TRAINER=
+    ((code == 0)) && finish
+    [ -n "$ASKED_TO_STOP" ] && requeue
+    ((code == STOPPED)) && fail "$code" "the trainer was stopped from outside (scancel?); submit again to go on"
+    ((code > 128)) || fail "$code" "the trainer ended (exit code $code): $(last_line "$LOGS/trainer.log")"
+    [ "$(steps_done)" = "$done_before" ] || restarts=0
+    done_before=$(steps_done)
+    ((restarts++ < RESTARTS)) || fail "$code" "the trainer was killed $restarts times without a step between: $(last_line "$LOGS/trainer.log")"
+    say "a trainer rank was killed (exit code $code); all ranks go on from the newest checkpoint"
+  done
+}
+
+await_trainer() { # its exit code; ends it when no server is left that could come back
+  local pid alive
+  while kill -0 "$TRAINER" 2>/dev/null; do
+    sleep 1 &
+    wait $! # unlike sleep alone, this lets USR1 through at once
+    alive=0
+    for pid in ${KEEPERS[@]+"${KEEPERS[@]}"}; do
+      kill -0 "$pid" 2>/dev/null && alive=1
+    done
+    if ((${#KEEPERS[@]} && !alive)); then
+      kill -TERM "$TRAINER"
+      wait "$TRAINER"
+      fail 1 "all vLLM servers ended; see $LOGS/serve_*.log"
+    fi
+  done
+  wait "$TRAINER"
+}
+
+finish() {
+  end_steps
+  say "finished; results in $RUN_DIR"
+  exit 0
+}
+
+requeue() {
+  end_steps
+  say "requeued; goes on from the newest checkpoint in $RUN_DIR"
+  scontrol requeue "$JOB" || fail $STOPPED "the job can't be requeued; submit it again to go on"
+  sleep 60 # Slurm ends this script
+  exit $STOPPED
+}
+
+end_steps() {
+  local pid
+  for pid in ${KEEPERS[@]+"${KEEPERS[@]}"}; do
+    kill -TERM "$pid" 2>/dev/null
+  done
+  ((${#KEEPERS[@]})) && wait "${KEEPERS[@]}"
+  rm -rf "${REGISTRY:-}"
+}
+
+free_port() { "$T1_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+
+steps_done() { tail -qn 1 "$RUN_DIR/rl/metrics.jsonl" "$RUN_DIR/sft/metrics.jsonl" 2>/dev/null | cut -c 1-20; }
+
+last_line() { tail -c 100000 "$1" 2>/dev/null | tr '\r' '\n' | grep -v '^slurmstepd\|^srun' | grep . | tail -n 1; }

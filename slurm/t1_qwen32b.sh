@@ -1,0 +1,25 @@
+#!/bin/bash
+#SBATCH --job-name=t1-qwen32b
+#SBATCH --account=my_account
+#SBATCH --partition=gpu
+#SBATCH --nodes=4
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=96
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# T1's reinforcement learning of Qwen2.5-32B on 4 nodes of 8 x 80 GB.
+# Edit account, partition (above) and the paths (below); then: sbatch slurm/t1_qwen32b.sh [--rl.steps 100 ...]
+MODEL=${MODEL:-/path/to/Qwen2.5-32B-sft}     # Hugging Face folder: the fine-tuned model of slurm/sft.sh (RUN_DIR/sft/hf)
+DATA=${DATA:-/path/to/data}          # folder with rl.jsonl
+RUN_DIR=${RUN_DIR:-/path/to/runs/t1-qwen32b} # on a file system that all nodes share
+VLLM_NODES=${VLLM_NODES:-2}             # nodes for vLLM, the others train; 0: every node does both, half of its GPUs each
+VLLM_TP=${VLLM_TP:-4}                    # GPUs of one vLLM server
+# shellcheck source=slurm/lib.sh
+source "${T1_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
+t1_rl examples/qwen2.5-32b/rl.yaml "$@"
