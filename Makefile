@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN ?= runs/quickstart
 SEED ?= 0
 
-.PHONY: quickstart test lint install lock clean
+.PHONY: quickstart test lint install lock clean slurm-tools
 
 install: $(INSTALLED)
 
@@ -34,6 +34,11 @@ lint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# What the tests of slurm/ run on: a real Slurm with emulated nodes (Debian, Ubuntu; root).
+slurm-tools:
+	test -x /usr/sbin/slurmctld -a -x /usr/bin/shellcheck || { apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
+		apt-get -qq install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 shellcheck; }
 
 lock:
 	$(BIN)/pip install -r requirements/cpu.in

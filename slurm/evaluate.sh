@@ -19,7 +19,6 @@ MODEL=${MODEL:-/path/to/runs/t1-qwen32b/rl/hf} # Hugging Face folder
 DATA=${DATA:-/path/to/data}          # folder with heldout.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/evaluate} # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml}
-VLLM_TP=${VLLM_TP:-4}                # GPUs of one vLLM server
 # shellcheck source=slurm/lib.sh
 source "${T1_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
 t1_evaluate "$CONFIG" "$@"

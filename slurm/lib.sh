@@ -17,7 +17,7 @@ T1_HOME=${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 T1_PYTHON=${T1_PYTHON:-$T1_HOME/.venv/bin/python}
 VLLM_NODES=${VLLM_NODES:-0}
 VLLM_GPUS=${VLLM_GPUS:-4}         # of every node, when VLLM_NODES=0: servers and trainer share the nodes, not the GPUs
-VLLM_TP=${VLLM_TP:-4}             # GPUs of one server
+VLLM_TP=${VLLM_TP:-}              # GPUs of one server; unset: rollout.tp of the options or of CONFIG
 RESTARTS=${RESTARTS:-3}
 GRACE_S=${GRACE_S:-270}           # from USR1 to the end, when the trainer does not stop by itself
 STOPPED=75                        # exit code of a trainer that stopped as asked
@@ -74,6 +74,7 @@ prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what w
   local command=$1 config=$2
   shift 2
   [[ $config = /* ]] || config=$T1_HOME/$config
+  [ -n "$VLLM_TP" ] || VLLM_TP=$(rollout_tp "$config" "$@")
   OPTIONS=(--config "$config" --run_dir "$RUN_DIR" --model.hf_path "$MODEL" "$@" --resume)
   REGISTRY=$RUN_DIR/servers/$SESSION
   LOGS=$RUN_DIR/logs
@@ -200,7 +201,7 @@ await_trainer() { # its exit code; ends it when no server is left that could com
     if ((${#KEEPERS[@]} && !alive)); then
       kill -TERM "$TRAINER"
       wait "$TRAINER"
-      fail 1 "all vLLM servers ended; see $LOGS/serve_*.log"
+      fail 1 "all vLLM servers ended; the last words of each are above and in $LOGS/serve_*.log"
     fi
   done
   wait "$TRAINER"
@@ -227,6 +228,19 @@ end_steps() {
   done
   ((${#KEEPERS[@]})) && wait "${KEEPERS[@]}"
   rm -rf "${REGISTRY:-}"
+}
+
+rollout_tp() { # CONFIG OPTIONS...
+  local config=$1
+  while (($# > 1)); do
+    shift
+    case $1 in
+      --rollout.tp) echo "$2" && return ;;
+      --rollout.tp=*) echo "${1#*=}" && return ;;
+    esac
+  done
+  "$T1_PYTHON" -c 'import sys, yaml
+print((yaml.safe_load(open(sys.argv[1])).get("rollout") or {}).get("tp", 1))' "$config"
 }
 
 free_port() { "$T1_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +109,69 @@ def stop_and_go_on(work: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def other_nodes(work: Path) -> dict[str, Any]:
+    """Four nodes, PP2 x DP2 on two of them: one fails, the job goes on with three; then it is cancelled."""
+    env = {"VLLM_NODES": 2, "RANKS": 2}
+    options = ["--parallel.tensor", 1, "--parallel.sequence_parallel", "false", "--parallel.pipeline", 2,
+               "--rl.checkpoint.every_steps", 1, "--rl.steps", 1000]  # fmt: skip
+    job = Job(work, "t1_qwen14b.sh", *options, nodes="3-4", env=env)
+    job.until("two steps", lambda: len(job.steps()) >= 2)
+    run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    failed_at = job.steps()
+    job.until("the requeue", lambda: job.restarts() == 1)
+    job.until("two more steps", lambda: len(job.steps()) >= len(failed_at) + 2)
+    run("scancel", job.id)
+    ended = job.end()
+    wait_until(lambda: not processes("megatron_t1"))
+    return {
+        "state": ended["JobState"], "restarts": ended["Restarts"], "failed_at": failed_at, "steps": job.steps(),
+        "log": job.log.read_text(), "left": processes("megatron_t1"), "text": job.text(),
+        "checkpoints": [path.name for path in (job.run_dir / "rl/checkpoints").glob("step_????????")],
+    }  # fmt: skip
+
+
+def clear_errors(work: Path) -> dict[str, Any]:
+    """Jobs that can't work: their exit code and last line."""
+    seen = {}
+    cases = {
+        "typo": ["--rl.stepps", 3],
+        "server": ["--rollout.vllm_args", "{no-such-option: 1}"],
+    }
+    for name, options in cases.items():
+        folder = work / name
+        shutil.copytree(work / "model", folder / "model")
+        shutil.copy(work / "rl.jsonl", folder)
+        job = Job(
+            folder, "t1_glm9b.sh", "--parallel.pipeline", 1, *options, nodes="2", env={"VLLM_NODES": 1, "RANKS": 2}
+        )
+        seen[name] = {**job.end(), "log": job.log.read_text(), "left": processes("megatron_t1")}
+    return seen
+
+
+def headers(work: Path) -> dict[str, Any]:
+    """What sbatch says of every script's header, and of broken ones."""
+    broken = {
+        "no_such_option": "--no-such-option=1",
+        "time": "--time=1:2:3:4:5",
+        "nodes": "--nodes=9",
+        "gpus": "--gpus-per-node=9",
+    }
+    commands = {path.name: [path] for path in sorted((ROOT / "slurm").glob("*.sh")) if path.name != "lib.sh"}
+    commands |= {name: [option, ROOT / "slurm/sft.sh"] for name, option in broken.items()}
+    seen = {}
+    for name, words in commands.items():
+        done = subprocess.run(["sbatch", "--test-only", *map(str, words)], capture_output=True, text=True)
+        seen[name] = {"code": done.returncode, "said": done.stderr}
+    return seen
+
+
+def wait_until(found: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not found() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    seen = {"stop_and_go_on": stop_and_go_on}[sys.argv[1]](folder)
-    (folder / "seen.json").write_text(json.dumps(seen, indent=1))
+    scenario = {f.__name__: f for f in (headers, stop_and_go_on, other_nodes, clear_errors)}[sys.argv[1]]
+    (folder / "seen.json").write_text(json.dumps(scenario(folder), indent=1))

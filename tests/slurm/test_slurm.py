@@ -1,0 +1,161 @@
+"""The batch scripts on a real Slurm with emulated nodes (`cluster.sh`): accepted, run, stopped, requeued, failed.
+
+Skipped with a word where Slurm is not installed (`make slurm-tools`) or namespaces are not allowed; where
+T1_REQUIRE_SLURM is set, as in CI, that is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+from tests.tiny import make_tiny_qwen2
+
+SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "lib.sh")
+SHELL = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "tests/slurm").glob("*.sh"))]
+CLUSTER = Path(__file__).with_name("cluster.sh")
+
+
+def missing() -> str | None:
+    for command in ("slurmctld", "slurmd", "sbatch", "munged", "ip", "shellcheck"):
+        if not shutil.which(command, path=os.environ["PATH"] + ":/usr/sbin:/sbin"):
+            return f"{command} is not installed: make slurm-tools"
+    if os.geteuid() != 0:
+        return "the emulated cluster needs root for its namespaces"
+    return None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def slurm() -> None:
+    if reason := missing():
+        if os.environ.get("T1_REQUIRE_SLURM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    make_tiny_qwen2(folder / "model")
+    questions = [{"id": str(i), "prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(8)]
+    (folder / "rl.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return folder
+
+
+def try_out(scenario: str, num_nodes: int, work: Path, timeout_s: float = 1500) -> dict:
+    """Runs a function of scenarios.py on a fresh cluster; what it saw."""
+    command = [CLUSTER, "-n", str(num_nodes), sys.executable, Path(__file__).with_name("scenarios.py"), scenario, work]
+    done = subprocess.run(
+        ["bash", *map(str, command)], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"},
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]
+    return json.loads((work / "seen.json").read_text())
+
+
+def late_directives(text: str) -> list[str]:
+    """`#SBATCH` lines after the first command: Slurm ignores them in silence."""
+    lines = text.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
+    return [line for line in lines[first:] if line.startswith("#SBATCH")]
+
+
+def test_no_directive_comes_too_late() -> None:
+    for script in SCRIPTS:
+        assert late_directives(script.read_text()) == []
+    assert late_directives("#!/bin/bash\n#SBATCH --nodes=1\n\nset -e\n#SBATCH --time=1\n") == ["#SBATCH --time=1"]
+
+
+def test_the_scripts_are_alike() -> None:
+    """A user edits account, partition and paths: everything else is the same but for name and number of nodes."""
+
+    def directives(script: Path) -> list[str]:
+        return [
+            re.sub(r"(job-name|nodes)=.*", r"\1", line) for line in script.read_text().splitlines() if "#SBATCH" in line
+        ]
+
+    assert len(SCRIPTS) == 5
+    assert len({tuple(directives(script)) for script in SCRIPTS}) == 1
+    for wanted in ("--signal=B:USR1@300", "--requeue", "--open-mode=append", "--account", "--partition"):
+        assert any(wanted in line for line in directives(SCRIPTS[0])), wanted
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    done = subprocess.run(["shellcheck", "-x", *map(str, SHELL)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_sbatch_accepts_the_headers_on_four_nodes_of_eight_gpus(tmp_path: Path) -> None:
+    seen = try_out("headers", 4, tmp_path)
+    for script in SCRIPTS:
+        assert seen[script.name]["code"] == 0, seen[script.name]
+        assert "to start at" in seen[script.name]["said"]
+    for broken in ("no_such_option", "time", "nodes", "gpus"):
+        assert seen[broken]["code"] != 0, broken
+
+
+@pytest.mark.timeout(1500)
+def test_a_killed_server_and_a_requeue_cost_no_step(task: Path, tmp_path: Path) -> None:
+    shutil.copytree(task, tmp_path / "work")
+    seen = try_out("stop_and_go_on", 2, tmp_path / "work")
+    assert seen["state"] == "COMPLETED", seen["text"]
+    run = tmp_path / "work/run"
+    metrics = [json.loads(line) for line in (run / "rl/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    for row in metrics:
+        assert row["oldest_version"] == row["step"] - 1
+        assert row["logprob_diff"] < 1e-3
+    assert 1 <= len(seen["stopped_at"]) < 6, "the job was over before it was stopped"
+    # It went on from where it was stopped, although its own next checkpoint was far.
+    assert f"step_{seen['stopped_at'][-1]:08d}" in seen["checkpoints"]
+    log, text = seen["log"], seen["text"]
+    assert "job 1.0: rl on n1 n2" in log, "the log of the first start is kept"
+    assert "asked to stop" in log
+    assert "job 1.0: requeued" in log
+    assert log.splitlines()[-1].endswith(f"job 1.1: finished; results in {run}")
+    assert "stopped as asked" in text
+    assert "ended and is started again" in (run / "logs/serve_n2.log").read_text()
+    assert "was lost and is started again" in text
+    assert seen["left"] == []
+    key = (run / "server_key").read_text()
+    assert key not in "".join(seen["command_lines"])
+    for path in run.rglob("*.log"):
+        assert key not in path.read_text(), path
+    assert list((run / "servers").iterdir()) == []
+
+
+@pytest.mark.timeout(1500)
+def test_a_failed_node_leaves_a_job_on_fewer_nodes_and_scancel_ends_it(task: Path, tmp_path: Path) -> None:
+    shutil.copytree(task, tmp_path / "work")
+    seen = try_out("other_nodes", 4, tmp_path / "work")
+    assert seen["state"] == "CANCELLED", seen["text"]
+    assert seen["restarts"] == "1"
+    assert "job 1.0: rl on n1 n2 n3 n4" in seen["log"]
+    assert "job 1.1: rl on n1 n3 n4" in seen["log"]
+    assert "4 trainer processes" in seen["text"]
+    assert "2 trainer processes" in seen["text"]
+    assert seen["steps"] == list(range(1, len(seen["steps"]) + 1))
+    assert seen["left"] == [], "processes outlived scancel"
+    assert seen["checkpoints"]
+
+
+@pytest.mark.timeout(900)
+def test_a_job_that_can_not_work_says_why_in_its_last_line(task: Path, tmp_path: Path) -> None:
+    shutil.copytree(task, tmp_path / "work")
+    seen = try_out("clear_errors", 2, tmp_path / "work")
+    assert {case["JobState"] for case in seen.values()} == {"FAILED"}
+    typo, server = seen["typo"]["log"].splitlines(), seen["server"]["log"].splitlines()
+    assert typo[-1].endswith("FAILED: t1 check refused the configuration: see above")
+    assert "problem: rl.stepps is not a setting; did you mean rl.steps?" in typo
+    assert seen["typo"]["ExitCode"] == "2:0"
+    assert "FAILED: all vLLM servers ended" in server[-1]
+    assert any("the servers on n2 ended" in line and "no-such-option" in line for line in server)
+    assert all(case["left"] == [] for case in seen.values())

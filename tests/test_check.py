@@ -1,0 +1,174 @@
+"""`t1 check`: every violation at once, each with its name; the estimate held to real parameter counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from megatron_t1 import estimate, lenient
+from megatron_t1.check import Findings, Place, check, dry_run, layout_of
+from megatron_t1.cli import main
+from megatron_t1.config import Config
+from megatron_t1.models import spec_of
+from tests.launch import ROOT
+from tests.tiny import make_tiny_qwen2
+
+QWEN_32B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    make_tiny_qwen2(folder / "model")
+    questions = [{"id": str(i), "prompt": "1+1?", "answer": "2"} for i in range(40)]
+    for name in ("rl", "heldout"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (folder / "sft.jsonl").write_text(json.dumps({"prompt": "1+1?", "response": "\\boxed{2}"}) + "\n")
+    return folder
+
+
+def found_in(task: Path, *options: object, command: str = "rl", place: Place | None = None) -> Findings:
+    fixed = {"model.hf_path": task / "model", "run_dir": task / "run", "data.train": task / "rl.jsonl",
+             "data.sft": task / "sft.jsonl", "data.heldout": task / "heldout.jsonl", "model.dtype": "float32",
+             "sampling.max_new_tokens": 64, "evaluate.sampling.max_new_tokens": 64}  # fmt: skip
+    words = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
+    found = Findings()
+    values, found.problems = lenient.parse(Config, [*words, *map(str, options)])
+    cfg = lenient.build(Config, values, found.problems)
+    return check(cfg, command, place or Place(ranks_per_node=1), found) if cfg else found
+
+
+def test_a_good_configuration_has_no_problem(task: Path) -> None:
+    found = found_in(task)
+    assert found.problems == []
+    assert found.warnings == []
+    facts = "\n".join(found.facts)
+    for fact in (
+        "responses end with token 258",
+        "data.train: 40 lines",
+        "memory of the fullest trainer GPU",
+        "time of a step",
+    ):
+        assert fact in facts
+
+
+def test_every_violation_is_told_at_once(task: Path) -> None:
+    found = found_in(
+        task,
+        *("--rl.stepz", 3, "--rl.optim.learning_rate", 1, "--rollot.tp", 2),
+        *("--loss.kl_coef", -1, "--loss.entropy_coef", -1, "--anchor.decay", 3, "--rollout.num_servers", "many"),
+        *("--parallel.tensor", 3, "--parallel.pipeline", 4, "--sampling.max_new_tokens", 20000),
+        *("--data.train", "nowhere.jsonl", "--rollout.tp", 3, "--model.transformer", "{hidden_size: 3}"),
+        *("--rollout.vllm_args", "{logprobs-mode: raw_logprobs}", "--sft", 3),
+    )
+    text = "\n".join(found.problems)
+    for problem in (
+        "rl.stepz is not a setting; did you mean rl.steps?",
+        "rl.optim.learning_rate is not a setting",
+        "rollot is not a setting; did you mean rollout?",
+        "loss.kl_coef = -1.0 is negative",
+        "loss.entropy_coef = -1.0 is negative",
+        "anchor.decay = 3.0 must lie in [0, 1]",
+        "rollout.num_servers = 'many'",
+        "num_attention_heads = 4 does not divide by parallel.tensor = 3",
+        "num_query_groups = 2 does not divide by parallel.tensor = 3",
+        "num_layers = 2 does not divide by parallel.pipeline = 4",
+        "1 trainer processes do not divide by parallel.tensor x parallel.pipeline = 12",
+        "nowhere.jsonl",
+        "rollout.tp = 3 does not divide the 4 attention heads",
+        "model.transformer sets ['hidden_size']",
+        "logprobs-mode = raw_logprobs",
+        "the servers take 1024",
+        "a microbatch takes 16384",
+        "sft = 3 must be a section",
+    ):
+        assert problem in text, problem
+
+
+def test_biased_sampling_and_mixed_precision_are_warned_of(task: Path) -> None:
+    found = found_in(task, "--sampling.top_p", 0.9, "--sampling.min_p", 0.1, "--rollout.dtype", "bfloat16")
+    assert found.problems == []
+    for warning in ("sampling.top_p = 0.9 cuts", "sampling.min_p = 0.1 cuts", "rollout.dtype = bfloat16"):
+        assert any(warning in text for text in found.warnings), warning
+
+
+def test_bad_lines_and_ends_are_named(task: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((task / "rl.jsonl").read_text() + "not json\n")
+    assert f"{bad}:41: not valid JSON" in "\n".join(found_in(task, "--data.train", bad).problems)
+    model = make_tiny_qwen2(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    (model / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    found = found_in(task, "--model.hf_path", model)
+    assert "has 320 tokens and config.json a vocab_size of 300" in "\n".join(found.problems)
+    assert "ends responses with [0, 1]" in "\n".join(found.warnings)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_model(tmp_path: Path, tied: bool) -> None:
+    model = make_tiny_qwen2(tmp_path, tied=tied)
+    sizes = estimate.Sizes.of(spec_of(model))
+    assert sizes.total == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+
+
+def at(tmp_path: Path, **place: int) -> tuple[Config, Place]:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_32B))
+    options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", str(tmp_path)]
+    problems: list[str] = []
+    cfg = lenient.build(Config, lenient.parse(Config, options)[0], problems)
+    assert problems == []
+    return cfg, Place(**place)
+
+
+def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> None:
+    cfg, place = at(tmp_path, nodes=4, vllm_nodes=2)
+    sizes = estimate.Sizes.of(spec_of(tmp_path))
+    assert sizes.total == pytest.approx(32.76e9, rel=1e-3)  # as published
+    layout = layout_of(cfg, "rl", place, {"train": 200})
+    assert (layout.tensor, layout.pipeline, layout.data) == (8, 2, 1)
+    for stage in (0, 1):
+        parts = estimate.stage_memory(sizes, layout, stage)
+        on_rank = parts["weights"] / 2
+        assert on_rank == pytest.approx(sizes.total / 16, rel=0.01)
+        assert parts["gradients"] + parts["optimizer"] + parts["anchor"] == pytest.approx(22 * on_rank)
+        assert sum(parts.values()) < 80e9
+
+
+def test_a_dry_run_prints_what_the_batch_script_would_run(tmp_path: Path) -> None:
+    cfg, place = at(tmp_path, nodes=4, vllm_nodes=2)
+    text = dry_run(cfg, "rl", place, ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--rl.steps", "7"])
+    lines = [line for line in text.splitlines() if line.startswith("srun")]
+    serving, training = [line for line in lines if " serve " in line], [line for line in lines if " rl " in line]
+    assert len(serving) == 2
+    assert "--nodelist=node3" in serving[0]
+    assert "--nodelist=node4" in serving[1]
+    (line,) = training
+    assert "--nodes=2 --ntasks-per-node=8 --ntasks=16 --nodelist=node1\\,node2" in line
+    assert "--rl.steps 7" in line
+    assert "--rollout.await_servers 4" in line
+    assert "vllm.entrypoints" in text
+    assert "--tensor-parallel-size 4" in text
+
+
+def test_the_command_fails_when_there_is_a_problem(task: Path, capsys) -> None:
+    arguments = ["check", str(ROOT / "examples/quickstart/quickstart.yaml"), "--ranks_per_node", "2", "--for", "sft",
+                 "--model.hf_path", str(task / "model"), "--data.sft", str(task / "sft.jsonl")]  # fmt: skip
+    assert main([*arguments, "--sft.batch_size", "1", "--run_dir", str(task / "run")]) == 0
+    assert "no problem found" in capsys.readouterr().out
+    assert main(arguments) == 1
+    assert "sft.batch_size = 16 is larger than the 1 lines" in capsys.readouterr().out
