@@ -110,6 +110,7 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "share_cut": float(np.mean([sample.finish_reason == "length" for sample in samples])),
         "penalized": float(np.mean([bool(reward.penalties) for reward in rewards])),
         "grading_seconds_max": max(reward.seconds for reward in rewards),
+        "num_samples": float(len(samples)),
         "num_response_tokens": float(lengths.sum()),
         "oldest_version": float(min(span[0] for sample in samples for span in sample.weight_versions)),
     }

@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # Accuracy of a model on held-out questions, vLLM on every node.
-# Edit account, partition (above) and the paths (below); then: sbatch slurm/evaluate.sh [--rl.steps 100 ...]
+# Edit account, partition (above) and the paths (below); then: sbatch slurm/evaluate.sh [options of t1]
 MODEL=${MODEL:-/path/to/runs/t1-qwen32b/rl/hf} # Hugging Face folder
 DATA=${DATA:-/path/to/data}          # folder with heldout.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/evaluate} # on a file system that all nodes share

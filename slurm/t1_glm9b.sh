@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # T1's reinforcement learning of GLM-4-9B on 4 nodes of 8 x 80 GB.
-# Edit account, partition (above) and the paths (below); then: sbatch slurm/t1_glm9b.sh [--rl.steps 100 ...]
+# Edit account, partition (above) and the paths (below); then: sbatch slurm/t1_glm9b.sh [options of t1]
 MODEL=${MODEL:-/path/to/glm-4-9b-sft}     # Hugging Face folder: the fine-tuned model of slurm/sft.sh (RUN_DIR/sft/hf)
 DATA=${DATA:-/path/to/data}          # folder with rl.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/t1-glm9b} # on a file system that all nodes share

@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # T1's reinforcement learning of Qwen2.5-14B on 4 nodes of 8 x 80 GB.
-# Edit account, partition (above) and the paths (below); then: sbatch slurm/t1_qwen14b.sh [--rl.steps 100 ...]
+# Edit account, partition (above) and the paths (below); then: sbatch slurm/t1_qwen14b.sh [options of t1]
 MODEL=${MODEL:-/path/to/Qwen2.5-14B-sft}     # Hugging Face folder: the fine-tuned model of slurm/sft.sh (RUN_DIR/sft/hf)
 DATA=${DATA:-/path/to/data}          # folder with rl.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/t1-qwen14b} # on a file system that all nodes share

@@ -1,0 +1,160 @@
+"""30 RL steps while trainer ranks, servers, graders and `t1 serve` are killed at random, against a run left alone.
+
+    python tests/slurm/chaos.py WORK_DIR [--steps 30] [--seed 0] [--pause 15]
+
+Too long for CI. On the emulated cluster: one node trains on two ranks, one serves. Both runs are the real batch script
+on the quickstart's task. It then checks and prints what benchmarks/chaos.md shows: every step was applied once, from
+samples of the weights of the step before; and how far both runs' metrics and held-out accuracy are apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.slurm import scenarios  # noqa: E402
+from tests.slurm.scenarios import Job, processes  # noqa: E402
+
+scenarios.DEADLINE_S = 4 * 3600
+CONFIG = ROOT / "examples/quickstart/quickstart.yaml"
+OPTIONS: list[object] = [
+    *("--parallel.tensor", 1, "--parallel.sequence_parallel", "false", "--parallel.max_tokens_per_microbatch", 4096),
+    *("--sampling.num_samples", 8, "--sampling.max_new_tokens", 96, "--rollout.max_num_seqs", 64),
+    *("--rl.prompts_per_step", 8, "--rl.optim.lr", 1e-3, "--rl.checkpoint.every_steps", 5, "--loss.kl_coef", 0.02),
+    *("--rollout.health_timeout_s", 30, "--rollout.samples_per_request", 4),
+]
+
+
+def t1(*arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_t1", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def prepare(work: Path) -> None:
+    """The task and a model that has half learned it."""
+    t1("quickstart-data", "--out", work / "task", "--num_sft_samples", 16000)
+    t1("sft", "--config", CONFIG, "--run_dir", work / "tuned", "--model.hf_path", work / "task/model", "--data.sft",
+       work / "task/sft.jsonl", "--sft.max_steps", 1000, "--parallel.nproc_per_node", 1)  # fmt: skip
+    for name in ("alone", "disturbed"):
+        shutil.copytree(work / "tuned/sft/hf", work / name / "model")
+        shutil.copy(work / "task/rl.jsonl", work / name)
+
+
+def submit(folder: Path, steps: int) -> Job:
+    env = {"VLLM_NODES": 1, "RANKS": 2, "SERVERS_PER_NODE": 2, "RESTARTS": 99}
+    return Job(folder, "t1_qwen32b.sh", *OPTIONS, "--rl.steps", steps, nodes="2", env=env)
+
+
+BLOWS: dict[str, tuple[int, tuple[str, ...], int]] = {
+    "trainer rank": (3, ("python", "megatron_t1 rl"), signal.SIGKILL),
+    "server": (2, ("python", "vllm.entrypoints", "--port"), signal.SIGKILL),
+    "frozen server": (1, ("python", "vllm.entrypoints", "--port"), signal.SIGSTOP),
+    "grader": (3, ("python", "megatron_t1.reward.worker"), signal.SIGKILL),
+    "t1 serve": (1, ("python", "megatron_t1 serve"), signal.SIGKILL),
+    "requeue": (1, (), 0),
+    "stop": (1, (), signal.SIGUSR1),
+}
+"""How often in proportion, words of the victim's command line (none: the job itself), signal."""
+
+
+def strike(job: Job, kind: str, chance: random.Random) -> bool:
+    """Whether there was something to hit."""
+    _, words, number = BLOWS[kind]
+    if kind == "requeue":
+        return subprocess.run(["scontrol", "requeue", job.id]).returncode == 0
+    if kind == "stop":
+        return subprocess.run(["scancel", "--signal=USR1", "--batch", job.id]).returncode == 0
+    found = [pid for pid in processes(*words) if not {"srun", "bash"} & {Path(executable(pid)).name}]
+    if not found:
+        return False
+    os.kill(chance.choice(found), number)
+    return True
+
+
+def executable(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return "srun"
+
+
+def disturb(job: Job, chance: random.Random, pause_s: float, steps: int) -> Counter[str]:
+    """Kills something every `pause_s` seconds on average until the job has ended."""
+    done: Counter[str] = Counter()
+    began = len(job.steps())
+    while job.show()["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        time.sleep(chance.expovariate(1 / pause_s))
+        # At least a step between two blows: it is the loop that is tried, not the start.
+        if len(job.steps()) in (began, steps) or job.show()["JobState"] != "RUNNING":
+            continue
+        kind = chance.choices(list(BLOWS), [weight for weight, *_ in BLOWS.values()])[0]
+        began = len(job.steps())
+        if strike(job, kind, chance):
+            done[kind] += 1
+            print(f"step {began}: {kind}", flush=True)
+    return done
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run/rl/metrics.jsonl").read_text().splitlines()]
+
+
+def verify(folder: Path, steps: int) -> None:
+    """Every step once, from the right number of samples, all of the weights of the step before."""
+    found = rows(folder)
+    assert [row["step"] for row in found] == list(range(1, steps + 1))
+    for row in found:
+        assert row["oldest_version"] == row["step"] - 1
+        assert row["num_samples"] == 64
+        assert row["logprob_diff"] < 1e-3, "samples of other weights would show here"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pause", type=float, default=15, help="mean seconds between two blows")
+    parser.add_argument("--inside", action="store_true", help="(already on the emulated cluster)")
+    args = parser.parse_args()
+    if not args.inside:
+        args.work.mkdir(parents=True)
+        prepare(args.work)
+        cluster = Path(__file__).with_name("cluster.sh")
+        words = [*sys.argv, "--inside"]
+        raise SystemExit(subprocess.run(["bash", cluster, "-n", "2", sys.executable, *words]).returncode)
+    alone = submit(args.work / "alone", args.steps)
+    assert alone.end()["JobState"] == "COMPLETED", alone.text()
+    disturbed = submit(args.work / "disturbed", args.steps)
+    blows = disturb(disturbed, random.Random(args.seed), args.pause, args.steps)
+    assert disturbed.end()["JobState"] == "COMPLETED", disturbed.text()
+    for folder in (args.work / "alone", args.work / "disturbed"):
+        verify(folder, args.steps)
+    one, other = rows(args.work / "alone"), rows(args.work / "disturbed")
+    same = sum(a["loss"] == b["loss"] and a["reward"] == b["reward"] for a, b in zip(one, other, strict=True))
+    print(f"blows: {dict(blows)}; job restarts: {disturbed.restarts()}")
+    print(f"steps with the same loss and reward, to the last bit: {same} of {args.steps}")
+    for name in ("alone", "disturbed"):
+        print(name, "held out:", t1(
+            "evaluate", "--config", CONFIG, "--run_dir", args.work / name / "evaluation", "--rollout.num_servers", 1,
+            "--model.hf_path", args.work / name / "run/rl/hf", "--data.heldout", args.work / "task/heldout.jsonl",
+        ).strip())  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
