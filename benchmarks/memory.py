@@ -1,6 +1,7 @@
 """The memory estimate of `t1 check` against measured peaks, on the CPU: resident memory of every rank over one RL step.
 
-    python benchmarks/memory.py            # all cases; writes the table of benchmarks/memory.md
+    python benchmarks/memory.py            # all cases, as in benchmarks/memory.md
+    python benchmarks/memory.py --plan     # the table for Qwen2.5-32B on 2, 4 and 8 nodes, from the formulas
     python benchmarks/memory.py --rank ... # one rank (started by the above)
 
 The measured figure is the highest resident size from before the model is built to the end of two steps (anchor,
@@ -117,13 +118,55 @@ def measure(model_dir: Path, layout: dict, dtype: str) -> list[dict]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+QWEN_32B = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+    "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+}  # fmt: skip
+
+
+def plan() -> None:
+    from megatron_t1.check import Place, layout_of, seconds_of
+    from megatron_t1.config import Config
+    from megatron_t1.estimate import Sizes, stage_memory
+    from megatron_t1.lenient import build, parse
+    from megatron_t1.models import spec_of
+
+    heads = "nodes | train + vLLM | TP x PP x DP | GB | weights | gradients | optimizer | anchor | activations | head"
+    print(f"| {heads} | s a step | generate | anchor | train | push |\n" + "|---" * 15 + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(QWEN_32B))
+        spec = spec_of(Path(folder))
+        for nodes, vllm_nodes, pipeline in ((2, 1, 1), (4, 2, 2), (8, 4, 2), (8, 4, 4)):
+            options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", folder]
+            cfg = build(Config, parse(Config, [*options, "--parallel.pipeline", str(pipeline)])[0], [])
+            place = Place(nodes=nodes, vllm_nodes=vllm_nodes)
+            layout = layout_of(cfg, "rl", place, {"train": 200})
+            stages = [stage_memory(Sizes.of(spec), layout, stage) for stage in range(pipeline)]
+            parts = max(stages, key=lambda parts: sum(parts.values()))
+            total = sum(parts.values()) / 1e9
+            seconds = seconds_of(cfg, spec, "rl", place, {"train": 200})
+            parts.pop("update")
+            memory = " | ".join(f"{value / 1e9:.1f}" for value in parts.values())
+            times = " | ".join(f"{value:.0f}" for value in seconds.values())
+            print(
+                f"| {nodes} | {nodes - vllm_nodes} + {vllm_nodes} | 8 x {pipeline} x {layout.data} | "
+                f"{'**does not fit:** ' if total > 76 else ''}{total:.1f} | {memory} | {sum(seconds.values()):.0f} | "
+                f"{times} |"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", nargs=3, metavar=("MODEL", "LAYOUT", "DTYPE"))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
+    parser.add_argument("--plan", action="store_true")
     args = parser.parse_args()
+    if args.plan:
+        plan()
+        return
     if args.rank:
         model_dir, layout, dtype = args.rank
         rank(model_dir, json.loads(layout), dtype)
