@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 
 @contextmanager
@@ -35,6 +40,37 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to `path` when the block succeeds and removed when it raises.
+
+    What a killed process of this host left of an earlier attempt is removed first.
+
+    Args:
+        num_bytes: about what will be written.
+
+    Raises:
+        OSError: `path` exists, or the disk has too little space left.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OSError(f"{path} exists already: remove it, or name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    attempt = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{glob.escape(attempt)}*"):
+        if left.is_dir() and not psutil.pid_exists(int(left.name.removeprefix(attempt))):
+            shutil.rmtree(left)
+    if (free := shutil.disk_usage(path.parent).free) < num_bytes:
+        raise OSError(f"{path} needs {num_bytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free")
+    building = path.parent / f"{attempt}{os.getpid()}"
+    building.mkdir()
+    try:
+        yield building
+        os.rename(building, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -120,9 +120,9 @@ def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
 
 
 def build_model(
-    cfg: ModelConfig, spec: ModelSpec, parallel: ParallelConfig, platform: Platform
+    cfg: ModelConfig, spec: ModelSpec, parallel: ParallelConfig, platform: Platform, device: torch.device | None = None
 ) -> tuple[TransformerConfig, T1GPTModel]:
-    """This rank's stage with zeroed weights (a checkpoint fills them), on the platform's device."""
+    """This rank's stage with zeroed weights (a checkpoint fills them), on the platform's device unless told another."""
     check_divisible(spec, parallel)
     config = transformer_config(cfg, spec, parallel, platform)
     if cfg.layers == "auto" and platform.transformer_engine:
@@ -145,7 +145,7 @@ def build_model(
         rotary_base=spec.rotary_base,
         rotary_percent=spec.rotary_fraction,
     )
-    model.to(platform.device)
+    model.to(device or platform.device)
     with torch.no_grad():
         for param in model.parameters():
             param.zero_()

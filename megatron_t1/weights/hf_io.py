@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: safetensors read by slice, written in shards, with everything beside them.
+"""Hugging Face folders into and out of the ranks' weights.
 
 Reading opens only the slices that this rank needs. Writing gathers one tensor after the other on rank 0 and swaps the
 finished folder in at the end, so a killed export leaves no folder that looks whole.
@@ -6,124 +6,109 @@ finished folder in at the end, so a killed export leaves no folder that looks wh
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from megatron_t1.weights.hf_folder import (
+    CheckpointError,
+    HFFolder,
+    ShardWriter,
+    TensorInfo,
+    copy_beside,
+    name_dtype,
+)
 from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.stream import Plan
 
-_INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 4 << 30
 # Left by old exporters; computed, not learned.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
-
-
-class CheckpointError(ValueError):
-    """A Hugging Face folder that does not hold what its config promises."""
-
-
-def tensor_files(model_dir: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it.
-
-    Raises:
-        CheckpointError: no safetensors there, or an index that names a missing file.
-    """
-    index = model_dir / _INDEX
-    if index.exists():
-        files = {name: model_dir / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        for path in sorted(set(files.values())):
-            if path.parent != model_dir or not path.exists():
-                raise CheckpointError(f"{index} names {path.name}, which is not in {model_dir}")
-        return files
-    single = model_dir / "model.safetensors"
-    if not single.exists():
-        raise CheckpointError(f"{model_dir} has neither {single.name} nor {_INDEX}: no weights in safetensors format")
-    with safe_open(single, "pt") as file:
-        return dict.fromkeys(file.keys(), single)
 
 
 def load(pieces: list[Piece], model_dir: Path) -> None:
     """Fill this rank's parameters from a Hugging Face folder. Collective: coverage is checked over all ranks.
 
     Raises:
-        CheckpointError: a tensor missing, misshapen, or present in the folder and wanted by no rank.
+        CheckpointError: a tensor missing, misshapen, twice, or present in the folder and wanted by no rank.
     """
-    files = tensor_files(model_dir)
-    wanted: set[str] = {piece.name for piece in pieces}
-    if missing := sorted(wanted - files.keys()):
-        raise CheckpointError(f"{model_dir} lacks {len(missing)} tensors, the first: {missing[:5]}")
+    folder = HFFolder(model_dir)
+    wanted = {piece.name: piece.shape for piece in pieces}
+    if dist.is_initialized():
+        everyone: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, wanted)
+        wanted = {name: shape for one in everyone for name, shape in one.items()}
+    check_coverage(folder, wanted)
     by_file: dict[Path, list[Piece]] = {}
     for piece in pieces:
-        by_file.setdefault(files[piece.name], []).append(piece)
+        by_file.setdefault(folder.file_of(piece.name), []).append(piece)
     for path, inside in by_file.items():
         with safe_open(path, "pt") as file:
             for piece in inside:
-                source = file.get_slice(piece.name)
-                if tuple(source.get_shape()) != piece.shape:
-                    raise CheckpointError(
-                        f"{path}: {piece.name} has shape {tuple(source.get_shape())}, the config asks for {piece.shape}"
-                    )
-                piece.view.copy_(source[piece.index].reshape(piece.view.shape))
-    if dist.is_initialized():
-        everyone: list[set[str]] = [set()] * dist.get_world_size()
-        dist.all_gather_object(everyone, wanted)
-        wanted = set().union(*everyone)
-    extra = sorted(name for name in files.keys() - wanted if not name.endswith(_IGNORED_SUFFIX))
-    # A tied checkpoint may repeat the embedding as the head; it may not bring a different head.
-    if extra == ["lm_head.weight"] and "model.embed_tokens.weight" in wanted:
-        with (
-            safe_open(files["lm_head.weight"], "pt") as head,
-            safe_open(files["model.embed_tokens.weight"], "pt") as em,
-        ):
-            if torch.equal(head.get_tensor("lm_head.weight"), em.get_tensor("model.embed_tokens.weight")):
-                extra = []
-    if extra:
+                piece.view.copy_(file.get_slice(piece.name)[piece.index].reshape(piece.view.shape))
+
+
+def check_coverage(folder: HFFolder, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """The folder holds these tensors, in these shapes, and no other.
+
+    Raises:
+        CheckpointError: one that is missing, misshapen or not used, by name.
+    """
+    have = folder.tensors
+    if missing := sorted(wanted.keys() - have.keys()):
+        raise CheckpointError(f"{folder.folder} lacks {len(missing)} tensors, the first: {missing[:5]}")
+    for name, shape in wanted.items():
+        if have[name].shape != shape:
+            raise CheckpointError(
+                f"{folder.file_of(name)}: {name} has shape {have[name].shape}, the config asks for {shape}"
+            )
+    if extra := [name for name in unused(folder, wanted) if not _repeats_the_embedding(folder, name, wanted)]:
         raise CheckpointError(
-            f"{model_dir} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"
+            f"{folder.folder} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"
         )
 
 
-def save(pieces: list[Piece], like_dir: Path, out_dir: Path, max_shard_bytes: int = 4 << 30) -> None:
+def unused(folder: HFFolder, wanted: Iterable[str]) -> list[str]:
+    """The folder's tensors outside of `wanted`, but for those that are known to be computed."""
+    return sorted(name for name in folder.tensors.keys() - set(wanted) if not name.endswith(_IGNORED_SUFFIX))
+
+
+def _repeats_the_embedding(folder: HFFolder, name: str, wanted: Mapping[str, tuple[int, ...]]) -> bool:
+    """A tied checkpoint may repeat the embedding as the head; it may not bring a different head."""
+    embedding = "model.embed_tokens.weight"
+    return (
+        name == "lm_head.weight"
+        and embedding in wanted
+        and folder.tensors[name] == folder.tensors[embedding]
+        and torch.equal(folder.read(name), folder.read(embedding))
+    )
+
+
+def save(pieces: list[Piece], like_dir: Path, out_dir: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write the ranks' weights as a Hugging Face folder: safetensors, and config and tokenizer files of `like_dir`.
 
-    Collective. `out_dir` is replaced as a whole at the end; rank 0 holds at most one shard in memory.
+    Collective. `out_dir` is replaced as a whole at the end; rank 0 holds one tensor at a time.
     """
     plan = Plan(pieces)
-    building = out_dir.with_name(out_dir.name + ".tmp")
-    if plan.rank == 0:
+    if plan.rank != 0:
+        for _ in plan.gather():
+            pass
+    else:
+        building, old = (out_dir.with_name(out_dir.name + suffix) for suffix in (".tmp", ".old"))
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        for path in like_dir.iterdir():
-            if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt") and path.name != _INDEX:
-                shutil.copy2(path, building)
-        _name_dtype(building / "config.json", plan.tensors[0].dtype)
-    shard: dict[str, torch.Tensor] = {}
-    shard_names: list[list[str]] = []
-    num_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal shard, num_bytes
-        shard_names.append(list(shard))
-        save_file(shard, building / f"shard-{len(shard_names)}", metadata={"format": "pt"})
-        shard, num_bytes = {}, 0
-
-    for name, tensor in plan.gather():
-        size = tensor.numel() * tensor.element_size()
-        if shard and num_bytes + size > max_shard_bytes:
-            flush()
-        shard[name] = tensor
-        num_bytes += size
-        total_bytes += size
-    if plan.rank == 0:
-        flush()
-        _name_shards(building, shard_names, total_bytes)
-        old = out_dir.with_name(out_dir.name + ".old")
+        copy_beside(like_dir, building)
+        name_dtype(building / "config.json", plan.tensors[0].dtype)
+        announced = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in plan.tensors}
+        writer = ShardWriter(building, announced, max_shard_bytes)
+        for name, tensor in plan.gather():
+            writer.write(name, tensor)
+        writer.finish()
         shutil.rmtree(old, ignore_errors=True)
         if out_dir.exists():
             os.rename(out_dir, old)
@@ -131,26 +116,3 @@ def save(pieces: list[Piece], like_dir: Path, out_dir: Path, max_shard_bytes: in
         shutil.rmtree(old, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
-
-
-def _name_dtype(config: Path, dtype: torch.dtype) -> None:
-    """A model trained in another precision than its checkpoint came in must not be announced in the old one."""
-    fields = json.loads(config.read_text())
-    name = str(dtype).removeprefix("torch.")
-    key = "torch_dtype" if "torch_dtype" in fields else "dtype"
-    if fields.get(key, name) != name:
-        config.write_text(json.dumps({**fields, key: name}, indent=2) + "\n")
-
-
-def _name_shards(folder: Path, shard_names: list[list[str]], total_bytes: int) -> None:
-    count = len(shard_names)
-    if count == 1:
-        os.rename(folder / "shard-1", folder / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shard_names, start=1):
-        file = f"model-{number:05d}-of-{count:05d}.safetensors"
-        os.rename(folder / f"shard-{number}", folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))

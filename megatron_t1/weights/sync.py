@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
 from megatron_t1.rollout.config import RolloutConfig
 from megatron_t1.rollout.server import Server, Servers
 from megatron_t1.weights.fanout import Fanout, SyncError
-from megatron_t1.weights.hf_io import tensor_files
+from megatron_t1.weights.hf_folder import HFFolder
 from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.shm import layout
 from megatron_t1.weights.stream import Plan
@@ -215,10 +214,8 @@ class WeightSync:
 
 def folder_pieces(model_dir: Path) -> list[Piece]:
     """Whole tensors of a Hugging Face folder, to push a folder into running servers from one process."""
-    pieces = []
-    for name, path in tensor_files(model_dir).items():
-        with safe_open(path, "pt") as file:
-            tensor = file.get_tensor(name)
-        index = tuple(slice(0, size) for size in tensor.shape)
-        pieces.append(Piece(name=name, shape=tuple(tensor.shape), index=index, view=tensor))
-    return pieces
+    folder = HFFolder(model_dir)
+    return [
+        Piece(name=name, shape=info.shape, index=tuple(slice(0, n) for n in info.shape), view=folder.read(name))
+        for name, info in folder.tensors.items()
+    ]

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from megatron_t1.weights.hf_io import tensor_files
+from megatron_t1.weights.hf_folder import HFFolder
 from tests.launch import run_ranks
 from tests.models.families import FAMILIES, MOE, reference
 
@@ -87,8 +88,5 @@ def test_family(num_ranks, layout, family, results, expected, checkpoints):
 
 def bytes_of(folder):
     """Tensor name -> dtype, shape and bytes."""
-    tensors = {}
-    for path in set(tensor_files(folder).values()):
-        for name, tensor in load_file(path).items():
-            tensors[name] = (tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(-1).numpy().tobytes())
-    return tensors
+    found = HFFolder(folder)
+    return {name: (info, found.read(name).view(-1).view(torch.uint8).numpy().tobytes()) for name, info in found.tensors.items()}

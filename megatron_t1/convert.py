@@ -1,0 +1,268 @@
+"""`t1 convert`: Hugging Face folder -> Megatron checkpoint -> Hugging Face folder, byte for byte, and comparing two.
+
+    to_megatron: for each parameter: read its tensors -> lay them out as Megatron does -> append to the checkpoint
+    to_hf:       for each tensor: read its parameter from the checkpoint -> write it at its place in a shard
+    verify:      for each tensor: read it from both -> compare
+
+One process on a CPU; what is in memory is one parameter being read and one being written. The result is built beside
+OUT and renamed when it is whole and on the disk. A converted checkpoint loads at any layout: `tp` and `pp` say how its
+files are cut, so that ranks of that layout read no more than their own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_t1.engine.model import check_divisible
+from megatron_t1.engine.parallel import ParallelConfig
+from megatron_t1.engine.stored import MegatronCheckpoint, StoredParam, meta_params
+from megatron_t1.files import new_folder, write_json
+from megatron_t1.models import spec_of
+from megatron_t1.weights.hf_folder import (
+    DTYPES,
+    SPELLING,
+    CheckpointError,
+    HFFolder,
+    ShardWriter,
+    copy_beside,
+    name_dtype,
+)
+from megatron_t1.weights.hf_io import MAX_SHARD_BYTES, check_coverage
+from megatron_t1.weights.torch_dist import TorchDistWriter, cut, is_torch_dist
+
+_DTYPES_FILE = "hf_dtypes.json"
+# Boxes are cut to this size, so that whoever reads a part of a large tensor does not load all of it.
+_MAX_BOX_BYTES = 256 << 20
+_COMPARED = 1 << 24  # numbers compared at a time
+
+
+@dataclass(frozen=True)
+class Converted:
+    out: Path
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+
+    def describe(self) -> str:
+        rate = self.num_bytes / 1e6 / self.seconds
+        return (
+            f"{self.out}: {self.num_tensors} tensors, {self.num_bytes / 1e9:.2f} GB "
+            f"in {self.seconds:.1f} s ({rate:.0f} MB/s)"
+        )
+
+
+def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Converted:
+    """Write the Hugging Face folder `hf_dir` as the Megatron checkpoint `out`, with config and tokenizer beside.
+
+    Raises:
+        ValueError: a model that is not known, weights that are not its weights, or sizes that tp and pp do not divide.
+        OSError: `out` exists, or the disk is too full.
+    """
+    began = time.perf_counter()
+    spec = spec_of(hf_dir)
+    check_divisible(spec, ParallelConfig(tensor=tp, pipeline=pp))
+    source = HFFolder(hf_dir)
+    params = meta_params(hf_dir)
+    names = {piece.name: piece.shape for param in params for piece in param.pieces}
+    check_coverage(source, names)
+    stored_dtypes = _stored_dtypes(params, source)
+    num_bytes = sum(source.tensors[name].num_bytes for name in names)
+    with new_folder(out, num_bytes) as building, _progress("to-megatron", num_bytes) as done:
+        copy_beside(hf_dir, building)
+        changed = {
+            piece.name: SPELLING[source.tensors[piece.name].dtype]
+            for param in params
+            for piece in param.pieces
+            if source.tensors[piece.name].dtype != stored_dtypes[min(param.keys)]
+        }
+        if changed:
+            write_json(building / _DTYPES_FILE, changed)
+        writer = TorchDistWriter(building)
+        with _behind() as write:
+            for param in params:
+                tensor = _assemble(param, source, stored_dtypes[min(param.keys)])
+                write(partial(_append, writer, param, tensor, tp, _stage(param, pp, spec.transformer["num_layers"])))
+                done(sum(source.tensors[piece.name].num_bytes for piece in param.pieces))
+        writer.finish()
+    return Converted(out, len(names), num_bytes, time.perf_counter() - began)
+
+
+def to_hf(
+    checkpoint: Path, out: Path, *, hf_dir: Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Converted:
+    """Write a Megatron checkpoint, converted or left by training, as the Hugging Face folder `out`.
+
+    Args:
+        hf_dir: where config.json and tokenizer are, when they are not in the checkpoint's folder.
+
+    Raises:
+        ValueError: not a checkpoint, or not of the model that config.json describes.
+        OSError: `out` exists, or the disk is too full.
+    """
+    began = time.perf_counter()
+    source = open_megatron(checkpoint, hf_dir)
+    num_bytes = sum(info.num_bytes for info in source.tensors.values())
+    with new_folder(out, num_bytes) as building, _progress("to-hf", num_bytes) as done:
+        copy_beside(hf_dir or checkpoint, building)
+        by_dtype: dict[torch.dtype, int] = {}
+        for info in source.tensors.values():
+            by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
+        name_dtype(building / "config.json", max(by_dtype, key=by_dtype.__getitem__))
+        writer = ShardWriter(building, source.tensors, max_shard_bytes)
+        with _behind() as write:
+            for name, info in source.tensors.items():
+                write(partial(writer.write, name, source.read(name)))
+                done(info.num_bytes)
+        writer.finish()
+    return Converted(out, len(source.tensors), num_bytes, time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Difference:
+    name: str
+    what: str
+
+
+def verify(
+    a: Path, b: Path, *, hf_dir: Path | None = None, report: Callable[[Difference], None] | None = None
+) -> list[Difference]:
+    """Every difference between two checkpoints of either kind, tensor by tensor; empty when they are the same bytes.
+
+    Args:
+        hf_dir: config.json for a Megatron checkpoint that has none beside it.
+        report: called with each difference as soon as it is found.
+    """
+    left, right = _open(a, hf_dir), _open(b, hf_dir)
+    found: list[Difference] = []
+
+    def note(name: str, what: str) -> None:
+        found.append(Difference(name, what))
+        if report:
+            report(found[-1])
+
+    with _progress("verify", sum(info.num_bytes for info in left.tensors.values())) as done:
+        for name, info in left.tensors.items():
+            done(info.num_bytes)
+            other = right.tensors.get(name)
+            if other is None:
+                note(name, f"only in {a}")
+            elif info.shape != other.shape:
+                note(name, f"shape {info.shape} and {other.shape}")
+            else:
+                if info.dtype != other.dtype:
+                    note(name, f"dtype {info.dtype} and {other.dtype}")
+                if what := _compare(left.read(name), right.read(name)):
+                    note(name, what)
+        for name in right.tensors.keys() - left.tensors.keys():
+            note(name, f"only in {b}")
+    return found
+
+
+def open_megatron(folder: Path, hf_dir: Path | None = None) -> MegatronCheckpoint:
+    """A checkpoint of ours: weights, and the dtypes that its Hugging Face tensors had where they differ."""
+    recorded = folder / _DTYPES_FILE
+    names = json.loads(recorded.read_text()) if recorded.exists() else {}
+    try:
+        dtypes = {name: DTYPES[spelling] for name, spelling in names.items()}
+    except KeyError as error:
+        raise CheckpointError(f"{recorded} names a dtype {error}, which is not known") from None
+    if not (config := (hf_dir or folder) / "config.json").exists():
+        raise CheckpointError(f"{config} does not exist: give the model's Hugging Face folder with --hf")
+    return MegatronCheckpoint(folder, hf_dir or folder, dtypes)
+
+
+def _open(folder: Path, hf_dir: Path | None) -> HFFolder | MegatronCheckpoint:
+    return open_megatron(folder, hf_dir) if is_torch_dist(folder) else HFFolder(folder)
+
+
+def _stored_dtypes(params: list[StoredParam], source: HFFolder) -> dict[str, torch.dtype]:
+    """The precision of each tensor: one that holds exactly all that Megatron stacks or fuses in it."""
+    dtypes: dict[str, torch.dtype] = {}
+    for param in params:
+        for piece in param.pieces:
+            for key in param.keys:
+                dtype = source.tensors[piece.name].dtype
+                dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
+    return dtypes
+
+
+def _assemble(param: StoredParam, source: HFFolder, dtype: torch.dtype) -> torch.Tensor:
+    """The parameter as Megatron lays it out; rows that pad the vocabulary are 0."""
+    whole = sum(piece.view.numel() for piece in param.pieces) == param.tensor.numel()
+    tensor = (torch.empty if whole else torch.zeros)(param.tensor.shape, dtype=dtype)
+    for piece in param.views(tensor):
+        info = source.tensors[piece.name]
+        if info.dtype == dtype and piece.view.nbytes == info.num_bytes and piece.view.is_contiguous():
+            source.read(piece.name, into=piece.view)
+        else:
+            piece.view.copy_(source.read(piece.name)[piece.index].reshape(piece.view.shape))
+    return tensor
+
+
+def _append(writer: TorchDistWriter, param: StoredParam, tensor: torch.Tensor, tp: int, stage: int) -> None:
+    for part in param.parts(tensor):
+        for rank, (box, numbers) in enumerate(cut(part.box, part.data, param.cut_dim, tp)):
+            for smaller, few in cut(box, numbers, 0, -(-numbers.nbytes // _MAX_BOX_BYTES)):
+                writer.write(smaller, few, full_shape=part.full_shape, file_name=f"__{stage * tp + rank}_0")
+
+
+def _stage(param: StoredParam, pp: int, num_layers: int) -> int:
+    """The pipeline stage that reads this parameter: layers in equal numbers, the head on the last."""
+    if param.layer is not None:
+        return param.layer * pp // num_layers
+    return 0 if param.name.startswith("embedding.") else pp - 1
+
+
+def _compare(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    """How two tensors of one shape differ: in bits when they are of one dtype, else in value."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    count, first, largest = 0, -1, 0.0
+    for start in range(0, a.numel(), _COMPARED):
+        x, y = a[start : start + _COMPARED], b[start : start + _COMPARED]
+        if x.dtype == y.dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            continue
+        x, y = x.double(), y.double()
+        differs = (x != y) & ~(x.isnan() & y.isnan()) | (x.signbit() != y.signbit())
+        if differs.any():
+            count += int(differs.sum())
+            first = first if first >= 0 else start + int(differs.nonzero()[0])
+            largest = max(largest, float((x - y)[differs].abs().max()))
+    if count == 0:
+        return None
+    return (
+        f"{count} of {a.numel()} numbers differ, by at most {largest:.3g}; "
+        f"the first is number {first}: {a[first].item():.9g} and {b[first].item():.9g}"
+    )
+
+
+@contextmanager
+def _progress(what: str, num_bytes: int) -> Iterator[Callable[[int], object]]:
+    with tqdm(total=num_bytes, desc=what, unit="B", unit_scale=True, miniters=1) as bar:
+        yield bar.update
+
+
+@contextmanager
+def _behind() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Runs what it is given in a thread, one at a time: the next parameter is read while the last one is written."""
+    with ThreadPoolExecutor(1) as pool:
+        running: Future[None] | None = None
+
+        def write(work: Callable[[], None]) -> None:
+            nonlocal running
+            if running:
+                running.result()
+            running = pool.submit(work)
+
+        yield write
+        if running:
+            running.result()

@@ -1,0 +1,224 @@
+"""Where a model's parameters lie in a Megatron checkpoint, and the Hugging Face tensors that they are made of.
+
+The keys, the stacking of layers and experts and the halves of a gated layer are Megatron's own: they are read off a
+model's sharded state dict. Off a model on the `meta` device, which has shapes and no memory, for conversion; off the
+trainer's own, at whatever layout, to start from a checkpoint. Left out: Transformer Engine's extra state (FP8 scales),
+which is found anew in the first steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_t1.engine.model import ModelConfig, T1GPTModel, build_model
+from megatron_t1.engine.parallel import ParallelConfig, initialize, shards
+from megatron_t1.models import spec_of
+from megatron_t1.models.spec import ModelSpec
+from megatron_t1.platform import setup
+from megatron_t1.weights.hf_folder import CheckpointError, TensorInfo
+from megatron_t1.weights.ops import Piece
+from megatron_t1.weights.stream import local_pieces, weights_of
+from megatron_t1.weights.torch_dist import Box, TorchDistReader
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """One box of a checkpoint, and the numbers that belong there."""
+
+    box: Box
+    full_shape: tuple[int, ...]
+    """Of the checkpoint's tensor that the box is cut from."""
+    data: torch.Tensor
+    """A view into the parameter; the box without its stacking dimensions."""
+    may_differ: bool
+    """Another layout pads the vocabulary to another size: rows past the stored ones are padding."""
+
+
+@dataclass(frozen=True)
+class StoredParam:
+    """One parameter (or a buffer that is a weight)."""
+
+    name: str
+    """In the model's state dict, layers numbered on this rank."""
+    tensor: torch.Tensor
+    """The parameter itself; on the `meta` device, its shape."""
+    sharded: ShardedTensor | ShardedTensorFactory
+    pieces: tuple[Piece, ...]
+    """Its Hugging Face tensors, as views into `tensor`."""
+
+    @property
+    def keys(self) -> set[str]:
+        return {part.box.key for part in self.parts(self.tensor)}
+
+    @property
+    def layer(self) -> int | None:
+        """Counted on this rank."""
+        match = _LAYER.match(self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def cut_dim(self) -> int:
+        """The dimension that tensor parallelism cuts; the first one where it cuts none."""
+        return max(0, getattr(self.tensor, "partition_dim", 0))
+
+    def parts(self, tensor: torch.Tensor) -> list[StoredPart]:
+        """Of a tensor in the parameter's place, and of its shape."""
+        if isinstance(self.sharded, ShardedTensorFactory):
+            factory = copy.copy(self.sharded)
+            factory.data = tensor
+            found = list(nested_values(factory.build()))
+        else:
+            found = [replace(self.sharded, data=tensor, dtype=tensor.dtype)]
+        return [
+            StoredPart(
+                Box(s.key, tuple(s.global_offset), (1,) * s.prepend_axis_num + tuple(s.local_shape)),
+                tuple(s.global_shape),
+                s.data,
+                s.allow_shape_mismatch,
+            )
+            for s in found
+        ]
+
+    def views(self, tensor: torch.Tensor) -> list[Piece]:
+        """The pieces, as views into a contiguous tensor in the parameter's place."""
+        return [
+            replace(p, view=tensor.as_strided(p.view.shape, p.view.stride(), p.view.storage_offset()))
+            for p in self.pieces
+        ]
+
+    def read(self, reader: TorchDistReader) -> torch.Tensor:
+        """Its numbers in a checkpoint, in the checkpoint's precision."""
+        parts = self.parts(self.tensor)
+        if len(parts) == 1 and not parts[0].may_differ:
+            return reader.read(parts[0].box).reshape(self.tensor.shape)
+        tensor = torch.zeros(self.tensor.shape, dtype=reader.dtype(parts[0].box.key))
+        for part in self.parts(tensor):
+            target, box = part.data, part.box
+            if part.may_differ:
+                rows = max(0, min(box.shape[0], reader.shape(box.key)[0] - box.offset[0]))
+                target, box = target[:rows], replace(box, shape=(rows, *box.shape[1:]))
+            if target.numel():
+                target.copy_(reader.read(box).reshape(target.shape))
+        return tensor
+
+
+def stored_params(module: T1GPTModel, spec: ModelSpec) -> list[StoredParam]:
+    """Every weight of this rank's model, in the model's order."""
+    by_storage: dict[int, list[Piece]] = {}
+    for piece in local_pieces([module], spec, shards()):
+        by_storage.setdefault(_storage(piece.view), []).append(piece)
+    names = {_storage(tensor): name for name, tensor in weights_of(module)}
+    sharded: dict[int, ShardedTensor | ShardedTensorFactory] = {}
+    for entry in nested_values(module.sharded_state_dict()):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
+            sharded[_storage(entry.data)] = entry
+    if nameless := by_storage.keys() - sharded.keys():
+        raise CheckpointError(f"Megatron does not store {[names[storage] for storage in nameless][:5]}")
+    return [
+        StoredParam(names[storage], sharded[storage].data, sharded[storage], tuple(found))
+        for storage, found in by_storage.items()
+    ]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def check_keys(params: list[StoredParam], reader: TorchDistReader) -> None:
+    """The checkpoint has the tensors of these parameters and no other. Collective: parameters of all ranks count.
+
+    Raises:
+        CheckpointError: a tensor that is missing, misshapen or not used, by name.
+    """
+    parts = [part for param in params for part in param.parts(param.tensor)]
+    wanted = {part.box.key: None if part.may_differ else part.full_shape for part in parts}
+    if dist.is_initialized():
+        everyone: list[dict[str, tuple[int, ...] | None]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, wanted)
+        wanted = {key: shape for one in everyone for key, shape in one.items()}
+    if missing := sorted(wanted.keys() - reader.keys()):
+        raise CheckpointError(f"{reader.folder} lacks {len(missing)} tensors, the first: {missing[:5]}")
+    for key, shape in wanted.items():
+        if shape is not None and reader.shape(key) != shape:
+            raise CheckpointError(f"{reader.folder}: {key} has shape {reader.shape(key)}, the config asks for {shape}")
+    if extra := sorted(reader.keys() - wanted.keys()):
+        raise CheckpointError(
+            f"{reader.folder} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"
+        )
+
+
+@torch.no_grad()
+def load(module: T1GPTModel, spec: ModelSpec, folder: Path) -> None:
+    """Fill this rank's model from a Megatron checkpoint of any layout. Collective.
+
+    Raises:
+        CheckpointError: not the checkpoint of such a model.
+    """
+    reader = TorchDistReader(folder)
+    params = stored_params(module, spec)
+    check_keys(params, reader)
+    for param in params:
+        param.tensor.copy_(param.read(reader))
+
+
+class MegatronCheckpoint:
+    """The weights of a Megatron checkpoint as Hugging Face tensors, one at a time, in one process."""
+
+    def __init__(self, folder: Path, hf_dir: Path, dtypes: dict[str, torch.dtype]) -> None:
+        """
+        Args:
+            hf_dir: where config.json is.
+            dtypes: of the Hugging Face tensors that are stored in another precision than their own.
+        """
+        self.folder = folder
+        self._reader = TorchDistReader(folder)
+        params = meta_params(hf_dir)
+        check_keys(params, self._reader)
+        self._makers: dict[str, list[StoredParam]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for param in params:
+            stored = self._reader.dtype(min(param.keys))
+            for piece in param.pieces:
+                self._makers.setdefault(piece.name, []).append(param)
+                self.tensors[piece.name] = TensorInfo(dtypes.get(piece.name, stored), piece.shape)
+        self._last: tuple[StoredParam, torch.Tensor] | None = None  # a fused parameter makes several tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor; possibly a view."""
+        info = self.tensors[name]
+        found = [piece for param in self._makers[name] for piece in self._views(param) if piece.name == name]
+        if len(found) == 1 and found[0].view.numel() * info.dtype.itemsize == info.num_bytes:
+            return found[0].view.reshape(info.shape).to(info.dtype)
+        whole = torch.empty(info.shape, dtype=info.dtype)
+        for piece in found:
+            target = whole[piece.index]
+            target.copy_(piece.view.reshape(target.shape))
+        return whole
+
+    def _views(self, param: StoredParam) -> Iterator[Piece]:
+        if self._last is None or self._last[0] is not param:
+            self._last = None
+            self._last = (param, param.read(self._reader).contiguous())
+        yield from param.views(self._last[1])
+
+
+def meta_params(folder: Path) -> list[StoredParam]:
+    """Every weight of the model that the folder's config.json describes, uncut and without memory."""
+    platform, parallel = setup(), ParallelConfig()
+    initialize(parallel, platform, 0)
+    spec = spec_of(folder)
+    meta = torch.device("meta")
+    with meta:
+        _, module = build_model(ModelConfig(hf_path=str(folder), layers="local"), spec, parallel, platform, meta)
+    return stored_params(module, spec)

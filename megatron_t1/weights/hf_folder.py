@@ -1,0 +1,225 @@
+"""A Hugging Face folder, tensor by tensor: what it holds, reading one at a time, writing shards without holding them.
+
+Only safetensors: a `.bin` is a pickle, and unpickling runs code. The library checks a file's header (names, bounds, no
+holes) before anything is read; the numbers then come by plain reads, because pages of a mapped file would count as
+memory until the file is closed. It has no way to write a file tensor by tensor, so the header is written here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+# Weights in any format, and what a Megatron checkpoint consists of: not carried from one folder to another.
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".distcp", ".h5", ".msgpack", ".gguf", ".onnx"}
+_WEIGHT_FILES = {"metadata.json", "state.json", "hf_dtypes.json"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not hold what its config promises."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class HFFolder:
+    """The tensors of a Hugging Face folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            CheckpointError: no safetensors, two sets of them, an index that is not true, a tensor in two files.
+        """
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self._place: dict[str, tuple[Path, int]] = {}
+        indexed = _indexed(folder)
+        for path in sorted(set(indexed.values())) if indexed else [folder / SINGLE]:
+            for name, info, start in _contents(path):
+                if name in self._place:
+                    raise CheckpointError(f"tensor {name} is in {self._place[name][0].name} and in {path.name}")
+                if indexed and indexed.get(name) != path:
+                    raise CheckpointError(f"{path} holds tensor {name}, which {INDEX} does not place there")
+                self.tensors[name], self._place[name] = info, (path, start)
+        if lost := sorted(indexed.keys() - self._place.keys()):
+            raise CheckpointError(f"{folder / INDEX} lists {len(lost)} tensors that no file has, the first: {lost[:5]}")
+
+    def file_of(self, name: str) -> Path:
+        return self._place[name][0]
+
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole tensor, on the CPU; in the memory of `into` when given (contiguous, of its dtype and size)."""
+        info, (path, start) = self.tensors[name], self._place[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype) if into is None else into
+        with path.open("rb") as file:
+            file.seek(start)
+            if file.readinto(_bytes_of(tensor)) != info.num_bytes:  # type: ignore[arg-type]
+                raise CheckpointError(f"{path} ends within tensor {name}")
+        return tensor
+
+
+def _indexed(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file as the index says it; empty when the folder has a single file and no index."""
+    index, single = folder / INDEX, folder / SINGLE
+    if not index.exists():
+        if not single.exists():
+            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: no weights in safetensors format")
+        return {}
+    try:
+        files = {
+            name: folder / file
+            for name, file in json.loads(index.read_text(), object_pairs_hook=_unique)["weight_map"].items()
+        }
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors: {error}") from None
+    for path in sorted(set(files.values())):
+        if path.parent != folder or not path.exists():
+            raise CheckpointError(f"{index} names {path.name}, which is not in {folder}")
+    if single.exists() and single not in files.values():
+        raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}, which does not name it: remove one of them")
+    return files
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is listed twice")
+    return found
+
+
+def _contents(path: Path) -> Iterable[tuple[str, TensorInfo, int]]:
+    """Name, dtype and shape, and first byte in the file of every tensor."""
+    try:
+        with safe_open(path, "pt") as file:
+            with path.open("rb") as raw:
+                start = 8 + int.from_bytes(raw.read(8), "little")
+            for name in file.offset_keys():  # the library has checked that they follow each other without holes
+                stored = file.get_slice(name)
+                if stored.get_dtype() not in DTYPES:
+                    raise CheckpointError(f"{path}: tensor {name} has dtype {stored.get_dtype()}, which is not known")
+                info = TensorInfo(DTYPES[stored.get_dtype()], tuple(stored.get_shape()))
+                yield name, info, start
+                start += info.num_bytes
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+
+
+class ShardWriter:
+    """The safetensors of a folder, written tensor by tensor in any order, and their index.
+
+    Names, dtypes and shapes are known beforehand, so every tensor's place is, and no more than one is in memory.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> None:
+        self._folder, self._missing = folder, dict(tensors)
+        self._place: dict[str, tuple[Path, int]] = {}
+        shards: list[dict[str, TensorInfo]] = [{}]
+        for name, info in tensors.items():
+            if shards[-1] and sum(i.num_bytes for i in shards[-1].values()) + info.num_bytes > max_shard_bytes:
+                shards.append({})
+            shards[-1][name] = info
+        for number, shard in enumerate(shards, start=1):
+            single = len(shards) == 1
+            self._lay_out(
+                folder / (SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"), shard
+            )
+        self.paths = sorted({path for path, _ in self._place.values()})
+
+    def _lay_out(self, path: Path, shard: dict[str, TensorInfo]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        places, end = {}, 0
+        # In the library's own order: the widest first, so that every tensor is aligned.
+        for name, info in sorted(shard.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+            start, end = end, end + info.num_bytes
+            places[name] = start
+            header[name] = {"dtype": SPELLING[info.dtype], "shape": info.shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        self._place |= {name: (path, 8 + len(text) + start) for name, start in places.items()}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Every tensor once, with the dtype and shape that were announced."""
+        announced, found = self._missing.pop(name), TensorInfo(tensor.dtype, tuple(tensor.shape))
+        if announced != found:
+            raise CheckpointError(f"tensor {name} is {found}, announced was {announced}")
+        path, start = self._place[name]
+        with path.open("rb+") as file:
+            file.seek(start)
+            file.write(_bytes_of(tensor.contiguous()))
+
+    def finish(self) -> None:
+        """Bring the files to the disk and write the index, when there is more than one."""
+        if self._missing:
+            raise CheckpointError(f"{len(self._missing)} tensors were not written, the first: {min(self._missing)}")
+        for path in self.paths:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        if len(self.paths) > 1:
+            weight_map = {name: path.name for name, (path, _) in self._place.items()}
+            total = sum(path.stat().st_size - _header_bytes(path) for path in self.paths)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+def _header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Everything of a checkpoint that is not weights: config, tokenizer, chat template, generation config, licence."""
+    for path in source.iterdir():
+        if path.name.startswith(".") or path.suffix in _WEIGHT_SUFFIXES or path.name in _WEIGHT_FILES:
+            continue
+        if path.is_file() and not path.name.endswith(".index.json"):
+            shutil.copy2(path, target)
+        elif path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, target / path.name)
+
+
+def name_dtype(config: Path, dtype: torch.dtype) -> None:
+    """A model in another precision than its checkpoint came in must not be announced in the old one."""
+    fields = json.loads(config.read_text())
+    name = str(dtype).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in fields else "dtype"
+    if fields.get(key, name) != name:
+        config.write_text(json.dumps({**fields, key: name}, indent=2) + "\n")

@@ -1,0 +1,230 @@
+"""Megatron's `torch_dist` checkpoints (the files of torch.distributed.checkpoint), read and written box by box.
+
+Megatron itself saves and loads the parameters of a model that is in memory. Here only the box in hand is: reading takes
+from the files what overlaps with it, writing appends to a file and notes where. What Megatron writes can be read here,
+and what is written here Megatron loads, at any layout.
+
+A checkpoint may come from somebody else, and its index is a pickle: only the plain data classes of the format are let
+through, and tensors are loaded with `weights_only`. Left out: the optimizer's state, and objects beside tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_t1.files import write_json
+from megatron_t1.weights.hf_folder import CheckpointError
+
+_INDEX = ".metadata"
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+# Classes that an index consists of: they hold data and do nothing when they are made.
+_HARMLESS = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+}
+# What a run's checkpoint holds besides the weights.
+_NOT_WEIGHTS = ("optimizer.", "anchor.")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of one tensor of a checkpoint. Megatron stacks the layers: one tensor for each kind of weight."""
+
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def cut(box: Box, tensor: torch.Tensor, dim: int, count: int) -> Iterator[tuple[Box, torch.Tensor]]:
+    """A box and its numbers in up to `count` nearly equal parts along a dimension of the numbers, which may lack the
+    box's leading stacking dimensions."""
+    axis = len(box.shape) - tensor.dim() + dim
+    start = box.offset[axis]
+    for part in tensor.tensor_split(max(1, count), dim):
+        if part.numel():
+            offset, shape = list(box.offset), list(box.shape)
+            offset[axis], shape[axis] = start, part.shape[dim]
+            yield Box(box.key, tuple(offset), tuple(shape)), part
+            start += part.shape[dim]
+
+
+def is_torch_dist(folder: Path) -> bool:
+    return (folder / _INDEX).is_file()
+
+
+class TorchDistReader:
+    """The weights of a checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            CheckpointError: no index, or one that is not plain data.
+        """
+        self.folder = folder
+        try:
+            with (folder / _INDEX).open("rb") as file:
+                metadata = _Restricted(file).load()
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} is not a Megatron checkpoint: it has no {_INDEX}") from None
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / _INDEX} is not the index of a checkpoint: {error}") from None
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{folder / _INDEX} is not the index of a checkpoint")
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            key: stored
+            for key, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and not key.startswith(_NOT_WEIGHTS)
+        }
+
+    def keys(self) -> set[str]:
+        return set(self._tensors)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].properties.dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].size)
+
+    def read(self, box: Box) -> torch.Tensor:
+        """The numbers of a box. Not copied again when the checkpoint has exactly that box in one piece.
+
+        Raises:
+            CheckpointError: files that do not hold what the index says.
+        """
+        whole: torch.Tensor | None = None
+        missing = math.prod(box.shape)
+        for chunk in self._tensors[box.key].chunks:
+            overlap = _overlap(box, chunk)
+            if overlap is None:
+                continue
+            here, there = overlap
+            part = self._load(box.key, chunk)[there]
+            if part.shape == box.shape:
+                return part
+            if whole is None:
+                whole = torch.empty(box.shape, dtype=part.dtype)
+            whole[here] = part
+            missing -= part.numel()
+        if whole is None or missing != 0:
+            raise CheckpointError(f"{self.folder}: {box.key} is not stored exactly once at {box.offset} of {box.shape}")
+        return whole
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        where = f"{self.folder}: {key} at {tuple(chunk.offsets)}"
+        place = self._places.get(MetadataIndex(key, chunk.offsets))
+        if place is None or place.transform_descriptors:
+            raise CheckpointError(f"{where} is not stored, or compressed")
+        path = self.folder / place.relative_path
+        if path.parent != self.folder or not path.is_file():
+            raise CheckpointError(f"{where} is said to be in {place.relative_path}, which is not in the folder")
+        with path.open("rb") as file:
+            try:
+                tensor = torch.load(_create_file_view(file, place.offset, place.length), weights_only=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+                raise CheckpointError(f"{where} can't be read from {path.name}: {error}") from None
+        dtype = self.dtype(key)
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
+            raise CheckpointError(f"{where} should be {dtype} {tuple(chunk.sizes)}; {path.name} has something else")
+        return tensor
+
+
+class TorchDistWriter:
+    """A checkpoint of weights alone, written in any order. `finish` makes it one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def write(self, box: Box, tensor: torch.Tensor, *, full_shape: tuple[int, ...], file_name: str) -> None:
+        """
+        Args:
+            tensor: the numbers, with or without the box's leading dimensions of 1.
+            full_shape: of the tensor that the box is cut from.
+            file_name: without its ending, the file that takes it.
+        """
+        name = f"{file_name}.distcp"
+        if name not in self._files:
+            self._files[name] = (self._folder / name).open("wb")
+        file = self._files[name]
+        start = file.tell()
+        tensor = tensor.contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # a view is written with all that it looks into
+        torch.save(tensor.view(box.shape), file)
+        offset = torch.Size(box.offset)
+        if box.key not in self._tensors:
+            properties = TensorProperties(dtype=tensor.dtype)
+            self._tensors[box.key] = TensorStorageMetadata(properties, torch.Size(full_shape), [])
+        self._tensors[box.key].chunks.append(ChunkStorageMetadata(offset, torch.Size(box.shape)))
+        self._places[MetadataIndex(box.key, offset)] = _StorageInfo(name, start, file.tell() - start)
+
+    def finish(self) -> None:
+        """Bring the files to the disk and write the index."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        torch.save({}, self._folder / "common.pt")
+        write_json(self._folder / "metadata.json", _FORMAT)
+        with (self._folder / _INDEX).open("wb") as file:
+            pickle.dump(Metadata(state_dict_metadata=dict(self._tensors), storage_data=self._places), file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _Restricted(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name in _HARMLESS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which an index has no use for; do not load it")
+
+
+def _overlap(box: Box, chunk: ChunkStorageMetadata) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where the two meet, as an index into the box and one into the chunk."""
+    here, there = [], []
+    for start, size, chunk_start, chunk_size in zip(box.offset, box.shape, chunk.offsets, chunk.sizes, strict=True):
+        first, last = max(start, chunk_start), min(start + size, chunk_start + chunk_size)
+        if first >= last:
+            return None
+        here.append(slice(first - start, last - start))
+        there.append(slice(first - chunk_start, last - chunk_start))
+    return tuple(here), tuple(there)
