@@ -32,6 +32,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   serve       start vLLM servers for model.hf_path and keep them up
   report      (re)write the HTML report of run_dir
   grade       grade IN.jsonl into OUT.jsonl (`t1 grade IN.jsonl OUT.jsonl`), without any model
+  convert     Hugging Face folder to Megatron checkpoint and back, and `verify`: compare two (`t1 convert --help`)
   quickstart-data   write the quickstart's task: questions, SFT traces, tokenizer, tiny model
   doctor      what is installed here, and what is missing for what
 
@@ -193,6 +194,47 @@ def _grade(arguments: list[str]) -> int:
     return 0
 
 
+def _convert(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="t1 convert", description=_line_of("convert"))
+    jobs = parser.add_subcommands(dest="job")
+    job = ArgumentParser(description="Write a Hugging Face folder as a Megatron checkpoint; it loads at any layout.")
+    job.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="config.json, tokenizer and safetensors")
+    job.add_argument("out", type=Path, metavar="OUT", help="folder to make; model.hf_path may name it")
+    job.add_argument("--tp", type=int, default=1, help="tensor-parallel size that the files are cut for")
+    job.add_argument("--pp", type=int, default=1, help="pipeline-parallel size that the files are cut for")
+    jobs.add_subcommand("to-megatron", job, help="Hugging Face folder -> Megatron checkpoint")
+    job = ArgumentParser(description="Write a Megatron checkpoint, converted or of a run, as a Hugging Face folder.")
+    job.add_argument("checkpoint", type=Path, metavar="CKPT", help="from to-megatron, or a run's checkpoints/step_N")
+    job.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    job.add_argument("--hf", type=Path, help="folder with config.json and tokenizer, for a checkpoint without them")
+    job.add_argument("--max_shard_gb", type=float, default=4.0, help="largest safetensors file")
+    jobs.add_subcommand("to-hf", job, help="Megatron checkpoint -> Hugging Face folder")
+    job = ArgumentParser(description="Compare two checkpoints of either kind; the exit code is 1 when they differ.")
+    job.add_argument("a", type=Path, metavar="A", help="Hugging Face folder or Megatron checkpoint")
+    job.add_argument("b", type=Path, metavar="B", help="Hugging Face folder or Megatron checkpoint")
+    job.add_argument("--hf", type=Path, help="folder with config.json, for a Megatron checkpoint without it")
+    jobs.add_subcommand("verify", job, help="compare two checkpoints tensor by tensor")
+    parsed = parser.parse_args(arguments)
+    from megatron_t1 import convert
+
+    options = parsed[parsed.job]
+    try:
+        if parsed.job == "to-megatron":
+            print(convert.to_megatron(options.hf_dir, options.out, tp=options.tp, pp=options.pp).describe())
+        elif parsed.job == "to-hf":
+            shard = round(options.max_shard_gb * 1e9)
+            done = convert.to_hf(options.checkpoint, options.out, hf_dir=options.hf, max_shard_bytes=shard)
+            print(done.describe())
+        else:
+            return convert.verify_and_say(options.a, options.b, hf_dir=options.hf)
+    except KeyboardInterrupt:
+        print("t1 convert: interrupted; nothing is left of it", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _quickstart_data(arguments: list[str]) -> int:
     from megatron_t1.data.quickstart import QuickstartDataConfig, write
 
@@ -220,6 +262,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
     "report": _report,
     "grade": _grade,
+    "convert": _convert,
     "quickstart-data": _quickstart_data,
     "doctor": _doctor,
 }

@@ -44,6 +44,7 @@ _DTYPES_FILE = "hf_dtypes.json"
 # Boxes are cut to this size, so that whoever reads a part of a large tensor does not load all of it.
 _MAX_BOX_BYTES = 256 << 20
 _COMPARED = 1 << 24  # numbers compared at a time
+_MAX_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -131,41 +132,47 @@ def to_hf(
 class Difference:
     name: str
     what: str
+    largest: float = 0.0
+    """Of the numbers, where these can be compared."""
 
 
-def verify(
-    a: Path, b: Path, *, hf_dir: Path | None = None, report: Callable[[Difference], None] | None = None
-) -> list[Difference]:
-    """Every difference between two checkpoints of either kind, tensor by tensor; empty when they are the same bytes.
+def verify(a: Path, b: Path, *, hf_dir: Path | None = None) -> Iterator[Difference]:
+    """Every difference between two checkpoints of either kind, tensor by tensor; none when they are the same bytes.
 
     Args:
         hf_dir: config.json for a Megatron checkpoint that has none beside it.
-        report: called with each difference as soon as it is found.
     """
     left, right = _open(a, hf_dir), _open(b, hf_dir)
-    found: list[Difference] = []
-
-    def note(name: str, what: str) -> None:
-        found.append(Difference(name, what))
-        if report:
-            report(found[-1])
-
     with _progress("verify", sum(info.num_bytes for info in left.tensors.values())) as done:
         for name, info in left.tensors.items():
-            done(info.num_bytes)
             other = right.tensors.get(name)
             if other is None:
-                note(name, f"only in {a}")
+                yield Difference(name, f"only in {a}")
             elif info.shape != other.shape:
-                note(name, f"shape {info.shape} and {other.shape}")
+                yield Difference(name, f"shape {info.shape} and {other.shape}")
             else:
                 if info.dtype != other.dtype:
-                    note(name, f"dtype {info.dtype} and {other.dtype}")
-                if what := _compare(left.read(name), right.read(name)):
-                    note(name, what)
-        for name in right.tensors.keys() - left.tensors.keys():
-            note(name, f"only in {b}")
-    return found
+                    yield Difference(name, f"dtype {info.dtype} and {other.dtype}")
+                if found := _compare(name, left.read(name), right.read(name)):
+                    yield found
+            done(info.num_bytes)
+    for name in sorted(right.tensors.keys() - left.tensors.keys()):
+        yield Difference(name, f"only in {b}")
+
+
+def verify_and_say(a: Path, b: Path, *, hf_dir: Path | None = None) -> int:
+    """Print the first differences, how many tensors differ and by how much; returns the exit code."""
+    names, largest = set(), 0.0
+    for difference in verify(a, b, hf_dir=hf_dir):
+        names.add(difference.name)
+        largest = max(largest, difference.largest)
+        if len(names) <= _MAX_SHOWN:
+            tqdm.write(f"{difference.name}: {difference.what}")
+    if names:
+        print(f"{a} and {b} differ in {len(names)} tensors, by at most {largest:.3g}")
+        return 1
+    print(f"{a} and {b} are the same: names, shapes, dtypes and every byte")
+    return 0
 
 
 def open_megatron(folder: Path, hf_dir: Path | None = None) -> MegatronCheckpoint:
@@ -223,7 +230,7 @@ def _stage(param: StoredParam, pp: int, num_layers: int) -> int:
     return 0 if param.name.startswith("embedding.") else pp - 1
 
 
-def _compare(a: torch.Tensor, b: torch.Tensor) -> str | None:
+def _compare(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None:
     """How two tensors of one shape differ: in bits when they are of one dtype, else in value."""
     a, b = a.reshape(-1), b.reshape(-1)
     count, first, largest = 0, -1, 0.0
@@ -239,10 +246,11 @@ def _compare(a: torch.Tensor, b: torch.Tensor) -> str | None:
             largest = max(largest, float((x - y)[differs].abs().max()))
     if count == 0:
         return None
-    return (
+    what = (
         f"{count} of {a.numel()} numbers differ, by at most {largest:.3g}; "
         f"the first is number {first}: {a[first].item():.9g} and {b[first].item():.9g}"
     )
+    return Difference(name, what, largest)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from megatron_t1.models import spec_of
 from megatron_t1.platform import Platform
 from megatron_t1.report import write_report
 from megatron_t1.types import Prompt
+from megatron_t1.weights.hf_folder import HFFolder
 from megatron_t1.weights.sync import WeightSync, folder_pieces
 
 
@@ -71,6 +72,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
     """Evaluate `model.hf_path` on `data.heldout`; one process, no Megatron."""
     template = Template(Path(cfg.model.hf_path))
     heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
+    HFFolder(Path(cfg.model.hf_path))  # whole, or refused before the servers start
     with open_actors(cfg, template) as actors:
         _serve_folder(cfg, actors)
         _evaluate(cfg, actors, heldout, label)
@@ -80,6 +82,7 @@ def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `data.heldout`; one process, no Megatron."""
     template = Template(Path(cfg.model.hf_path))
     heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
+    HFFolder(Path(cfg.model.hf_path))  # whole, or refused before the servers start
     with open_actors(cfg, template) as actors:
         _serve_folder(cfg, actors)
         points = scaling.measure(cfg.scaling, actors, template, heldout, Path(cfg.run_dir) / "scaling", label, cfg.seed)

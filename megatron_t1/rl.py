@@ -90,7 +90,7 @@ class Trainer:
             total_steps=cfg.rl.steps,
             temperature=cfg.sampling.temperature,
         )
-        self.engine.load_hf(Path(cfg.model.hf_path))
+        self.engine.load_weights(Path(cfg.model.hf_path))
         self.anchor = Anchor(self.engine, cfg.anchor)
         self.steps_done = checkpoint.resume(self.folder / "checkpoints", self.engine, self.anchor, allowed=cfg.resume)
         self.sync = WeightSync(self.engine.pieces(), cfg.rollout, actors.servers if actors else None)

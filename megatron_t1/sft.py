@@ -78,7 +78,7 @@ def train(cfg: Config, platform: Platform, examples: list[Sequence]) -> Path:
     total = min(total, cfg.sft.max_steps or total)
     engine = Engine(cfg.model, cfg.parallel, cfg.sft.optim, platform, total_steps=total, temperature=1.0)
     cfg.parallel.check_fits(max(example.num_tokens for example in examples))
-    engine.load_hf(Path(cfg.model.hf_path))
+    engine.load_weights(Path(cfg.model.hf_path))
     done = checkpoint.resume(folder / "checkpoints", engine, None, allowed=cfg.resume)
     log = MetricsLog(Path(cfg.run_dir), "sft", first_step=done) if is_main() else None
     watch = Stopwatch()

@@ -33,6 +33,7 @@ from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.files import sync_folder, write_json
+from megatron_t1.weights.hf_folder import copy_beside
 
 _STEP = re.compile(r"^step_(\d{8})$")
 # Gathers the optimizer's state in the model's own shapes: loads at any TP, PP and DP.
@@ -132,6 +133,7 @@ def save(
     dist.barrier()
     digests = _digests(building)
     if is_main():
+        copy_beside(Path(engine.model_config.hf_path), building)  # config and tokenizer: a model on its own
         contents = {**state, "step": step, "score": score, "files": digests}
         write_json(building / "state.json", contents)
         sync_folder(building)

@@ -31,7 +31,8 @@ class ModelConfig:
     """Which model is trained and in what precision."""
 
     hf_path: str
-    """Hugging Face folder: config.json, tokenizer, safetensors. Training starts from its weights."""
+    """Folder of the model: config.json, tokenizer, and safetensors (Hugging Face) or a Megatron checkpoint (from
+    `t1 convert`, or a run's checkpoints/step_N). Training starts from either, evaluation needs safetensors."""
     dtype: Dtype = "bfloat16"
     """Precision of weights and activations; gradients and optimizer state are float32."""
     layers: Literal["auto", "local"] = "auto"

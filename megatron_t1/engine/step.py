@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_t1.algo.fused_head import AnchorHead, Head, TokenLoss, fused_loss
 from megatron_t1.algo.loss import Metrics, TokenFields
 from megatron_t1.data.packing import Sequence, pack
+from megatron_t1.engine import stored
 from megatron_t1.engine.model import (
     ModelConfig,
     T1GPTModel,
@@ -39,6 +40,7 @@ from megatron_t1.types import Microbatch
 from megatron_t1.weights import hf_io
 from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.stream import local_pieces
+from megatron_t1.weights.torch_dist import is_torch_dist
 
 
 class ForwardEngine:
@@ -56,8 +58,12 @@ class ForwardEngine:
         """This rank's Hugging Face pieces, aliasing the live weights (of the anchor, when its module is given)."""
         return local_pieces([module or self.module], self.spec, shards())
 
-    def load_hf(self, model_dir: Path) -> None:
-        hf_io.load(self.pieces(), model_dir)
+    def load_weights(self, folder: Path) -> None:
+        """From a Hugging Face folder, or a Megatron checkpoint of any layout."""
+        if is_torch_dist(folder):
+            stored.load(self.module, self.spec, folder)
+        else:
+            hf_io.load(self.pieces(), folder)
 
     def save_hf(self, out_dir: Path) -> None:
         hf_io.save(self.pieces(), Path(self.model_config.hf_path), out_dir)
@@ -142,8 +148,8 @@ class Engine(ForwardEngine):
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
 
-    def load_hf(self, model_dir: Path) -> None:
-        super().load_hf(model_dir)
+    def load_weights(self, folder: Path) -> None:
+        super().load_weights(folder)
         self.optimizer.reload_model_params()
 
     def step(

@@ -97,6 +97,8 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         }
     else:
         options["gpu-memory-utilization"] = cfg.gpu_memory_utilization
+    if not has_weights(model_dir):
+        options["load-format"] = "dummy"  # a Megatron checkpoint: the trainer pushes before it asks
     options |= {name.replace("_", "-"): value for name, value in cfg.vllm_args.items()}
     words = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     for name, value in options.items():
@@ -107,6 +109,11 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         elif value is not None:
             words += [f"--{name}", str(value)]
     return words
+
+
+def has_weights(model_dir: Path) -> bool:
+    """Whether vLLM finds weights that it can read."""
+    return any(model_dir.glob("*.safetensors"))
 
 
 def environment(cfg: RolloutConfig, *, index: int, key: str, device: str) -> dict[str, str]:

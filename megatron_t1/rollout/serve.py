@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_t1.rollout.config import RolloutConfig
 from megatron_t1.rollout.endpoint import Server, ServerError
+from megatron_t1.rollout.launch import has_weights
 from megatron_t1.rollout.registry import KEY_FILE, Registry
 from megatron_t1.rollout.server import Servers
 
@@ -43,6 +44,8 @@ def serve(cfg: RolloutConfig, model_dir: Path, run_dir: Path, say: Callable[[str
             for name, server in zip(names, servers.all, strict=True):
                 registry.announce(name, server.url, server.log_path)
         urls = [server.url for server in servers.all]
+        if not has_weights(model_dir):
+            say(f"{model_dir} has no safetensors: the servers hold random weights until a trainer pushes its own")
         say(f"rollout.urls: {urls}\nrollout.key_file: {cfg.key_file or run_dir / KEY_FILE}\nCtrl-C ends them")
         failed_starts: Counter[str] = Counter()
         pool = stack.enter_context(ThreadPoolExecutor(len(names)))

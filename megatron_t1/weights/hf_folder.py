@@ -96,7 +96,12 @@ def _indexed(folder: Path) -> dict[str, Path]:
     index, single = folder / INDEX, folder / SINGLE
     if not index.exists():
         if not single.exists():
-            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: no weights in safetensors format")
+            megatron = (
+                " (`t1 convert to-hf` makes them of a Megatron checkpoint)" if (folder / ".metadata").exists() else ""
+            )
+            raise CheckpointError(
+                f"{folder} has neither {SINGLE} nor {INDEX}: no weights in safetensors format{megatron}"
+            )
         return {}
     try:
         files = {

@@ -49,7 +49,7 @@ def main() -> None:
     results = {}
 
     def step(name, token_loss, full_kl=False):
-        engine.load_hf(model_dir)
+        engine.load_weights(model_dir)
         results[name] = engine.step(microbatches, num_targets, token_loss, anchor.module if full_kl else None)
         if not parallel.distributed_optimizer:  # else a rank's gradient buffer holds its own shard only
             tensors = dict(Plan(gradient_pieces(engine)).gather())

@@ -63,7 +63,7 @@ def main() -> None:
                 ModelConfig(hf_path=str(folder), dtype="float32"),
                 parallel, OptimConfig(lr=0.0, clip_grad=0.0), platform, total_steps=1, temperature=1.0,
             )  # fmt: skip
-            engine.load_hf(folder)
+            engine.load_weights(folder)
             sequences = make_sequences(engine.spec.vocab_size)
             microbatches = engine.pack(sequences)
             results = {f"logits/{sample}": logits for sample, logits in all_logits(engine, microbatches).items()}

@@ -89,4 +89,7 @@ def test_family(num_ranks, layout, family, results, expected, checkpoints):
 def bytes_of(folder):
     """Tensor name -> dtype, shape and bytes."""
     found = HFFolder(folder)
-    return {name: (info, found.read(name).view(-1).view(torch.uint8).numpy().tobytes()) for name, info in found.tensors.items()}
+    return {
+        name: (info, found.read(name).view(-1).view(torch.uint8).numpy().tobytes())
+        for name, info in found.tensors.items()
+    }

@@ -1,0 +1,304 @@
+"""Conversion keeps every byte, at every cut, and Megatron agrees with it; damaged input is refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from megatron_t1.convert import to_hf, to_megatron, verify
+from megatron_t1.models.spec import FAMILIES as KNOWN
+from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
+from megatron_t1.weights.torch_dist import TorchDistReader
+from tests.launch import ROOT, run_ranks
+from tests.models.families import FAMILIES
+from tests.tiny import ARCHITECTURES, make_tiny, make_tiny_qwen2
+
+WORKER = Path(__file__).with_name("megatron_worker.py")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def contents(folder: Path) -> dict:
+    """Tensor name -> dtype, shape, bytes."""
+    found = HFFolder(folder)
+    return {
+        name: (info, found.read(name).view(-1).view(torch.uint8).numpy().tobytes())
+        for name, info in found.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_back_byte_for_byte(family, tmp_path):
+    source = FAMILIES[family](tmp_path / "hf")
+    to_megatron(source, tmp_path / "megatron", tp=2, pp=2)
+    to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=100_000)
+    assert contents(tmp_path / "back") == contents(source)
+    assert not list(verify(source, tmp_path / "megatron"))
+    for beside in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                   "generation_config.json"):  # fmt: skip
+        for folder in ("megatron", "back"):
+            assert (tmp_path / folder / beside).read_bytes() == (source / beside).read_bytes()
+
+
+@st.composite
+def odd_configs(draw):
+    architecture = draw(st.sampled_from(sorted(ARCHITECTURES.keys() & KNOWN)))
+    kv_heads = draw(st.integers(1, 3))
+    tp = draw(st.sampled_from([n for n in (1, 2, 3) if kv_heads % n == 0]))
+    pp = draw(st.integers(1, 2))
+    return {
+        "architecture": architecture,
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * draw(st.integers(1, 3)),
+        "head_dim": draw(st.sampled_from([2, 6])),
+        "hidden_size": draw(st.sampled_from([6, 20])),
+        "intermediate_size": 6 * draw(st.integers(1, 3)),
+        "vocab_size": 264 + draw(st.integers(0, 9)),
+        "num_hidden_layers": pp * draw(st.integers(1, 2)),
+        "tied": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        **({"moe_intermediate_size": 12} if "moe_intermediate_size" in ARCHITECTURES[architecture] else {}),
+    }, tp, pp  # fmt: skip
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(odd_configs())
+def test_odd_sizes_come_back_byte_for_byte(tmp_path_factory, case):
+    config, tp, pp = case
+    folder = tmp_path_factory.mktemp("odd")
+    source = make_tiny(directory=folder / "hf", **config)
+    to_megatron(source, folder / "megatron", tp=tp, pp=pp)
+    to_hf(folder / "megatron", folder / "back")
+    assert contents(folder / "back") == contents(source)
+
+
+def test_every_dtype_is_kept_where_a_checkpoint_mixes_them(tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf", dtype="bfloat16", num_layers=3, vocab_size=321)
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:  # all norms, one matrix of a fused pair, one layer of a stack
+        if "norm" in name or "up_proj" in name or "layers.1.self_attn.o_proj" in name:
+            tensors[name] = torch.randn(tensors[name].shape)
+    tensors["model.layers.2.mlp.down_proj.weight"] = tensors["model.layers.2.mlp.down_proj.weight"].half()
+    tensors["model.layers.0.self_attn.q_proj.bias"][3] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    to_megatron(source, tmp_path / "megatron")
+    stored = TorchDistReader(tmp_path / "megatron")
+    assert stored.dtype("embedding.word_embeddings.weight") == torch.bfloat16
+    assert stored.dtype("decoder.layers.self_attention.linear_proj.weight") == torch.float32
+    to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.timeout(600)
+def test_megatron_loads_at_any_layout_what_was_converted_at_another(tmp_path):
+    for family, make in FAMILIES.items():
+        to_megatron(make(tmp_path / family / "hf"), tmp_path / family / "megatron", pp=2)
+    layouts = {
+        "TP2 PP2": ({"tensor": 2, "pipeline": 2}, list(FAMILIES)),
+        "TP2": ({"tensor": 2}, ["qwen2"]),
+        "PP2": ({"pipeline": 2}, ["qwen2 tied"]),
+    }
+    run_ranks(WORKER, 4, tmp_path, json.dumps(layouts), timeout_s=500)
+    for layout, (_, families) in layouts.items():
+        for family in families:
+            source = contents(tmp_path / family / "hf")
+            for how in ("by megatron", "by us"):
+                assert contents(tmp_path / family / f"{layout} {how}") == source
+        # What Megatron saved at that layout (with its vocabulary padded) is read back too.
+        first = tmp_path / families[0]
+        to_hf(first / f"{layout} saved", first / f"{layout} back", hf_dir=first / "hf")
+        assert contents(first / f"{layout} back") == contents(first / "hf")
+
+
+@pytest.fixture
+def pair(tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf", vocab_size=321)
+    to_megatron(source, tmp_path / "megatron")
+    return source, tmp_path / "megatron"
+
+
+def test_verify_names_what_differs(pair, tmp_path):
+    source, megatron = pair
+    other = shutil.copytree(source, tmp_path / "other")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 5] += 0.5
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16().float().bfloat16()
+    tensors["model.layers.0.input_layernorm.weight"] = torch.zeros(2, 64)
+    tensors["extra"] = tensors.pop("model.layers.0.self_attn.k_proj.bias")
+    tensors["model.layers.0.self_attn.q_proj.bias"][7] = 0.0
+    save_file(tensors, other / "model.safetensors")
+    found = {}
+    for difference in verify(megatron, other):
+        found.setdefault(difference.name, []).append(difference.what)
+    assert "shape (128,) and (2, 64)" in found["model.layers.0.input_layernorm.weight"][0]
+    assert "only in" in found["extra"][0]
+    assert "only in" in found["model.layers.0.self_attn.k_proj.bias"][0]
+    assert found["model.norm.weight"][0] == "dtype torch.float32 and torch.bfloat16"
+    changed = found["model.layers.1.mlp.up_proj.weight"][0]
+    assert changed.startswith("1 of 32768 numbers differ, by at most 0.5; the first is number 261:")
+    assert len(found) == 6
+    command = [sys.executable, "tools/convert_hf.py", "verify", str(megatron)]
+    done = subprocess.run([*command, str(other)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1
+    assert "differ in 6 tensors" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks 1 tensors, the first: ['model.norm.weight']"),
+        (lambda t: t.update(extra=torch.zeros(1)), "does not use, the first: ['extra']"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(63)}), "model.norm.weight has shape (63,)"),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+def test_a_folder_that_is_not_the_model_is_refused_by_name_and_leaves_nothing(change, message, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        to_megatron(source, tmp_path / "megatron")
+    assert message in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def sharded(folder: Path, first: dict, second: dict, weight_map: dict) -> None:
+    (folder / "model.safetensors").unlink()
+    save_file(first, folder / "a.safetensors")
+    save_file(second, folder / "b.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_an_index_that_is_not_true_is_refused_by_name(tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    single = (source / "model.safetensors").read_bytes()
+    tensors = load_file(source / "model.safetensors")
+    norm = {"model.norm.weight": tensors.pop("model.norm.weight")}
+    weight_map = {**dict.fromkeys(tensors, "a.safetensors"), "model.norm.weight": "b.safetensors"}
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError) as error:
+            HFFolder(source)
+        assert message in str(error.value)
+
+    sharded(source, tensors, norm, weight_map)
+    assert len(HFFolder(source).tensors) == len(weight_map)
+    index = source / "model.safetensors.index.json"
+    index.write_text(
+        index.read_text().replace('"model.norm.weight"', '"model.norm.weight": "a.safetensors", "model.norm.weight"')
+    )
+    refused("'model.norm.weight' is listed twice")
+    index.write_text(json.dumps({"weight_map": {**weight_map, "ghost": "a.safetensors"}}))
+    refused("lists 1 tensors that no file has, the first: ['ghost']")
+    index.write_text(json.dumps({"weight_map": {**weight_map, "ghost": "../a.safetensors"}}))
+    refused("names a.safetensors, which is not in")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    save_file(tensors | norm, source / "a.safetensors")
+    refused("holds tensor model.norm.weight, which model.safetensors.index.json does not place there")
+    save_file(tensors, source / "a.safetensors")
+    (source / "model.safetensors").write_bytes(single)
+    refused("has both model.safetensors and model.safetensors.index.json")
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, ("touch exploited",)
+
+
+def test_a_hostile_index_runs_no_code(pair, tmp_path, monkeypatch):
+    _, megatron = pair
+    monkeypatch.chdir(tmp_path)
+    (megatron / ".metadata").write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(CheckpointError, match=r"asks for (posix|os)\.system"):
+        to_hf(megatron, tmp_path / "back")
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_hostile_and_damaged_numbers_are_refused(pair, tmp_path, monkeypatch):
+    _, megatron = pair
+    monkeypatch.chdir(tmp_path)
+    data = megatron / "__0_0.distcp"
+    good = data.read_bytes()
+    buffer = io.BytesIO()
+    torch.save(Exploit(), buffer)
+    data.write_bytes(buffer.getvalue() + good[len(buffer.getvalue()) :])
+    with pytest.raises(CheckpointError, match=r"can't be read from __0_0\.distcp"):
+        to_hf(megatron, tmp_path / "back")
+    assert not (tmp_path / "exploited").exists()
+    data.write_bytes(good[: len(good) // 2])
+    with pytest.raises(CheckpointError, match=r"can't be read from __0_0\.distcp"):
+        to_hf(megatron, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_another_models_checkpoint_is_refused_by_name(pair, tmp_path):
+    _, megatron = pair
+    other = make_tiny_qwen2(tmp_path / "wider", vocab_size=321, intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"linear_fc\d.weight has shape .*, the config asks for"):
+        to_hf(megatron, tmp_path / "back", hf_dir=other)
+    other = make_tiny_qwen2(tmp_path / "untied", vocab_size=321, tied=False)
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors, the first: \['output_layer.weight'\]"):
+        to_hf(megatron, tmp_path / "back", hf_dir=other)
+
+
+def test_nothing_is_overwritten(pair, tmp_path):
+    source, megatron = pair
+    before = contents(source)
+    with pytest.raises(OSError, match="exists already: remove it"):
+        to_hf(megatron, source)
+    with pytest.raises(OSError, match="exists already: remove it"):
+        to_megatron(source, megatron)
+    assert contents(source) == before
+
+
+# Every write is announced and takes its time, so that the kill comes in the middle.
+SLOW = """
+import time
+from pathlib import Path
+from megatron_t1.convert import to_hf, to_megatron
+from megatron_t1.weights.hf_folder import ShardWriter
+from megatron_t1.weights.torch_dist import TorchDistWriter
+
+for writer in (ShardWriter, TorchDistWriter):
+    def slow(self, *args, write=writer.write, **options):
+        write(self, *args, **options)
+        print("written", flush=True)
+        time.sleep(0.5)
+    writer.write = slow
+"""
+
+
+@pytest.mark.parametrize("job", ["to-megatron", "to-hf"])
+def test_a_killed_conversion_leaves_no_checkpoint_and_the_next_one_clears_up(job, pair, tmp_path):
+    source, megatron = pair
+    given = source if job == "to-megatron" else megatron
+    out = tmp_path / "out" / "result"
+    script = SLOW + f"{job.replace('-', '_')}(Path({str(given)!r}), Path({str(out)!r}))"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", script], env=ENV, cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    for _ in range(4):
+        assert process.stdout.readline() == b"written\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert not out.exists()
+    assert len(list(out.parent.iterdir())) == 1, "what was begun is there, under another name"
+    (to_megatron if job == "to-megatron" else to_hf)(given, out)
+    assert [path.name for path in out.parent.iterdir()] == ["result"]
+    assert not list(verify(source, out))
