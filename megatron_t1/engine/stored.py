@@ -109,7 +109,7 @@ class StoredParam:
                 rows = max(0, min(box.shape[0], reader.shape(box.key)[0] - box.offset[0]))
                 target, box = target[:rows], replace(box, shape=(rows, *box.shape[1:]))
             if target.numel():
-                target.copy_(reader.read(box).reshape(target.shape))
+                reader.read(box, into=target.view(box.shape))
         return tensor
 
 

@@ -120,13 +120,12 @@ class TorchDistReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._tensors[key].size)
 
-    def read(self, box: Box) -> torch.Tensor:
-        """The numbers of a box. Not copied again when the checkpoint has exactly that box in one piece.
+    def read(self, box: Box, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The numbers of a box, in the memory of `into` when that is given (any precision, the box's shape).
 
         Raises:
             CheckpointError: files that do not hold what the index says.
         """
-        whole: torch.Tensor | None = None
         missing = math.prod(box.shape)
         for chunk in self._tensors[box.key].chunks:
             overlap = _overlap(box, chunk)
@@ -134,15 +133,15 @@ class TorchDistReader:
                 continue
             here, there = overlap
             part = self._load(box.key, chunk)[there]
-            if part.shape == box.shape:
-                return part
-            if whole is None:
-                whole = torch.empty(box.shape, dtype=part.dtype)
-            whole[here] = part
+            if into is None and part.shape == box.shape:
+                return part  # stored in one piece: not copied again
+            if into is None:
+                into = torch.empty(box.shape, dtype=part.dtype)
+            into[here] = part
             missing -= part.numel()
-        if whole is None or missing != 0:
+        if into is None or missing != 0:
             raise CheckpointError(f"{self.folder}: {box.key} is not stored exactly once at {box.offset} of {box.shape}")
-        return whole
+        return into
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         where = f"{self.folder}: {key} at {tuple(chunk.offsets)}"
