@@ -1,12 +1,14 @@
 """Weight push of a 0.5B Qwen2.5 shape (bf16, tied, 988 MB) from two trainer ranks into one and two CPU servers.
 
-Prints seconds by phase, their ratio to a memcpy of the same bytes in the same run, the trainer's stall, and the peak of
-extra memory of a trainer rank. Needs about 8 GB of memory. `python benchmarks/weight_sync.py [--layouts tp2 pp2]`.
+Prints seconds by phase, their ratio to a memcpy of the same bytes between the same pushes, how long the trainer stalls
+(alone, and when it updates its EMA anchor meanwhile, as the RL loop does), and the peak of extra memory of a trainer
+rank. Needs about 10 GB of memory. `python benchmarks/weight_sync.py [--layouts tp2 pp2] [--transports shm tcp]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -19,10 +21,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import RolloutConfig
 from megatron_t1.rollout.server import Servers, open_servers
-from megatron_t1.weights.check import sync_check
 from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.sync import WeightSync
 from tests.tiny import make_tiny_tokenizer
@@ -70,50 +70,57 @@ def pieces_of(layout: str, rank: int) -> list[Piece]:
     return pieces
 
 
-def memcpy_s(num_bytes: int) -> float:
-    source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
-    target.copy_(source)
-    times = []
-    for _ in range(5):
+class Memcpy:
+    """Seconds of copying as many bytes as a push has, one thread, pages already touched."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.source, self.target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
+
+    def seconds(self) -> float:
         began = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
-class NoText:
-    def decode(self, token_ids, skip_special_tokens=False) -> str:
-        return ""
+        self.target.copy_(self.source)
+        return time.perf_counter() - began
 
 
 def train(rank: int, world_size: int, store: str, layout: str, cfg: RolloutConfig, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     servers = Servers(cfg, "", "").start().wait_ready() if rank == 0 else None
     pieces = pieces_of(layout, rank)
+    anchor = [piece.view.float() for piece in pieces]
     with WeightSync(pieces, cfg, servers) as sync:
-        reports = [sync.push(version) for version in range(1, PUSHES + 2)]
+        memcpy = Memcpy(sync.num_bytes if rank == 0 else 1)
+        copies, reports, anchor_s, beside = [], [], [], []
+        first = sync.push(sync.next_version())
+        for _ in range(PUSHES):
+            copies.append(memcpy.seconds())
+            dist.barrier()
+            reports.append(sync.push(sync.next_version()))
+            dist.barrier()
+            sync.begin_push(sync.next_version())
+            began = time.perf_counter()
+            for average, piece in zip(anchor, pieces, strict=True):
+                average.lerp_(piece.view.float(), 0.01)
+            anchor_s.append(time.perf_counter() - began)
+            beside.append(sync.finish_push().stall_s)
         with PeakMemory() as memory:
-            sync.push(PUSHES + 2)
+            sync.push(sync.next_version())
         extra = torch.tensor([memory.peak - memory.start])
         dist.all_reduce(extra, dist.ReduceOp.MAX)
-        client = RolloutClient(servers, NoText(), vocab_size=VOCAB) if servers else None
-        check = sync_check(sync, client, [[1, 2, 3, 4 + i] for i in range(8)], max_new_tokens=16)
         if rank == 0:
-            first, *rest = reports
-            client.close()
-            report = sorted(rest, key=lambda r: r.total_s)[len(rest) // 2]
+            report = sorted(reports, key=lambda r: r.total_s)[PUSHES // 2]
             result = {
-                "layout": layout,
+                "layout": f"{layout} {cfg.transport}",
                 "servers": len(servers.all),
                 "num_bytes": sync.num_bytes,
-                "memcpy_s": memcpy_s(sync.num_bytes),
+                "memcpy_s": statistics.median(copies),
                 "first_s": first.total_s,
                 "total_s": report.total_s,
-                "all_s": [r.total_s for r in rest],
-                "stall_s": statistics.median(r.stall_s for r in rest),
+                "all_s": [r.total_s for r in reports],
+                "stall_s": report.stall_s,
+                "anchor_s": statistics.median(anchor_s),
+                "stall_beside_s": statistics.median(beside),
                 "seconds": report.seconds,
                 "extra_bytes": int(extra),
-                "check": check.describe(),
             }
             Path(out).write_text(json.dumps(result))
         dist.barrier()
@@ -148,14 +155,15 @@ def loading_s(run_dir: Path) -> float:
     """Median seconds that the slowest server spent in vLLM's own loading and packing, from its log."""
     medians = []
     for log in run_dir.glob("logs/*.log"):
-        loaded = re.findall(r"weights received .* loaded in ([\d.]+) s", log.read_text())
-        medians.append(statistics.median(float(s) for s in loaded[-PUSHES:]))
+        loaded = re.findall(r"weights loaded in ([\d.]+) s", log.read_text())
+        medians.append(statistics.median(float(s) for s in loaded[-2 * PUSHES :]))
     return max(medians)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layouts", nargs="+", default=["tp2", "pp2"], choices=["tp1", "tp2", "pp2"])
+    parser.add_argument("--transports", nargs="+", default=["shm", "tcp"], choices=["shm", "tcp"])
     parser.add_argument("--servers", nargs="+", type=int, default=[1, 2])
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -189,18 +197,19 @@ def main() -> None:
             run_dir = Path(tmp) / f"run{num_servers}"
             with open_servers(cfg, model, run_dir) as servers:
                 urls = tuple(server.url for server in servers.all)
-                joined = RolloutConfig(urls=urls, key_file=str(run_dir / "server_key"), device="cpu")
-                for layout in args.layouts:
-                    out = f"{tmp}/{layout}{num_servers}.json"
-                    world_size = 1 if layout == "tp1" else 2
-                    torch.multiprocessing.spawn(
-                        train, (world_size, f"{tmp}/store-{layout}{num_servers}", layout, joined, out), world_size
+                for layout, transport in itertools.product(args.layouts, args.transports):
+                    joined = RolloutConfig(
+                        urls=urls, key_file=str(run_dir / "server_key"), device="cpu", transport=transport
                     )
-                    row = json.loads(Path(out).read_text())
+                    name = f"{layout}-{transport}-{num_servers}"
+                    world_size = 1 if layout == "tp1" else 2
+                    train_args = (world_size, f"{tmp}/store-{name}", layout, joined, f"{tmp}/{name}.json")
+                    torch.multiprocessing.spawn(train, train_args, world_size)
+                    row = json.loads(Path(f"{tmp}/{name}.json").read_text())
                     row["outside_s"] = row["total_s"] - row["seconds"]["finish"] - loading_s(run_dir)
                     rows.append(row)
                     print(json.dumps(rows[-1]), flush=True)
-    phases = ["write", "ranks", "pause", "init", "start", "update", "finish", "cache", "check", "resume"]
+    phases = ["write", "ranks", "init", "start", "receive", "pause", "load", "finish", "cache", "check", "resume"]
     head = [
         "layout, servers",
         "memcpy s",
@@ -209,6 +218,8 @@ def main() -> None:
         "outside x",
         "first s",
         "stall s",
+        "stall s beside the anchor",
+        "anchor s",
         "extra MiB",
         *phases,
     ]
@@ -220,6 +231,7 @@ def main() -> None:
         print(
             f"| {row['layout']}, {row['servers']} | {memcpy:.3f} | {total:.2f} | {total / memcpy:.1f} | "
             f"{row['outside_s'] / memcpy:.1f} | {row['first_s']:.2f} | {row['stall_s']:.3f} | "
+            f"{row['stall_beside_s']:.3f} | {row['anchor_s']:.3f} | "
             f"{row['extra_bytes'] / 2**20:.0f} | {seconds} |"
         )
 

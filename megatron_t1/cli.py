@@ -29,6 +29,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   evaluate    accuracy of model.hf_path on data.heldout
   scaling     accuracy of model.hf_path on data.heldout against thinking budgets
   check       what would stop or spoil a run, and what it needs (`t1 check FILE.yaml --for rl --nodes 4 --vllm_nodes 2`)
+  sync-check  push model.hf_path unchanged and hold every server's logprobs to the trainer's; fails where they differ
   serve       start vLLM servers for model.hf_path and keep them up
   report      (re)write the HTML report of run_dir
   grade       grade IN.jsonl into OUT.jsonl (`t1 grade IN.jsonl OUT.jsonl`), without any model
@@ -126,6 +127,19 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
         return 0
 
     return job
+
+
+def _sync_check(arguments: list[str]) -> int:
+    from megatron_t1.config import Config
+
+    cfg, *_ = _read("sync-check", arguments, Config)
+    if "RANK" not in os.environ:
+        from megatron_t1 import launch
+
+        return launch.start(cfg.parallel.nproc_per_node, ["sync-check", *arguments])
+    from megatron_t1 import pipeline
+
+    return 0 if pipeline.run_sync_check(cfg) else 1
 
 
 def _serve(arguments: list[str]) -> int:
@@ -259,6 +273,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _labelled_job("evaluate"),
     "scaling": _labelled_job("scaling"),
     "check": _check,
+    "sync-check": _sync_check,
     "serve": _serve,
     "report": _report,
     "grade": _grade,

@@ -14,22 +14,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch.distributed as dist
 
 from megatron_t1 import evaluate, platform, rl, scaling, sft
 from megatron_t1.actors import Actors, open_actors
 from megatron_t1.config import Config
+from megatron_t1.data.packing import Sequence
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.doctor import versions
 from megatron_t1.engine.parallel import initialize, is_main
+from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_json
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.models import spec_of
 from megatron_t1.platform import Platform
 from megatron_t1.report import write_report
+from megatron_t1.rollout.server import Servers
 from megatron_t1.types import Prompt
+from megatron_t1.weights.check import TOLERANCE, sync_check
 from megatron_t1.weights.hf_folder import HFFolder
 from megatron_t1.weights.sync import WeightSync, folder_pieces
 
@@ -140,6 +145,33 @@ def run_all(cfg: Config) -> None:
                 f"TensorBoard:  tensorboard --logdir {run_dir / 'tensorboard'}\n"
                 f"model:        {final} (Hugging Face format)"
             )
+
+
+def run_sync_check(cfg: Config) -> bool:
+    """Push model.hf_path into all servers and compare what they answer with what the trainer's ranks compute.
+
+    Returns whether every server held, took and keeps the trainer's weights. Not while a training uses the servers.
+    """
+    with trainer_ranks(cfg) as found, ExitStack() as stack:
+        model_dir = Path(cfg.model.hf_path)
+        servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir)).start() if is_main() else None
+        engine = ForwardEngine(cfg.model, cfg.parallel, found, temperature=1.0)
+        engine.load_weights(model_dir)
+        if servers:
+            servers.wait_ready()
+        result = sync_check(
+            stack.enter_context(WeightSync(engine.pieces(), cfg.rollout, servers)),
+            lambda pairs: engine.logprobs([_sequence(*pair) for pair in pairs]),
+            vocab_size=engine.spec.vocab_size,
+            max_tokens=cfg.parallel.max_tokens_per_microbatch,
+            tolerance=TOLERANCE[cfg.model.dtype],
+        )
+        _say(result.table())
+        return not result.wrong
+
+
+def _sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
+    return Sequence(prompt_ids=np.array(prompt_ids), response_ids=np.array(response_ids))
 
 
 def _serve_folder(cfg: Config, actors: Actors) -> None:

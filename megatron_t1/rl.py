@@ -7,10 +7,11 @@ with entropy bonus and KL to the EMA anchor, push the new weights with their ver
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -32,11 +33,13 @@ from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.rollout.server import ServerError
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.types import Group, Prompt
-from megatron_t1.weights.fanout import SyncError
+from megatron_t1.weights.ranks import NoServerError
 from megatron_t1.weights.sync import WeightSync
 
 if TYPE_CHECKING:
     from megatron_t1.config import Config
+
+T = TypeVar("T")
 
 _MAX_OUTAGES = 5
 """Times that all servers may be lost in one step before the run ends."""
@@ -101,12 +104,7 @@ class Trainer:
 
     def push(self) -> None:
         """Bring the servers to the policy as it is; its version is the number of steps that made it."""
-        report = self.sync.push(version=self.steps_done)
-        if self.actors:
-            for name, why in report.failed.items():
-                print(
-                    f"server {name} did not take weights {report.version} and is not asked any more: {why}", flush=True
-                )
+        self.sync.push(version=self.steps_done)
 
     def step(self) -> dict[str, float]:
         """One step of T1. Returns its metrics, the same on every rank.
@@ -127,10 +125,11 @@ class Trainer:
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.module if full_kl else None)
-            self.anchor.update()
         self.steps_done += 1
-        with watch("push"):
-            self._push_or_later()
+        with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
+            self.sync.begin_push(version=self.steps_done)
+        with watch("anchor"):
+            self.anchor.update()
         if self.log:
             self.log.samples(self.steps_done, groups)
         return metrics | rollout_metrics(groups)
@@ -145,8 +144,13 @@ class Trainer:
             except Stopped:
                 self._save()
                 raise
-            seconds = self.watch.lap()
             self._rewards.append(metrics["reward"])
+            if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
+                with self.watch("checkpoint"):
+                    self._save()
+            with self.watch("push"):
+                metrics |= self._finish_push()
+            seconds = self.watch.lap()
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics["weight_version"] = self.steps_done
             metrics["generate_tokens_per_s"] = metrics["num_response_tokens"] / seconds["generate"]
@@ -159,9 +163,6 @@ class Trainer:
                     refresh=False,
                 )
                 bar.update()
-            if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
-                with self.watch("checkpoint"):
-                    self._save()
         bar.close()
         self.engine.save_hf(self.folder / "hf")
         return self.folder / "hf"
@@ -188,13 +189,16 @@ class Trainer:
         if is_main():
             self.bank.drop_before(self.steps_done)
 
-    def _push_or_later(self) -> None:
-        """After a step: when no server is left to push to, `_collect` brings them back before it asks for samples."""
+    def _finish_push(self) -> dict[str, float]:
+        """Wait until the servers hold the new weights; returns what the push cost. If all are lost, `_collect` brings
+        them back before it asks for samples."""
         try:
-            self.push()
-        except SyncError as error:
+            report = self.sync.finish_push()
+        except NoServerError as error:
             if is_main():
                 print(f"warning: {error}", flush=True)
+            return {}
+        return {"push_seconds": report.total_s, "push_stall_seconds": report.stall_s}
 
     def _collect(self) -> list[Group]:
         """The step's graded samples, on every rank. Servers that are all lost are brought back and asked for the rest.
@@ -205,35 +209,48 @@ class Trainer:
         """
         weights = self.sync.plan.fingerprint()
         for _ in range(_MAX_OUTAGES):
-            outcome = from_main(self._generate(weights) if self.actors else None)
-            if outcome == "stop":
-                raise Stopped
-            if outcome != "push":
-                return outcome
-            self._push_or_later()
+            self._on_main(self._await_servers)
+            for name in self.sync.bring_up():
+                print(f"server {name} holds weights {self.steps_done} and is asked from now on", flush=True)
+            groups = self._on_main(partial(self._generate, weights))
+            if groups is not None:
+                return groups
         raise ServerError(f"all servers were lost {_MAX_OUTAGES} times in step {self.steps_done + 1}; see their logs")
 
-    def _generate(self, weights: str) -> Any:
-        """Rank 0: the groups; `push` when servers came back and need the weights; `stop`."""
+    def _on_main(self, job: Callable[[], T]) -> T:
+        """What `job` returns on rank 0, on every rank; Stopped on all of them when rank 0 was asked to stop in it."""
+        outcome: tuple[str, Any] | None = None
+        if self.actors:
+            try:
+                with STOP.interruptible():
+                    outcome = ("done", job())
+            except Stopped:
+                outcome = ("stopped", None)
+        what, result = from_main(outcome)
+        if what == "stopped":
+            raise Stopped
+        return result
+
+    def _await_servers(self) -> None:
+        """Rank 0: starts lost servers anew, and waits when none is left. They have no weights yet: `bring_up` does."""
         assert self.actors is not None
-        cfg, servers = self.cfg, self.actors.servers
+        servers = self.actors.servers
+        for server in servers.revive():
+            print(f"server {server.name} is new or started again; it gets the current weights first", flush=True)
+        if not servers.usable():
+            servers.wait_ready(minimum=1)
+
+    def _generate(self, weights: str) -> list[Group] | None:
+        """Rank 0: the groups; None when all servers were lost."""
+        assert self.actors is not None
+        cfg = self.cfg
+        seed = cfg.seed * 1_000_003 + self.steps_done
+        bank = self.bank.step(self.steps_done, weights, asdict(cfg.sampling), asdict(cfg.reward))
         try:
-            with STOP.interruptible():
-                for server in servers.revive():
-                    print(
-                        f"server {server.name} was lost and is started again; the next push brings it back", flush=True
-                    )
-                if not servers.usable():
-                    servers.wait_ready(minimum=1)
-                    return "push"
-                seed = cfg.seed * 1_000_003 + self.steps_done
-                bank = self.bank.step(self.steps_done, weights, asdict(cfg.sampling), asdict(cfg.reward))
-                return self.actors.generate(self.batch(self.steps_done), cfg.sampling, seed, bank)
+            return self.actors.generate(self.batch(self.steps_done), cfg.sampling, seed, bank)
         except NoServerLeftError as error:
             print(f"{error}\nThey are started again; the samples that were finished are kept.", flush=True)
-            return self._generate(weights)
-        except Stopped:
-            return "stop"
+            return None
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of a step: each epoch a permutation of its own, its incomplete last batch left out."""

@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_t1.algo.fused_head import AnchorHead, Head, TokenLoss, fused_loss
+from megatron_t1.algo.fused_head import AnchorHead, Head, TokenLoss, fused_loss, logprob_entropy_nograd
 from megatron_t1.algo.loss import Metrics, TokenFields
 from megatron_t1.data.packing import Sequence, pack
 from megatron_t1.engine import stored
@@ -91,6 +92,18 @@ class ForwardEngine:
             return fn(hidden.squeeze(1), output_head(module, self.spec, self.temperature), microbatch)
 
         return self._run(module, microbatches, loss_func, forward_only=True)
+
+    def logprobs(self, sequences: list[Sequence]) -> list[np.ndarray]:
+        """float32 [num_response_tokens] of each sequence: the policy's logprobs after temperature, on every rank."""
+        computed = self.map_hidden(self.module, self.pack(sequences), _token_logprobs)
+        mine = computed if mpu.get_tensor_model_parallel_rank() == 0 else []
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        found: dict[int, np.ndarray] = {}
+        for of_rank in everyone:
+            for indices, values in of_rank:
+                found |= {i: values[indices == i] for i in np.unique(indices)}
+        return [found[i] for i in range(len(sequences))]
 
     def _run(
         self, model: torch.nn.Module, microbatches: list[Microbatch], loss_func: Callable[..., Any], forward_only: bool
@@ -225,6 +238,11 @@ class Engine(ForwardEngine):
             for name, value in maxima.items():
                 metrics[f"{name}_max"] = max(metrics.get(f"{name}_max", -math.inf), value)
         return metrics
+
+
+def _token_logprobs(hidden: torch.Tensor, head: Head, microbatch: Microbatch) -> tuple[np.ndarray, np.ndarray]:
+    values = logprob_entropy_nograd(hidden, head, microbatch.target_positions, microbatch.targets)[0]
+    return microbatch.sample_index.cpu().numpy(), values.float().cpu().numpy()
 
 
 def _finalize_without_token_count(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:

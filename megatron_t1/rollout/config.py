@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Transport = Literal["shm", "gloo", "nccl"]
+Transport = Literal["shm", "tcp", "nccl"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -50,7 +50,7 @@ class RolloutConfig:
     kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
-    """How new weights reach the servers. auto: nccl on CUDA; on CPU shm, to other hosts gloo. See
+    """How new weights reach the servers. auto: nccl on CUDA; on CPU shm, or tcp when trainer or servers span hosts. See
     `megatron_t1.weights.transports`."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
@@ -64,7 +64,7 @@ class RolloutConfig:
     health_timeout_s: float = 60.0
     """A busy server that answers no /health for so long counts as stuck; its requests are asked elsewhere."""
     sync_timeout_s: float = 600.0
-    """Deadline for each phase of a weight push."""
+    """Deadline for each phase of a weight push, and for a trainer rank to come to where the others are in it."""
     connect_retries: int = 3
     """Attempts of one request at a server before connection errors make it count as dead."""
     seed: int = 0

@@ -109,10 +109,16 @@ class Server:
         return False
 
     def introduce(self) -> None:
-        """Learns what it serves, once it is healthy; raises ServerError when the key is wrong."""
+        """Learns what it serves, once it is healthy, and frees it from the pause of a trainer that died in a push.
+
+        Raises:
+            ServerError: the key is wrong.
+        """
         models = self.call("GET", "/v1/models", timeout_s=30)
         self.max_model_len = int(models["data"][0]["max_model_len"])
         self.version = parse_version(self.call("GET", "/weight_info", timeout_s=30)["weight_version"])
+        if self.call("GET", "/is_paused", timeout_s=30)["is_paused"]:
+            self.call("POST", "/resume", timeout_s=30)
         self.ready = True
 
 

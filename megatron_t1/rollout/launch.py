@@ -82,7 +82,7 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         "enable-prefix-caching": True,
         "enable-scale-out": True,
         "generation-config": "vllm",
-        "weight-transfer-config": {"backend": HOST_BACKEND if transport in ("shm", "gloo") else transport},
+        "weight-transfer-config": {"backend": HOST_BACKEND if transport in ("shm", "tcp") else transport},
         "middleware": "megatron_t1.rollout.vllm_plugin.guard.KeyGuard",
         "disable-uvicorn-access-log": True,
     }

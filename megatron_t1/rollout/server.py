@@ -7,6 +7,7 @@ loopback, given by URL, or announced by `t1 serve` on other hosts.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ class Servers:
             return self.cfg.transport
         if self.device == "cuda":
             return "nccl"
-        return "shm" if all_on_this_host(self.cfg) else "gloo"
+        return "shm" if all_on_this_host(self.cfg) else "tcp"
 
     def start(self) -> Servers:
         """Starts the processes (or notes where they are) and returns without waiting for them."""
@@ -61,15 +62,31 @@ class Servers:
         return revived
 
     def poll(self) -> None:
-        """Marks the servers that have become healthy as ready, without waiting."""
+        """Marks the servers that have become healthy as ready, without waiting.
+
+        Raises:
+            ServerError: one refuses our key; the others have been looked at.
+        """
         self._source.look(self.all)
+        refused = None
         for server in self.all:
             if not server.ready and not server.exited() and server.healthy(timeout_s=2.0):
-                server.introduce()
+                try:
+                    server.introduce()
+                except ServerError as error:
+                    refused = error
+        if refused:
+            raise refused
 
     def alive(self) -> list[Server]:
         """Servers that answered and have not been lost since, whatever weights they hold."""
         return [s for s in self.all if s.ready and s.unusable is None and not s.exited()]
+
+    def only(self, server: Server) -> Servers:
+        """A view on one of the servers, to ask it alone, whatever weights it holds."""
+        view = copy.copy(self)
+        view.all, view.required_version = [server], server.version
+        return view
 
     def wait_ready(self, minimum: int | None = None) -> Servers:
         """Blocks until `minimum` servers are alive (None: all that the run begins with), `startup_timeout_s` at most.

@@ -1,8 +1,8 @@
 """vLLM's weight-update calls, made on all servers at once, with a deadline and a record of what became of each.
 
 A server that fails is dropped from the push and the others go on; the push fails when none is left. What a failure
-leaves behind is known by phase: before `start` the old weights, after it unknown ones, unless the server says that it
-kept the old. A server on unknown weights is left paused and marked unusable.
+leaves behind is known by phase: until the load begins the server holds the weights it held, after that nobody knows. A
+server on unknown weights is marked unusable, and never asked again before it was started anew.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_t1.rollout.server import Server, ServerError, Servers, parse_version
-from megatron_t1.rollout.vllm_plugin.wire import OLD_WEIGHTS_KEPT
-
-
-class SyncError(RuntimeError):
-    """A push did not reach any server, or a trainer rank failed in it. Names server or rank, phase and tensor."""
+from megatron_t1.weights.ranks import NoServerError
 
 
 class Fanout:
@@ -42,9 +38,11 @@ class Fanout:
         self.targets = list(targets)
         self.failed = {}
         self.seconds = {}
-        self.deadline = time.monotonic() + self.servers.cfg.sync_timeout_s
         if not targets:
-            raise SyncError(f"push of version {version}: no server is alive:\n{self.servers.describe_failures()}")
+            raise NoServerError(f"push of version {version}: no server is alive:\n{self.servers.describe_failures()}")
+
+    def pause(self) -> None:
+        """Deals with the requests in flight by the stated rule (`rollout.pause_mode`) and holds new ones back."""
         mode = self.servers.cfg.pause_mode
         self.each("pause", lambda server: self._post(server, f"/pause?mode={mode}"), spoils=False)
 
@@ -58,14 +56,22 @@ class Fanout:
 
         self.each("init", introduce, spoils=False)
 
+    def receive(self, update_info: dict[str, Any]) -> None:
+        """Our own engine: has every server bring the bytes in and verify them. No weight is touched yet."""
+        self.each("start", self._start, spoils=False)
+        update = {"update_info": {"step": "receive", **update_info}}
+        self.each("receive", lambda server: self._post(server, "/update_weights", update), spoils=False)
+
+    def load(self) -> None:
+        """Our own engine: pauses the servers and has them load what they received."""
+        self.pause()
+        self.each("load", lambda server: self._post(server, "/update_weights", {"update_info": {"step": "load"}}))
+
     def start_weight_update(self) -> None:
-        self.each("start", lambda server: self._post(server, "/start_weight_update"))
+        self.each("start", self._start)
 
     def update_weights(self, update_info: Any) -> None:
-        self.each(
-            "update",
-            lambda server: self._post(server, "/update_weights", {"update_info": self._for(server, update_info)}),
-        )
+        self.each("update", lambda server: self._post(server, "/update_weights", {"update_info": update_info}))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Puts the weights in force under this push's version, forgets the prefix cache, and lets requests go on."""
@@ -80,7 +86,7 @@ class Fanout:
         self._offsets, total = {}, 0
         for server in self.targets:
             self._offsets[server] = total
-            total += int(server.call("GET", "/get_world_size", timeout_s=self._left_s())["world_size"])
+            total += int(self._get(server, "/get_world_size")["world_size"])
         return total
 
     def forget(self) -> None:
@@ -90,7 +96,7 @@ class Fanout:
     def each(self, phase: str, call: Callable[[Server], None], *, spoils: bool = True) -> None:
         """Runs `call` on all servers still in the push at once; drops those where it raises ServerError.
 
-        `spoils`: a failure leaves unknown weights. Raises SyncError when no server is left.
+        `spoils`: a failure leaves unknown weights. Raises NoServerError when none is left.
         """
         began = time.monotonic()
         with ThreadPoolExecutor(len(self.targets)) as pool:
@@ -101,28 +107,40 @@ class Fanout:
                 self._drop(server, phase, error, spoils)
         if not self.targets:
             reasons = "\n".join(self.failed.values())
-            raise SyncError(f"push of version {self.version} reached no server:\n{reasons}")
+            raise NoServerError(f"push of version {self.version} reached no server:\n{reasons}")
 
     def _drop(self, server: Server, phase: str, error: ServerError, spoils: bool) -> None:
         message = f"push of version {self.version}, phase {phase}: {error}"
         self.targets.remove(server)
-        self.failed[server.name] = message
-        if spoils and OLD_WEIGHTS_KEPT not in str(error):
+        if spoils:
             server.unusable = f"unknown weights: {message}"
-        elif not server.exited():
-            _error_of(lambda s: s.call("POST", "/resume", timeout_s=2), server)
+        else:
+            message += f"; it keeps version {server.version}"
+            if phase == "pause" and not server.exited():
+                _error_of(lambda s: s.call("POST", "/resume", timeout_s=2), server)
+        self.failed[server.name] = message
         print(f"warning: server {server.name} left out: {message}", file=sys.stderr, flush=True)
+
+    def _start(self, server: Server) -> None:
+        try:
+            self._post(server, "/start_weight_update")
+        except ServerError as error:
+            if "already active" not in str(error):
+                raise
+            # A trainer died in its push, or one of this server's workers refused what another one took.
+            _error_of(lambda s: self._post(s, "/update_weights", {"update_info": {"step": "cancel"}}), server)
+            self._post(server, "/start_weight_update")
 
     def _for(self, server: Server, info: dict[str, Any]) -> dict[str, Any]:
         if "rank_offset" not in info:
             return info
         return info | {"rank_offset": info["rank_offset"] + self._offsets[server]}
 
-    def _left_s(self) -> float:
-        return max(0.1, self.deadline - time.monotonic())
-
     def _post(self, server: Server, path: str, body: Any = None) -> Any:
-        return server.call("POST", path, body, timeout_s=self._left_s())
+        return server.call("POST", path, body, timeout_s=self.servers.cfg.sync_timeout_s)
+
+    def _get(self, server: Server, path: str) -> Any:
+        return server.call("GET", path, timeout_s=self.servers.cfg.sync_timeout_s)
 
     def _reset_cache(self, server: Server) -> None:
         reply = self._post(server, "/reset_prefix_cache?reset_running_requests=true")
@@ -130,7 +148,7 @@ class Fanout:
             raise ServerError(f"server {server.name}: the prefix cache of the old weights could not be reset")
 
     def _check_version(self, server: Server) -> None:
-        held = server.call("GET", "/weight_info", timeout_s=self._left_s())["weight_version"]
+        held = self._get(server, "/weight_info")["weight_version"]
         if parse_version(held) != self.version:
             raise ServerError(f"server {server.name} says that it holds version {held}")
         server.version = self.version

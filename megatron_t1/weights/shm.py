@@ -1,7 +1,7 @@
 """The trainer's end of a push through one shared file: every rank writes its parts, every server on the host maps it.
 
 The file lives in /dev/shm, mode 0600, as large as the model, and stays between pushes: the second push then touches no
-new page, and a server that joins late can be brought up from it. Left out: other hosts (transport gloo or nccl).
+new page, and a server that joins late can be brought up from it. Left out: other hosts (transport tcp or nccl).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SharedFile:
                 free = os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize
                 raise RuntimeError(
                     f"the weights need {num_bytes} bytes in {SHM_DIR}, {free} are free ({error.strerror}): "
-                    "make room there, or use rollout.transport=gloo"
+                    "make room there, or use rollout.transport=tcp"
                 ) from None
         else:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

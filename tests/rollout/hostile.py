@@ -47,6 +47,8 @@ def serving(answer: Callable[[dict[str, Any]], Any]):
                 self._send(200, json.dumps({"data": [{"max_model_len": 512}]}).encode())
             elif self.path == "/weight_info":
                 self._send(200, b'{"weight_version": "default"}')
+            elif self.path == "/is_paused":
+                self._send(200, b'{"is_paused": false}')
             else:
                 self._send(200, b"")
 

@@ -22,7 +22,7 @@ def awaiting(run_dir: Path, count: int, **options) -> Servers:
 def test_announced_servers_are_awaited_and_found(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "servers")
     with serving(good_reply) as one, serving(good_reply) as two, awaiting(tmp_path, 2) as servers:
-        assert servers.transport == "gloo", "shared memory does not reach other hosts"
+        assert servers.transport == "tcp", "shared memory does not reach other hosts"
         registry.announce("a_0", one, tmp_path / "a.log")
         late = threading.Timer(0.3, registry.announce, ("b_0", two, tmp_path / "b.log"))
         late.start()

@@ -6,10 +6,13 @@ are held against transformers are drawn at temperature 1, where raw and processe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
+from megatron_t1.rollout.registry import Registry
 from megatron_t1.rollout.server import Server, ServerError, Servers, open_servers
-from megatron_t1.weights.fanout import SyncError
+from megatron_t1.weights.ranks import NoServerError
 from megatron_t1.weights.sync import WeightSync, folder_pieces
-from tests.tiny import make_tiny_qwen3_moe
+from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 from tests.weights import reference
 from tests.weights.trainer import NoText
 
@@ -74,6 +78,21 @@ def group_signal(server: Server, number: int) -> None:
     os.killpg(server.process.pid, number)
 
 
+@contextlib.contextmanager
+def before(phase: str, sync: WeightSync, act: Callable[[], None]) -> Iterator[None]:
+    """`act` happens just before the servers are called for `phase`."""
+    fanout, each = sync._fanout, sync._fanout.each
+
+    def act_then_call(name: str, call: Callable[[Server], None], **options: bool) -> None:
+        if name == phase:
+            act()
+        each(name, call, **options)
+
+    fanout.each = act_then_call
+    yield
+    del fanout.each
+
+
 def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutClient, folders: list[Path]) -> None:
     """One story, because starting servers is what costs time."""
     first, second = pair.all
@@ -88,48 +107,84 @@ def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutC
         assert sync.push(2).failed == {}
         assert_serve(client, folders[0], 2, [first, second])
 
-        # A server that is stopped while it generates: its requests are asked elsewhere.
+        # Stopped while it generates: its requests are asked elsewhere.
         group_signal(second, signal.SIGSTOP)
         assert_serve(client, folders[0], 2, [first])
         assert "/health did not answer" in second.unusable
 
-        # ... and while it is pushed into: it is left out at the deadline, the other one goes on.
+        # Stopped before it received anything: left out at the deadline, on the weights that it had; when it goes on it
+        # is not asked before it is brought up, although it begins the old update by then.
         second.unusable = None
-        pair.cfg = dataclasses.replace(pair.cfg, sync_timeout_s=5)
+        patient, pair.cfg = pair.cfg, dataclasses.replace(pair.cfg, sync_timeout_s=8)
         report = sync.push(3)
-        pair.cfg = dataclasses.replace(pair.cfg, sync_timeout_s=30)
         assert list(report.failed) == [second.name]
-        assert "phase pause" in report.failed[second.name]
-        assert "did not answer within" in report.failed[second.name]
+        assert "phase start" in report.failed[second.name]
+        assert "did not answer within 8 s; it keeps version 2" in report.failed[second.name]
         group_signal(second, signal.SIGCONT)
-        assert_serve(client, folders[0], 3, [first])  # alive again, but not on the current weights
+        assert_serve(client, folders[0], 3, [first])
+        assert sync.bring_up() == [second.name]
+        assert_serve(client, folders[0], 3, [first, second])
 
-        # Killed: the push goes to the one that is left; the dead one is started anew and brought up before it is asked.
+        # Stopped while it loads: nobody knows what it holds, and it is never asked again, though it goes on.
+        with before("load", sync, lambda: group_signal(second, signal.SIGSTOP)):
+            report = sync.push(4)
+        pair.cfg = patient
+        assert "phase load" in report.failed[second.name]
+        group_signal(second, signal.SIGCONT)
+        assert sync.bring_up() == []
+        assert "unknown weights" in second.unusable
+        assert_serve(client, folders[0], 4, [first])
+
+        # Killed before a push, which goes to the one that is left; started anew, and brought up before it is asked.
         group_signal(second, signal.SIGKILL)
         second.process.wait()
-        assert sync.push(4).failed == {}
+        assert sync.push(5).failed == {}
         (second,) = pair.revive()
         assert pair.usable() == [first]
         pair.wait_ready()
-        assert_serve(client, folders[0], 4, [first])
-        assert sync.bring_up() == [second]
-        assert_serve(client, folders[0], 4, [first, second])
+        assert_serve(client, folders[0], 5, [first])
+        assert sync.bring_up() == [second.name]
+        assert_serve(client, folders[0], 5, [first, second])
 
-        # The engine of one dies in the middle of an update: the other one goes on.
-        fanout, update = sync._fanout, sync._fanout.update_weights
+        # Killed in a push, between receiving and loading: the other one goes on.
+        with before("load", sync, lambda: group_signal(first, signal.SIGKILL)):
+            report = sync.push(6)
+        assert "phase load" in report.failed[first.name]
+        assert_serve(client, folders[0], 6, [second])
 
-        def kill_then_update(info: dict) -> None:
-            group_signal(first, signal.SIGKILL)
-            update(info)
+        # Killed after a push, while it generates, and nobody is left: errors that say so, with the end of the log.
+        with ThreadPoolExecutor(1) as pool:
+            long = dataclasses.replace(SAMPLING, max_new_tokens=400)
+            running = pool.submit(client.complete_tokens, PROMPTS, long, seed=0)
+            time.sleep(0.2)
+            group_signal(second, signal.SIGKILL)
+            with pytest.raises(ServerError, match="no server is left to generate"):
+                running.result()
+        with pytest.raises(NoServerError, match=r"push of version 7(?s:.*)whole log: "):
+            sync.push(7)
 
-        fanout.update_weights = kill_then_update
-        report = sync.push(5)
-        assert "phase update" in report.failed[first.name]
-        assert_serve(client, folders[0], 5, [second])
 
-        # Nobody is left: an error that says so, with the end of the log.
-        group_signal(second, signal.SIGKILL)
-        with pytest.raises(SyncError, match=r"push of version 6(?s:.*)whole log: "):
-            sync.push(6)
-        with pytest.raises(ServerError, match="no server is left to generate"):
-            client.complete_tokens(PROMPTS, SAMPLING, seed=0)
+def test_a_server_announced_in_the_middle_is_brought_up_before_it_is_asked(
+    server: Servers, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """The trainer's list of servers grows while it runs: here by one that runs already, and holds other weights."""
+    cfg = RolloutConfig(await_servers=1, key_file=str(server.run_dir / "server_key"), device="cpu", transport="shm")
+    other = make_tiny_qwen2(tmp_path / "other", seed=77)
+    registry = Registry(cfg.registry_folder(tmp_path))
+    joined = Servers(cfg, tiny_dir, tmp_path).start()
+    with WeightSync(folder_pieces(other), cfg, joined) as sync:
+        with pytest.raises(NoServerError, match="no server is alive"):
+            sync.push(401)
+        registry.announce("late", server.all[0].url, server.all[0].log_path)
+        joined.poll()
+        assert [one.url for one in joined.alive()] == [server.all[0].url]
+        assert joined.usable() == []
+        assert sync.bring_up() == [server.all[0].name]
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
+    with RolloutClient(joined, NoText(), vocab_size=320) as client:
+        ((sample,),) = client.complete_tokens(PROMPTS[:1], dataclasses.replace(SAMPLING, num_samples=1), seed=0)
+    expected = reference.logprobs(model, PROMPTS[0], sample.token_ids.tolist(), SAMPLING.temperature)
+    np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+    assert sample.weight_versions == ((401, 0, len(sample.token_ids)),)
+    server.all[0].introduce()  # another list pushed into it
+    server.required_version = 401

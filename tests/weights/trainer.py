@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
 from megatron_t1.rollout.server import Servers
-from megatron_t1.weights.fanout import SyncError
+from megatron_t1.rollout.vllm_plugin import tcp
 from megatron_t1.weights.ops import Piece
+from megatron_t1.weights.ranks import SyncError
 from megatron_t1.weights.sync import WeightSync
 from tests.weights import reference
 
@@ -29,14 +32,26 @@ class NoText:
 
 
 def pieces_of(layout: str, folder: Path, rank: int) -> list[Piece]:
-    """`tp2`, `pp2`, or `tp2pp2` (4 ranks, tensor-parallel neighbours); norms are replicated, the embedding is tied."""
+    """Of two ranks. `pp2`: two stages, with the tied embedding on both; else tensor parallel, with replicated norms."""
     tensors = load_file(folder / "model.safetensors")
-    if layout == "tp2":
+    if not layout.startswith("pp2"):
         return reference.tensor_parallel(tensors, rank, 2)
-    stage = rank if layout == "pp2" else rank // 2
-    first, last = ["embed_tokens", "layers.0"], ["embed_tokens", "layers.1", "model.norm"]
-    mine = {name: t for name, t in tensors.items() if any(key in name for key in (first, last)[stage])}
-    return reference.whole(mine) if layout == "pp2" else reference.tensor_parallel(mine, rank % 2, 2)
+    keys = (["embed_tokens", "layers.0"], ["embed_tokens", "layers.1", "model.norm"])[rank]
+    return reference.whole({name: t for name, t in tensors.items() if any(key in name for key in keys)})
+
+
+def die(at_chunk: int) -> None:
+    """SIGKILL, at once or when this rank is about to send its `at_chunk`-th chunk over TCP."""
+    if at_chunk == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    chunks, count = tcp._bytes_of, itertools.count(1)
+
+    def bytes_or_death(chunk: torch.Tensor) -> memoryview:
+        if next(count) == at_chunk:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return chunks(chunk)
+
+    tcp._bytes_of = bytes_or_death
 
 
 def train(
@@ -44,20 +59,20 @@ def train(
 ) -> None:
     """Pushes every (layout, folder, version); rank 0 writes what the servers then say.
 
-    `gloo` is `tp2` by that transport. With `killed` the last rank dies while the others push, and rank 0 writes the
-    error.
+    A layout that ends in `tcp` travels by it. The last rank dies in `killed` before it has written, and in `killed in
+    tcp` when it has sent a part of what it owns; rank 0 then writes the error and ends.
     """
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     servers = Servers(cfg, "", "").start().wait_ready() if rank == 0 else None
     results = []
     for layout, folder, version in pushes:
-        pieces = pieces_of("tp2" if layout in ("gloo", "killed") else layout, folder, rank)
+        pieces = pieces_of(layout, folder, rank)
         if servers is not None:
-            servers.cfg = dataclasses.replace(cfg, transport="gloo" if layout == "gloo" else "shm")
+            servers.cfg = dataclasses.replace(cfg, transport="tcp" if "tcp" in layout else "shm")
         with WeightSync(pieces, cfg, servers) as sync:
-            if layout == "killed":
+            if layout.startswith("killed"):
                 if rank == world_size - 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    die(at_chunk=5 if layout == "killed in tcp" else 0)
                 try:
                     sync.push(version)
                 except SyncError as error:
@@ -71,9 +86,7 @@ def train(
                 {
                     "version": version,
                     "seconds": report.seconds,
-                    "samples": [
-                        [s.token_ids.tolist(), s.logprobs.tolist(), s.weight_versions, s.server] for s in samples
-                    ],
+                    "samples": [[s.token_ids.tolist(), s.logprobs.tolist(), s.weight_versions] for s in samples],
                 }
             )
             out.write_text(json.dumps(results))

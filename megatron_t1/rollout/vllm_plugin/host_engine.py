@@ -1,10 +1,9 @@
-"""vLLM's end of a weight push through host memory: receive, verify every piece, load, prove that all was loaded.
+"""vLLM's end of a weight push through host memory: receive and verify everything, then load, and prove that all was.
 
-The bytes come either in a file of /dev/shm that the trainer's ranks wrote and every worker on the host maps, or over
-TCP (gloo) into a buffer of each worker's own. Nothing is loaded before all digests agree, so a push refused for its
-bytes leaves the old weights in place. Every gloo push opens a process group of its own (trainer rank 0 and all
-workers): servers may come and go between pushes. Left out: authentication of gloo's TCP connections (use it in a
-trusted network), and a device copy of our own: vLLM's loaders copy to wherever a parameter lives.
+The bytes come in a file of /dev/shm that the trainer's ranks wrote and every worker on the host maps, or over TCP into
+a buffer of each worker's own. A push is two updates: `receive` touches no weight and may run while the server samples;
+`load` comes when it is paused. So a push that is refused, late or cut off in `receive` leaves the old weights whole.
+Left out: a device copy of our own, because vLLM's loaders copy to wherever a parameter lives.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -28,7 +25,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.logger import init_logger
 
 from megatron_t1.rollout.vllm_plugin.reload import Reload, check_names
-from megatron_t1.rollout.vllm_plugin.wire import OLD_WEIGHTS_KEPT, PieceSpec, TensorSpec, digest
+from megatron_t1.rollout.vllm_plugin.tcp import fetch
+from megatron_t1.rollout.vllm_plugin.wire import PieceSpec, TensorSpec, digest
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or its configuration would drop it
 
@@ -44,30 +42,21 @@ class HostInit(WeightTransferInitInfo):
     tensors: list[list[Any]]
     pieces: list[list[Any]]
     path: str | None = None
-    """The shared file; None: the bytes come over gloo."""
-
-
-@dataclass
-class Meeting:
-    """The process group of one gloo push."""
-
-    host: str
-    port: int
-    """Of the trainer's TCPStore."""
-    world_size: int
-    timeout_s: float
+    """The shared file; None: the bytes come over TCP."""
+    timeout_s: float = 600.0
+    """Longest silence of a trainer rank, for TCP."""
 
 
 @dataclass
 class HostUpdate(WeightTransferUpdateInfo):
-    """Sent per push."""
+    """`receive` brings digests (and, for TCP, where to fetch from); `load` and `cancel` bring nothing."""
 
-    digests: list[str]
+    step: Literal["receive", "load", "cancel"]
+    digests: list[str] = field(default_factory=list)
     """One for each piece, in the order of `HostInit.pieces`."""
-    meeting: dict[str, Any] | None = None
-    """A Meeting, for gloo."""
-    rank_offset: int = 0
-    """Rank of this server's first worker in the meeting."""
+    sources: list[list[Any]] = field(default_factory=list)
+    """(rank, host, port) of every trainer rank that has pieces."""
+    token: str = ""
 
 
 class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
@@ -78,8 +67,8 @@ class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
     """uint8 [num_bytes]: the shared file, or this worker's own memory."""
     tensors: list[TensorSpec]
     pieces: list[PieceSpec]
-    broken: str | None = None
-    """Why the weights are mixed: the error that ended a load half-way."""
+    reload: Reload | None = None
+    """The load that was begun and not finished: until it is, the weights are neither the old nor the new ones."""
 
     def init_transfer_engine(self, init_info: HostInit) -> None:
         tensors = [TensorSpec(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in init_info.tensors]
@@ -89,50 +78,43 @@ class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
         else:
             self.buffer = map_shared(init_info.path, init_info.num_bytes)
         self.tensors = tensors
+        self.timeout_s = init_info.timeout_s
         self.pieces = [PieceSpec(i, tuple(start), tuple(stop), rank) for i, start, stop, rank in init_info.pieces]
 
     def start_weight_update(self) -> None:
-        if self.broken:
-            raise RuntimeError(f"an earlier push left mixed weights ({self.broken}): restart this server")
-        self.reload = Reload(self.model, self.model_config)
+        if self.reload:
+            raise RuntimeError("an earlier push ended half-way in its load and left mixed weights: restart this server")
 
     def receive_weights(self, update_info: HostUpdate) -> None:
-        began = time.monotonic()
-        try:
-            if update_info.meeting is not None:
-                self._receive(Meeting(**update_info.meeting), update_info.rank_offset)
-            received = time.monotonic()
-            self._verify(update_info.digests)
-        except BaseException as error:
-            self.reload.roll_back()
-            raise ValueError(f"{error}; {OLD_WEIGHTS_KEPT}") from error
-        verified = time.monotonic()
-        try:
-            self.reload.load((tensor.name, tensor.view(self.buffer)) for tensor in self.tensors)
-        except BaseException as error:
-            self.broken = repr(error)
-            raise
-        logger.info(
-            "weights received in %.3f s, verified in %.3f s, loaded in %.3f s",
-            received - began,
-            verified - received,
-            time.monotonic() - verified,
-        )
+        if update_info.step == "receive":
+            self._receive(update_info)
+        elif update_info.step == "load":
+            self._load()
+        else:
+            raise ValueError("cancelled: vLLM ends an update that nobody finished only by an error in it")
 
     def finish_weight_update(self) -> None:
+        assert self.reload is not None
         self.reload.finish()
+        self.reload = None
 
     def shutdown(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
-    def _receive(self, meeting: Meeting, rank_offset: int) -> None:
-        config = self.parallel_config
-        rank = rank_offset + config.data_parallel_index * config.world_size + config.rank
-        timeout = timedelta(seconds=meeting.timeout_s)
-        store = dist.TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
-        group = dist.ProcessGroupGloo(store, rank, meeting.world_size, timeout)
-        for tensor in self.tensors:
-            group.broadcast(tensor.bytes_in(self.buffer), 0).wait()
+    def _receive(self, update_info: HostUpdate) -> None:
+        began = time.monotonic()
+        if update_info.sources:
+            sources = [(rank, host, port) for rank, host, port in update_info.sources]
+            fetch(sources, update_info.token, self.tensors, self.pieces, self.buffer, self.timeout_s)
+        received = time.monotonic()
+        self._verify(update_info.digests)
+        logger.info("weights received in %.3f s, verified in %.3f s", received - began, time.monotonic() - received)
+
+    def _load(self) -> None:
+        began = time.monotonic()
+        self.reload = Reload(self.model, self.model_config)
+        self.reload.load((tensor.name, tensor.view(self.buffer)) for tensor in self.tensors)
+        logger.info("weights loaded in %.3f s", time.monotonic() - began)
 
     def _verify(self, digests: list[str]) -> None:
         """Raises ValueError that names the first tensors, and the trainer ranks they came from, whose bytes differ."""
@@ -158,7 +140,7 @@ def map_shared(path: str, num_bytes: int) -> torch.Tensor:
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise ValueError(f"{path} is not on this host: use rollout.transport=gloo for servers elsewhere") from None
+        raise ValueError(f"{path} is not on this host: use rollout.transport=tcp for servers elsewhere") from None
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:

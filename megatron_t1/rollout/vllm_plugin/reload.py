@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 
 
 class Reload:
-    """One reload of all weights: made (the old numbers are kept aside), `load`, then `finish`; or `roll_back`."""
+    """One reload of all weights: made, `load`, then `finish`. There is no way back."""
 
     def __init__(self, model: torch.nn.Module, model_config: Any) -> None:
         self.model = model
@@ -46,10 +46,6 @@ class Reload:
         if current_platform.is_cpu():
             for head in self.tied_heads:
                 head.quant_method.process_weights_after_loading(head)
-
-    def roll_back(self) -> None:
-        """Puts the old numbers back in place; only before `load`."""
-        finalize_layerwise_reload(self.model, self.model_config)
 
     def _incomplete(self) -> list[str]:
         """Modules whose parameters did not all receive numbers.

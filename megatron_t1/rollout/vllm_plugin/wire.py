@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 
 ALIGNMENT = 64
-OLD_WEIGHTS_KEPT = "the old weights are kept"
-"""In a refused update's message: the server still holds what it held before."""
 _WORD = torch.int64.itemsize
 
 
