@@ -236,7 +236,10 @@ class Trainer:
         assert self.actors is not None
         servers = self.actors.servers
         for server in servers.revive():
-            print(f"server {server.name} is new or started again; it gets the current weights first", flush=True)
+            print(
+                f"server {server.name} is new, or was lost and is started again: it gets the current weights first",
+                flush=True,
+            )
         if not servers.usable():
             servers.wait_ready(minimum=1)
 
