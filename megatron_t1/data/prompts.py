@@ -92,7 +92,9 @@ def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
         key = json.dumps(messages)
         if key not in prompts:
             prompts[key] = template.prompt_ids(messages)
-        return prompts[key], _need(row, "response", (str,))
+        response = _need(row, "response", (str,))
+        template.check_response(response)
+        return prompts[key], response
 
     examples = _parse_all(path, parse)
     responses = template.response_ids([response for _, response in examples])

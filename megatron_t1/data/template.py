@@ -1,15 +1,20 @@
 """The only place where text becomes token ids: the checkpoint's own tokenizer and chat template.
 
-Left out: code that comes with a checkpoint (`trust_remote_code` stays off) and any template of ours.
+Control tokens come from the template alone: a person's text that spells `<|im_end|>` is text, letter by letter. Left
+out: code that comes with a checkpoint (`trust_remote_code` stays off).
 """
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megatron_t1.data.tokenizer import load_tokenizer
 
 Message = dict[str, str]
 _BATCH = 1000  # texts tokenised at a time: many are quicker, all at once would take 100 bytes a token
@@ -23,17 +28,16 @@ class Template:
         Raises:
             ValueError: the folder has no tokenizer, no chat template or no end token.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{model_dir}: its tokenizer can't be loaded: {error}") from None
+        self.tokenizer: Any = load_tokenizer(model_dir)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{model_dir}: the tokenizer has no chat template; add chat_template.jinja to the folder")
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"{model_dir}: the tokenizer has no end token; set eos_token in tokenizer_config.json")
         self.eos_token_id = int(self.tokenizer.eos_token_id)
+        self._control = {
+            token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._control_pattern = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))))
 
     def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
         """int64 [num_prompt_tokens]: the conversation with the opening of the assistant's turn.
@@ -43,11 +47,44 @@ class Template:
         """
         from jinja2 import TemplateError
 
+        # What people spelled is hidden from the tokenizer behind marks that no text has.
+        mark = f"\ue000{secrets.token_hex(8)}"
+        hidden: list[str] = []
+
+        def hide(match: re.Match[str]) -> str:
+            hidden.append(match[0])
+            return f"{mark}:{len(hidden) - 1}\ue001"
+
+        if self._control:
+            messages = [{**m, "content": self._control_pattern.sub(hide, m["content"])} for m in messages]
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from None
-        return self.ids(text)
+        if not hidden:
+            return self.ids(text)
+        shown = re.compile(f"{mark}:(\\d+)\ue001")
+        ids: list[int] = []
+        start = 0
+        for control in [*self._control_pattern.finditer(text), None]:
+            plain = text[start : control.start() if control else len(text)]
+            plain = shown.sub(lambda match: hidden[int(match[1])], plain)
+            if plain:
+                ids += self.tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if control:
+                ids.append(self._control[control[0]])
+                start = control.end()
+        return np.array(ids, np.int64)
+
+    def check_response(self, text: str) -> None:
+        """
+        Raises:
+            ValueError: the text of an answer spells a control token, which the model would learn to say in letters.
+        """
+        if self._control and (found := self._control_pattern.search(text)):
+            raise ValueError(
+                f'"response" contains the control token {found[0]}: leave it out, the end of the turn is added'
+            )
 
     def response_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int64 [num_response_tokens] of each text: the assistant's words and the end token."""

@@ -1,0 +1,150 @@
+"""The tokenizer that a checkpoint brings, in whichever of three forms, as one kind of object.
+
+- `tokenizer.json`: read as it is. (transformers' AutoTokenizer would look at `model_type` and, for every Qwen2 folder,
+  put Qwen2's own splitting of text in place of the file's.)
+- `tokenizer.model` of sentencepiece, as Llama has it.
+- `tokenizer.model` of tiktoken, as GLM-4-9B has it: a line for each token, base64 and rank. The checkpoint's own reader
+  is code that comes with it, which is never run; its pattern and chat format are below.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from pathlib import Path
+from typing import Any
+
+# GLM-4's conversation, for a checkpoint that keeps it in its code: https://github.com/THUDM/GLM-4
+GLM4_CHAT_TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SPACE = "\u2581"  # how sentencepiece spells a space
+_NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def load_tokenizer(model_dir: Path) -> Any:
+    """A `PreTrainedTokenizerFast` of the folder's tokenizer.
+
+    Raises:
+        ValueError: there is none, or it can't be read.
+    """
+    try:
+        return _load(model_dir)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{model_dir}: its tokenizer can't be loaded: {error}") from None
+
+
+def _load(model_dir: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if (model_dir / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(model_dir)
+    vocabulary = model_dir / "tokenizer.model"
+    if not vocabulary.exists():
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    ranks = _tiktoken_ranks(vocabulary)
+    tokenizer = _from_sentencepiece(vocabulary) if ranks is None else _from_tiktoken(ranks)
+    path = model_dir / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    _add_tokens(tokenizer, config)
+    template = model_dir / "chat_template.jinja"
+    if template.exists():
+        config["chat_template"] = template.read_text()
+    if ranks is not None and tokenizer.token_to_id("[gMASK]") is not None:
+        config.setdefault("chat_template", GLM4_CHAT_TEMPLATE)
+    named = {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=config.get("chat_template"),
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+
+
+def _tiktoken_ranks(path: Path) -> dict[bytes, int] | None:
+    """Token -> rank; None when the file is not of that kind."""
+    ranks = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+        return None
+    return ranks or None
+
+
+def _from_tiktoken(ranks: dict[bytes, int]) -> Any:
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        """With the ranks at hand: the library's own reader keeps a copy of every file it has read, by its path."""
+
+        @staticmethod
+        def load_tiktoken_bpe(tiktoken_url: Any) -> dict[bytes, int]:
+            return ranks
+
+    return Converter().converted()  # its pattern is that of cl100k, which GLM-4's code has too
+
+
+def _from_sentencepiece(path: Path) -> Any:
+    """Tokens and merges of a sentencepiece model, and its treatment of spaces: one put before the text, all spelled."""
+    from google.protobuf.message import DecodeError
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+    try:
+        extractor = SentencePieceExtractor(str(path))
+    except DecodeError as error:
+        raise ValueError(f"{path.name} is neither a sentencepiece nor a tiktoken file ({error})") from None
+    parts, trained = extractor.extract(None), extractor.proto.trainer_spec
+    normal = extractor.proto.normalizer_spec
+    model: Any
+    if isinstance(parts["vocab"], dict):
+        model = models.BPE(
+            vocab=parts["vocab"],
+            merges=parts["merges"],
+            unk_token=trained.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trained.byte_fallback,
+        )
+    else:
+        model = models.Unigram(parts["vocab"], unk_id=parts["unk_id"], byte_fallback=trained.byte_fallback)
+    tokenizer = Tokenizer(model)
+    steps: list[Any] = [normalizers.Precompiled(normal.precompiled_charsmap)] if normal.precompiled_charsmap else []
+    if normal.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if normal.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if normal.add_dummy_prefix else []),
+        ]
+    )
+    tokenizer.add_tokens(parts["additional_special_tokens"])
+    return tokenizer
+
+
+def _add_tokens(tokenizer: Any, config: dict[str, Any]) -> None:
+    """The tokens that tokenizer_config.json adds, which must get the numbers that it says."""
+    from tokenizers import AddedToken
+
+    added = {int(number): token for number, token in config.get("added_tokens_decoder", {}).items()}
+    for number, token in sorted(added.items()):
+        fields = {name: token.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word", "normalized")}
+        add = tokenizer.add_special_tokens if fields["special"] else tokenizer.add_tokens
+        add([AddedToken(token["content"], **fields)])
+        if tokenizer.token_to_id(token["content"]) != number:
+            raise ValueError(
+                f"tokenizer_config.json gives {token['content']!r} the number {number}, but it is "
+                f"{tokenizer.token_to_id(token['content'])} after the tokens of tokenizer.model"
+            )
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token
