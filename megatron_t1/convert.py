@@ -37,7 +37,7 @@ from megatron_t1.weights.hf_folder import (
     copy_beside,
     name_dtype,
 )
-from megatron_t1.weights.hf_io import MAX_SHARD_BYTES, check_coverage
+from megatron_t1.weights.hf_io import CARRIED, MAX_SHARD_BYTES, Carried, check_coverage
 from megatron_t1.weights.torch_dist import TorchDistWriter, cut, is_torch_dist
 
 _DTYPES_FILE = "hf_dtypes.json"
@@ -75,7 +75,8 @@ def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Convert
     source = HFFolder(hf_dir)
     params = meta_params(hf_dir)
     names = {piece.name: piece.shape for param in params for piece in param.pieces}
-    check_coverage(source, names)
+    check_coverage(source, names, spec.carried)
+    carried = Carried(hf_dir, spec.carried)
     stored_dtypes = _stored_dtypes(params, source)
     num_bytes = sum(source.tensors[name].num_bytes for name in names)
     with new_folder(out, num_bytes) as building, _progress("to-megatron", num_bytes) as done:
@@ -88,6 +89,12 @@ def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Convert
         }
         if changed:
             write_json(building / _DTYPES_FILE, changed)
+        if carried.tensors:
+            (building / CARRIED).mkdir()
+            beside = ShardWriter(building / CARRIED, carried.tensors, MAX_SHARD_BYTES)
+            for name in carried.tensors:
+                beside.write(name, carried.read(name))
+            beside.finish()
         writer = TorchDistWriter(building)
         with _behind() as write:
             for param in params:

@@ -39,6 +39,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": {
         "head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
     },
+    "GlmForCausalLM": {"head_dim": 32},
+    "Glm4ForCausalLM": {"head_dim": 32, "attention_bias": False},
+    "Glm4MoeForCausalLM": {
+        "head_dim": 32, "attention_bias": True, "use_qk_norm": True, "moe_intermediate_size": 64, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True, "num_mtp_layers": 0,
+    },
 }  # fmt: skip
 
 
@@ -91,9 +98,12 @@ def make_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).to(getattr(torch, dtype))
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases start at 0 and norms at 1, where a swapped one would not show
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):  # float32 in every release
+                module.e_score_correction_bias = module.e_score_correction_bias.float()
+        for tensor in model.state_dict().values():
+            if tensor.ndim == 1:  # biases start at 0 and norms at 1, where a swapped one would not show
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
     model.save_pretrained(directory)
     return directory
 

@@ -55,6 +55,7 @@ def pack(
     dp_rank: int = 0,
     dp_size: int = 1,
     multiple: int = 1,
+    count_multiple: int = 1,
     device: torch.device | str = "cpu",
 ) -> list[Microbatch]:
     """This data-parallel rank's microbatches: as many on every rank, each of the same number of tokens.
@@ -62,6 +63,7 @@ def pack(
     Args:
         max_tokens: the most tokens in a microbatch, padding included.
         multiple: the length of a microbatch is a multiple of it (TP size under sequence parallelism, 16 x TP for FP8).
+        count_multiple: so is the number of them of it (pipeline size under the interleaved schedule).
 
     Raises:
         ValueError: a sequence longer than max_tokens.
@@ -72,16 +74,16 @@ def pack(
         raise ValueError(
             f"a sequence of {longest} tokens does not fit into a microbatch of {limit}; raise max_tokens_per_microbatch"
         )
-    bins = _assign([s.num_tokens for s in sequences], limit, dp_size)
+    bins = _assign([s.num_tokens for s in sequences], limit, dp_size * count_multiple)
     fullest = max(sum(sequences[i].num_tokens for i in members) for members in bins)
     num_tokens = max(multiple, -(-fullest // multiple) * multiple)
     return [_pack_one(sequences, members, num_tokens, device) for members in bins[dp_rank::dp_size]]
 
 
-def _assign(lengths: list[int], limit: int, dp_size: int) -> list[list[int]]:
-    """Indices of the sequences in each bin; the number of bins is a multiple of dp_size and as small as possible."""
+def _assign(lengths: list[int], limit: int, multiple: int) -> list[list[int]]:
+    """Indices of the sequences in each bin; the number of bins is a multiple of `multiple` and as small as possible."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    num_bins = max(1, -(-sum(lengths) // (limit * dp_size))) * dp_size
+    num_bins = max(1, -(-sum(lengths) // (limit * multiple))) * multiple
     while True:
         heap = [(0, b) for b in range(num_bins)]
         bins: list[list[int]] = [[] for _ in range(num_bins)]
@@ -93,7 +95,7 @@ def _assign(lengths: list[int], limit: int, dp_size: int) -> list[list[int]]:
             heapq.heappush(heap, (load + lengths[i], b))
         else:
             return bins
-        num_bins += dp_size
+        num_bins += multiple
 
 
 def _pack_one(sequences: list[Sequence], members: list[int], num_tokens: int, device: torch.device | str) -> Microbatch:

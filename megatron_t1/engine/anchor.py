@@ -38,11 +38,12 @@ class Anchor:
 
     def __init__(self, engine: Engine, cfg: AnchorConfig) -> None:
         self._engine, self._decay = engine, cfg.decay
-        _, self.module = build_model(engine.model_config, engine.spec, engine.parallel, engine.platform)
-        self.module.requires_grad_(False)
-        self._weights = list(self.module.parameters())
-        self._policy = list(engine.module.parameters())
-        self.average = [w if w.dtype == torch.float32 else w.float() for w in self._weights]
+        _, self.chunks = build_model(engine.model_config, engine.spec, engine.parallel, engine.platform)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+        self.weights = [param for chunk in self.chunks for param in chunk.parameters()]
+        self._policy = [param for chunk in engine.chunks for param in chunk.parameters()]
+        self.average = [w if w.dtype == torch.float32 else w.float() for w in self.weights]
         self.reset()
 
     @torch.no_grad()
@@ -59,10 +60,13 @@ class Anchor:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Bring the forward pass's weights up to the average."""
-        for weight, average in zip(self._weights, self.average, strict=True):
+        """Bring the forward pass's weights up to the average; buffers (a router's biases) are the policy's."""
+        for weight, average in zip(self.weights, self.average, strict=True):
             if weight is not average:
                 weight.copy_(average)
+        for chunk, policy in zip(self.chunks, self._engine.chunks, strict=True):
+            for buffer, theirs in zip(chunk.buffers(), policy.buffers(), strict=True):
+                buffer.copy_(theirs)
 
     def fill(self, microbatches: list[Microbatch], num_samples: int, *, keep_hidden: bool = False) -> None:
         """Set `anchor_logprob` and `centered_kl` on this rank's microbatches (on the last pipeline stage).
@@ -77,7 +81,7 @@ class Anchor:
                 microbatch.anchor_hidden = hidden.cpu()
             return logprob_entropy_nograd(hidden, head, microbatch.target_positions, microbatch.targets)[0]
 
-        computed = self._engine.map_hidden(self.module, microbatches, logprobs)
+        computed = self._engine.map_hidden(self.chunks, microbatches, logprobs)
         kl = torch.zeros(num_samples, dtype=torch.float64, device=self._engine.platform.device)
         if not mpu.is_pipeline_last_stage():
             return

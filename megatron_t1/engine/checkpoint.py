@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -71,21 +72,22 @@ def finished(folder: Path) -> list[Path]:
 
 
 def _sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> dict[str, Any]:
-    model = engine.module.sharded_state_dict()
+    models = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(engine.chunks)}
     state: dict[str, Any] = {
-        "model": model,
-        "optimizer": engine.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA),
+        **models,
+        "optimizer": engine.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA),
         "scheduler": engine.scheduler.state_dict(),
     }
     if anchor is not None:
-        shards = anchor.module.sharded_state_dict(prefix="anchor.")
-        average = {id(w): a for w, a in zip(anchor.module.parameters(), anchor.average, strict=True)}
-        for shard in nested_values(shards):
-            # In bfloat16 the forward pass's weights are roundings of the average; the average is what must survive.
-            if isinstance(shard, ShardedTensor) and id(shard.data) in average:
-                shard.data = average[id(shard.data)].data
-                shard.dtype = shard.data.dtype
-        state["anchor"] = shards
+        average = {id(w): a for w, a in zip(anchor.weights, anchor.average, strict=True)}
+        for number, chunk in enumerate(anchor.chunks):
+            shards = chunk.sharded_state_dict(prefix="anchor.")
+            for shard in nested_values(shards):
+                # In bfloat16 the forward pass's weights are roundings of the average; the average is what must survive.
+                if isinstance(shard, ShardedTensor) and id(shard.data) in average:
+                    shard.data = average[id(shard.data)].data
+                    shard.dtype = shard.data.dtype
+            state[f"anchor{number}"] = shards
     return state
 
 
@@ -217,14 +219,15 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
         raise ValueError(f"{path} is not a finished checkpoint: it has no state.json")
     _prime(engine)
     loaded = dist_checkpointing.load(_sharded_state(engine, anchor, is_loading=True), str(path))
-    engine.module.load_state_dict(loaded["model"])
+    for number, chunk in enumerate(engine.chunks):
+        chunk.load_state_dict(loaded[f"model{number}"])
     engine.optimizer.load_state_dict(loaded["optimizer"])
     engine.scheduler.load_state_dict(loaded["scheduler"])
     if anchor is not None:
-        average = {name: a for (name, _), a in zip(anchor.module.named_parameters(), anchor.average, strict=True)}
-        for name, value in loaded["anchor"].items():
-            if (key := name.removeprefix("anchor.")) in average:
-                average[key].copy_(value)
+        average = {id(w): a for w, a in zip(anchor.weights, anchor.average, strict=True)}
+        for number, chunk in enumerate(anchor.chunks):
+            for name, weight in chunk.named_parameters():
+                average[id(weight)].copy_(loaded[f"anchor{number}"][f"anchor.{name}"])
         anchor.publish()
     return json.loads((path / "state.json").read_text())
 
@@ -277,8 +280,13 @@ def resume(folder: Path, engine: Engine, anchor: Anchor | None, *, allowed: bool
 
 def num_bytes(engine: Engine, anchor: Anchor | None) -> int:
     """Of the whole checkpoint: weights, float32 master weights and two moments, and the anchor's float32 average."""
-    weights = sum(p.numel() for p in engine.module.parameters())
+    groups = mpu.get_data_parallel_group(), mpu.get_expert_data_parallel_group()
+    weights = 0
+    for param in (param for chunk in engine.chunks for param in chunk.parameters()):
+        # Megatron marks the parameters of experts so: they have other replicas than the rest.
+        is_expert = not getattr(param, "allreduce", True)
+        weights += param.numel() if groups[is_expert].rank() == 0 else 0
+    total = torch.tensor(weights)
+    dist.all_reduce(total)
     element_size = engine.config.params_dtype.itemsize
-    per_rank = weights * (element_size + (12 if element_size < 4 else 8) + (4 if anchor else 0))
-    model_parallel = engine.parallel.tensor * engine.parallel.pipeline
-    return per_rank * model_parallel
+    return int(total) * (element_size + (12 if element_size < 4 else 8) + (4 if anchor else 0))

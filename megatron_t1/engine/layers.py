@@ -1,23 +1,34 @@
-"""The two modules of Megatron's local layer spec that ours replaces, so that it serves packed sequences and SP.
+"""Layer specs: Megatron's own with Transformer Engine; without it its local one with two modules replaced.
 
 `RMSNorm`: Megatron's wrapper around torch's norm refuses sequence parallelism. `PackedAttention`: the local
-DotProductAttention refuses packed sequences. Both run on the CPU and on GPUs without Transformer Engine; with it,
-Megatron's own TE spec is used and nothing of this file.
+DotProductAttention refuses packed sequences. Both run on the CPU and on GPUs. `SandwichLayer` is for families whose
+layers have more norms than Megatron knows, with either.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+
+# Megatron-Core 0.16.1 forgets to say that it has none when Transformer Engine is not installed.
+vars(moe_utils).setdefault("te_general_gemm", None)
 
 
 class RMSNorm(torch.nn.Module):
@@ -109,20 +120,84 @@ class PackedAttention(torch.nn.Module):
         return out.transpose(1, 2)[valid].flatten(1).unsqueeze(1)
 
 
-def local_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+class SandwichLayer(TransformerLayer):
+    """A layer with a norm behind attention and MLP too, each before its output is added to the residual stream."""
+
+    norm: Callable[..., torch.nn.Module]
+    """Set by a subclass for the kind of block."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        for name, add in (("post_self_attn_layernorm", "self_attn_bda"), ("post_mlp_layernorm", "mlp_bda")):
+            norm = self.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            setattr(self, name, norm)
+            setattr(self, add, partial(_normalise_and_add, norm, getattr(self, add)))
+
+
+def _normalise_and_add(norm: torch.nn.Module, build_add: Callable[..., Any], *settings: Any) -> Callable[..., Any]:
+    add = build_add(*settings)
+
+    def normalised(output_and_bias: tuple[torch.Tensor, None], *rest: Any) -> torch.Tensor:
+        output, bias = output_and_bias
+        assert bias is None, "these families have no bias on the way out"
+        return add((norm(output), None), *rest)
+
+    return normalised
+
+
+class LocalSandwichLayer(SandwichLayer):
+    norm = RMSNorm
+
+
+def local_block_spec(
+    config: TransformerConfig, sandwich_norms: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Megatron's local GPT block with our norm (also at the end of the block) and our attention core."""
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=False,
-        qk_layernorm=config.qk_layernorm,
-        normalization="RMSNorm",
-    )
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    specs: list[ModuleSpec] = [layer] * num_layers
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+    def layer(num_experts: int | None) -> ModuleSpec:
+        spec = get_gpt_layer_local_spec(
+            num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        )
+        parts = spec.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        attention = parts.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if num_experts:
+            # Transformer Engine keeps this norm by itself there, and a checkpoint of either kind loads into the other.
+            del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        if sandwich_norms:
+            spec.module = LocalSandwichLayer
+        return spec
+
+    return TransformerBlockSubmodules(layer_specs=_of_this_stage(config, vp_stage, layer), layer_norm=RMSNorm)
+
+
+def te_block_spec(config: TransformerConfig, sandwich_norms: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's GPT block of Transformer Engine's layers."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    class TESandwichLayer(SandwichLayer):
+        norm = TENorm
+
+    def layer(num_experts: int | None) -> ModuleSpec:
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+        )
+        if sandwich_norms:
+            spec.module = TESandwichLayer
+        return spec
+
+    return TransformerBlockSubmodules(layer_specs=_of_this_stage(config, vp_stage, layer), layer_norm=TENorm)
+
+
+def _of_this_stage(
+    config: TransformerConfig, vp_stage: int | None, layer: Callable[[int | None], ModuleSpec]
+) -> list[ModuleSpec]:
+    """The specs of this chunk's layers, dense ones and mixtures of experts as `moe_layer_freq` has them."""
+    experts = config.num_moe_experts
+    frequency = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
+    kinds = {0: layer(None), 1: layer(experts)} if experts else dict.fromkeys((0, 1), layer(None))
+    offset = get_transformer_layer_offset(config, vp_stage)
+    return [kinds[kind] for kind in frequency[offset : offset + get_num_layers_to_build(config, vp_stage)]]

@@ -17,7 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_t1.algo.fused_head import Head
-from megatron_t1.engine.layers import LocalPackedSeqParams, local_block_spec
+from megatron_t1.engine.layers import LocalPackedSeqParams, local_block_spec, te_block_spec
 from megatron_t1.engine.parallel import ParallelConfig, shards
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform import Platform
@@ -79,6 +79,9 @@ def transformer_config(
         "bf16": dtype is torch.bfloat16,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "pipeline_model_parallel_layout": _pipeline_layout(spec, parallel),
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
         "sequence_parallel": parallel.sequence_parallel,
         "activation_func": F.silu,
         "attention_dropout": 0.0,
@@ -92,9 +95,16 @@ def transformer_config(
         "gradient_accumulation_fusion": platform.apex,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": platform.name == "cuda",
-        "apply_rope_fusion": platform.transformer_engine is not None and cfg.layers == "auto",
+        # Older Transformer Engines can't fuse the interleaved kind.
+        "apply_rope_fusion": platform.transformer_engine is not None
+        and cfg.layers == "auto"
+        and not spec.transformer.get("rotary_interleaved", False),
         "calculate_per_token_loss": True,  # gradients are summed, the loss is already over the global token count
         "variable_seq_lengths": False,
+        # Of two stages the interleaved schedule's batched exchange mixes up a rank's neighbours: they are one.
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
+        **_moe_defaults(spec, platform, cfg),
     }
     if clash := sorted(set(cfg.transformer) & set(spec.transformer)):
         raise ValueError(
@@ -104,17 +114,60 @@ def transformer_config(
     return TransformerConfig(**{**fields, **cfg.transformer})
 
 
+def _pipeline_layout(spec: ModelSpec, parallel: ParallelConfig) -> list[list[str]] | None:
+    """Megatron's name for what each pipeline chunk holds."""
+    if parallel.pipeline == 1:
+        return None
+    layout = [["decoder"] * count for count in parallel.layers_of_stages(spec.transformer["num_layers"])]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
+
+
+def _moe_defaults(spec: ModelSpec, platform: Platform, cfg: ModelConfig) -> dict[str, Any]:
+    """How a mixture of experts is trained: no loss but T1's, and routing biases stay what the checkpoint says."""
+    if "num_moe_experts" not in spec.transformer:
+        return {}
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if cfg.transformer.get(name):
+            raise ValueError(
+                f"model.transformer.{name} = {cfg.transformer[name]} is not supported: Megatron scales the router's "
+                "losses by its own token count, which T1's loss does not use; remove it"
+            )
+    return {
+        "moe_router_load_balancing_type": "none",
+        "moe_router_bias_update_rate": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": platform.transformer_engine is not None and cfg.layers == "auto",
+    }
+
+
 def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
     """Refuse, with the numbers, a layout that the model's sizes do not divide by."""
     sizes = spec.transformer
-    problems = [
-        f"{what} = {sizes[what]} does not divide by parallel.tensor = {parallel.tensor}"
-        for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-        if sizes[what] % parallel.tensor
+    tensor, kv_heads = parallel.tensor, sizes["num_query_groups"]
+    cuts = [
+        ("num_attention_heads", "tensor", tensor),
+        ("ffn_hidden_size", "tensor", tensor),
+        ("moe_shared_expert_intermediate_size", "tensor", tensor),
+        ("moe_ffn_hidden_size", "expert_tensor", parallel.expert_tensor or tensor),
+        ("num_moe_experts", "expert", parallel.expert),
     ]
-    if sizes["num_layers"] % parallel.pipeline:
+    problems = [
+        f"{what} = {sizes[what]} does not divide by parallel.{group} = {size}"
+        for what, group, size in cuts
+        if sizes.get(what) and sizes[what] % size
+    ]
+    if kv_heads % tensor and tensor % kv_heads:
+        problems.append(f"num_query_groups = {kv_heads} neither divides parallel.tensor = {tensor} nor is a multiple")
+    try:
+        parallel.layers_of_stages(sizes["num_layers"])
+    except ValueError as error:
+        problems.append(str(error))
+    if "num_moe_experts" not in sizes:
+        if parallel.expert > 1:
+            problems.append(f"it has no experts to spread over parallel.expert = {parallel.expert} ranks")
+    elif tensor > 1 and not parallel.sequence_parallel:
         problems.append(
-            f"num_layers = {sizes['num_layers']} does not divide by parallel.pipeline = {parallel.pipeline}"
+            f"a mixture of experts with parallel.tensor = {tensor} needs parallel.sequence_parallel = true (Megatron)"
         )
     if problems:
         raise ValueError(f"{spec.architecture}: " + "; ".join(problems))
@@ -122,44 +175,47 @@ def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
 
 def build_model(
     cfg: ModelConfig, spec: ModelSpec, parallel: ParallelConfig, platform: Platform, device: torch.device | None = None
-) -> tuple[TransformerConfig, T1GPTModel]:
-    """This rank's stage with zeroed weights (a checkpoint fills them), on the platform's device unless told another."""
+) -> tuple[TransformerConfig, list[T1GPTModel]]:
+    """This rank's chunks of the model (one, or `parallel.virtual_pipeline`) with zeroed weights, which a checkpoint
+    fills, on the platform's device unless told another."""
     check_divisible(spec, parallel)
     config = transformer_config(cfg, spec, parallel, platform)
-    if cfg.layers == "auto" and platform.transformer_engine:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-        layer_spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    else:
-        layer_spec = local_block_spec(config)
+    block_spec = te_block_spec if cfg.layers == "auto" and platform.transformer_engine else local_block_spec
     padding = parallel.tensor
     padded_vocab = -(-spec.vocab_size // padding) * padding
-    model = T1GPTModel(
-        config=config,
-        transformer_layer_spec=layer_spec,
-        vocab_size=padded_vocab,
-        max_sequence_length=spec.max_position_embeddings,
-        pre_process=mpu.is_pipeline_first_stage(),
-        post_process=mpu.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=spec.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=spec.rotary_base,
-        rotary_percent=spec.rotary_fraction,
-    )
-    model.to(device or platform.device)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.zero_()
-    return config, model
+    chunks = []
+    for number in range(parallel.virtual_pipeline):
+        vp_stage = number if parallel.virtual_pipeline > 1 else None
+        model = T1GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, spec.sandwich_norms, vp_stage),
+            vocab_size=padded_vocab,
+            max_sequence_length=spec.max_position_embeddings,
+            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=spec.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=spec.rotary_base,
+            rotary_percent=spec.rotary_fraction,
+            vp_stage=vp_stage,
+        )
+        model.to(device or platform.device)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.zero_()
+        chunks.append(model)
+    return config, chunks
 
 
-def wrap_ddp(config: TransformerConfig, model: T1GPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
+def wrap_ddp(
+    config: TransformerConfig, chunks: list[T1GPTModel], parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
-    return DistributedDataParallel(config, ddp_config, model)
+    return [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
 
 
 def packed_seq_params(microbatch: Microbatch, config: TransformerConfig, local: bool) -> PackedSeqParams:

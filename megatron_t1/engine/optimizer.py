@@ -45,7 +45,11 @@ class OptimConfig:
 
 
 def build_optimizer(
-    cfg: OptimConfig, model: DistributedDataParallel, dtype: torch.dtype, parallel: ParallelConfig, total_steps: int
+    cfg: OptimConfig,
+    chunks: list[DistributedDataParallel],
+    dtype: torch.dtype,
+    parallel: ParallelConfig,
+    total_steps: int,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     if total_steps <= cfg.warmup_steps and cfg.schedule != "constant":
         raise ValueError(
@@ -65,7 +69,7 @@ def build_optimizer(
             clip_grad=cfg.clip_grad,
             use_distributed_optimizer=parallel.distributed_optimizer,
         ),
-        [model],
+        chunks,
     )
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -31,6 +31,16 @@ class ParallelConfig:
     """Tensor-parallel size."""
     pipeline: int = 1
     """Pipeline-parallel size (stages)."""
+    virtual_pipeline: int = 1
+    """Chunks of the model that each stage holds, for the interleaved schedule; 1 is the plain one."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Layers of each of the pipeline x virtual_pipeline chunks in the model's order; empty spreads them evenly, and
+    what is left over to the middle first: the first chunk has the embedding too, the last one the head."""
+    expert: int = 1
+    """Expert-parallel size: the experts of a layer are spread over so many ranks, which for everything else are
+    data-parallel ones (or tensor-parallel ones, as far as expert_tensor < tensor)."""
+    expert_tensor: int = 0
+    """Tensor-parallel size inside an expert; 0 is that of the rest."""
     sequence_parallel: bool = False
     """Shard norms and residuals over the tensor-parallel group too; needs tensor > 1."""
     distributed_optimizer: bool = True
@@ -44,15 +54,49 @@ class ParallelConfig:
     must exceed the longest of these. (A rank that dies is noticed at once.)"""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "max_tokens_per_microbatch"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "max_tokens_per_microbatch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} = {getattr(self, name)} must be at least 1")
-        if self.nproc_per_node < 0:
-            raise ValueError(f"parallel.nproc_per_node = {self.nproc_per_node} must be 0 or more")
+        for name in ("nproc_per_node", "expert_tensor"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"parallel.{name} = {getattr(self, name)} must be 0 or more")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1")
+        if self.pipeline_layers and (
+            len(self.pipeline_layers) != self.num_stages or min(self.pipeline_layers, default=0) < 1
+        ):
+            raise ValueError(
+                f"parallel.pipeline_layers = {list(self.pipeline_layers)} must be {self.num_stages} numbers above 0: "
+                f"one for each of pipeline x virtual_pipeline = {self.pipeline} x {self.virtual_pipeline} chunks"
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("parallel.sequence_parallel = true needs parallel.tensor > 1; turn it off")
         if self.timeout_s <= 0:
             raise ValueError(f"parallel.timeout_s = {self.timeout_s} must be positive")
+
+    @property
+    def num_stages(self) -> int:
+        """Chunks that the layers are cut into, over all ranks of a pipeline."""
+        return self.pipeline * self.virtual_pipeline
+
+    def layers_of_stages(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each chunk, in the model's order. Raises ValueError when they can't be cut so."""
+        if self.pipeline_layers:
+            if sum(self.pipeline_layers) != num_layers:
+                raise ValueError(
+                    f"parallel.pipeline_layers = {list(self.pipeline_layers)} are {sum(self.pipeline_layers)} layers, "
+                    f"the model has {num_layers}"
+                )
+            return self.pipeline_layers
+        each, left = divmod(num_layers, self.num_stages)
+        if each == 0:
+            raise ValueError(
+                f"{num_layers} layers are too few for parallel.pipeline x parallel.virtual_pipeline = "
+                f"{self.pipeline} x {self.virtual_pipeline} chunks"
+            )
+        last = self.num_stages - 1
+        roomiest = sorted(range(self.num_stages), key=lambda stage: (stage == last, stage == 0))[:left]
+        return tuple(each + (stage in roomiest) for stage in range(self.num_stages))
 
     def check_fits(self, num_tokens: int) -> None:
         """Raise ValueError, before any step, when the longest sequence of a run has no room in a microbatch."""
@@ -68,18 +112,23 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
     """Join the process group (from torchrun's environment, or alone) and build Megatron's groups. Idempotent.
 
     Raises:
-        ValueError: the world does not divide by tensor x pipeline.
+        ValueError: the world does not divide by tensor x pipeline, or by that of the experts.
     """
     if mpu.model_parallel_is_initialized():
         return
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     world = int(os.environ["WORLD_SIZE"])
-    if world % (cfg.tensor * cfg.pipeline):
-        raise ValueError(
-            f"{world} trainer processes do not divide by parallel.tensor x parallel.pipeline = "
-            f"{cfg.tensor} x {cfg.pipeline}; start a multiple of {cfg.tensor * cfg.pipeline}"
-        )
+    expert_tensor = cfg.expert_tensor or cfg.tensor
+    for names, size in (
+        ("parallel.tensor", cfg.tensor),
+        ("parallel.expert_tensor x parallel.expert", expert_tensor * cfg.expert),
+    ):
+        if world % (size * cfg.pipeline):
+            raise ValueError(
+                f"{world} trainer processes do not divide by {names} x parallel.pipeline = {size} x {cfg.pipeline}; "
+                f"start a multiple of {size * cfg.pipeline}"
+            )
     timeout = datetime.timedelta(seconds=cfg.timeout_s)
     # Both backends in one group: control messages and exports travel as CPU tensors, training as the device's.
     backend = "gloo" if platform.backend == "gloo" else "cpu:gloo,cuda:nccl"
@@ -92,6 +141,9 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=cfg.tensor,
         pipeline_model_parallel_size=cfg.pipeline,
+        virtual_pipeline_model_parallel_size=cfg.virtual_pipeline if cfg.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=cfg.expert,
+        expert_tensor_parallel_size=expert_tensor,
         distributed_timeout_minutes=max(1, round(cfg.timeout_s / 60)),
     )
     seed_everything(seed)

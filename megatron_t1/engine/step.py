@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_t1.algo.fused_head import AnchorHead, Head, TokenLoss, fused_loss, logprob_entropy_nograd
@@ -52,46 +52,52 @@ class ForwardEngine:
         self.spec = spec_of(Path(model.hf_path))
         self.platform, self.parallel, self.model_config = platform, parallel, model
         self.temperature = temperature
-        self.config, self.module = build_model(model, self.spec, parallel, platform)
+        self.config, self.chunks = build_model(model, self.spec, parallel, platform)
         self.local_layers = platform.transformer_engine is None or model.layers == "local"
 
-    def pieces(self, module: T1GPTModel | None = None) -> list[Piece]:
-        """This rank's Hugging Face pieces, aliasing the live weights (of the anchor, when its module is given)."""
-        return local_pieces([module or self.module], self.spec, shards())
+    def pieces(self, chunks: list[T1GPTModel] | None = None) -> list[Piece]:
+        """This rank's Hugging Face pieces, aliasing the live weights (of the anchor, when its chunks are given)."""
+        return local_pieces(chunks or self.chunks, self.spec, shards())
 
     def load_weights(self, folder: Path) -> None:
         """From a Hugging Face folder, or a Megatron checkpoint of any layout."""
         if is_torch_dist(folder):
-            stored.load(self.module, self.spec, folder)
+            stored.load(self.chunks, self.spec, folder)
         else:
-            hf_io.load(self.pieces(), folder)
+            hf_io.load(self.pieces(), folder, self.spec.carried)
 
     def save_hf(self, out_dir: Path) -> None:
-        hf_io.save(self.pieces(), Path(self.model_config.hf_path), out_dir)
+        hf_io.save(self.pieces(), Path(self.model_config.hf_path), out_dir, carried=self.spec.carried)
 
     def pack(self, sequences: list[Sequence]) -> list[Microbatch]:
         """This data-parallel rank's microbatches of a step; every rank passes the same sequences."""
         multiple = self.parallel.tensor * (16 if self.config.fp8 else 1)
+        interleaved = self.parallel.virtual_pipeline > 1
         return pack(
             sequences,
             max_tokens=self.parallel.max_tokens_per_microbatch,
             dp_rank=mpu.get_data_parallel_rank(),
             dp_size=mpu.get_data_parallel_world_size(),
             multiple=multiple,
+            count_multiple=self.parallel.pipeline if interleaved else 1,
             device=self.platform.device,
         )
 
     @torch.no_grad()
     def map_hidden(
-        self, module: T1GPTModel, microbatches: list[Microbatch], fn: Callable[[torch.Tensor, Head, Microbatch], Any]
+        self,
+        chunks: list[T1GPTModel],
+        microbatches: list[Microbatch],
+        fn: Callable[[torch.Tensor, Head, Microbatch], Any],
     ) -> list[Any]:
         """Forward only: `fn` of each microbatch's last hidden states, on the last pipeline stage (elsewhere [])."""
-        module.eval()
+        for chunk in chunks:
+            chunk.eval()
 
         def loss_func(microbatch: Microbatch, hidden: torch.Tensor, non_loss_data: bool = True) -> Any:
-            return fn(hidden.squeeze(1), output_head(module, self.spec, self.temperature), microbatch)
+            return fn(hidden.squeeze(1), output_head(chunks[-1], self.spec, self.temperature), microbatch)
 
-        return self._run(module, microbatches, loss_func, forward_only=True)
+        return self._run(chunks, microbatches, loss_func, forward_only=True)
 
     def logprobs(self, sequences: list[Sequence]) -> list[np.ndarray]:
         """float32 [num_response_tokens] of each sequence: the policy's logprobs after temperature, on every rank."""
@@ -106,7 +112,11 @@ class ForwardEngine:
         return [found[i] for i in range(len(sequences))]
 
     def _run(
-        self, model: torch.nn.Module, microbatches: list[Microbatch], loss_func: Callable[..., Any], forward_only: bool
+        self,
+        chunks: list[T1GPTModel] | list[DistributedDataParallel],
+        microbatches: list[Microbatch],
+        loss_func: Callable[..., Any],
+        forward_only: bool,
     ) -> list[Any]:
         def forward_step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             microbatch = next(batches)
@@ -127,8 +137,8 @@ class ForwardEngine:
         try:
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(microbatches),
-                model=model,
+                data_iterator=[iter(microbatches) for _ in chunks],
+                model=list(chunks),
                 num_microbatches=len(microbatches),
                 seq_length=microbatches[0].token_ids.numel(),
                 micro_batch_size=1,
@@ -154,12 +164,19 @@ class Engine(ForwardEngine):
     ) -> None:
         super().__init__(model, parallel, platform, temperature=temperature)
         self.config.finalize_model_grads_func = _finalize_without_token_count
-        self.ddp = wrap_ddp(self.config, self.module, parallel)
-        self.config.no_sync_func = self.ddp.no_sync
+        self.ddp = wrap_ddp(self.config, self.chunks, parallel)
+        self.config.no_sync_func = self._no_sync
         self.optimizer, self.scheduler = build_optimizer(
             optim, self.ddp, self.config.params_dtype, parallel, total_steps
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
+
+    @contextlib.contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for ddp in self.ddp:
+                stack.enter_context(ddp.no_sync())
+            yield
 
     def load_weights(self, folder: Path) -> None:
         super().load_weights(folder)
@@ -182,8 +199,9 @@ class Engine(ForwardEngine):
         Raises:
             FloatingPointError: the loss is not finite (no step was taken), or the gradient norm was not.
         """
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddp:
+            ddp.train()
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         grad_scale = float(self.optimizer.scale_loss(torch.ones(1, device=self.platform.device))) / num_targets
@@ -200,7 +218,7 @@ class Engine(ForwardEngine):
         def loss_func(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
             total, metrics = fused_loss(
                 hidden.squeeze(1),
-                output_head(self.module, self.spec, self.temperature),
+                output_head(self.chunks[-1], self.spec, self.temperature),
                 microbatch.target_positions,
                 microbatch.targets,
                 token_loss,

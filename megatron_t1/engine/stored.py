@@ -25,6 +25,7 @@ from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform import setup
 from megatron_t1.weights.hf_folder import CheckpointError, TensorInfo
+from megatron_t1.weights.hf_io import CARRIED, Carried
 from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.stream import local_pieces, weights_of
 from megatron_t1.weights.torch_dist import Box, TorchDistReader
@@ -114,7 +115,7 @@ class StoredParam:
 
 
 def stored_params(module: T1GPTModel, spec: ModelSpec) -> list[StoredParam]:
-    """Every weight of this rank's model, in the model's order."""
+    """Every weight of one of this rank's chunks of the model, in its order."""
     by_storage: dict[int, list[Piece]] = {}
     for piece in local_pieces([module], spec, shards()):
         by_storage.setdefault(_storage(piece.view), []).append(piece)
@@ -159,14 +160,14 @@ def check_keys(params: list[StoredParam], reader: TorchDistReader) -> None:
 
 
 @torch.no_grad()
-def load(module: T1GPTModel, spec: ModelSpec, folder: Path) -> None:
-    """Fill this rank's model from a Megatron checkpoint of any layout. Collective.
+def load(chunks: list[T1GPTModel], spec: ModelSpec, folder: Path) -> None:
+    """Fill this rank's chunks of the model from a Megatron checkpoint of any layout. Collective.
 
     Raises:
         CheckpointError: not the checkpoint of such a model.
     """
     reader = TorchDistReader(folder)
-    params = stored_params(module, spec)
+    params = [param for chunk in chunks for param in stored_params(chunk, spec)]
     check_keys(params, reader)
     for param in params:
         param.tensor.copy_(param.read(reader))
@@ -185,6 +186,7 @@ class MegatronCheckpoint:
         self._reader = TorchDistReader(folder)
         params = meta_params(hf_dir)
         check_keys(params, self._reader)
+        self._carried = Carried(folder if (folder / CARRIED).exists() else hf_dir, spec_of(hf_dir).carried)
         self._makers: dict[str, list[StoredParam]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for param in params:
@@ -192,10 +194,13 @@ class MegatronCheckpoint:
             for piece in param.pieces:
                 self._makers.setdefault(piece.name, []).append(param)
                 self.tensors[piece.name] = TensorInfo(dtypes.get(piece.name, stored), piece.shape)
+        self.tensors |= self._carried.tensors
         self._last: tuple[StoredParam, torch.Tensor] | None = None  # a fused parameter makes several tensors
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor; possibly a view."""
+        if name in self._carried.tensors:
+            return self._carried.read(name)
         info = self.tensors[name]
         found = [piece for param in self._makers[name] for piece in self._views(param) if piece.name == name]
         if len(found) == 1 and found[0].view.numel() * info.dtype.itemsize == info.num_bytes:
@@ -220,5 +225,5 @@ def meta_params(folder: Path) -> list[StoredParam]:
     spec = spec_of(folder)
     meta = torch.device("meta")
     with meta:
-        _, module = build_model(ModelConfig(hf_path=str(folder), layers="local"), spec, parallel, platform, meta)
-    return stored_params(module, spec)
+        _, chunks = build_model(ModelConfig(hf_path=str(folder), layers="local"), spec, parallel, platform, meta)
+    return stored_params(chunks[0], spec)

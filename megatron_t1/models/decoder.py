@@ -90,3 +90,11 @@ def mlp(ours: str = "mlp.", theirs: str = "mlp.") -> dict[str, Op]:
         ours + "linear_fc1.weight": GateUp((theirs + "gate_proj.weight", theirs + "up_proj.weight")),
         ours + "linear_fc2.weight": Rename(theirs + "down_proj.weight", tp_dim=1),
     }
+
+
+def experts() -> dict[str, Op]:
+    """Routed experts, each a SwiGLU layer, and their router."""
+    return {
+        LAYER + "mlp.router.weight": Rename(HF_LAYER + "mlp.gate.weight"),
+        **mlp("mlp.experts.{expert}.", "mlp.experts.{expert}."),
+    }

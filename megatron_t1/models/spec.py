@@ -88,14 +88,18 @@ class HFConfig:
         """
         parameters = dict(self.get("rope_parameters") or {})
         kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-        theta = parameters.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
-        fraction = parameters.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor", fraction)
+        values = {}
+        for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", fraction)):
+            inner, outer = parameters.pop(name, None), self.get(name)
+            if inner is not None and outer is not None and inner != outer:
+                raise ValueError(f"{self.origin}: {name} = {outer} contradicts rope_parameters, where it is {inner}")
+            values[name] = float(next(value for value in (inner, outer, default) if value is not None))
         if kind != "default" or parameters or self.get("rope_scaling"):
             name = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
             raise ValueError(
                 f"{self.origin}: {name} = {self.get(name)!r} is not supported: only the plain rotary embedding is"
             )
-        return {"rotary_base": float(theta), "rotary_fraction": float(fraction)}
+        return {"rotary_base": values["rope_theta"], "rotary_fraction": values["partial_rotary_factor"]}
 
     def refuse_unread(self) -> None:
         unread = sorted(
@@ -122,6 +126,11 @@ class ModelSpec:
     rotary_fraction: float
     """Of each head's numbers, the first ones, that are rotated."""
     tied_embeddings: bool
+    sandwich_norms: bool = False
+    """Attention and MLP have a norm behind them too: `post_self_attn_layernorm` and `post_mlp_layernorm` of a layer."""
+    carried: tuple[str, ...] = ()
+    """Prefixes of Hugging Face tensors that are no part of the trained model (layers for speculative decoding, computed
+    tables): an export takes them over from the folder that the training started from."""
     weights: dict[str, Op]
     """Megatron parameter or buffer name, with `{layer}` and `{expert}` for their global numbers, -> how Hugging Face
     spells it."""

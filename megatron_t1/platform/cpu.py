@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -42,13 +43,16 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands for a CUDA stream: everything on the CPU is already in order."""
+    """Stands for a CUDA stream and for an event in one: everything on the CPU is already in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def wait_stream(self, stream: Any) -> None:
         pass
+
+    def record_event(self) -> _NoStream:
+        return self
 
     def synchronize(self) -> None:
         pass
@@ -68,6 +72,17 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.default_generator.set_state(state)
 
 
+_all_to_all_single = torch.distributed.all_to_all_single
+
+
+def _all_to_all_single_of_tensor_splits(output: torch.Tensor, input: torch.Tensor, **kwargs: Any) -> Any:
+    """The dispatcher of experts copies split sizes from CUDA into numbers; those of the CPU it leaves as tensors."""
+    for name in ("output_split_sizes", "input_split_sizes"):
+        if isinstance(kwargs.get(name), torch.Tensor):
+            kwargs[name] = kwargs[name].tolist()
+    return _all_to_all_single(output, input, **kwargs)
+
+
 def install() -> None:
     """Answer torch.cuda's questions with the CPU's answers, for this process and its main thread."""
     cuda: Any = torch.cuda
@@ -82,6 +97,8 @@ def install() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: _set_cpu_rng_state(state)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+    distributed: Any = torch.distributed
+    distributed.all_to_all_single = _all_to_all_single_of_tensor_splits
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,14 +26,39 @@ from megatron_t1.weights.hf_folder import (
 )
 from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.stream import Plan
+from megatron_t1.weights.torch_dist import is_torch_dist
 
 MAX_SHARD_BYTES = 4 << 30
 # Left by old exporters; computed, not learned.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
-def load(pieces: list[Piece], model_dir: Path) -> None:
+CARRIED = "carried"
+"""Folder in a Megatron checkpoint for tensors that no Megatron model has."""
+
+
+class Carried:
+    """The tensors of a checkpoint that training leaves alone (`ModelSpec.carried`), for an export to take along."""
+
+    def __init__(self, folder: Path, prefixes: tuple[str, ...]) -> None:
+        """
+        Args:
+            folder: a Hugging Face folder, or a Megatron checkpoint that was converted from one.
+        """
+        self.tensors: dict[str, TensorInfo] = {}
+        if prefixes and (not is_torch_dist(folder) or (folder / CARRIED).exists()):
+            self._source = HFFolder(folder / CARRIED if (folder / CARRIED).exists() else folder)
+            self.tensors = {n: info for n, info in self._source.tensors.items() if n.startswith(prefixes)}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._source.read(name)
+
+
+def load(pieces: list[Piece], model_dir: Path, carried: tuple[str, ...] = ()) -> None:
     """Fill this rank's parameters from a Hugging Face folder. Collective: coverage is checked over all ranks.
+
+    Args:
+        carried: prefixes of tensors that are left alone (`ModelSpec.carried`).
 
     Raises:
         CheckpointError: a tensor missing, misshapen, twice, or present in the folder and wanted by no rank.
@@ -43,7 +69,7 @@ def load(pieces: list[Piece], model_dir: Path) -> None:
         everyone: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, wanted)
         wanted = {name: shape for one in everyone for name, shape in one.items()}
-    check_coverage(folder, wanted)
+    check_coverage(folder, wanted, carried)
     by_file: dict[Path, list[Piece]] = {}
     for piece in pieces:
         by_file.setdefault(folder.file_of(piece.name), []).append(piece)
@@ -53,8 +79,8 @@ def load(pieces: list[Piece], model_dir: Path) -> None:
                 piece.view.copy_(file.get_slice(piece.name)[piece.index].reshape(piece.view.shape))
 
 
-def check_coverage(folder: HFFolder, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """The folder holds these tensors, in these shapes, and no other.
+def check_coverage(folder: HFFolder, wanted: Mapping[str, tuple[int, ...]], carried: tuple[str, ...]) -> None:
+    """The folder holds these tensors, in these shapes, and no other but those with a prefix in `carried`.
 
     Raises:
         CheckpointError: one that is missing, misshapen or not used, by name.
@@ -67,7 +93,8 @@ def check_coverage(folder: HFFolder, wanted: Mapping[str, tuple[int, ...]]) -> N
             raise CheckpointError(
                 f"{folder.file_of(name)}: {name} has shape {have[name].shape}, the config asks for {shape}"
             )
-    if extra := [name for name in unused(folder, wanted) if not _repeats_the_embedding(folder, name, wanted)]:
+    unread = (name for name in unused(folder, wanted) if not name.startswith(carried))
+    if extra := [name for name in unread if not _repeats_the_embedding(folder, name, wanted)]:
         raise CheckpointError(
             f"{folder.folder} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"
         )
@@ -89,8 +116,15 @@ def _repeats_the_embedding(folder: HFFolder, name: str, wanted: Mapping[str, tup
     )
 
 
-def save(pieces: list[Piece], like_dir: Path, out_dir: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write the ranks' weights as a Hugging Face folder: safetensors, and config and tokenizer files of `like_dir`.
+def save(
+    pieces: list[Piece],
+    like_dir: Path,
+    out_dir: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    carried: tuple[str, ...] = (),
+) -> None:
+    """Write the ranks' weights as a Hugging Face folder: safetensors, and of `like_dir` config and tokenizer files and
+    the tensors with a prefix in `carried`.
 
     Collective. `out_dir` is replaced as a whole at the end; rank 0 holds one tensor at a time.
     """
@@ -105,8 +139,9 @@ def save(pieces: list[Piece], like_dir: Path, out_dir: Path, max_shard_bytes: in
         copy_beside(like_dir, building)
         name_dtype(building / "config.json", plan.tensors[0].dtype)
         announced = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in plan.tensors}
-        writer = ShardWriter(building, announced, max_shard_bytes)
-        for name, tensor in plan.gather():
+        extra = Carried(like_dir, carried)
+        writer = ShardWriter(building, announced | extra.tensors, max_shard_bytes)
+        for name, tensor in chain(plan.gather(), ((name, extra.read(name)) for name in extra.tensors)):
             writer.write(name, tensor)
         writer.finish()
         shutil.rmtree(old, ignore_errors=True)

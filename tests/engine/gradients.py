@@ -12,4 +12,4 @@ def gradient_pieces(engine):
     def gradients_of(chunk):
         return [(name, param.main_grad) for name, param in chunk.named_parameters()]
 
-    return local_pieces([engine.module], engine.spec, shards(), gradients_of)
+    return local_pieces(engine.chunks, engine.spec, shards(), gradients_of)

@@ -37,7 +37,7 @@ def main() -> None:
         parallel, optim, platform, total_steps=10, temperature=TEMPERATURE,
     )  # fmt: skip
     anchor = Anchor(engine, AnchorConfig(decay=0.75))
-    hf_io.load(engine.pieces(anchor.module), Path(sys.argv[4]))
+    hf_io.load(engine.pieces(anchor.chunks), Path(sys.argv[4]))
 
     sequences = make_sequences(vocab_size=engine.spec.vocab_size)
     num_targets = sum(len(s.response_ids) for s in sequences)
@@ -62,7 +62,7 @@ def main() -> None:
         step(name, partial(t1_token_loss, cfg=cfg), full_kl=cfg.kl_estimator == "full")
     tensors = dict(Plan(engine.pieces()).gather())
     anchor.update()
-    averages = dict(Plan(engine.pieces(anchor.module)).gather())
+    averages = dict(Plan(engine.pieces(anchor.chunks)).gather())
     if dist.get_rank() == 0:
         save_file(tensors, out / "weights.safetensors")
         save_file(averages, out / "anchor.safetensors")

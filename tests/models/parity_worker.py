@@ -28,7 +28,7 @@ def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
         return head.vocab_start, microbatch.sample_index.tolist(), logits.numpy()
 
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, engine.map_hidden(engine.module, microbatches, local))
+    dist.all_gather_object(everyone, engine.map_hidden(engine.chunks, microbatches, local))
     columns = defaultdict(dict)
     for start, samples, logits in (part for parts in everyone for part in parts):
         rows = defaultdict(list)

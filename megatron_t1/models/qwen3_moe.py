@@ -1,0 +1,49 @@
+"""Qwen3 mixtures of experts: Qwen3 with routed experts in place of the MLP, in all layers or some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_t1.models import decoder
+from megatron_t1.models.qwen2 import refuse_sliding_window
+from megatron_t1.models.spec import HFConfig, ModelSpec, family
+
+
+@family("Qwen3MoeForCausalLM")
+def qwen3_moe(hf: HFConfig) -> ModelSpec:
+    refuse_sliding_window(hf)
+    hf.only("attention_bias", False)
+    hf.only("output_router_logits", False)
+    hf.get("router_aux_loss_coef")  # without effect while output_router_logits is off
+    sizes = decoder.fields(hf)
+    return ModelSpec(
+        **decoder.embeddings(hf),
+        **hf.rotary(),
+        transformer={
+            **sizes,
+            "qk_layernorm": True,
+            "moe_layer_freq": _sparse_layers(hf),
+            "num_moe_experts": hf.get("num_experts") or hf.need("num_local_experts"),
+            "moe_ffn_hidden_size": hf.need("moe_intermediate_size"),
+            "moe_router_topk": hf.need("num_experts_per_tok"),
+            # The softmax over the chosen experts only is the softmax over all of them, normalised again.
+            "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+        },
+        weights={
+            **decoder.weights(hf),
+            **decoder.separate_qkv(sizes, bias=False),
+            **decoder.qk_norm(),
+            **decoder.mlp(),
+            **decoder.experts(),
+        },
+    )
+
+
+def _sparse_layers(hf: HFConfig) -> int | list[int]:
+    """Megatron's `moe_layer_freq`: 1 where all layers have experts, else 1 or 0 for each."""
+    num_layers, step = hf.need("num_hidden_layers"), hf.get("decoder_sparse_step", 1)
+    dense: list[Any] = hf.get("mlp_only_layers", [])
+    sparse = [int(layer not in dense and (layer + 1) % step == 0) for layer in range(num_layers)]
+    if not any(sparse):
+        raise ValueError(f"{hf.origin}: decoder_sparse_step = {step} and mlp_only_layers = {dense} leave no experts")
+    return 1 if all(sparse) else sparse
