@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed
 from torch.overrides import TorchFunctionMode
+
+from megatron_t1.platform import gloo
 
 _CPU = torch.device("cpu")
 # Megatron's optimizers recognise a parameter's precision by the spelling of its CUDA type.
@@ -72,17 +73,6 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.default_generator.set_state(state)
 
 
-_all_to_all_single = torch.distributed.all_to_all_single
-
-
-def _all_to_all_single_of_tensor_splits(output: torch.Tensor, input: torch.Tensor, **kwargs: Any) -> Any:
-    """The dispatcher of experts copies split sizes from CUDA into numbers; those of the CPU it leaves as tensors."""
-    for name in ("output_split_sizes", "input_split_sizes"):
-        if isinstance(kwargs.get(name), torch.Tensor):
-            kwargs[name] = kwargs[name].tolist()
-    return _all_to_all_single(output, input, **kwargs)
-
-
 def install() -> None:
     """Answer torch.cuda's questions with the CPU's answers, for this process and its main thread."""
     cuda: Any = torch.cuda
@@ -97,8 +87,7 @@ def install() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: _set_cpu_rng_state(state)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
-    distributed: Any = torch.distributed
-    distributed.all_to_all_single = _all_to_all_single_of_tensor_splits
+    gloo.install()
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
 
