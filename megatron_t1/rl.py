@@ -124,7 +124,7 @@ class Trainer:
         with watch("train"):
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)
-            metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.module if full_kl else None)
+            metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if full_kl else None)
         self.steps_done += 1
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
             self.sync.begin_push(version=self.steps_done)

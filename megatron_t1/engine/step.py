@@ -187,13 +187,13 @@ class Engine(ForwardEngine):
         microbatches: list[Microbatch],
         num_targets: int,
         token_loss: TokenLoss,
-        anchor: T1GPTModel | None = None,
+        anchor: list[T1GPTModel] | None = None,
     ) -> dict[str, float]:
         """One optimizer step. Returns the loss's metrics (means over tokens, maxima), gradient norm and learning rate.
 
         Args:
             num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
-            anchor: the model that made `anchor_hidden` of the microbatches; token_loss is then given the
+            anchor: chunks of the model that made `anchor_hidden` of the microbatches; token_loss is then given the
                 full-vocabulary KL to it.
 
         Raises:
@@ -212,7 +212,7 @@ class Engine(ForwardEngine):
             assert microbatch.anchor_hidden is not None, "Anchor.fill(keep_hidden=True) comes first"
             return AnchorHead(
                 hidden=microbatch.anchor_hidden.to(self.platform.device),
-                head=output_head(anchor, self.spec, self.temperature),
+                head=output_head(anchor[-1], self.spec, self.temperature),
             )
 
         def loss_func(microbatch: Microbatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Metrics]:

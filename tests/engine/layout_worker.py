@@ -50,7 +50,7 @@ def main() -> None:
 
     def step(name, token_loss, full_kl=False):
         engine.load_weights(model_dir)
-        results[name] = engine.step(microbatches, num_targets, token_loss, anchor.module if full_kl else None)
+        results[name] = engine.step(microbatches, num_targets, token_loss, anchor.chunks if full_kl else None)
         if not parallel.distributed_optimizer:  # else a rank's gradient buffer holds its own shard only
             tensors = dict(Plan(gradient_pieces(engine)).gather())
             if dist.get_rank() == 0:
