@@ -34,11 +34,11 @@ def main() -> None:
             checkpoint = folder / family / "megatron"
             model = ModelConfig(hf_path=str(checkpoint), dtype="float32")
             engine = ForwardEngine(model, parallel, platform, temperature=1.0)
-            state = engine.module.sharded_state_dict()
+            state = engine.chunks[0].sharded_state_dict()
             weights = {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
-            engine.module.load_state_dict(dist_checkpointing.load(weights, str(checkpoint)), strict=False)
+            engine.chunks[0].load_state_dict(dist_checkpointing.load(weights, str(checkpoint)), strict=False)
             engine.save_hf(folder / family / f"{layout} by megatron")
-            for parameter in engine.module.parameters():
+            for parameter in engine.chunks[0].parameters():
                 parameter.data.zero_()
             engine.load_weights(checkpoint)
             engine.save_hf(folder / family / f"{layout} by us")
@@ -47,7 +47,7 @@ def main() -> None:
                 if is_main():
                     saved.mkdir()
                 dist.barrier()
-                dist_checkpointing.save({"model": engine.module.sharded_state_dict()}, str(saved))
+                dist_checkpointing.save({"model": engine.chunks[0].sharded_state_dict()}, str(saved))
         dist.barrier()
         mpu.destroy_model_parallel()
 
