@@ -71,7 +71,7 @@ def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Convert
     """
     began = time.perf_counter()
     spec = spec_of(hf_dir)
-    check_divisible(spec, ParallelConfig(tensor=tp, pipeline=pp))
+    check_divisible(spec, ParallelConfig(tensor=tp, pipeline=pp, sequence_parallel=tp > 1))
     source = HFFolder(hf_dir)
     params = meta_params(hf_dir)
     names = {piece.name: piece.shape for param in params for piece in param.pieces}

@@ -107,7 +107,7 @@ def test_megatron_loads_at_any_layout_what_was_converted_at_another(tmp_path):
     for family, make in FAMILIES.items():
         to_megatron(make(tmp_path / family / "hf"), tmp_path / family / "megatron", pp=2)
     layouts = {
-        "TP2 PP2": ({"tensor": 2, "pipeline": 2}, list(FAMILIES)),
+        "TP2 PP2": ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, list(FAMILIES)),
         "TP2": ({"tensor": 2}, ["qwen2"]),
         "PP2": ({"pipeline": 2}, ["qwen2 tied"]),
     }
