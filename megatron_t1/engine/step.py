@@ -101,7 +101,7 @@ class ForwardEngine:
 
     def logprobs(self, sequences: list[Sequence]) -> list[np.ndarray]:
         """float32 [num_response_tokens] of each sequence: the policy's logprobs after temperature, on every rank."""
-        computed = self.map_hidden(self.module, self.pack(sequences), _token_logprobs)
+        computed = self.map_hidden(self.chunks, self.pack(sequences), _token_logprobs)
         mine = computed if mpu.get_tensor_model_parallel_rank() == 0 else []
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
