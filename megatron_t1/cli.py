@@ -26,10 +26,12 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   run         SFT, evaluation, RL, evaluation, inference scaling and report, in one job
   sft         supervised fine-tuning of model.hf_path on data.sft
   rl          reinforcement learning of model.hf_path on data.train
-  evaluate    accuracy of model.hf_path on data.heldout
+  evaluate    accuracy of model.hf_path (or an endpoint, or stored responses) on evaluate.sets or data.heldout
+  compare     two evaluations, paired by question: `t1 compare runs/a/evaluate/sft runs/a/evaluate/rl`
   scaling     accuracy of model.hf_path on data.heldout against thinking budgets
   check       what would stop or spoil a run, and what it needs (`t1 check FILE.yaml --for rl --nodes 4 --vllm_nodes 2`)
   sync-check  push model.hf_path unchanged and hold every server's logprobs to the trainer's; fails where they differ
+  synthesize  SFT chains of trial, error and verification from questions, by any chat endpoints
   serve       start vLLM servers for model.hf_path and keep them up
   report      (re)write the HTML report of run_dir
   grade       grade IN.jsonl into OUT.jsonl (`t1 grade IN.jsonl OUT.jsonl`), without any model
@@ -52,8 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return _COMMANDS[command](rest) or 0
-    except KeyboardInterrupt:
-        print("t1: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        what_is_kept = str(interrupt) or "`--resume` goes on from the last checkpoint"
+        print(f"t1: interrupted; {what_is_kept}", file=sys.stderr)
         return 130
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -67,6 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(3.0)
         print(f"t1 {command}: error: {error}", file=sys.stderr)
         return 1
+
+
+def _stop_on_signals() -> None:
+    """A batch system's ways of pressing Ctrl-C, for jobs of one process."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)
 
 
 def _parser(command: str) -> Any:
@@ -122,6 +131,9 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
         from megatron_t1 import pipeline
         from megatron_t1.config import Config
 
+        _stop_on_signals()
+        if command == "evaluate":  # an endpoint or stored responses need no model folder; what comes later wins
+            arguments = ["--model.hf_path=", *arguments]
         cfg, namespace, _ = _read(command, arguments, Config, ("label", command, "name of the result in run_dir"))
         {"evaluate": pipeline.run_evaluate, "scaling": pipeline.run_scaling}[command](cfg, namespace.label)
         return 0
@@ -147,8 +159,7 @@ def _serve(arguments: list[str]) -> int:
     from megatron_t1.rollout.serve import serve
 
     cfg, *_ = _read("serve", arguments, Config)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # a batch system's ways of pressing Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    _stop_on_signals()
     rollout = replace(cfg.rollout, urls=(), await_servers=0)  # what trainers elsewhere are told
     with contextlib.suppress(KeyboardInterrupt):
         serve(rollout, Path(cfg.model.hf_path), Path(cfg.run_dir), partial(print, flush=True))
@@ -195,6 +206,19 @@ def _report(arguments: list[str]) -> int:
     parser = ArgumentParser(prog="t1 report", description=_line_of("report"))
     parser.add_argument("run_dir", type=str, help="folder of a run")
     print(write_report(Path(parser.parse_args(arguments).run_dir)))
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    from megatron_t1.results import compare, describe
+
+    parser = ArgumentParser(prog="t1 compare", description=_line_of("compare"))
+    parser.add_argument("before", type=str, help="folder of an evaluation: run_dir/evaluate/LABEL, or one of its sets")
+    parser.add_argument("after", type=str, help="the other one")
+    parsed = parser.parse_args(arguments)
+    print(describe(compare(Path(parsed.before), Path(parsed.after))))
     return 0
 
 
@@ -249,6 +273,17 @@ def _convert(arguments: list[str]) -> int:
     return 0
 
 
+def _synthesize(arguments: list[str]) -> int:
+    from megatron_t1.synthesize.config import SynthesizeConfig
+    from megatron_t1.synthesize.run import describe, synthesize
+
+    _stop_on_signals()
+    cfg, *_ = _read("synthesize", arguments, SynthesizeConfig)
+    print(describe(synthesize(cfg)))
+    print(f"wrote {cfg.out}/sft.jsonl, chains.jsonl, summary.json, browse.html")
+    return 0
+
+
 def _quickstart_data(arguments: list[str]) -> int:
     from megatron_t1.data.quickstart import QuickstartDataConfig, write
 
@@ -274,8 +309,10 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "scaling": _labelled_job("scaling"),
     "check": _check,
     "sync-check": _sync_check,
+    "synthesize": _synthesize,
     "serve": _serve,
     "report": _report,
+    "compare": _compare,
     "grade": _grade,
     "convert": _convert,
     "quickstart-data": _quickstart_data,

@@ -8,12 +8,15 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+
+_SYNC_INTERVAL_S = 2.0
 
 
 @contextmanager
@@ -93,10 +96,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file this package wrote; [] when there is none. A last line cut by a kill is left out."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    return list(iter_jsonl(path))
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -124,3 +124,57 @@ def _cut_torn_line(file: IO[bytes]) -> None:
     if start < end:
         file.truncate(start)
     file.seek(0, os.SEEK_END)
+
+
+class Journal:
+    """Rows of a job in the order in which they finish; what a kill leaves is read again by the next process.
+
+    A row is handed to the kernel before `append` returns (a kill of the process loses nothing) and reaches the disk
+    within seconds. `append` may be called from any one thread.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("ab+")
+        _cut_torn_line(self._file)
+        self._synced = time.monotonic()
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self._file.flush()
+        if time.monotonic() - self._synced > _SYNC_INTERVAL_S:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read_jsonl`, one row at a time."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
+
+
+def sort_jsonl(source: Path, target: Path, key: Callable[[dict[str, Any]], Any]) -> None:
+    """Write the lines of `source` to `target` in the order of `key`, each key once; only keys are held in memory."""
+    places: dict[Any, int] = {}
+    with source.open("rb") as file:
+        position = 0
+        for line in file:
+            places.setdefault(key(json.loads(line)), position)
+            position += len(line)
+        with atomic_path(target) as tmp, tmp.open("wb") as out:
+            for _, position in sorted(places.items()):
+                file.seek(position)
+                out.write(file.readline())

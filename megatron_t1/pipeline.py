@@ -6,11 +6,12 @@ Every job runs on all trainer ranks; what concerns servers, grading and files is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import numpy as np
 import psutil
 import torch.distributed as dist
 
-from megatron_t1 import evaluate, platform, rl, scaling, sft
+from megatron_t1 import evaluate, platform, rl, sft
 from megatron_t1.actors import Actors, open_actors
 from megatron_t1.config import Config
 from megatron_t1.data.packing import Sequence
-from megatron_t1.data.prompts import load_prompts, load_sft
+from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
+from megatron_t1.data.sets import load_set, set_name
 from megatron_t1.data.template import Template
 from megatron_t1.doctor import versions
 from megatron_t1.engine.parallel import initialize, is_main
@@ -32,10 +34,16 @@ from megatron_t1.metrics import Stopwatch
 from megatron_t1.models import spec_of
 from megatron_t1.platform import Platform
 from megatron_t1.report import write_report
+from megatron_t1.results import read_summaries, table
+from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
+from megatron_t1.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
+from megatron_t1.scaling import Scaling
 from megatron_t1.types import Prompt
 from megatron_t1.weights.check import TOLERANCE, sync_check
 from megatron_t1.weights.hf_folder import HFFolder
+from megatron_t1.weights.identity import weights_digest
 from megatron_t1.weights.sync import WeightSync, folder_pieces
 
 
@@ -74,25 +82,90 @@ def run_rl(cfg: Config) -> None:
 
 
 def run_evaluate(cfg: Config, label: str) -> None:
-    """Evaluate `model.hf_path` on `data.heldout`; one process, no Megatron."""
-    template = Template(Path(cfg.model.hf_path))
-    heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
-    HFFolder(Path(cfg.model.hf_path))  # whole, or refused before the servers start
-    with open_actors(cfg, template) as actors:
-        _serve_folder(cfg, actors)
-        _evaluate(cfg, actors, heldout, label)
+    """Evaluate on `evaluate.sets`, or else on `data.heldout`; one process, no Megatron."""
+    own, sets = cfg.evaluate, _sets(cfg, cfg.evaluate.sets)
+    with ExitStack() as stack:
+        sampler: Sampler
+        settings: dict[str, Any]
+        if own.responses:
+            path = Path(own.responses)
+            sampler = stored = StoredSampler(path, stack.enter_context(Scorer(cfg.reward)))
+            counts = {name: stored.num_samples(questions) for name, questions in sets.items()}
+            own = replace(own, num_samples=counts, sampling=SamplingConfig())
+            settings = {"responses": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+        elif own.endpoint.urls:
+            own.endpoint.key()  # refused now, not in the middle
+            sampler = EndpointSampler(own.endpoint, stack.enter_context(Scorer(cfg.reward)))
+            settings = {"endpoint": list(own.endpoint.urls), "model": own.endpoint.model}
+        else:
+            if not cfg.model.hf_path:
+                raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
+            folder = Path(cfg.model.hf_path)
+            template = Template(folder)
+            HFFolder(folder)  # whole, or refused before the servers start
+            longest = {name: max(len(q.prompt(template).token_ids) for q in found) for name, found in sets.items()}
+            _check_context(
+                cfg,
+                {f"set {name}": tokens + own.sampling_of(name).max_new_tokens for name, tokens in longest.items()},
+            )
+            settings = {"weights": weights_digest(folder)}
+            actors = stack.enter_context(open_actors(cfg, template))
+            _serve_folder(cfg, actors)
+            sampler = ServerSampler(actors, template)
+        for name, questions in sets.items():
+            _evaluate(replace(cfg, evaluate=own), sampler, questions, label, name, settings)
+    print(table(read_summaries(Path(cfg.run_dir))))
+
+
+def _sets(cfg: Config, names: tuple[str, ...]) -> dict[str, list[Question]]:
+    """The questions of these sets, or else of `data.heldout`, by the name of their set."""
+    own = cfg.evaluate
+    return {
+        set_name(name): load_set(
+            name,
+            sets_dir=Path(own.sets_dir) if own.sets_dir else None,
+            seed=cfg.seed,
+            instruction=own.instruction,
+            system_prompt=cfg.data.system_prompt,
+        )
+        for name in names or (str(cfg.data.need("heldout")),)
+    }
 
 
 def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `data.heldout`; one process, no Megatron."""
-    template = Template(Path(cfg.model.hf_path))
-    heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
-    HFFolder(Path(cfg.model.hf_path))  # whole, or refused before the servers start
+    folder, other = Path(cfg.model.hf_path), cfg.scaling.answer_model
+    template = Template(folder)
+    HFFolder(folder)  # whole, or refused before the servers start
+    answerer = Template(Path(other)) if other else template
+    (questions,) = _sets(cfg, (cfg.scaling.set,) if cfg.scaling.set else ()).values()
+    needed = _scaling_context(cfg, template, [len(question.prompt(template).token_ids) for question in questions])
+    _check_context(cfg, needed)
+    curve = Scaling(
+        cfg.scaling,
+        questions,
+        Path(cfg.run_dir) / "scaling" / label,
+        {"weights": weights_digest(folder), "answer_weights": weights_digest(Path(other or folder))},
+        cfg.seed,
+        resume=cfg.resume,
+    )
     with open_actors(cfg, template) as actors:
         _serve_folder(cfg, actors)
-        points = scaling.measure(cfg.scaling, actors, template, heldout, Path(cfg.run_dir) / "scaling", label, cfg.seed)
-    for point in points:
-        print(f"{point.budget:>8} thinking tokens: accuracy {point.accuracy:.3f}")
+        curve.think(actors, template)
+        if not other:
+            curve.answer(actors, template, template)
+    if other:
+        # Servers given by URL serve the model that thought.
+        own = replace(cfg, model=replace(cfg.model, hf_path=other), rollout=replace(cfg.rollout, urls=()))
+        with open_actors(own, answerer) as actors:
+            actors.servers.wait_ready()
+            curve.answer(actors, answerer, template)
+    for point in curve.curve():
+        low, high = point.interval
+        print(
+            f"budget {point.budget:>6}: accuracy {point.accuracy:.3f} (95%: {low:.3f} to {high:.3f}), "
+            f"{point.mean_thinking_tokens:.0f} thinking tokens used, {100 * point.share_forced:.0f}% forced"
+        )
 
 
 def run_all(cfg: Config) -> None:
@@ -102,7 +175,8 @@ def run_all(cfg: Config) -> None:
     with trainer_ranks(cfg) as found, ExitStack() as stack:
         template = Template(Path(cfg.model.hf_path))
         train = load_prompts(cfg.data.need("train"), template, cfg.data)
-        heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
+        questions = load_questions(cfg.data.need("heldout"), cfg.data.system_prompt)
+        heldout = [question.prompt(template) for question in questions]
         _refuse_overlap(train, heldout)
         rl.check(cfg, train)
         _check_lengths(cfg, template, train, heldout)
@@ -123,17 +197,27 @@ def run_all(cfg: Config) -> None:
                 actors.ready(train[0])
             trainer.push()
 
+        set_of = cfg.data.need("heldout").stem
+        sampler = ServerSampler(actors, template) if actors else None
+        settings: dict[str, Any] = {"weights": weights_digest(hf_dir)}
         with watch("evaluate"):
-            if actors and trainer.steps_done == 0:
-                _evaluate(cfg, actors, heldout, "sft")
+            if sampler and trainer.steps_done == 0:
+                _evaluate(cfg, sampler, questions, "sft", set_of, {**settings, "step": 0}, replace_other=True)
         with watch("rl"):
             final = trainer.train()
         with watch("evaluate"):
-            if actors:
-                _evaluate(cfg, actors, heldout, "rl")
+            if sampler:
+                settings |= {"step": trainer.steps_done}
+                _evaluate(cfg, sampler, questions, "rl", set_of, settings, replace_other=True)
         with watch("scaling"):
             if actors:
-                scaling.measure(cfg.scaling, actors, template, heldout, run_dir / "scaling", "rl", cfg.seed)
+                folder = run_dir / "scaling" / "rl"
+                curve = Scaling(
+                    cfg.scaling, questions, folder, settings, cfg.seed, resume=cfg.resume, replace_other=True
+                )
+                curve.think(actors, template)
+                curve.answer(actors, template, template)
+                curve.curve()
         with watch("stop"):
             stack.close()
         if is_main():
@@ -190,15 +274,27 @@ def _refuse_overlap(train: list[Any], heldout: list[Any]) -> None:
 
 def _check_lengths(cfg: Config, template: Template, train: list[Prompt], heldout: list[Prompt]) -> None:
     """Refuse, before the servers tell us hours later, a sampling that their context can't hold."""
-    limit = cfg.rollout.max_model_len or spec_of(Path(cfg.model.hf_path)).max_position_embeddings
-    forced = len(template.ids(cfg.scaling.answer_opening)) + cfg.scaling.max_answer_tokens
     longest = max(len(prompt.token_ids) for prompt in heldout)
     needed = {
         "sampling.max_new_tokens": max(len(p.token_ids) for p in train) + cfg.sampling.max_new_tokens,
         "evaluate.sampling.max_new_tokens": longest + cfg.evaluate.sampling.max_new_tokens,
-        "scaling.sampling.max_new_tokens": longest + cfg.scaling.sampling.max_new_tokens,
-        "scaling.budgets": longest + min(cfg.scaling.budgets[-1], cfg.scaling.sampling.max_new_tokens) + forced,
     }
+    _check_context(cfg, needed | _scaling_context(cfg, template, [longest]))
+
+
+def _scaling_context(cfg: Config, template: Template, prompt_lengths: list[int]) -> dict[str, int]:
+    """Field -> tokens of context that it asks of the servers."""
+    own, longest = cfg.scaling, max(prompt_lengths)
+    forced = len(template.ids(own.answer_opening)) + own.max_answer_tokens
+    return {
+        "scaling.sampling.max_new_tokens": longest + own.sampling.max_new_tokens,
+        "scaling.budgets": longest + min(own.budgets[-1], own.sampling.max_new_tokens) + forced,
+    }
+
+
+def _check_context(cfg: Config, needed: dict[str, int]) -> None:
+    """Raises ValueError when the servers' context is shorter than what `needed` (field -> tokens) says."""
+    limit = cfg.rollout.max_model_len or spec_of(Path(cfg.model.hf_path)).max_position_embeddings
     if too_long := {name: tokens for name, tokens in needed.items() if tokens > limit}:
         listed = ", ".join(f"{name} needs {tokens}" for name, tokens in too_long.items())
         raise ValueError(
@@ -214,14 +310,17 @@ def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float)
     def read(path: str) -> Any:
         return json.loads((run_dir / path).read_text())
 
+    def accuracy(label: str) -> Any:
+        return read(f"evaluate/{label}/{cfg.data.need('heldout').stem}/summary.json")["pass_at_1"]
+
     seconds = {stage: round(value, 2) for stage, value in watch.total.items()}
     seconds |= {f"rl/{stage}": round(value, 2) for stage, value in rl_watch.total.items()}
     seconds["total"] = round(time.perf_counter() - began, 2)
     write_json(
         run_dir / "summary.json",
         {
-            "sft_pass_at_1": read("evaluate/sft/summary.json")["pass_at_1"],
-            "rl_pass_at_1": read("evaluate/rl/summary.json")["pass_at_1"],
+            "sft_pass_at_1": accuracy("sft"),
+            "rl_pass_at_1": accuracy("rl"),
             "scaling": [[point["budget"], point["accuracy"]] for point in read("scaling/rl/points.json")],
             "seconds": seconds,
             "seed": cfg.seed,
@@ -230,13 +329,26 @@ def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float)
     )
 
 
-def _evaluate(cfg: Config, actors: Actors, heldout: list[Prompt], label: str) -> None:
+def _evaluate(
+    cfg: Config,
+    sampler: Sampler,
+    questions: list[Question],
+    label: str,
+    set_of: str,
+    settings: dict[str, Any],
+    *,
+    replace_other: bool = False,
+) -> None:
+    settings = {**settings, "reward": asdict(cfg.reward.penalties)}
     folder = Path(cfg.run_dir) / "evaluate"
-    result = evaluate.evaluate(cfg.evaluate, actors, heldout, folder, label, cfg.seed, resume=cfg.resume)
+    result = evaluate.evaluate(
+        cfg.evaluate, sampler, questions, folder, label, set_of, settings, cfg.seed,
+        resume=cfg.resume, replace_other=replace_other,
+    )  # fmt: skip
     low, high = result.interval
     print(
         f"{label}: pass@1 {result.pass_at_1:.3f} (95%: {low:.3f} to {high:.3f}) on {result.num_questions} questions "
-        f"x {result.num_samples}, {result.mean_tokens:.0f} tokens a response",
+        f"x {result.num_samples}, {result.mean_tokens:.0f} tokens a response, {100 * result.share_cut:.1f}% cut off",
         flush=True,
     )
 

@@ -97,6 +97,24 @@ def accuracy(evals: dict[str, dict[str, Any]]) -> Plot:
 
 
 @matplotlib.rc_context(_STYLE)
+def groups(name: str, kind: str, found: dict[str, dict[str, Any]]) -> Plot:
+    """Accuracy of one evaluation by level or subject, with 95% intervals."""
+    title = f"{name}: accuracy by {kind}"
+    figure, axes = _figure(title, height=1.0 + 0.3 * len(found))
+    values = [group["pass_at_1"] for group in found.values()]
+    low, high = zip(*(group["interval"] for group in found.values()), strict=True)
+    errors = [[max(0.0, v - x) for v, x in zip(values, low, strict=True)],
+              [max(0.0, x - v) for v, x in zip(values, high, strict=True)]]  # fmt: skip
+    axes.barh(range(len(found)), values, xerr=errors, color="C0", alpha=0.75, capsize=3)
+    labels = [f"{_literal(group)} ({found[group]['num_questions']})" for group in found]
+    axes.set_yticks(range(len(found)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    return _plot(title, figure)
+
+
+@matplotlib.rc_context(_STYLE)
 def scaling(curves: dict[str, list[dict[str, Any]]]) -> Plot:
     """Accuracy against the mean thinking tokens that were used, with 95% bands."""
     title = "Accuracy against thinking tokens"

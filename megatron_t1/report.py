@@ -2,8 +2,8 @@
 
 It reads files in the run's folder and nothing else, and leaves out the parts that are not there:
 
-    config.yaml summary.json                          sft/metrics.jsonl rl/metrics.jsonl rl/samples.jsonl
-    evaluate/<label>/{summary.json,responses.jsonl}   scaling/<label>/points.json
+    config.yaml summary.json    sft/metrics.jsonl rl/metrics.jsonl rl/samples.jsonl    scaling/<label>/points.json
+    evaluate/<label>/<set>/{summary.json,responses.jsonl}
 
 What a model wrote is hostile: the template escapes everything, the only script is ours and allowed by its hash, and the
 page asks no other host for anything. Left out: interactive plots (TensorBoard has the same numbers).
@@ -11,19 +11,16 @@ page asks no other host for anything. Left out: interactive plots (TensorBoard h
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import contextlib
 import json
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-
-from megatron_t1 import plots, stats
-from megatron_t1.files import read_jsonl, write_text
+from megatron_t1 import plots
+from megatron_t1.files import iter_jsonl, read_jsonl, write_text
+from megatron_t1.page import render
+from megatron_t1.results import compare, read_summaries
 
 MAX_QUESTIONS = 12
 """Questions whose responses are shown for every evaluation, the first ones of the file."""
@@ -37,24 +34,23 @@ MAX_CHARS = 8000
 
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` and return its path."""
-    environment = Environment(
-        loader=PackageLoader("megatron_t1"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": _percent, "seconds": _seconds}
-    script, style = (_asset(environment, name) for name in ("report.js", "report.css"))
-    evals, responses = _evaluations(run_dir / "evaluate")
+    evals = _evaluations(run_dir)
+    responses = {name: run_dir / "evaluate" / s["label"] / s["set"] / "responses.jsonl" for name, s in evals.items()}
     curves = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/points.json"))}
     metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl") for stage in ("sft", "rl")}
     summary = _read_json(run_dir / "summary.json") or {}
-    html = environment.get_template("report.html.j2").render(
+    html = render(
+        "report.html.j2",
         name=run_dir.resolve().name,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        style=Markup(style),
         evals=evals,
-        comparison=_comparison(responses),
+        comparisons=_comparisons(evals, run_dir / "evaluate"),
         accuracy_plot=plots.accuracy(evals) if evals else None,
+        group_plots=[
+            plots.groups(name, kind, s["by"][kind])
+            for name, s in evals.items()
+            for kind in s["by"]
+            if len(s["by"][kind]) > 1
+        ],
         curves=curves,
         scaling_plot=plots.scaling(curves) if curves else None,
         stages={stage: plots.learning_curves(rows) for stage, rows in metrics.items() if rows},
@@ -65,40 +61,43 @@ def write_report(run_dir: Path) -> Path:
         versions=summary.get("versions", {}),
     )
     path = run_dir / "report.html"
-    write_text(path, html.encode("utf-8", "replace").decode())  # a lone surrogate in a data file has no UTF-8
+    write_text(path, html)
     return path
 
 
-def _evaluations(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Summaries and responses by label, those of earlier weights first."""
-    found = [(path.parent.name, _read_json(path)) for path in folder.glob("*/summary.json")]
-    rows = {label: read_jsonl(folder / label / "responses.jsonl") for label, _ in found}
-    found.sort(key=lambda item: (max((row["weight_versions"][-1][0] for row in rows[item[0]]), default=0), item[0]))
-    return dict(found), {label: rows[label] for label, _ in found}
+def _evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Summaries by name, those of earlier training steps first; the set is in the name when there are several."""
+    found = read_summaries(run_dir)
+    several = len({summary["set"] for summary in found}) > 1
+    return {f"{s['label']} · {s['set']}" if several else s["label"]: s for s in found}
 
 
-def _comparison(responses: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """The first evaluation against the last, paired by question; None when they do not share questions."""
-    labels = list(responses)
-    correct: dict[str, dict[str, list[bool]]] = {label: {} for label in labels}
-    for label, rows in responses.items():
-        for row in rows:
-            correct[label].setdefault(row["id"], []).append(row["reward"]["correct"])
-    before, after = (correct[labels[i]] for i in (0, -1)) if labels else ({}, {})
-    shared = [identity for identity in before if identity in after]
-    if len(labels) < 2 or len(shared) < 2:
-        return None
-    result = stats.paired_difference([before[i] for i in shared], [after[i] for i in shared])
-    return {"before": labels[0], "after": labels[-1], "num_questions": len(shared), "result": result}
+def _comparisons(evals: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Of every set, the first evaluation against the last, paired by question."""
+    found = []
+    for name in dict.fromkeys(summary["set"] for summary in evals.values()):
+        labels = [summary["label"] for summary in evals.values() if summary["set"] == name]
+        if len(labels) < 2:
+            continue
+        with contextlib.suppress(ValueError):  # they share no questions
+            (row,) = compare(folder / labels[0] / name, folder / labels[-1] / name)
+            found.append({"before": labels[0], "after": labels[-1], **row})
+    return found
 
 
-def _eval_samples(responses: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """The same questions from every evaluation, one question after the other."""
-    ids = list(dict.fromkeys(row["id"] for rows in responses.values() for row in rows))[:MAX_QUESTIONS]
-    for identity in ids:
-        for label, rows in responses.items():
-            for row in [row for row in rows if row["id"] == identity][:MAX_SAMPLES]:
-                yield _shown(row, label)
+def _eval_samples(responses: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """The first questions of every set from every evaluation, one question after the other."""
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for name, path in responses.items():
+        ids: dict[str, int] = {}
+        for row in iter_jsonl(path):
+            if len(ids) == MAX_QUESTIONS and row["id"] not in ids:
+                break
+            ids[row["id"]] = ids.get(row["id"], 0) + 1
+            if ids[row["id"]] <= MAX_SAMPLES:
+                shown.setdefault(row["id"], []).append(_shown(row, name))
+    for rows in shown.values():
+        yield from rows
 
 
 def _rl_samples(run_dir: Path) -> Iterator[dict[str, Any]]:
@@ -131,17 +130,3 @@ def _read_json(path: Path) -> Any:
 
 def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _asset(environment: Environment, name: str) -> str:
-    assert environment.loader is not None
-    return environment.loader.get_source(environment, name)[0]
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _seconds(value: float) -> str:
-    minutes, seconds = divmod(value, 60)
-    return f"{minutes:.0f} min {seconds:02.0f} s" if minutes else f"{seconds:.1f} s"

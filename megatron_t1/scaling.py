@@ -1,30 +1,45 @@
-"""T1's inference scaling: accuracy against the thinking budget, from one long thinking a question.
+"""T1's inference scaling: accuracy against the thinking budget, from one long thinking a question and sample.
 
-Each response's thinking is cut at every budget, and the answer is forced from the cut by closing the thinking and
-opening the answer; the same server continues from there (its prefix cache holds the thinking, nothing is generated
-twice). A thinking that ended within the budget keeps its own answer; one that the length limit cut has none and is
-forced at every budget.
+    think:  what thinkings.jsonl lacks is generated, token ids kept
+    answer: every thinking is cut at every budget, the answer forced from the cut by closing the thinking and opening
+            the answer; the server continues from those very tokens, which its prefix cache still holds
+    curve:  accuracy against the mean thinking tokens that were used, and the majority of n full responses beside it
+
+Nothing is generated twice, on resume neither, and budgets may be added later. A thinking that ended within the budget
+keeps its own answer; one that the length limit cut has none and is forced at every budget.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_t1 import stats
 from megatron_t1.actors import Actors
+from megatron_t1.collect import collecting, open_folder
+from megatron_t1.data.prompts import Question
 from megatron_t1.data.template import Template
-from megatron_t1.files import write_json
+from megatron_t1.evaluate import estimate, missing, questions_digest, response_row
+from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.types import Prompt, Sample
+from megatron_t1.samplers import graded, sample_seed
+from megatron_t1.types import Prompt, Reward, Sample
+
+_WINDOW = 1024
+"""Cuts asked for at a time: each carries the whole thinking before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
     """Budgets and how an answer is forced."""
 
+    set: str = ""
+    """A set by name or a question file, as in evaluate.sets; empty: data.heldout."""
     budgets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     """Thinking tokens after which a response is cut."""
     sampling: SamplingConfig = field(
@@ -37,6 +52,8 @@ class ScalingConfig:
     """Put after a cut thinking, to force the answer."""
     max_answer_tokens: int = 64
     """Limit of a forced answer."""
+    answer_model: str | None = None
+    """Hugging Face folder of another model that gives the forced answers; null: the model that thought."""
 
     def __post_init__(self) -> None:
         if not self.budgets or any(budget < 1 for budget in self.budgets):
@@ -60,42 +77,191 @@ class Point:
     """Responses whose thinking was cut."""
 
 
-def measure(
-    cfg: ScalingConfig, actors: Actors, template: Template, prompts: list[Prompt], out_dir: Path, label: str, seed: int
-) -> list[Point]:
-    """The curve of what the servers serve now; writes `points.json` to `out_dir/label`."""
-    groups = actors.generate(prompts, cfg.sampling, seed=seed)
-    flat = [(group.prompt, sample) for group in groups for sample in group.samples]
-    thinking = [_thinking(sample, template, cfg.end_of_thinking) for _, sample in flat]
-    opening = template.ids(cfg.answer_opening)
-    points = []
-    for budget in cfg.budgets:
-        forced = [i for i, (used, ended) in enumerate(thinking) if used > budget or not ended]
-        correct = [bool(sample.reward and sample.reward.correct) for _, sample in flat]
-        prefixes = [
-            np.concatenate([flat[i][0].token_ids, flat[i][1].token_ids[:budget], opening]).tolist() for i in forced
-        ]
-        sampling = replace(cfg.sampling, temperature=0.0, num_samples=1, max_new_tokens=cfg.max_answer_tokens)
-        answers = actors.client.complete_tokens(prefixes, sampling, seed=seed) if forced else []
-        completed = [
-            (flat[i][0], _completed(flat[i][1], budget, cfg.answer_opening, answer[0], template))
-            for i, answer in zip(forced, answers, strict=True)
-        ]
-        for i, reward in zip(forced, actors.scorer.score_all(completed), strict=True):
-            correct[i] = reward.correct
-        k = cfg.sampling.num_samples
-        mean, low, high = stats.accuracy_interval([correct[j : j + k] for j in range(0, len(correct), k)])
-        points.append(
-            Point(
-                budget=budget,
-                mean_thinking_tokens=float(np.mean([min(used, budget) for used, _ in thinking])),
-                accuracy=mean,
-                interval=(low, high),
-                share_forced=len(forced) / len(flat),
+@dataclass(frozen=True, kw_only=True)
+class MajorityPoint:
+    """Accuracy of the most frequent answer of n full responses."""
+
+    num_samples: int
+    mean_tokens: float
+    """Of n responses together."""
+    accuracy: float
+    interval: tuple[float, float]
+
+
+class _Cut(NamedTuple):
+    row: dict[str, Any]
+    """The thinking, as stored."""
+    budget: int
+
+
+class Scaling:
+    """One curve: `think`, then `answer`, then `curve`; each goes on where a killed one stopped."""
+
+    def __init__(
+        self,
+        cfg: ScalingConfig,
+        questions: Sequence[Question],
+        folder: Path,
+        settings: dict[str, Any],
+        seed: int,
+        *,
+        resume: bool = False,
+        replace_other: bool = False,
+    ) -> None:
+        """
+        Args:
+            folder: run_dir/scaling/<label>.
+            settings: what decides the responses beside the config, seed and questions: the weights, the grader.
+
+        Raises:
+            ValueError: the folder holds another curve, or this one and `resume` is not given.
+        """
+        self.cfg, self.questions, self.folder, self.seed = cfg, questions, folder, seed
+        own = {name: value for name, value in asdict(cfg).items() if name not in ("budgets", "answer_model", "set")}
+        settings = {**settings, **own, "seed": seed, "questions": questions_digest(questions)}
+        open_folder(folder, settings, resume=resume, replace_other=replace_other)
+        self._place = {question.id: i for i, question in enumerate(questions)}
+
+    def think(self, actors: Actors, template: Template) -> None:
+        """Generate the long thinkings that are not there yet; token ids and verdicts go to thinkings.jsonl."""
+        path, part = self.folder / "thinkings.jsonl", self.folder / "thinkings.part.jsonl"
+        if path.exists():
+            return
+        sampling = self.cfg.sampling
+        have = {(row["id"], row["sample"]) for row in iter_jsonl(part)}
+        asks = [ask for question in self.questions for ask in missing(question, sampling.num_samples, have)]
+
+        def row(question: Question, number: int, sample: Sample) -> dict[str, Any]:
+            used, ended = _thinking(sample, template, self.cfg.end_of_thinking)
+            own = {"thinking_tokens": used, "ended": ended, "token_ids": sample.token_ids.tolist()}
+            return {**response_row(question, number, graded(sample)), **own}
+
+        num_missing = sum(ask.count for ask in asks)
+        name = f"think {self.folder.name}"
+        with collecting(part, name, unit="thinking", num_kept=len(have), num_missing=num_missing) as add:
+            actors.client.generate_each(
+                [ask.question.prompt(template) for ask in asks],
+                [ask.count for ask in asks],
+                [sample_seed(self.seed, ask.question.id) + ask.first for ask in asks],
+                sampling,
+                actors.scorer.score,
+                lambda i, j, samples: add(
+                    [row(asks[i].question, asks[i].first + j + n, sample) for n, sample in enumerate(samples)],
+                    sum(len(sample.token_ids) for sample in samples),
+                ),
             )
+        sort_jsonl(part, path, key=lambda row: (self._place[row["id"]], row["sample"]))
+        part.unlink()
+
+    def answer(self, actors: Actors, template: Template, thinker: Template) -> None:
+        """Force the answers that are not there yet; they go to forced.jsonl.
+
+        Args:
+            template: of the model that answers.
+            thinker: of the model that thought; when it is another one, the cut travels as text.
+        """
+        path = self.folder / "forced.jsonl"
+        have = {(row["id"], row["sample"], row["budget"]) for row in iter_jsonl(path)}
+        cuts = [cut for cut in self._cuts() if (cut.row["id"], cut.row["sample"], cut.budget) not in have]
+        asked = {question.id: question.prompt(template) for question in self.questions}
+        opening, same = template.ids(self.cfg.answer_opening), template is thinker
+        sampling = SamplingConfig(temperature=0.0, num_samples=1, max_new_tokens=self.cfg.max_answer_tokens)
+
+        def forced(cut: _Cut) -> Prompt:
+            ids, prompt = cut.row["token_ids"][: cut.budget], asked[cut.row["id"]]
+            before = thinker.tokenizer.decode(ids, skip_special_tokens=True) + self.cfg.answer_opening
+            tail = [ids, opening] if same else [template.ids(before)]
+            return replace(prompt, token_ids=np.concatenate([prompt.token_ids, *tail]), meta={"before": before})
+
+        async def score(prompt: Prompt, sample: Sample) -> Reward:
+            return await actors.scorer.score(prompt, replace(sample, text=prompt.meta["before"] + sample.text))
+
+        name = f"answer {self.folder.name}"
+        with collecting(path, name, unit="answer", num_kept=len(have), num_missing=len(cuts)) as add:
+
+            def force(window: list[_Cut]) -> None:
+                actors.client.generate_each(
+                    [forced(cut) for cut in window],
+                    [1] * len(window),
+                    [0] * len(window),
+                    sampling,
+                    score,
+                    lambda i, _, samples: add([_forced_row(window[i], samples[0])], len(samples[0].token_ids)),
+                )
+
+            for start in range(0, len(cuts), _WINDOW):
+                force(cuts[start : start + _WINDOW])
+        sort_jsonl(path, path, key=lambda row: (self._place[row["id"]], row["sample"], row["budget"]))
+
+    def curve(self) -> list[Point]:
+        """Write points.json and majority.json; returns the points."""
+        thinkings = list(self._thinkings())
+        forced = {
+            (row["id"], row["sample"], row["budget"]): row["correct"]
+            for row in iter_jsonl(self.folder / "forced.jsonl")
+        }
+        points = []
+        for budget in self.cfg.budgets:
+            correct: dict[str, list[bool]] = {}
+            for row in thinkings:
+                own = forced[row["id"], row["sample"], budget] if _is_cut(row, budget) else row["reward"]["correct"]
+                correct.setdefault(row["id"], []).append(own)
+            mean, low, high = stats.accuracy_interval(list(correct.values()))
+            points.append(
+                Point(
+                    budget=budget,
+                    mean_thinking_tokens=float(np.mean([min(row["thinking_tokens"], budget) for row in thinkings])),
+                    accuracy=mean,
+                    interval=(low, high),
+                    share_forced=float(np.mean([_is_cut(row, budget) for row in thinkings])),
+                )
+            )
+        write_json(self.folder / "points.json", [asdict(point) for point in points])
+        write_json(self.folder / "majority.json", [asdict(point) for point in _majority(thinkings)])
+        return points
+
+    def _thinkings(self) -> Iterator[dict[str, Any]]:
+        """Stored thinkings without their token ids."""
+        for row in iter_jsonl(self.folder / "thinkings.jsonl"):
+            del row["token_ids"]
+            yield row
+
+    def _cuts(self) -> Iterator[_Cut]:
+        """Every cut that needs a forced answer; those of one thinking follow each other: its prefix is still cached."""
+        for row in iter_jsonl(self.folder / "thinkings.jsonl"):
+            row["token_ids"] = np.array(row["token_ids"], np.int32)
+            yield from (_Cut(row, budget) for budget in self.cfg.budgets if _is_cut(row, budget))
+
+
+def _is_cut(row: dict[str, Any], budget: int) -> bool:
+    return bool(row["thinking_tokens"] > budget or not row["ended"])
+
+
+def _forced_row(cut: _Cut, sample: Sample) -> dict[str, Any]:
+    assert sample.reward is not None
+    return {
+        "id": cut.row["id"],
+        "sample": cut.row["sample"],
+        "budget": cut.budget,
+        "answer": sample.text,
+        "extracted": sample.reward.extracted,
+        "correct": sample.reward.correct,
+        "reason": sample.reward.reason,
+    }
+
+
+def _majority(thinkings: Sequence[dict[str, Any]]) -> Iterator[MajorityPoint]:
+    right = "\0right"
+    answers: dict[str, list[str | None]] = {}
+    for row in thinkings:
+        answers.setdefault(row["id"], []).append(right if row["reward"]["correct"] else row["reward"]["extracted"])
+    most = min(map(len, answers.values()))
+    mean_tokens = float(np.mean([row["num_tokens"] for row in thinkings]))
+    for n in islice((2**i for i in range(10) if 2**i <= most), 10):
+        found = estimate([stats.majority_at_k(own, right, n) for own in answers.values()])
+        yield MajorityPoint(
+            num_samples=n, mean_tokens=n * mean_tokens, accuracy=found.value, interval=(found.low, found.high)
         )
-    write_json(out_dir / label / "points.json", [asdict(point) for point in points])
-    return points
 
 
 def _thinking(sample: Sample, template: Template, end: str) -> tuple[int, bool]:
@@ -111,9 +277,3 @@ def _thinking(sample: Sample, template: Template, end: str) -> tuple[int, bool]:
         else:
             low = middle + 1
     return low, True
-
-
-def _completed(sample: Sample, budget: int, opening: str, answer: Sample, template: Template) -> Sample:
-    """The cut thinking, the opening and the forced answer as one response to be graded."""
-    thinking = template.tokenizer.decode(sample.token_ids[:budget], skip_special_tokens=True)
-    return replace(answer, text=thinking + opening + answer.text, token_ids=answer.token_ids, reward=None)

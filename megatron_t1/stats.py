@@ -18,7 +18,10 @@ def wilson_interval(num_correct: int, num_samples: int, confidence: float = 0.95
 
 
 def clustered_interval(means: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean over questions, each question's k samples one cluster (Student's t), within [0, 1]."""
+    """Interval of the mean over questions, each question's k samples one cluster (Student's t), within [0, 1].
+
+    Miller, "Adding error bars to evals", arXiv 2411.00640.
+    """
     values = np.asarray(means, np.float64)
     if len(values) < 2 or np.ptp(values) == 0:
         return wilson_interval(round(values.sum()), len(values), confidence)
@@ -36,6 +39,11 @@ def accuracy_interval(correct: Sequence[Sequence[bool]]) -> tuple[float, float, 
     return float(np.mean(means)), low, high
 
 
+def interval_method(num_samples: int) -> str:
+    """How `accuracy_interval` makes its interval, for people."""
+    return "Wilson" if num_samples == 1 else "Student's t over questions, the samples of a question one cluster"
+
+
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Probability that k of the samples, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
 
@@ -46,9 +54,35 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
-def majority(answers: Sequence[Hashable]) -> Hashable:
-    """The most frequent answer; the earliest of those that tie."""
-    return Counter(answers).most_common(1)[0][0]
+def majority_at_k(answers: Sequence[Hashable | None], right: Hashable, k: int) -> float:
+    """Probability that the most frequent answer of k samples, drawn without replacement, is `right`.
+
+    Ties are drawn for: m answers that tie count 1/m each. None is a sample without an answer, which does not vote.
+    Exact, by counting: for c votes for `right`, the draws of the other answers with at most c votes each are the
+    coefficients of a polynomial in x (samples drawn) and y (answers that tie).
+    """
+    n = len(answers)
+    if not 1 <= k <= n:
+        raise ValueError(f"majority of {k} of {n} samples: k must lie in [1, {n}]")
+    votes = Counter(answers)
+    silent, num_right = votes.pop(None, 0), votes.pop(right, 0)
+    total = 0.0
+    for c in range(1, min(num_right, k) + 1):
+        ways = np.zeros((k - c + 1, k // c + 1))  # [other samples drawn, other answers with exactly c votes]
+        ways[0, 0] = 1.0
+        for count in votes.values():
+            grown = np.zeros_like(ways)
+            for drawn in range(min(count, c, k - c) + 1):
+                part = comb(count, drawn) * ways[: len(ways) - drawn]
+                if drawn == c:
+                    grown[drawn:, 1:] += part[:, :-1]
+                else:
+                    grown[drawn:] += part
+            ways = grown
+        shares = ways @ (1.0 / np.arange(1, ways.shape[1] + 1))  # [other samples drawn]
+        drawn_silent = np.array([float(comb(silent, k - c - voting)) for voting in range(k - c + 1)])
+        total += comb(num_right, c) * float(shares @ drawn_silent)
+    return min(1.0, total / comb(n, k))
 
 
 class PairedDifference(NamedTuple):
@@ -60,15 +94,40 @@ class PairedDifference(NamedTuple):
     """95% interval: low, high."""
     p_value: float
     """Of no difference, two-sided."""
+    test: str
+    """How the p-value was made."""
 
 
 def paired_difference(before: Sequence[Sequence[bool]], after: Sequence[Sequence[bool]]) -> PairedDifference:
-    """Two runs on the same questions, both [questions][samples]: t-test on the differences of the questions' means."""
-    first, second = ([float(np.mean(samples)) for samples in run] for run in (before, after))
-    differences = np.subtract(second, first)
+    """Two runs on the same questions, both [questions][samples]; questions are drawn, samples belong to them.
+
+    The interval is a percentile bootstrap over questions. The p-value is McNemar's exact test (binomial on the
+    questions that changed) for one sample each, else a permutation test that swaps the runs question by question.
+    """
+    first, second = (np.array([np.mean(samples) for samples in run], np.float64) for run in (before, after))
+    differences = second - first
     mean = float(differences.mean())
-    if np.ptp(differences) == 0:  # no spread, no test
-        return PairedDifference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
-    result = stats.ttest_rel(second, first)
-    low, high = result.confidence_interval(0.95)
-    return PairedDifference(mean, float(low), float(high), float(result.pvalue))
+    single = all(len(samples) == 1 for run in (before, after) for samples in run)
+    test = "McNemar, exact" if single else "permutation of runs by question"
+    if not differences.any():
+        return PairedDifference(0.0, 0.0, 0.0, 1.0, test)
+    low, high = mean, mean
+    if np.ptp(differences) > 0:
+        found = stats.bootstrap(
+            (differences,), np.mean, n_resamples=9999, batch=999, method="percentile", rng=np.random.default_rng(0)
+        )
+        low, high = map(float, found.confidence_interval)
+    if single:
+        gained, changed = int((differences > 0).sum()), int((differences != 0).sum())
+        p_value = stats.binomtest(gained, changed).pvalue
+    else:
+        p_value = stats.permutation_test(
+            (first, second),
+            lambda x, y, axis: np.mean(y - x, axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=9999,
+            batch=999,
+            rng=np.random.default_rng(0),
+        ).pvalue
+    return PairedDifference(mean, low, high, float(p_value), test)

@@ -1,164 +1,181 @@
-"""Evaluation and inference scaling against a real vLLM server and the real grader."""
+"""Evaluation: the files, resume, stored responses, endpoints; against a real vLLM server and the real grader."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
-from megatron_t1 import evaluate as module
 from megatron_t1.actors import Actors
+from megatron_t1.data.prompts import Question
+from megatron_t1.data.sets import load_set
 from megatron_t1.data.template import Template
-from megatron_t1.evaluate import EvaluateConfig, evaluate
+from megatron_t1.evaluate import EvalResult, EvaluateConfig, evaluate, summarize
+from megatron_t1.results import compare, read_summaries, table
 from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.rollout.chat import EndpointConfig
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
-from megatron_t1.scaling import ScalingConfig, _thinking, measure
-from megatron_t1.types import Group, Prompt, Sample
+from megatron_t1.samplers import Ask, EndpointSampler, OnDone, Response, Sampler, ServerSampler, StoredSampler
+from tests.launch import ROOT
 
-SAMPLING = SamplingConfig(temperature=1.2, num_samples=2, max_new_tokens=16)
-CFG = EvaluateConfig(sampling=SAMPLING)
+CFG = EvaluateConfig(sampling=SamplingConfig(temperature=1.2, num_samples=3, max_new_tokens=16))
+QUESTIONS = [Question(id=f"q{i}", messages=[{"role": "user", "content": f"{i}+7?"}], gold="7") for i in range(5)]
+WEIGHTS = {"weights": "abc"}
 
 
-@dataclass(frozen=True)
-class CountingActors(Actors):
-    """The real ones; they remember what was asked, and are interrupted once that are `max_questions`."""
+class Counting:
+    """A real sampler; it remembers what was asked, and Ctrl-C comes once `max_samples` came back."""
 
-    asked: list[str] = field(default_factory=list)
-    max_questions: int = 99
+    def __init__(self, sampler: Sampler, max_samples: int = 99) -> None:
+        self.sampler, self.max_samples = sampler, max_samples
+        self.asked: list[tuple[str, int]] = []
 
-    def generate(self, prompts: list[Prompt], sampling: SamplingConfig, seed: int) -> list[Group]:
-        if len(self.asked) >= self.max_questions:
-            raise KeyboardInterrupt
-        self.asked.extend(prompt.id for prompt in prompts)
-        return super().generate(prompts, sampling, seed)
+    def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None:
+        for ask in asks:
+            self.asked += [(ask.question.id, ask.first + j) for j in range(ask.count)]
+        seen = 0
+
+        def limited(question: Question, first: int, responses: list[Response]) -> None:
+            nonlocal seen
+            if seen >= self.max_samples:
+                os.kill(os.getpid(), signal.SIGINT)  # this is the client's thread: the main one gets it
+                return
+            on_done(question, first, responses)
+            seen += len(responses)
+
+        self.sampler.sample(asks, sampling, seed, limited)
 
 
 @pytest.fixture(scope="module")
-def template(tiny_dir: Path) -> Template:
-    return Template(tiny_dir)
-
-
-@pytest.fixture(scope="module")
-def real(server: Servers, template: Template) -> Iterator[Actors]:
+def real(server: Servers, tiny_dir: Path) -> Iterator[ServerSampler]:
+    template = Template(tiny_dir)
     with Scorer(RewardConfig()) as scorer, RolloutClient(server, template.tokenizer, vocab_size=320) as client:
-        yield Actors(server, client, scorer)
+        yield ServerSampler(Actors(server, client, scorer), template)
 
 
-def counting(real: Actors, max_questions: int = 99) -> CountingActors:
-    return CountingActors(real.servers, real.client, real.scorer, max_questions=max_questions)
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[Scorer]:
+    with Scorer(RewardConfig()) as scorer:
+        yield scorer
 
 
-@pytest.fixture
-def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
-    monkeypatch.setattr(module, "_BLOCK", 2)
-    return [Prompt(id=f"q{i}", text=f"q{i}", token_ids=np.arange(40 + i, 46 + i), gold="7") for i in range(5)]
+def run(sampler: Sampler, out_dir: Path, label: str, seed: int = 1, **options: Any) -> EvalResult:
+    return evaluate(CFG, sampler, QUESTIONS, out_dir, label, "set", WEIGHTS, seed, **options)
 
 
-def test_a_cut_evaluation_resumes_to_the_files_of_an_uncut_one(
-    real: Actors, prompts: list[Prompt], tmp_path: Path
-) -> None:
-    whole = evaluate(CFG, counting(real), prompts, tmp_path, "whole", seed=1)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(CFG, counting(real, max_questions=4), prompts, tmp_path, "cut", seed=1)
-    path = tmp_path / "cut/responses.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]) + lines[-1][:40])  # and killed while writing the second block
-    actors = counting(real)
-    resumed = evaluate(CFG, actors, prompts, tmp_path, "cut", seed=1, resume=True)
-    assert actors.asked == ["q2", "q3", "q4"]
-    assert replace(resumed, label="whole") == whole
-
-    def stored(label: str) -> list[dict]:
-        found = [json.loads(line) for line in (tmp_path / label / "responses.jsonl").read_text().splitlines()]
-        return [{**row, "reward": {**row["reward"], "seconds": 0}} for row in found]
-
-    assert stored("cut") == stored("whole")
-    assert [row["id"] for row in stored("cut")] == [f"q{i}" for i in range(5) for _ in range(2)]
+def files(folder: Path) -> dict[str, str]:
+    """Contents by name; the label is another by purpose."""
+    return {path.name: path.read_text().replace(f'"{folder.parent.name}"', '""') for path in folder.iterdir()}
 
 
-def test_an_older_evaluation_is_not_taken_for_this_one(real: Actors, prompts: list[Prompt], tmp_path: Path) -> None:
-    evaluate(CFG, counting(real), prompts[:2], tmp_path, "a", seed=1)
-    again = counting(real)
-    evaluate(CFG, again, prompts[:2], tmp_path, "a", seed=1)
-    other_seed = counting(real)
-    evaluate(CFG, other_seed, prompts[:2], tmp_path, "a", seed=2, resume=True)
-    same = counting(real)
-    evaluate(CFG, same, prompts[:2], tmp_path, "a", seed=2, resume=True)
-    assert (again.asked, other_seed.asked, same.asked) == (["q0", "q1"], ["q0", "q1"], [])
+def test_a_cut_evaluation_resumes_to_the_files_of_an_uncut_one(real: ServerSampler, tmp_path: Path) -> None:
+    run(real, tmp_path, "whole")
+    with pytest.raises(KeyboardInterrupt, match=r"of 15 responses are kept in .* --resume"):
+        run(Counting(real, max_samples=7), tmp_path, "cut")
+    part = tmp_path / "cut/set/responses.part.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:-1]) + lines[-1][:40])  # and killed while writing a line
+    kept = {(row["id"], row["sample"]) for row in map(json.loads, lines[:-1])}
+    again = Counting(real)
+    run(again, tmp_path, "cut", resume=True)
+    assert kept
+    assert sorted(again.asked) == sorted({(f"q{i}", j) for i in range(5) for j in range(3)} - kept)
+    assert files(tmp_path / "cut/set") == files(tmp_path / "whole/set")
+    rows = [json.loads(line) for line in (tmp_path / "whole/set/responses.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in rows] == [(f"q{i}", j) for i in range(5) for j in range(3)]
+
+
+def test_samples_do_not_depend_on_what_else_is_asked(real: ServerSampler, tmp_path: Path) -> None:
+    run(real, tmp_path, "all")
+    evaluate(CFG, real, QUESTIONS[3:4], tmp_path, "one", "set", WEIGHTS, 1)
+    lines = (tmp_path / "all/set/responses.jsonl").read_text().splitlines()
+    assert (tmp_path / "one/set/responses.jsonl").read_text().splitlines() == lines[9:12]
+
+
+def test_results_of_another_experiment_are_not_taken_for_these(real: ServerSampler, tmp_path: Path) -> None:
+    run(real, tmp_path, "a")
+    with pytest.raises(ValueError, match="--resume completes"):
+        run(real, tmp_path, "a")
+    with pytest.raises(ValueError, match="other seed: give another --label"):
+        run(real, tmp_path, "a", seed=2, resume=True)
+    with pytest.raises(ValueError, match="other questions, weights"):
+        evaluate(CFG, real, QUESTIONS[:2], tmp_path, "a", "set", {"weights": "other"}, 1, resume=True)
+    other = Counting(real)
+    run(other, tmp_path, "a", seed=2, resume=True, replace_other=True)
+    nothing = Counting(real)
+    run(nothing, tmp_path, "a", seed=2, resume=True)
+    assert (len(other.asked), len(nothing.asked)) == (15, 0)
+
+
+def row(identity: str, correct: bool, extracted: str | None = "3", finish: str = "stop", **more: Any) -> dict[str, Any]:
+    outcome = "correct" if correct else "wrong" if extracted else "no_answer"
+    reward = {"correct": correct, "outcome": outcome, "extracted": extracted, "penalties": {}}
+    return {"id": identity, "reward": reward, "num_tokens": 10, "finish_reason": finish, **more}
 
 
 def test_summary_counts_what_the_grader_said() -> None:
-    def row(identity: str, correct: bool, finish: str = "stop") -> dict:
-        outcome = "correct" if correct else "wrong"
-        return {
-            "id": identity,
-            "reward": {"correct": correct, "outcome": outcome},
-            "num_tokens": 10,
-            "finish_reason": finish,
-        }
-
-    rows = [row("a", True), row("a", True), row("b", True), row("b", False, "length"), row("c", False), row("c", False)]
-    result = module.summarize("x", rows)
+    rows = [row("a", True, level=1), row("a", True), row("b", True, level=2), row("b", False, "4", "length")]
+    rows += [row("c", False, level=2), row("c", False, None)]
+    result = summarize("x", "set", rows, {})
     assert (result.num_questions, result.num_samples, result.pass_at_1) == (3, 2, 0.5)
-    assert result.outcomes == {"correct": 3, "wrong": 3}
+    assert result.outcomes == {"correct": 3, "no_answer": 1, "wrong": 2}
     assert (result.mean_tokens, result.share_cut) == (10, pytest.approx(1 / 6))
-    low, high = result.interval
-    assert low < 0.5 < high
+    assert result.interval[0] < 0.5 < result.interval[1]
+    assert result.pass_at_k["2"].value == pytest.approx(2 / 3)
+    assert result.majority_at_k["2"].value == pytest.approx((1 + 0.5 + 0) / 3)
+    assert {group: found["pass_at_1"] for group, found in result.by["level"].items()} == {"1": 1.0, "2": 0.25}
+    assert result.by["subject"] == {}
 
 
-def test_scaling_forces_an_answer_from_every_cut(
-    real: Actors, template: Template, prompts: list[Prompt], tmp_path: Path
+def test_known_responses_to_math500_give_the_known_score(scorer: Scorer, tmp_path: Path) -> None:
+    """462 right answers of 500 are T1-32B's 92.4; a second file with 10 more right ones is better, and it shows."""
+    questions = load_set("math500", sets_dir=ROOT / "tests/data/grader")
+    assert len(questions) == 500
+    for label, num_right in (("paper", 462), ("better", 472)):
+        lines = []
+        for i, question in enumerate(questions):
+            answer = question.gold if i < num_right else "\\text{I do not know}"
+            response = f"<think>\\boxed{{1}}?</think>The answer is $\\boxed{{{answer}}}$."
+            lines.append(json.dumps({"id": question.id, "response": response, "num_tokens": 8}))
+        (tmp_path / f"{label}.jsonl").write_text("\n".join(lines) + "\n")
+        stored = StoredSampler(tmp_path / f"{label}.jsonl", scorer)
+        cfg = replace(CFG, sampling=SamplingConfig(num_samples=stored.num_samples(questions)))
+        result = evaluate(cfg, stored, questions, tmp_path / "evaluate", label, "math500", {"file": label}, 0)
+        assert result.pass_at_1 == num_right / 500
+        assert result.num_samples == 1
+        assert sum(group["num_questions"] for group in result.by["level"].values()) == 500
+        assert len(result.by["subject"]) == 7
+    assert table(read_summaries(tmp_path)).splitlines()[2:] == ["| better | 94.4 ± 2.0 |", "| paper | 92.4 ± 2.3 |"]
+    (difference,) = compare(tmp_path / "evaluate/paper", tmp_path / "evaluate/better")
+    assert difference["result"].difference == pytest.approx(0.02)
+    assert difference["result"].p_value == pytest.approx(2 / 2**10)  # ten questions changed, all to the better
+    with pytest.raises(ValueError, match="0 responses to question 'q0' and 1 to"):
+        StoredSampler(tmp_path / "paper.jsonl", scorer).num_samples([*questions, QUESTIONS[0]][::-1])
+
+
+def test_a_chat_endpoint_answers_as_the_server_does(
+    server: Servers, real: ServerSampler, scorer: Scorer, tmp_path: Path
 ) -> None:
-    # The answer is in the opening: exactly what was forced is right. A random model ends no thinking by itself.
-    cfg = ScalingConfig(
-        budgets=(4, 8, 16, 32), sampling=SAMPLING, answer_opening="</think>\\boxed{7}", max_answer_tokens=2
-    )
-    points = measure(cfg, real, template, prompts, tmp_path, "x", seed=0)
-    assert [point.accuracy for point in points] == [point.share_forced for point in points]
-    assert points[0].share_forced == 1
-    used = [point.mean_thinking_tokens for point in points]
-    assert used[0] == 4
-    assert used == sorted(used)
-    assert used[-1] <= 16
-    stored = json.loads((tmp_path / "x/points.json").read_text())
-    assert [point["budget"] for point in stored] == [4, 8, 16, 32]
+    """Greedy, through /v1/chat/completions with the server's own chat template: the same texts and lengths."""
+    greedy = replace(CFG, sampling=SamplingConfig(temperature=0, num_samples=1, max_new_tokens=12))
+    key_file = tmp_path / "key"
+    key_file.write_text(server.all[0].key)
+    key_file.chmod(0o600)
+    endpoint = EndpointSampler(EndpointConfig(urls=(server.all[0].url,), key_file=str(key_file)), scorer)
+    evaluate(greedy, real, QUESTIONS, tmp_path, "ours", "set", {}, 0)
+    evaluate(greedy, endpoint, QUESTIONS, tmp_path, "chat", "set", {}, 0)
 
+    def said(label: str) -> list[tuple]:
+        """A random model writes broken UTF-8, of which the server leaves out what may still become a character."""
+        rows = map(json.loads, (tmp_path / label / "set/responses.jsonl").read_text().splitlines())
+        return [(r["id"], r["response"].replace("\ufffd", ""), r["num_tokens"], r["finish_reason"]) for r in rows]
 
-def test_forced_answers_continue_the_very_tokens_of_the_cut(
-    real: Actors, template: Template, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    complete = real.client.complete_tokens
-    monkeypatch.setattr(
-        real.client, "complete_tokens", lambda ids, *a, **k: (seen.extend(ids), complete(ids, *a, **k))[1]
-    )
-    cfg = ScalingConfig(budgets=(6,), sampling=replace(SAMPLING, num_samples=1), max_answer_tokens=2)
-    measure(cfg, real, template, prompts[:1], tmp_path, "x", seed=5)
-    thinking = real.generate(prompts[:1], cfg.sampling, seed=5)[0].samples[0].token_ids
-    opening = template.ids("</think>\\boxed{")
-    assert seen == [[*prompts[0].token_ids, *thinking[:6], *opening]]
-
-
-def test_thinking_tokens_are_counted_to_the_end_mark(template: Template) -> None:
-    def counted(text: str, finish: str = "stop") -> tuple[int, bool]:
-        ids = template.ids(text)  # one token a byte
-        sample = Sample(
-            token_ids=ids,
-            logprobs=np.zeros(len(ids), np.float32),
-            text=template.tokenizer.decode(ids, skip_special_tokens=True),
-            finish_reason=finish,
-            weight_versions=(),
-            server="",
-        )
-        return _thinking(sample, template, "</think>")
-
-    assert counted("abc</think>\\boxed{7}") == (len("abc</think>"), True)
-    assert counted("abcdef") == (6, True)
-    assert counted("abcdef", "length") == (6, False)
-    assert counted("a</think>b", "length") == (len("a</think>"), True)
+    assert said("chat") == said("ours")

@@ -197,6 +197,61 @@ def straight(tuned, server, tmp_path_factory) -> Path:
     return folder
 
 
+def test_the_models_own_chains_teach_it_and_are_measured(tuned, server, tmp_path):
+    """Synthesis by the tiny model itself -> SFT -> evaluation before and after, compared -> scaling -> report."""
+    url, key_file = json.loads(server["rollout.urls"])[0], server["rollout.key_file"]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(line + "\n" for line in (tuned / "rl.jsonl").read_text().splitlines()[:150]))
+    endpoint = json.dumps({"tiny": {"urls": [url], "key_file": str(key_file)}})
+    t1("rl", *options(tuned, tmp_path / "push", **server, **{"rl.steps": 1}))  # whatever it held: near `tuned` now
+    synthesize = ["--config", ROOT / "examples/quickstart/synthesize.yaml", "--questions", questions,
+                  "--endpoints", endpoint, "--out", tmp_path / "chains"]  # fmt: skip
+    said = t1("synthesize", *synthesize)
+    chains = rows(tmp_path / "chains/sft.jsonl")
+    assert len(chains) > 15, said
+    for chain in chains:
+        assert chain["response"].count("Try ") > 1
+        assert ", no. " in chain["response"]
+        assert chain["response"].endswith(f"\\boxed{{{chain['answer']}}}")
+    measured = {**server, "evaluate.sampling.num_samples": 2, "scaling.budgets": "[16,48]"}
+    sft = {"data.sft": tmp_path / "chains/sft.jsonl", "sft.batch_size": 8, "sft.max_steps": 60, "sft.epochs": 100}
+    t1("sft", *options(tuned, tmp_path / "run", **sft))
+    after = {"model.hf_path": tmp_path / "run/sft/hf"}
+    t1("evaluate", *options(tuned, tmp_path / "run", **measured, label="before"))
+    t1("evaluate", *options(tuned, tmp_path / "run", **{**measured, **after}, label="after"))
+    evaluations = tmp_path / "run/evaluate"
+    assert "permutation of runs" in t1("compare", evaluations / "before", evaluations / "after")
+    first, second = (json.loads((evaluations / x / "heldout/summary.json").read_text()) for x in ("before", "after"))
+    assert second["pass_at_1"] > first["pass_at_1"] - 0.05, "chains of its own have not harmed it"
+    t1("scaling", *options(tuned, tmp_path / "run", **{**measured, **after}, label="after"))
+    t1("report", tmp_path / "run")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "scaling"])
+def test_killed_while_measuring_it_resumes_to_the_same_files(command, tuned, server, tmp_path):
+    """kill -9 in the middle of `t1 evaluate` and `t1 scaling`: the same files as in one go, finished work kept."""
+    small = {"evaluate.sampling.num_samples": 8, "scaling.sampling.num_samples": 8, "scaling.budgets": "[16,48]"}
+    names = {
+        "evaluate": ("heldout/responses.part.jsonl", "heldout/responses.jsonl", "heldout/settings.json"),
+        "scaling": ("thinkings.part.jsonl", "thinkings.jsonl", "forced.jsonl", "points.json", "majority.json"),
+    }
+    part, *final = names[command]
+    t1(command, *options(tuned, tmp_path, **server, **small, label="whole"))
+    cut = [sys.executable, "-m", "megatron_t1", command, *options(tuned, tmp_path, **server, **small, label="cut")]
+    process = subprocess.Popen(cut, env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path / command / "cut" / part
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 20):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert path.exists(), "it was over before the kill"
+    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    t1(command, *options(tuned, tmp_path, **server, **small, label="cut"), "--resume")
+    for name in final:
+        assert (tmp_path / command / "cut" / name).read_text() == (tmp_path / command / "whole" / name).read_text()
+    assert set(kept) <= set((tmp_path / command / "cut" / final[0]).read_text().splitlines(keepends=True))
+
+
 def test_a_killed_server_is_replaced(tuned, tmp_path):
     """Of two servers one is killed in the middle: training goes on and the server comes back."""
     arguments = options(tuned, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 60})
@@ -230,7 +285,7 @@ def test_the_exported_model_answers_as_the_trained_one(tuned, server, tmp_path):
     t1("evaluate", *options(tuned, tmp_path, **server, **sampling, **{"model.hf_path": exported, "label": "greedy"}))
     model = AutoModelForCausalLM.from_pretrained(exported)
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    for row in rows(tmp_path / "evaluate/greedy/responses.jsonl")[:5]:
+    for row in rows(tmp_path / "evaluate/greedy/heldout/responses.jsonl")[:5]:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_tensors="pt",
             return_dict=True,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_t1.evaluate import summarize
 from megatron_t1.files import write_json, write_jsonl, write_text
 from megatron_t1.report import MAX_CHARS, write_report
 
@@ -39,9 +41,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def row(
-    identity: str, response: str, correct: bool, penalties: dict[str, str] | None = None, version: int = 0
-) -> dict[str, Any]:
+def row(identity: str, response: str, correct: bool, penalties: dict[str, str] | None = None) -> dict[str, Any]:
     return {
         "id": identity,
         "prompt": f"question {identity}",
@@ -49,7 +49,7 @@ def row(
         "response": response,
         "num_tokens": 40,
         "finish_reason": "stop",
-        "weight_versions": [[version, 0, 40]],
+        "subject": None,
         "reward": {
             "value": -1.0 if penalties else float(correct),
             "correct": correct,
@@ -75,12 +75,11 @@ def run_dir(tmp_path: Path) -> Path:
     write_jsonl(tmp_path / "rl/samples.jsonl", [{"step": i, **row("t", f"rollout {i}", True)} for i in range(1, 30)])
     for label, right in (("sft", 2), ("rl$", 8)):
         texts = ["right" if i < right else "a" * (MAX_CHARS + 5) for i in range(10)]
-        rows = [row(str(i), text, i < right, version=right) for i, text in enumerate(texts)]
+        rows = [row(str(i), text, i < right) | {"level": i % 2} for i, text in enumerate(texts)]
         rows[0] = row("0", HOSTILE.replace("\ud800", ""), False, {"garbled": HOSTILE.replace("\ud800", "")})
-        write_jsonl(tmp_path / "evaluate" / label / "responses.jsonl", rows)
-        summary = {"num_questions": 10, "num_samples": 1, "mean_tokens": 40.0, "share_cut": 0.0}
-        summary |= {"pass_at_1": right / 10, "interval": [0.0, 1.0]}
-        write_json(tmp_path / "evaluate" / label / "summary.json", summary)
+        folder = tmp_path / "evaluate" / label / "set<b>"
+        write_jsonl(folder / "responses.jsonl", rows)
+        write_json(folder / "summary.json", asdict(summarize(label, "set<b>", rows, {"step": right})))
         point = {"budget": 24, "mean_thinking_tokens": 20.0, "accuracy": 0.2, "interval": [0.1, 0.3], "share_forced": 1}
         write_json(tmp_path / "scaling" / label / "points.json", [point, {**point, "budget": 48, "accuracy": 0.8}])
     summary = {"seconds": {"sft": 75.0, "total": 300.0}, "seed": 3, "versions": {"torch": "2.13.0", "apex": None}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from itertools import combinations
 
 import numpy as np
@@ -50,17 +52,61 @@ def test_accuracy_interval_without_spread_is_not_a_point() -> None:
     assert high == 1.0
 
 
-def test_paired_difference_is_the_t_test_and_sees_what_unpaired_intervals_hide() -> None:
+def test_paired_difference_is_mcnemar_and_sees_what_unpaired_intervals_hide() -> None:
     before = [[False]] * 60 + [[True]] * 40
     after = [[True]] * 12 + [[False]] * 48 + [[True]] * 40
     result = stats.paired_difference(before, after)
     assert result.difference == pytest.approx(0.12)
-    half = 1.98421695 * np.sqrt(0.12 * 0.88 / 99)  # t quantile of 99 degrees of freedom
-    assert (result.low, result.high) == pytest.approx((0.12 - half, 0.12 + half))
-    assert result.p_value < 0.001
-    assert stats.paired_difference(before, before) == (0.0, 0.0, 0.0, 1.0)
+    assert result.p_value == pytest.approx(2 / 2**12)  # twelve questions changed, all to the better
+    half = 1.96 * np.sqrt(0.12 * 0.88 / 100)  # the bootstrap of a proportion, by the normal approximation
+    assert (result.low, result.high) == pytest.approx((0.12 - half, 0.12 + half), abs=0.01)
+    assert stats.paired_difference(before, before)[:4] == (0.0, 0.0, 0.0, 1.0)
+    # Fleiss, Levin, Paik (2003), Statistical Methods for Rates and Proportions: the exact test on 5 against 15
+    changed = [[True]] * 5 + [[False]] * 15
+    assert stats.paired_difference(changed, [[not c] for (c,) in changed]).p_value == pytest.approx(0.0414, abs=5e-5)
 
 
-def test_majority_takes_the_most_frequent_then_the_earliest() -> None:
-    assert stats.majority(["3", "7", "7", None]) == "7"
-    assert stats.majority(["3", "7"]) == "3"
+def test_paired_difference_over_many_samples_keeps_its_promises() -> None:
+    """Under no difference p < 0.05 comes 5% of the time and the interval holds 0 95% of the time."""
+    rng = np.random.default_rng(1)
+    rejected = covered = 0
+    for _ in range(60):
+        ability = rng.beta(0.5, 0.5, size=30)
+        runs = [(rng.random((30, 4)) < ability[:, None]).tolist() for _ in range(2)]
+        result = stats.paired_difference(*runs)
+        assert result.test.startswith("permutation")
+        rejected += result.p_value < 0.05
+        covered += result.low <= 0 <= result.high
+    assert rejected <= 7  # 3 expected; more than 7 has probability 0.8%
+    assert covered >= 51  # 57 expected
+
+
+def test_majority_at_k_is_the_vote_of_every_subset() -> None:
+    """Against counting all subsets, ties shared, silent samples not voting."""
+    rng = random.Random(0)
+
+    def counted(answers: list[int | None], k: int) -> float:
+        won = []
+        for drawn in combinations(answers, k):
+            votes = Counter(answer for answer in drawn if answer is not None)
+            best = [answer for answer, count in votes.items() if count == max(votes.values())]
+            won.append((1 in best) / max(1, len(best)))
+        return float(np.mean(won))
+
+    for _ in range(60):
+        answers = [rng.choice([1, 2, 3, 4, None]) for _ in range(rng.randint(1, 9))]
+        for k in range(1, len(answers) + 1):
+            assert stats.majority_at_k(answers, 1, k) == pytest.approx(counted(answers, k)), (answers, k)
+    with pytest.raises(ValueError, match="majority of 3 of 2"):
+        stats.majority_at_k([1, 1], 1, 3)
+
+
+def test_majority_at_k_of_64_by_simulation() -> None:
+    answers = [1] * 20 + [2] * 15 + [3] * 10 + [None] * 9 + list(range(10, 20))
+    rng = random.Random(0)
+    won = 0.0
+    for _ in range(4000):
+        votes = Counter(answer for answer in rng.sample(answers, 16) if answer is not None)
+        best = [answer for answer, count in votes.items() if count == max(votes.values())]
+        won += (1 in best) / len(best)
+    assert stats.majority_at_k(answers, 1, 16) == pytest.approx(won / 4000, abs=0.025)

@@ -7,8 +7,8 @@ An SFT example: {"prompt" or "messages", "response"}.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,6 +19,7 @@ from megatron_t1.data.template import Message, Template
 from megatron_t1.types import AnswerMode, Prompt
 
 T = TypeVar("T")
+Q = TypeVar("Q", "Question", Prompt)
 _MAX_SHOWN = 10
 _ROLES = ("system", "user", "assistant")
 
@@ -44,38 +45,91 @@ class DataConfig:
         return Path(value)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question as a conversation, before any tokenizer has seen it."""
+
+    id: str
+    """Unique within its file."""
+    messages: list[Message]
+    """What is asked; the last message is the user's."""
+    gold: str
+    """The reference answer."""
+    mode: AnswerMode = "response"
+    """How a response is graded."""
+    choices: tuple[str, ...] = ()
+    """Option texts, for `mode="mc"` only."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Whatever else the line had (level, subject, source)."""
+
+    @property
+    def text(self) -> str:
+        """The last thing that the user says."""
+        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+
+    def prompt(self, template: Template | None) -> Prompt:
+        """Tokenised for a server of ours; without a template (an endpoint has its own) with no token ids.
+
+        Raises:
+            ValueError: the chat template refuses the conversation.
+        """
+        return Prompt(
+            id=self.id,
+            text=self.text,
+            token_ids=template.prompt_ids(self.messages) if template else np.zeros(0, np.int64),
+            gold=self.gold,
+            mode=self.mode,
+            choices=self.choices,
+            meta=self.meta,
+        )
+
+
 def load_prompts(path: Path, template: Template, cfg: DataConfig) -> list[Prompt]:
-    """Every question of a file.
+    """Every question of a file, tokenised.
 
     Raises:
         ValueError: malformed lines or ids used twice, each named by file and line.
     """
+    return parse_rows(path, _unique(lambda row: question_of(row, cfg.system_prompt).prompt(template)))
+
+
+def load_questions(path: Path, system_prompt: str | None = None) -> list[Question]:
+    """Every question of a file, as conversations. Raises as `load_prompts` does."""
+    return parse_rows(path, _unique(lambda row: question_of(row, system_prompt)))
+
+
+def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Question:
+    """The question of one line; raises ValueError for what is missing or has a value that is not known."""
+    messages = _messages(row, system_prompt)
+    mode = row.get("mode", "response")
+    if mode not in get_args(AnswerMode):
+        raise ValueError(f'"mode" is {mode!r}; use one of {", ".join(get_args(AnswerMode))}')
+    choices = row.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError('"choices" must be a list of strings')
+    known = {"id", "prompt", "messages", "answer", "mode", "choices"}
+    return Question(
+        id=str(_need(row, "id", (str, int))),
+        messages=messages,
+        gold=str(_need(row, "answer", (str, int, float))),
+        mode=mode,
+        choices=tuple(choices),
+        meta={name: value for name, value in row.items() if name not in known},
+    )
+
+
+def _unique(make: Callable[[dict[str, Any]], Q]) -> Callable[[dict[str, Any], int], Q]:
+    """`make`, refusing an id that an earlier line has used."""
     seen: dict[str, int] = {}
 
-    def parse(row: dict[str, Any], number: int) -> Prompt:
-        messages = _messages(row, cfg.system_prompt)
-        identity = str(_need(row, "id", (str, int)))
-        if identity in seen:
-            raise ValueError(f'"id" {identity!r} is already used in line {seen[identity]}')
-        seen[identity] = number
-        mode = row.get("mode", "response")
-        if mode not in get_args(AnswerMode):
-            raise ValueError(f'"mode" is {mode!r}; use one of {", ".join(get_args(AnswerMode))}')
-        choices = row.get("choices", [])
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            raise ValueError('"choices" must be a list of strings')
-        known = {"id", "prompt", "messages", "answer", "mode", "choices"}
-        return Prompt(
-            id=identity,
-            text=next(m["content"] for m in reversed(messages) if m["role"] == "user"),
-            token_ids=template.prompt_ids(messages),
-            gold=str(_need(row, "answer", (str, int, float))),
-            mode=mode,
-            choices=tuple(choices),
-            meta={name: value for name, value in row.items() if name not in known},
-        )
+    def parse(row: dict[str, Any], number: int) -> Q:
+        made = make(row)
+        if made.id in seen:
+            raise ValueError(f'"id" {made.id!r} is already used in line {seen[made.id]}')
+        seen[made.id] = number
+        return made
 
-    return _parse_all(path, parse)
+    return parse
 
 
 def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
@@ -96,7 +150,7 @@ def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
         template.check_response(response)
         return prompts[key], response
 
-    examples = _parse_all(path, parse)
+    examples = parse_rows(path, parse)
     responses = template.response_ids([response for _, response in examples])
     return [
         Sequence(prompt_ids=prompt_ids, response_ids=response_ids)
@@ -104,12 +158,22 @@ def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
     ]
 
 
-def _parse_all(path: Path, parse: Callable[[dict[str, Any], int], T]) -> list[T]:
+def parse_rows(
+    path: Path,
+    parse: Callable[[dict[str, Any], int], T],
+    rows: Iterable[tuple[int, str | dict[str, Any]]] | None = None,
+) -> list[T]:
+    """`parse(row, line number)` of every line of a JSON lines file, or of `rows` when another reader read them.
+
+    Raises:
+        ValueError: all the lines that are no JSON object or that `parse` refuses, each named by file and line.
+    """
     parsed, errors = [], []
-    for number, line in _lines(path):
+    for number, row in _lines(path) if rows is None else rows:
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            if isinstance(row, str):
+                row = json.loads(row)
+                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             if not isinstance(row, dict):
                 raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
             parsed.append(parse(row, number))

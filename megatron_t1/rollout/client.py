@@ -16,7 +16,6 @@ import json
 import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -66,9 +65,7 @@ class RolloutClient:
         The same seed gives the same samples from the same weights on the same server setup, whatever the number of
         samples a request carries. Raises ServerError when no server is left, ValueError when a prompt does not fit.
         """
-        requests = self._requests(
-            [(prompt.id, [int(t) for t in prompt.token_ids]) for prompt in prompts], sampling, seed, None
-        )
+        requests = self._requests(_labelled(prompts), sampling, *_counts_and_seeds(len(prompts), sampling, seed))
         samples = self._run(self._ask_all(requests, prompts, score, bank, progress))
         return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples, strict=True)]
 
@@ -78,16 +75,29 @@ class RolloutClient:
         sampling: SamplingConfig,
         *,
         seed: int,
-        max_new_tokens: Sequence[int] | None = None,
         progress: bool = False,
     ) -> list[list[Sample]]:
-        """`sampling.num_samples` continuations of every token prefix, as they are (no chat template).
-
-        `max_new_tokens`, when given, is the limit of each prefix in place of the one in `sampling`.
-        """
+        """`sampling.num_samples` continuations of every token prefix, as they are (no chat template)."""
         labelled = [(f"prefix {i}", [int(t) for t in ids]) for i, ids in enumerate(token_ids)]
-        requests = self._requests(labelled, sampling, seed, max_new_tokens)
+        requests = self._requests(labelled, sampling, *_counts_and_seeds(len(labelled), sampling, seed))
         return self._run(self._ask_all(requests, None, None, None, progress))
+
+    def generate_each(
+        self,
+        prompts: Sequence[Prompt],
+        counts: Sequence[int],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        score: Score | None,
+        on_done: Callable[[int, int, list[Sample]], None],
+    ) -> None:
+        """`counts[i]` samples of prompts[i], number j of them drawn with `seeds[i]` + j, handed over as they come.
+
+        `on_done(i, j, samples)` gets the samples of prompts[i] from number j on, in the client's thread; nothing is
+        kept here. Raises as `generate` does.
+        """
+        requests = self._requests(_labelled(prompts), sampling, counts, seeds)
+        self._run(self._ask_all(requests, prompts, score, None, False, on_done))
 
     def check_logprob_contract(self, token_ids: Sequence[int] = (0, 1, 2)) -> None:
         """Raises ServerError when a server returns logprobs from before the temperature.
@@ -126,30 +136,23 @@ class RolloutClient:
         self,
         labelled: Sequence[tuple[str, list[int]]],
         sampling: SamplingConfig,
-        seed: int,
-        max_new_tokens: Sequence[int] | None,
+        counts: Sequence[int],
+        seeds: Sequence[int],
     ) -> list[list[Request]]:
         usable = self.servers.usable()
         limit = min((server.max_model_len for server in usable), default=0)
-        # A 48-bit hash keeps the seeds of different calls apart; within a call they are consecutive.
-        base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=6).digest())
         chunk = min(self.cfg.samples_per_request, self.cfg.max_num_seqs)
         requests = []
-        for i, (label, ids) in enumerate(labelled):
-            own = sampling if max_new_tokens is None else replace(sampling, max_new_tokens=max_new_tokens[i])
+        for (label, ids), count, seed in zip(labelled, counts, seeds, strict=True):
             if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise ValueError(f"{label}: token ids must be in [0, {self.vocab_size}) and not empty")
-            if usable and len(ids) + own.max_new_tokens > limit:
+            if usable and len(ids) + sampling.max_new_tokens > limit:
                 raise ValueError(
-                    f"{label}: {len(ids)} prompt tokens + max_new_tokens={own.max_new_tokens} exceed the servers' "
+                    f"{label}: {len(ids)} prompt tokens + max_new_tokens={sampling.max_new_tokens} exceed the servers' "
                     f"max_model_len={limit}: raise rollout.max_model_len, lower max_new_tokens or drop the prompt"
                 )
-            first = base + i * own.num_samples
             requests.append(
-                [
-                    Request(label, ids, min(chunk, own.num_samples - j), first + j, own)
-                    for j in range(0, own.num_samples, chunk)
-                ]
+                [Request(label, ids, min(chunk, count - j), seed + j, sampling) for j in range(0, count, chunk)]
             )
         return requests
 
@@ -160,6 +163,7 @@ class RolloutClient:
         score: Score | None,
         bank: StepBank | None,
         progress: bool,
+        on_done: Callable[[int, int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         total = sum(request.count for group in requests for request in group)
         unanswered: list[NoServerLeftError] = []
@@ -182,7 +186,10 @@ class RolloutClient:
                 if bank is not None:
                     await asyncio.to_thread(bank.add, request.label, request.token_ids, request.seed, samples)
                 bar.update(len(samples))
-                return samples
+                if on_done is None:
+                    return samples
+                on_done(i, request.seed - requests[i][0].seed, samples)
+                return []
 
             async with self._watched(), asyncio.TaskGroup() as tasks:
                 running = [
@@ -312,6 +319,16 @@ class RolloutClient:
 
 class NoServerLeftError(ServerError):
     """Every server was lost while samples were missing; the finished ones are in the bank."""
+
+
+def _labelled(prompts: Sequence[Prompt]) -> list[tuple[str, list[int]]]:
+    return [(prompt.id, [int(t) for t in prompt.token_ids]) for prompt in prompts]
+
+
+def _counts_and_seeds(number: int, sampling: SamplingConfig, seed: int) -> tuple[list[int], list[int]]:
+    """For `number` prompts of one call: a 48-bit hash keeps calls apart, within one the seeds are consecutive."""
+    base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=6).digest())
+    return [sampling.num_samples] * number, [base + i * sampling.num_samples for i in range(number)]
 
 
 def _body(request: Request) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+"""What a client costs: 5,000 requests against a CPU vLLM server at full concurrency, by each client in turn.
+
+    python -m benchmarks.client [--model HF_FOLDER] [--requests 5000]
+
+Shown for each: CPU seconds of the client and of the server's processes while the requests ran, their ratio, and the
+client's resident memory after a fifth of the requests and at the end. CPU seconds, because wall time says little on a
+shared machine. Every client runs in a process of its own, so that its CPU and memory are its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import psutil
+
+MAX_TOKENS = 64
+CLIENTS = ("evaluate, our servers", "evaluate, chat endpoint", "openai package, same requests")
+
+
+def tree_cpu_s(pid: int) -> float:
+    """CPU seconds of a process and all its living descendants."""
+    root = psutil.Process(pid)
+    return sum(sum(process.cpu_times()[:2]) for process in [root, *root.children(recursive=True)])
+
+
+def measured(client: str, url: str, key_file: str, model: str, num_requests: int) -> dict[str, float]:
+    """Run one client in this process; what it cost."""
+    me, rss = psutil.Process(), []
+
+    def done(count: int) -> None:
+        if count in (num_requests // 5, num_requests):
+            rss.append(me.memory_info().rss / 2**20)
+
+    run = {CLIENTS[0]: _servers, CLIENTS[1]: _chat, CLIENTS[2]: _openai}[client](url, key_file, model, num_requests)
+    run(10, lambda count: None)  # connections, imports, the template: once for all
+    before = sum(me.cpu_times()[:2])
+    run(num_requests, done)
+    return {"cpu_s": sum(me.cpu_times()[:2]) - before, "rss_fifth_mb": rss[0], "rss_end_mb": rss[1]}
+
+
+Run = Callable[[int, Callable[[int], None]], None]
+
+
+def _questions(num_requests: int) -> list:
+    from megatron_t1.data.prompts import Question
+
+    return [
+        Question(
+            id=f"q{i}", messages=[{"role": "user", "content": f"Find x: {i % 7 + 2}x+{i % 29 + 1}=0 mod 11"}], gold="1"
+        )
+        for i in range(num_requests)
+    ]
+
+
+def _sampler_run(sampler) -> Run:
+    from megatron_t1.rollout.config import SamplingConfig
+    from megatron_t1.samplers import Ask
+
+    sampling = SamplingConfig(temperature=1.0, num_samples=1, max_new_tokens=MAX_TOKENS)
+
+    def run(count: int, done: Callable[[int], None]) -> None:
+        asks, finished = [Ask(question, 0, 1) for question in _questions(count)], 0
+
+        def on_done(*_: object) -> None:
+            nonlocal finished
+            finished += 1
+            done(finished)
+
+        sampler.sample(asks, sampling, 0, on_done)
+
+    return run
+
+
+class _NoGrader:
+    """Grading has its own benchmark; here it would hide the client."""
+
+    async def score(self, prompt, sample):
+        from megatron_t1.types import Reward
+
+        return Reward(value=0.0, correct=False, outcome="wrong", extracted=None, reason="")
+
+
+def _servers(url: str, key_file: str, model: str, num_requests: int) -> Run:
+    from megatron_t1.actors import Actors
+    from megatron_t1.data.template import Template
+    from megatron_t1.models import spec_of
+    from megatron_t1.rollout.client import RolloutClient
+    from megatron_t1.rollout.config import RolloutConfig
+    from megatron_t1.rollout.server import Servers
+    from megatron_t1.samplers import ServerSampler
+
+    template = Template(Path(model))
+    servers = Servers(RolloutConfig(urls=(url,), key_file=key_file), model, tempfile.gettempdir()).start().wait_ready()
+    client = RolloutClient(servers, template.tokenizer, vocab_size=spec_of(Path(model)).vocab_size)
+    return _sampler_run(ServerSampler(Actors(servers, client, _NoGrader()), template))  # type: ignore[arg-type]
+
+
+def _chat(url: str, key_file: str, model: str, num_requests: int) -> Run:
+    from megatron_t1.rollout.chat import EndpointConfig
+    from megatron_t1.samplers import EndpointSampler
+
+    return _sampler_run(EndpointSampler(EndpointConfig(urls=(url,), key_file=key_file), _NoGrader()))  # type: ignore[arg-type]
+
+
+def _openai(url: str, key_file: str, model: str, num_requests: int) -> Run:
+    import httpx
+    from openai import AsyncOpenAI
+
+    async def main(count: int, done: Callable[[int], None]) -> None:
+        limits = httpx.Limits(max_connections=1024, max_keepalive_connections=1024)
+        http = httpx.AsyncClient(limits=limits, timeout=3600)
+        waiting, finished = iter(_questions(count)), 0
+        async with AsyncOpenAI(base_url=url + "/v1", api_key=Path(key_file).read_text(), http_client=http) as client:
+
+            async def work() -> None:
+                nonlocal finished
+                for question in waiting:
+                    await client.chat.completions.create(
+                        model="policy", messages=question.messages, max_tokens=MAX_TOKENS, temperature=1.0
+                    )
+                    finished += 1
+                    done(finished)
+
+            workers: list[Awaitable[None]] = [work() for _ in range(1024)]
+            await asyncio.gather(*workers)
+
+    return lambda count, done: asyncio.run(main(count, done))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Hugging Face folder; default: the quickstart's, with random weights")
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        client, url, key_file, model = args.one
+        print(json.dumps(measured(client, url, key_file, model, args.requests)))
+        return
+
+    from megatron_t1.data.quickstart import QuickstartDataConfig, write
+    from megatron_t1.rollout.config import RolloutConfig
+    from megatron_t1.rollout.server import KEY_FILE, open_servers
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model is None:
+            write(QuickstartDataConfig(out=Path(folder), num_sft_samples=1))
+        model = args.model or str(Path(folder) / "model")
+        cfg = RolloutConfig(device="cpu", dtype="float32", max_model_len=256, startup_timeout_s=1500)
+        print(
+            "| client | client CPU s | server CPU s | client / server | RSS MiB after 1/5 | at the end |\n"
+            + "|---" * 6
+            + "|"
+        )
+        with open_servers(cfg, model, folder) as servers:
+            server = servers.all[0]
+            assert server.process is not None
+            for client in CLIENTS:
+                before = tree_cpu_s(server.process.pid)
+                command = [sys.executable, "-m", "benchmarks.client", "--requests", str(args.requests)]
+                command += ["--one", client, server.url, str(Path(folder) / KEY_FILE), model]
+                found = json.loads(
+                    subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+                )
+                server_s = tree_cpu_s(server.process.pid) - before
+                print(
+                    f"| {client} | {found['cpu_s']:.2f} | {server_s:.1f} | {100 * found['cpu_s'] / server_s:.1f}% "
+                    f"| {found['rss_fifth_mb']:.0f} | {found['rss_end_mb']:.0f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

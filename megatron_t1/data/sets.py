@@ -1,0 +1,207 @@
+"""The question sets of the paper's table by name, and question files of known layouts: rows in, `Question`s out.
+
+A name is looked for in `sets_dir`, then fetched from the Hugging Face hub. What the layouts have in common is found by
+field names, so a file downloaded from anywhere works: MATH500 (problem, answer, level, subject), GSM8K (an answer that
+ends in "#### 18"), AIME (Problem, Answer), Omni-MATH (problem, answer, difficulty, domain), GPQA (Question, Correct
+Answer, Incorrect Answer 1 to 3), and our own (prompt or messages, answer).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_t1.data.prompts import Question, parse_rows, question_of
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Where a set lies on the hub and what a local copy may be called."""
+
+    repo: str
+    file: str
+    local: tuple[str, ...]
+    """Stems of a local file, lower case, without - and _."""
+    size: int
+    """Questions it must have."""
+    subset_of_larger: bool = False
+    """A file with more questions is cut to `size` of them, drawn with a fixed seed."""
+
+
+NAMED = {
+    "math500": _Named("HuggingFaceH4/MATH-500", "test.jsonl", ("math500",), 500),
+    "aime2024": _Named("Maxwell-Jia/AIME_2024", "aime_2024_problems.parquet", ("aime2024", "aime24"), 30),
+    "omni_math_500": _Named("KbsdJames/Omni-MATH", "test.jsonl", ("omnimath500", "omnimath"), 500, True),
+    "gpqa": _Named("Idavidrein/gpqa", "gpqa_diamond.csv", ("gpqadiamond", "gpqa"), 198),
+    "gsm8k": _Named("openai/gsm8k", "main/test-00000-of-00001.parquet", ("gsm8ktest", "gsm8k"), 1319),
+}
+
+
+def load_set(
+    name: str,
+    *,
+    sets_dir: Path | None = None,
+    seed: int = 0,
+    instruction: str = INSTRUCTION,
+    system_prompt: str | None = None,
+) -> list[Question]:
+    """The questions of a set by name, or of a file by path.
+
+    Args:
+        sets_dir: folder of local copies; without one, or when the set is not there, the hub is asked.
+        seed: decides the order of multiple-choice options, question by question.
+        instruction: added under each question of a layout that brings none (all but our own).
+
+    Raises:
+        ValueError: neither name nor file, no local copy and no hub, or rows that can't be read.
+    """
+    path = Path(name)
+    named = NAMED.get(name)
+    if named:
+        path = _find(name, named, sets_dir)
+    elif path.suffix not in _SUFFIXES:
+        raise ValueError(f"set {name!r} is none of {', '.join(NAMED)} and no file ending in {', '.join(_SUFFIXES)}")
+
+    def parse(row: dict[str, Any], number: int) -> Question:
+        return _question(row, f"{name if named else path.stem}-{number}", seed, instruction, system_prompt)
+
+    questions = parse_rows(path, parse, _rows(path))
+    ids = [question.id for question in questions]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{path}: {len(ids) - len(set(ids))} ids are used twice, for example {_twice(ids)!r}")
+    if named and named.subset_of_larger and len(questions) > named.size:
+        chosen = sorted(random.Random(500).sample(range(len(questions)), named.size))
+        return [questions[i] for i in chosen]
+    return questions
+
+
+def set_name(name: str) -> str:
+    """What a set's results are filed under: its name, or the stem of its file."""
+    return name if name in NAMED else Path(name).stem
+
+
+def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
+    if sets_dir is not None:
+        if not sets_dir.is_dir():
+            raise ValueError(f"evaluate.sets_dir={sets_dir} is not a folder")
+        files = sorted(path for path in sets_dir.rglob("*") if path.suffix in _SUFFIXES)
+        for stem in named.local:  # a file of that name, or the file of the hub's layout in a folder of that name
+            for path in files:
+                if _plain(path.stem) == stem or (_plain(path.parent.name) == stem and path.name == named.file):
+                    return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(named.repo, named.file, repo_type="dataset"))
+    except (OSError, ValueError, HfHubHTTPError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"set {name!r} is not in evaluate.sets_dir={sets_dir} (as {named.local[0]}.jsonl, .json, .csv or .parquet) "
+            f"and {named.repo}/{named.file} can't be had from the Hugging Face hub: {reason}\n"
+            f"Fetch it on a machine with access (`hf download {named.repo} {named.file} --repo-type dataset`; a gated "
+            f"set needs `hf auth login`) and give its folder as evaluate.sets_dir, or the file itself in evaluate.sets"
+        ) from None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]] | None:
+    """(line or row number, row) of a file that is no JSON lines; None for JSON lines, which `parse_rows` reads."""
+    if path.suffix == ".jsonl":
+        return None
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        if path.suffix == ".csv":
+            csv.field_size_limit(1 << 24)
+            with path.open(encoding="utf-8", newline="") as file:
+                rows: list[Any] = list(csv.DictReader(file))
+        elif path.suffix == ".parquet":
+            from pyarrow import ArrowException, parquet
+
+            try:
+                rows = parquet.read_table(path).to_pylist()
+            except ArrowException as error:
+                raise ValueError(str(error)) from None
+        else:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(rows, dict):
+                rows = next((value for value in rows.values() if isinstance(value, list)), [])
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} can't be read as {path.suffix[1:]}: {error}") from None
+    return iter(enumerate(rows, start=1))
+
+
+def _question(
+    row: dict[str, Any], fallback_id: str, seed: int, instruction: str, system_prompt: str | None
+) -> Question:
+    if "prompt" in row or "messages" in row:
+        return question_of({"id": fallback_id, **row}, system_prompt)
+    problem = _first(row, "problem", "Problem", "question", "Question")
+    gold = _first(row, "answer", "Answer", "Correct Answer")
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError('no question: one of "prompt", "messages", "problem", "question" must hold its text')
+    if gold is None or gold == "":
+        raise ValueError('no reference answer: "answer" is missing or empty')
+    identity = str(_first(row, "id", "ID", "unique_id", "Record ID") or fallback_id)
+    mode, choices = "mc" if row.get("kind") == "multiple_choice" else "response", tuple[str, ...]()
+    if "Correct Answer" in row:
+        options = [str(row[name]).strip() for name in ("Correct Answer", *_wrong_options(row))]
+        choices = tuple(random.Random(f"{seed}/{identity}").sample(options, len(options)))
+        mode, gold = "mc", "ABCDEFGHIJ"[choices.index(options[0])]
+        problem += "\n\n" + "\n".join(f"({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", choices, strict=False))
+    elif isinstance(gold, str) and "#### " in gold:
+        gold = gold.rsplit("#### ", 1)[1].replace(",", "")
+    if mode == "mc" and instruction == INSTRUCTION:
+        instruction = "Please reason step by step, and put the letter of the right option within \\boxed{}."
+    text = problem.strip() + (f"\n\n{instruction}" if instruction else "")
+    return Question(
+        id=identity,
+        messages=[
+            *([{"role": "system", "content": system_prompt}] if system_prompt else []),
+            {"role": "user", "content": text},
+        ],
+        gold=str(gold).strip(),
+        mode="mc" if mode == "mc" else "response",
+        choices=choices,
+        meta={"level": _level(row), "subject": _subject(row)},
+    )
+
+
+def _wrong_options(row: dict[str, Any]) -> list[str]:
+    return [name for name in (f"Incorrect Answer {i}" for i in range(1, 10)) if str(row.get(name) or "").strip()]
+
+
+def _first(row: dict[str, Any], *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+
+
+def _level(row: dict[str, Any]) -> str | None:
+    level = _first(row, "level", "difficulty")
+    return None if level is None else str(level).removeprefix("Level ")
+
+
+def _subject(row: dict[str, Any]) -> str | None:
+    subject = _first(row, "subject", "type", "High-level domain", "domain")
+    if isinstance(subject, list):  # Omni-MATH: ["Mathematics -> Algebra -> Sequences"]
+        subject = subject[0] if subject else None
+    if subject is None:
+        return None
+    parts = str(subject).split(" -> ")
+    return parts[1] if len(parts) > 1 and parts[0] == "Mathematics" else parts[0]
+
+
+def _twice(ids: list[str]) -> str:
+    seen: set[str] = set()
+    return next(identity for identity in ids if identity in seen or seen.add(identity))  # type: ignore[func-returns-value]

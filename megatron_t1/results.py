@@ -1,0 +1,106 @@
+"""Reading stored evaluations: the table of labels by sets, and two runs compared on the same questions.
+
+run_dir/evaluate/<label>/<set>/{summary.json,responses.jsonl}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_t1 import stats
+from megatron_t1.files import iter_jsonl
+
+PAPER_NAMES = {
+    "math500": "MATH500",
+    "aime2024": "AIME 2024",
+    "omni_math_500": "Omni-MATH-500",
+    "gpqa": "GPQA",
+    "gsm8k": "GSM8K",
+}
+
+
+def read_summaries(run_dir: Path) -> list[dict[str, Any]]:
+    """Summaries of all finished evaluations: those of earlier training steps first, then by label and set."""
+    found = [json.loads(path.read_text()) for path in run_dir.glob("evaluate/*/*/summary.json")]
+    return sorted(found, key=lambda s: (s["settings"].get("step", 0), s["label"], s["set"]))
+
+
+def table(summaries: list[dict[str, Any]]) -> str:
+    """Markdown: a row a label, a column a set, pass@1 in percent with the half width of its 95% interval."""
+    sets = sorted(
+        {s["set"] for s in summaries}, key=lambda name: (name not in PAPER_NAMES, [*PAPER_NAMES, name].index(name))
+    )
+    titles = []
+    for name in sets:
+        most = max(s["num_samples"] for s in summaries if s["set"] == name)
+        titles.append(PAPER_NAMES.get(name, name) + (f" (average of {most})" if most > 1 else ""))
+    lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(sets) + 1) + "|"]
+    for label in dict.fromkeys(s["label"] for s in summaries):
+        cells = []
+        for name in sets:
+            result = next((s for s in summaries if (s["label"], s["set"]) == (label, name)), None)
+            if result is None:
+                cells.append("")
+                continue
+            low, high = result["interval"]
+            cells.append(f"{100 * result['pass_at_1']:.1f} ± {50 * (high - low):.1f}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def compare(before: Path, after: Path) -> list[dict[str, Any]]:
+    """Paired by question: one row a set that both folders have (`evaluate/<label>` or one of its sets).
+
+    Raises:
+        ValueError: a folder without responses, or runs that share no question.
+    """
+    first, second = _by_set(before), _by_set(after)
+    if len(first) == len(second) == 1:  # two single sets are compared whatever they are called
+        second = dict(zip(first, second.values(), strict=True))
+    rows = []
+    for name in [name for name in first if name in second]:
+        one, other = first[name], second[name]
+        shared = [identity for identity in one if identity in other]
+        if len(shared) < 2:
+            continue
+        result = stats.paired_difference([one[i] for i in shared], [other[i] for i in shared])
+        accuracy = [sum(sum(run[i]) / len(run[i]) for i in shared) / len(shared) for run in (one, other)]
+        left_out = len(one) + len(other) - 2 * len(shared)
+        rows.append({"set": name, "num_questions": len(shared), "left_out": left_out, "accuracy": accuracy}
+                    | {"result": result})  # fmt: skip
+    if not rows:
+        raise ValueError(f"{before} and {after} have no set with the same questions")
+    return rows
+
+
+def describe(rows: list[dict[str, Any]]) -> str:
+    """The comparison as lines for a terminal."""
+    lines = []
+    for row in rows:
+        result, (one, other) = row["result"], row["accuracy"]
+        lines.append(
+            f"{row['set']}: {100 * one:.1f}% -> {100 * other:.1f}%, difference {100 * result.difference:+.1f} points "
+            f"(95%: {100 * result.low:+.1f} to {100 * result.high:+.1f}), p = {result.p_value:.2g} ({result.test}), "
+            f"{row['num_questions']} shared questions"
+            + (f", {row['left_out']} of one run alone left out" if row["left_out"] else "")
+        )
+    return "\n".join(lines)
+
+
+def _by_set(folder: Path) -> dict[str, dict[str, list[bool]]]:
+    """set -> question -> verdicts of its samples."""
+    paths = [folder / "responses.jsonl"] if (folder / "responses.jsonl").exists() else []
+    paths = paths or sorted(folder.glob("*/responses.jsonl"))
+    if not paths:
+        raise ValueError(f"{folder} has no responses.jsonl: give run_dir/evaluate/LABEL, or one of its sets")
+    return {path.parent.name: dict(_verdicts(path)) for path in paths}
+
+
+def _verdicts(path: Path) -> Iterator[tuple[str, list[bool]]]:
+    found: dict[str, list[bool]] = {}
+    for row in iter_jsonl(path):
+        found.setdefault(row["id"], []).append(row["reward"]["correct"])
+    yield from found.items()

@@ -1,0 +1,175 @@
+"""Where the responses of an evaluation come from: servers of ours, any OpenAI-compatible endpoint, or a file.
+
+A sampler is asked for samples by question and number and hands each over, graded, as it comes. Sample j of a question
+is drawn with a seed that depends on the run's seed, the question's id and j alone, so a resumed evaluation gets what
+the uninterrupted one would have got.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from megatron_t1.actors import Actors
+from megatron_t1.data.prompts import Question, parse_rows
+from megatron_t1.data.template import Template
+from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.chat import ChatEndpoint, EndpointConfig, RefusedError
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.types import FinishReason, Reward, Sample
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Samples `first` to `first` + `count` - 1 of a question."""
+
+    question: Question
+    first: int
+    count: int
+
+
+class Response(NamedTuple):
+    text: str
+    num_tokens: int
+    """Generated tokens; 0 when an endpoint or a file does not say."""
+    finish_reason: FinishReason
+    reward: Reward
+
+
+OnDone = Callable[[Question, int, list[Response]], None]
+"""Gets the samples of a question from a number on; called from one thread."""
+
+
+class Sampler(Protocol):
+    def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None: ...
+
+
+def sample_seed(seed: int, question_id: str) -> int:
+    """Seed of a question's sample 0; 46 bits, so that its samples' seeds stay apart from other questions'."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{question_id}".encode(), digest_size=6).digest()) >> 2
+
+
+def graded(sample: Sample) -> Response:
+    assert sample.reward is not None
+    return Response(sample.text, len(sample.token_ids), sample.finish_reason, sample.reward)
+
+
+class ServerSampler:
+    """vLLM servers of ours: token ids go in, so the chat template is the trainer's."""
+
+    def __init__(self, actors: Actors, template: Template) -> None:
+        self._actors, self._template = actors, template
+
+    def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None:
+        self._actors.client.generate_each(
+            [ask.question.prompt(self._template) for ask in asks],
+            [ask.count for ask in asks],
+            [sample_seed(seed, ask.question.id) + ask.first for ask in asks],
+            sampling,
+            self._actors.scorer.score,
+            lambda i, j, samples: on_done(asks[i].question, asks[i].first + j, [graded(s) for s in samples]),
+        )
+
+
+class EndpointSampler:
+    """An OpenAI-compatible endpoint, one request a sample. What it refuses is kept as an empty, wrong response."""
+
+    def __init__(self, cfg: EndpointConfig, scorer: Scorer) -> None:
+        self._cfg, self._scorer = cfg, scorer
+
+    def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None:
+        asyncio.run(self._sample(((ask, j) for ask in asks for j in range(ask.count)), sampling, seed, on_done))
+
+    async def _sample(
+        self, wanted: Iterator[tuple[Ask, int]], sampling: SamplingConfig, seed: int, on_done: OnDone
+    ) -> None:
+        async with ChatEndpoint(self._cfg) as endpoint:
+
+            async def work() -> None:
+                for ask, j in wanted:  # the workers share one iterator: memory does not grow with the number of asks
+                    number = ask.first + j
+                    response = await self._one(endpoint, ask.question, sampling, seed, number)
+                    on_done(ask.question, number, [response])
+
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self._cfg.max_in_flight):
+                    tasks.create_task(work())
+
+    async def _one(
+        self, endpoint: ChatEndpoint, question: Question, sampling: SamplingConfig, seed: int, number: int
+    ) -> Response:
+        try:
+            reply = await endpoint.ask(
+                question.messages,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                seed=(sample_seed(seed, question.id) + number) % 2**31,  # what hosted endpoints take
+                stop=sampling.stop,
+            )
+        except RefusedError as refused:
+            reward = Reward(value=0.0, correct=False, outcome="no_answer", extracted=None, reason=f"refused: {refused}")
+            return Response("", 0, "stop", reward)
+        prompt = question.prompt(None)
+        sample = text_sample(reply.text, reply.finish_reason)
+        return Response(reply.text, reply.num_tokens, reply.finish_reason, await self._scorer.score(prompt, sample))
+
+
+class StoredSampler:
+    """Responses from a JSON lines file: {"id", "response"}, optionally "num_tokens" and "finish_reason".
+
+    Lines of one id are its samples, in their order.
+    """
+
+    def __init__(self, path: Path, scorer: Scorer) -> None:
+        self.path, self._scorer = path, scorer
+        self._stored: dict[str, list[dict[str, Any]]] = defaultdict(list)
+
+        def parse(row: dict[str, Any], number: int) -> None:
+            if "id" not in row or not isinstance(row.get("response"), str):
+                raise ValueError('"id" and "response" are needed')
+            self._stored[str(row["id"])].append(row)
+
+        parse_rows(path, parse)
+
+    def num_samples(self, questions: Sequence[Question]) -> int:
+        """Samples a question; raises ValueError when some have none or not as many as the others."""
+        counts = {question.id: len(self._stored.get(question.id, ())) for question in questions}
+        least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        if counts[least] == 0 or counts[least] != counts[most]:
+            raise ValueError(
+                f"{self.path}: {counts[least]} responses to question {least!r} and {counts[most]} to {most!r}; every "
+                "question needs the same number, and at least one"
+            )
+        return counts[least]
+
+    def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None:
+        wanted = [(ask.question, ask.first + j) for ask in asks for j in range(ask.count)]
+        rows = [self._stored[question.id][number] for question, number in wanted]
+        pairs = (
+            (question.prompt(None), text_sample(row["response"], row.get("finish_reason", "stop")))
+            for (question, _), row in zip(wanted, rows, strict=True)
+        )
+        for (question, number), row, reward in zip(wanted, rows, self._scorer.score_iter(pairs), strict=True):
+            finish = row.get("finish_reason", "stop")
+            on_done(question, number, [Response(row["response"], int(row.get("num_tokens", 0)), finish, reward)])
+
+
+def text_sample(text: str, finish_reason: FinishReason) -> Sample:
+    """A sample of which only the text is known, for the grader."""
+    return Sample(
+        token_ids=np.zeros(0, np.int64),
+        logprobs=np.zeros(0, np.float32),
+        text=text,
+        finish_reason=finish_reason,
+        weight_versions=(),
+        server="",
+    )

@@ -1,0 +1,110 @@
+"""Prompt files: what is asked at each stage, and with which sampling. A user copies and edits them.
+
+A stage is a YAML file: `messages`, each with a `role` and a Jinja template as `content`; a last message of the
+assistant is continued. Beside it `temperature`, `top_p`, `max_tokens`, `stop`; `expect`: {right, wrong} -> regular
+expression that a critique of such an attempt must match; `keep_thinking`: whether a <think> part is part of the result.
+`response.j2` makes the SFT response of a finished chain.
+
+The names in the templates: question, gold, attempt (critique), attempts (integrate), chain (rewrite, response), answer
+(response). An attempt has text, thinking, answer, correct, critique. Text of models and data is put in as it is and is
+never a template itself.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+Message = dict[str, str]
+STAGES = ("attempt", "critique", "integrate", "rewrite")
+_DEFAULTS = Path(__file__).parent / "prompts"
+_ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One prompt file."""
+
+    name: str
+    messages: tuple[tuple[str, Template], ...]
+    """(role, template of the content)"""
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_tokens: int = 8192
+    stop: tuple[str, ...] = ()
+    expect: dict[str, re.Pattern[str]] = field(default_factory=dict)
+    """right, wrong -> what a critique of such an attempt must match."""
+    keep_thinking: bool = False
+
+    def render(self, **values: Any) -> list[Message]:
+        """The messages; raises ValueError when a template fails on these values."""
+        try:
+            return [{"role": role, "content": template.render(**values)} for role, template in self.messages]
+        except (TemplateError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"prompt {self.name}.yaml: {error}") from None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    stages: dict[str, Stage]
+    response: Template
+
+    def __getitem__(self, name: str) -> Stage:
+        return self.stages[name]
+
+
+def load(folder: Path | None) -> Prompts:
+    """The prompts of `folder`, and the package's for the files that it lacks.
+
+    Raises:
+        ValueError: a file that is no such YAML or template, named.
+    """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"prompts={folder} is not a folder")
+    if folder is not None:
+        known = {*(f"{name}.yaml" for name in STAGES), "response.j2"}
+        if unknown := sorted(path.name for path in folder.iterdir() if path.name not in known):
+            raise ValueError(f"prompts={folder}: {unknown} are none of {sorted(known)}")
+
+    def find(name: str) -> Path:
+        own = folder / name if folder else None
+        return own if own and own.exists() else _DEFAULTS / name
+
+    response = find("response.j2")
+    return Prompts(
+        {name: _stage(name, find(f"{name}.yaml")) for name in STAGES}, _template(response, response.read_text())
+    )
+
+
+def _stage(name: str, path: Path) -> Stage:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("messages"), list):
+            raise ValueError("must be a mapping with `messages`, a list")
+        messages = []
+        for message in found.pop("messages"):
+            if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+                raise ValueError(f"message {message!r} needs `role` (system, user or assistant) and `content`")
+            messages.append((message["role"], _template(path, str(message.get("content", "")))))
+        expect = {kind: re.compile(pattern) for kind, pattern in found.pop("expect", {}).items()}
+        if unknown := set(expect) - {"right", "wrong"}:
+            raise ValueError(f"`expect` has {sorted(unknown)}; it takes right and wrong")
+        fields = {**found, "stop": tuple(found.get("stop", ()))}
+        if unknown := set(fields) - {"temperature", "top_p", "max_tokens", "stop", "keep_thinking"}:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        return Stage(name=name, messages=tuple(messages), expect=expect, **fields)
+    except (OSError, ValueError, TypeError, yaml.YAMLError, re.error) as error:
+        raise ValueError(f"prompt file {path}: {error}") from None
+
+
+def _template(path: Path, text: str) -> Template:
+    try:
+        return _ENVIRONMENT.from_string(text.rstrip("\n"))
+    except TemplateError as error:
+        raise ValueError(f"prompt file {path}: {error}") from None

@@ -1,0 +1,62 @@
+"""Everything that was asked and what came of it, in one SQLite file: safe against kill -9, looked up by key.
+
+`replies` outlives a run: a request (model, messages, sampling, seed) that was answered is never sent again, and an
+edited prompt asks only from its stage on. `outcomes` holds the questions of the present run, to be read in their order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Store:
+    """Use as a context manager; one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            ValueError: another process uses the file, or it is no such file.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, isolation_level=None, timeout=1.0, check_same_thread=False)
+        try:
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+            self._db.execute("CREATE TABLE IF NOT EXISTS outcomes (place INTEGER PRIMARY KEY, row TEXT)")
+            self._db.execute("DELETE FROM outcomes")
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise ValueError(f"{path}: {error}; is another `t1 synthesize` at work in this folder?") from None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    @staticmethod
+    def key(request: Any) -> bytes:
+        return hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=20).digest()
+
+    def get(self, key: bytes) -> dict[str, Any] | None:
+        found = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        return json.loads(found[0]) if found else None
+
+    def put(self, key: bytes, reply: dict[str, Any]) -> None:
+        self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(reply)))
+
+    def finish(self, place: int, row: dict[str, Any]) -> None:
+        """What came of question number `place`."""
+        self._db.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?)", (place, json.dumps(row)))
+
+    def outcomes(self) -> Iterator[dict[str, Any]]:
+        """In the order of the questions."""
+        for (row,) in self._db.execute("SELECT row FROM outcomes ORDER BY place"):
+            yield json.loads(row)

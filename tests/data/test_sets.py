@@ -1,0 +1,112 @@
+"""Question sets: every known layout, local copies, and what is said when there is none."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from megatron_t1.data.sets import load_set
+from tests.launch import ROOT
+
+
+def write(path: Path, *rows: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_math500_by_name_from_a_local_copy() -> None:
+    questions = load_set("math500", sets_dir=ROOT / "tests/data")
+    assert len(questions) == 500
+    first = questions[0]
+    assert first.text.startswith("Convert the point $(0,3)$")
+    assert first.text.endswith("\n\nPlease reason step by step, and put your final answer within \\boxed{}.")
+    assert (first.gold, first.mode) == ("\\left( 3, \\frac{\\pi}{2} \\right)", "response")
+    assert first.meta == {"level": "2", "subject": "Precalculus"}
+
+
+def test_layouts_of_the_other_sets(tmp_path: Path) -> None:
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 1,234"}]),
+        tmp_path / "gsm8k.parquet",
+    )
+    write(tmp_path / "AIME_2024.jsonl", {"ID": "2024-I-1", "Problem": "p", "Solution": "s", "Answer": 204})
+    domain = ["Mathematics -> Algebra -> Sequences"]
+    write(tmp_path / "Omni-MATH/test.jsonl", {"problem": "p", "answer": "2", "difficulty": 4.5, "domain": domain})
+    write(tmp_path / "own.jsonl", {"id": 7, "messages": [{"role": "user", "content": "hi"}], "answer": 3, "level": "x"})
+    (tmp_path / "wrapped.json").write_text(json.dumps({"data": [{"question": "q", "answer": "1"}]}))
+    (gsm8k,), (aime,), (omni,), (own,), (wrapped,) = (
+        load_set(name, sets_dir=tmp_path, system_prompt="s")
+        for name in ("gsm8k", "aime2024", "omni_math_500", str(tmp_path / "own.jsonl"), str(tmp_path / "wrapped.json"))
+    )
+    assert (gsm8k.id, gsm8k.gold) == ("gsm8k-1", "1234")
+    assert (aime.id, aime.gold) == ("2024-I-1", "204")
+    assert omni.meta == {"level": "4.5", "subject": "Algebra"}
+    assert (own.id, own.text, own.gold, own.meta["level"]) == ("7", "hi", "3", "x")
+    assert (wrapped.id, wrapped.messages[0]["content"]) == ("wrapped-1", "s")
+
+
+def test_a_larger_omni_math_gives_the_same_500_every_time(tmp_path: Path) -> None:
+    path = tmp_path / "omni_math.jsonl"
+    write(path, *({"id": i, "problem": f"p{i}", "answer": "1"} for i in range(4428)))
+    ids = [question.id for question in load_set("omni_math_500", sets_dir=tmp_path)]
+    assert len(set(ids)) == 500
+    assert ids == [question.id for question in load_set("omni_math_500", sets_dir=tmp_path, seed=9)]
+
+
+def test_gpqa_options_are_shuffled_by_seed_and_the_gold_follows(tmp_path: Path) -> None:
+    names = [
+        "Record ID",
+        "Question",
+        "Correct Answer",
+        *(f"Incorrect Answer {i}" for i in (1, 2, 3)),
+        "High-level domain",
+    ]
+    with (tmp_path / "gpqa_diamond.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(names)
+        rows.writerows([f"rec{i}", f"Which,\n{i}?", "right", "w1", "w2", "w3", "Physics"] for i in range(40))
+    one, again, other = (load_set("gpqa", sets_dir=tmp_path, seed=seed) for seed in (1, 1, 2))
+    assert one == again
+    assert [question.gold for question in one] != [question.gold for question in other]
+    assert {question.gold for question in one} == set("ABCD")
+    for question in one:
+        assert question.mode == "mc"
+        assert question.choices["ABCD".index(question.gold)] == "right"
+        assert f"({question.gold}) right" in question.text
+        assert "the letter of the right option within \\boxed{}" in question.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("math5000", "set 'math5000' is none of math500, aime2024"),
+        ("nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("gpqa", r"hf download Idavidrein/gpqa gpqa_diamond.csv --repo-type dataset.*evaluate.sets_dir"),
+    ],
+)
+def test_what_is_not_there_is_said_with_the_remedy(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=re.compile(message, re.S)):
+        load_set(name, sets_dir=tmp_path)
+
+
+def test_bad_rows_are_named_by_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", {"problem": "p", "answer": "1"}, {"problem": "p"}, {"answer": "1"})
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: no reference answer") as error:
+        load_set(str(path))
+    assert "bad.jsonl:3: no question" in str(error.value)
+    same = {"id": "a", "problem": "p", "answer": "1"}
+    with pytest.raises(ValueError, match="used twice, for example 'a'"):
+        load_set(str(write(tmp_path / "same.jsonl", same, same)))
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="can't be read as parquet"):
+        load_set(str(tmp_path / "broken.parquet"))

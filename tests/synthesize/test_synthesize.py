@@ -1,0 +1,223 @@
+"""Synthesis with scripted endpoints: every stage, every reason to leave a question out, trouble, kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_t1.data.prompts import DataConfig, load_sft
+from megatron_t1.data.template import Template
+from megatron_t1.reward.score import RewardConfig
+from megatron_t1.rollout import chat
+from megatron_t1.rollout.chat import EndpointConfig, EndpointError
+from megatron_t1.synthesize import prompts
+from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
+from megatron_t1.synthesize.run import describe, synthesize
+from tests.launch import ROOT
+from tests.scripted import ScriptedEndpoint, serving
+
+HOSTILE = "{{ 7*7 }}{% raw %}<script>alert(1)</script>"
+
+
+def solver(body: dict[str, Any]) -> str:
+    """Adds numbers: attempts are right at random by their seed; the other stages do what their prompts ask for."""
+    text = body["messages"][-1]["content"]
+    a, b = map(int, re.search(r"What is (\d+) \+ (\d+)", text).groups())
+    rng = random.Random(body["seed"])
+    kind = a % 10  # what goes wrong with this question
+    if "A solution that somebody wrote" in text:
+        right = "Its final answer is right" in text
+        verdict = "right" if right != (kind == 3) else "wrong"
+        return f"<think>{HOSTILE}</think>Line 1 is {'fine' if right else 'off by one'}.\nVerdict: {verdict}"
+    if "Write one continuous train" in text:
+        wrong = a + b + 1 if kind != 4 else a + b
+        told = " The reference answer agrees." if kind == 5 else ""
+        final = a + b if kind != 6 else a + b + 7
+        return f"I try {wrong}. Wait, {wrong} - {b} is not {a}. So {a + b}.{told} {HOSTILE} \\boxed{{{final}}}"
+    if "A draft of somebody's thinking" in text:
+        draft = text.split("thinking about it:\n", 1)[1].split("\n\nRewrite the draft", 1)[0]
+        return "Let me see. " + (draft if kind != 7 else draft.replace("\\boxed", "boxed"))
+    if kind == 1:
+        return f"\\boxed{{{a + b}}}"  # too easy
+    if kind == 2:
+        return f"\\boxed{{{a + b + 1}}}"  # all agree on another answer: the reference is wrong
+    if kind == 8:
+        return f"\\boxed{{{a + b + rng.randint(1, 99)}}}"  # too hard
+    if kind == 9:
+        return "REFUSE"
+    return f"<think>{HOSTILE}</think>It is \\boxed{{{a + b + rng.choice([0, 0, 1, 2])}}}."
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    rows = ({"id": f"q{i}", "prompt": f"What is {i} + {i * 3}?", "answer": str(4 * i)} for i in range(100, 160))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(questions: Path, out: Path, url: str, **more: Any) -> SynthesizeConfig:
+    endpoint = EndpointConfig(urls=(url,), timeout_s=5.0, price_in=1.0, price_out=10.0)
+    given: dict[str, Any] = {"endpoints": {"big": endpoint}, "num_attempts": 6, **more}
+    return SynthesizeConfig(questions=str(questions), out=str(out), reward=RewardConfig(num_workers=1), **given)
+
+
+def files(out: Path) -> dict[str, str]:
+    return {name: (out / name).read_text() for name in ("sft.jsonl", "chains.jsonl", "summary.json", "browse.html")}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_chains_come_out_and_every_reason_counts(questions: Path, tmp_path: Path, tiny_dir: Path) -> None:
+    with serving(ScriptedEndpoint(solver)) as server:
+        summary = synthesize(config(questions, tmp_path / "out", server.url))
+    dropped = summary["dropped"]
+    assert summary["num_kept"] + sum(dropped.values()) == 60
+    assert dropped["noisy: the attempts agree on an answer that is not the reference"] == 6
+    assert dropped["too hard: no attempt is right"] >= 6
+    assert dropped["attempt: refused by big"] == 6
+    assert dropped["the critic does not find the right attempt right"] >= 3
+    assert dropped["gives the answer or the attempts away"] >= 3
+    assert dropped["the chain's answer is not right"] >= 3
+    assert dropped["the chain has no boxed answer"] >= 3
+    assert dropped["too easy"] >= 6
+    kept = rows(tmp_path / "out/sft.jsonl")
+    assert len(kept) == summary["num_kept"] > 5
+    for row in kept:
+        number = int(row["id"][1:])
+        assert number % 10 in (0, 4)
+        assert row["messages"] == [{"role": "user", "content": f"What is {number} + {3 * number}?"}]
+        assert row["response"].startswith("<think>\nLet me see. I try ")
+        assert row["response"].endswith(f"</think>\n\nThe final answer is $\\boxed{{{4 * number}}}$.")
+        assert HOSTILE in row["response"], "a model's text is never a template"
+    chain = next(row for row in rows(tmp_path / "out/chains.jsonl") if row["id"] == kept[0]["id"])
+    assert [attempt["correct"] for attempt in chain["attempts"]][-1] is True
+    assert all("Verdict" in attempt["critique"] and "think" not in attempt["critique"] for attempt in chain["attempts"])
+    assert len(load_sft(tmp_path / "out/sft.jsonl", Template(tiny_dir), DataConfig())) == len(kept)
+    asked = summary["cost"]["attempt"]
+    assert asked["requests"] == 360
+    assert asked["price"] == pytest.approx((asked["prompt_tokens"] + 10 * asked["tokens"]) / 1e6)
+    assert summary["price"] == pytest.approx(sum(cost["price"] for cost in summary["cost"].values()))
+    assert "attempt: 60 questions, 360 requests" in describe(summary)
+    page = (tmp_path / "out/browse.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_trouble_changes_nothing_and_a_second_run_asks_nothing(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_MAX_PAUSE_S", 0.2)
+    with serving(ScriptedEndpoint(solver)) as server:
+        synthesize(config(questions, tmp_path / "calm", server.url))
+    with serving(ScriptedEndpoint(solver, trouble=0.3)) as server:
+        synthesize(config(questions, tmp_path / "rough", server.url))
+        assert sum(server.troubles.values()) > 100
+        assert files(tmp_path / "rough") == files(tmp_path / "calm")
+        before = server.served.total()
+        synthesize(config(questions, tmp_path / "rough", server.url))
+        assert server.served.total() == before
+        edited = tmp_path / "prompts"
+        edited.mkdir()
+        text = (Path(prompts.__file__).parent / "prompts/rewrite.yaml").read_text()
+        (edited / "rewrite.yaml").write_text(text.replace("Write nothing but", "Write only"))
+        synthesize(config(questions, tmp_path / "rough", server.url, prompts=str(edited)))
+        asked = [name for name, _ in server.served.most_common() if "Write only" in name]
+        assert server.served.total() - before == len(asked) > 0, "only the edited stage is asked again"
+
+
+def test_several_models_attempt_in_turns_and_others_write(questions: Path, tmp_path: Path) -> None:
+    with serving(ScriptedEndpoint(solver)) as one, serving(ScriptedEndpoint(solver)) as other:
+        endpoints = {name: EndpointConfig(urls=(s.url,), model=name) for name, s in (("a", one), ("b", other))}
+        cfg = config(questions, tmp_path / "out", "http://unused", endpoints=endpoints, critique_with="b")
+        summary = synthesize(replace(cfg, integrate_with="a", rewrite_with="b"))
+    assert one.served.total() == 180 + summary["cost"]["integrate"]["requests"]
+    cost = summary["cost"]
+    assert other.served.total() == 180 + cost["critique"]["requests"] + cost["rewrite"]["requests"]
+    used = Counter(a["model"] for row in rows(tmp_path / "out/chains.jsonl") for a in row["attempts"])
+    assert set(used) == {"a", "b"}
+
+
+_KILLED = """
+import sys, json
+from pathlib import Path
+from tests.synthesize.test_synthesize import config
+from megatron_t1.synthesize.run import synthesize
+synthesize(config(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], questions_in_flight=8))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle_it_goes_on_to_the_same_files(
+    how: signal.Signals, questions: Path, tmp_path: Path
+) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with serving(ScriptedEndpoint(solver, delay_s=0.05)) as server:
+        synthesize(config(questions, tmp_path / "whole", server.url))
+        server.served.clear()
+        arguments = [sys.executable, "-c", _KILLED, str(questions), str(tmp_path / "cut"), server.url]
+        process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
+        while server.served.total() < 150 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(how)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode != 0
+        if how == signal.SIGINT:
+            assert "every reply so far is kept in" in said
+        before = Counter(server.served)
+        assert not (tmp_path / "cut/sft.jsonl").exists()
+        synthesize(config(questions, tmp_path / "cut", server.url))
+        assert files(tmp_path / "cut") == files(tmp_path / "whole")
+        again = {name for name, count in server.served.items() if count > 1}
+        assert len(again) <= 8 * 6, "at most what was in flight at the kill is asked again"
+        assert before.total() >= 150
+
+
+def test_a_dead_endpoint_stops_the_run_and_a_wrong_key_at_once(questions: Path, tmp_path: Path) -> None:
+    gone = EndpointConfig(urls=("http://127.0.0.1:9",), max_retries=0)
+    cfg = config(questions, tmp_path / "out", "http://unused", endpoints={"gone": gone}, max_failures_in_a_row=5)
+    with pytest.raises(EndpointError, match="5 questions in a row got no answer"):
+        synthesize(cfg)
+    with serving(ScriptedEndpoint(solver, key="secret")) as server:
+        with pytest.raises(EndpointError, match="401"):
+            synthesize(config(questions, tmp_path / "out", server.url))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("attempt.yaml", "messages: [{role: user, content: '{{ question '}]", "attempt.yaml"),
+        ("critique.yaml", "messages: []\nexpect: {right: '('}", "critique.yaml"),
+        ("integrate.yaml", "messages: []\nmax_token: 3", "unknown keys.*max_token"),
+        ("atempt.yaml", "messages: []", "atempt.yaml.* are none of"),
+    ],
+)
+def test_bad_prompt_files_are_named_before_anything_is_asked(
+    name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        prompts.load(tmp_path)
+
+
+def test_config_names_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give endpoints, or a model folder"):
+        SynthesizeConfig(questions="q", out="o")
+    with pytest.raises(ValueError, match=r"unknown endpoints \['c'\]"):
+        SynthesizeConfig(questions="q", out="o", endpoints={"a": EndpointConfig()}, critique_with="c")
+    with pytest.raises(ValueError, match="max_pass_rate"):
+        FilterConfig(max_pass_rate=0)

@@ -1,0 +1,186 @@
+"""Inference scaling against a real vLLM server and the real grader."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_t1.actors import Actors
+from megatron_t1.data.prompts import Question
+from megatron_t1.data.template import Template
+from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.server import Servers
+from megatron_t1.scaling import Scaling, ScalingConfig, _thinking
+from megatron_t1.types import Prompt, Sample
+from tests.tiny import make_tiny_tokenizer
+
+QUESTIONS = [Question(id=f"q{i}", messages=[{"role": "user", "content": f"{i}+7?"}], gold="7") for i in range(4)]
+# The answer is in the opening: exactly what was forced is right. A random model ends no thinking by itself.
+CFG = ScalingConfig(
+    budgets=(16, 200, 300, 420),
+    sampling=SamplingConfig(temperature=1.2, num_samples=2, max_new_tokens=380),
+    answer_opening="</think>\\boxed{7}",
+    max_answer_tokens=2,
+)
+
+
+class CountingClient:
+    """The real client; it remembers the prompts, and Ctrl-C comes once `max_calls` results came."""
+
+    def __init__(self, client: RolloutClient, max_results: int = 999) -> None:
+        self.client, self.max_results = client, max_results
+        self.prompts: list[Prompt] = []
+
+    def generate_each(self, prompts: Sequence[Prompt], *more: Any) -> None:
+        self.prompts += prompts
+        *asked, on_done = more
+        results = 0
+
+        def limited(*result: Any) -> None:
+            nonlocal results
+            if results >= self.max_results:
+                os.kill(os.getpid(), signal.SIGINT)  # this is the client's thread: the main one gets it
+                return
+            results += 1
+            on_done(*result)
+
+        self.client.generate_each(prompts, *asked, limited)
+
+
+@pytest.fixture(scope="module")
+def template(tiny_dir: Path) -> Template:
+    return Template(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def real(server: Servers, template: Template) -> Iterator[Actors]:
+    with Scorer(RewardConfig()) as scorer, RolloutClient(server, template.tokenizer, vocab_size=320) as client:
+        yield Actors(server, client, scorer)
+
+
+def counting(real: Actors, max_results: int = 999) -> Any:
+    return Actors(real.servers, CountingClient(real.client, max_results), real.scorer)  # type: ignore[arg-type]
+
+
+def measure(cfg: ScalingConfig, actors: Actors, template: Template, folder: Path, **options: Any) -> Scaling:
+    curve = Scaling(cfg, QUESTIONS, folder, {"weights": "abc"}, 3, **options)
+    curve.think(actors, template)
+    curve.answer(actors, template, template)
+    curve.curve()
+    return curve
+
+
+def cached_tokens(server: Servers) -> tuple[float, float]:
+    """(prompt tokens found in the prefix cache, prompt tokens looked up) of the server so far."""
+    with urllib.request.urlopen(server.all[0].url + "/metrics", timeout=30) as reply:
+        text = reply.read().decode()
+    found = re.findall(r"^vllm:prefix_cache_(hits|queries)_total\S* (\S+)$", text, re.M)
+    hits, queries = (sum(float(value) for kind, value in found if kind == name) for name in ("hits", "queries"))
+    return hits, queries
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_cut_is_forced_from_its_very_tokens(real: Actors, template: Template, tmp_path: Path) -> None:
+    actors = counting(real)
+    before = cached_tokens(real.servers)
+    measure(CFG, actors, template, tmp_path)
+    hits, queries = (after - then for after, then in zip(cached_tokens(real.servers), before, strict=True))
+    assert hits / queries > 0.5, "the thinking was computed again"
+    thinkings = rows(tmp_path / "thinkings.jsonl")
+    points = json.loads((tmp_path / "points.json").read_text())
+    assert [point["budget"] for point in points] == [16, 200, 300, 420]
+    assert [point["accuracy"] for point in points] == [point["share_forced"] for point in points]
+    assert points[0]["share_forced"] == 1
+    used = [point["mean_thinking_tokens"] for point in points]
+    assert used[0] == 16
+    assert used == sorted(used)
+    assert used[-1] <= 380
+    asked = [prompt.token_ids.tolist() for prompt in actors.client.prompts[4:]]  # after the four thinkings
+    longest = max(thinkings, key=lambda row: (not row["ended"], row["thinking_tokens"]))
+    start = next(q for q in QUESTIONS if q.id == longest["id"]).prompt(template).token_ids.tolist()
+    opening = template.ids(CFG.answer_opening).tolist()
+    for budget in CFG.budgets:
+        assert [*start, *longest["token_ids"][:budget], *opening] in asked
+    assert len(asked) == len(rows(tmp_path / "forced.jsonl"))
+
+
+@pytest.mark.parametrize("results", [3, 7])
+def test_a_cut_measurement_resumes_to_the_files_of_an_uncut_one(
+    results: int, real: Actors, template: Template, tmp_path: Path
+) -> None:
+    """Cut while thinking (4 groups in all) and while answering; nothing that was finished is asked again."""
+    measure(CFG, real, template, tmp_path / "whole")
+    curve = Scaling(CFG, QUESTIONS, tmp_path / "cut", {"weights": "abc"}, 3)
+    cut = counting(real, results if results < 4 else 99)
+    with pytest.raises(KeyboardInterrupt, match="are kept in"):  # noqa: PT012
+        curve.think(cut, template)
+        curve.answer(counting(real, results), template, template)
+    finished = {path.name: len(rows(path)) for path in (tmp_path / "cut").glob("*.jsonl")}
+    again = counting(real)
+    measure(CFG, again, template, tmp_path / "cut", resume=True)
+    for name in ("thinkings.jsonl", "forced.jsonl", "points.json", "majority.json", "settings.json"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    missing = len(rows(tmp_path / "whole/forced.jsonl")) - finished.get("forced.jsonl", 0)
+    groups = 4 - finished.get("thinkings.part.jsonl", 0) // 2 if results < 4 else 0
+    assert len(again.client.prompts) == groups + missing
+    more = counting(real)
+    measure(replace(CFG, budgets=(16, 48, 200, 300, 420)), more, template, tmp_path / "cut", resume=True)
+    new = sum(row["thinking_tokens"] > 48 or not row["ended"] for row in rows(tmp_path / "cut/thinkings.jsonl"))
+    assert len(more.client.prompts) == new > 0, "only the cuts of the new budget"
+    with pytest.raises(ValueError, match="other max_answer_tokens"):
+        measure(replace(CFG, max_answer_tokens=3), real, template, tmp_path / "cut", resume=True)
+
+
+def test_another_models_answer_gets_the_cut_as_text(real: Actors, template: Template, tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path / "other")
+    other = Template(tmp_path / "other")
+    short = replace(CFG, budgets=(16,), sampling=replace(CFG.sampling, max_new_tokens=40))
+    curve = Scaling(short, QUESTIONS, tmp_path / "curve", {}, 3)
+    curve.think(real, template)
+    actors = counting(real)
+    curve.answer(actors, other, template)
+    thinking = rows(tmp_path / "curve/thinkings.jsonl")[0]
+    cut = template.tokenizer.decode(thinking["token_ids"][:16], skip_special_tokens=True)
+    asked = [prompt.token_ids.tolist() for prompt in actors.client.prompts]
+    assert [*QUESTIONS[0].prompt(other).token_ids, *other.ids(cut + CFG.answer_opening)] in asked
+
+
+def test_majority_of_full_responses_stands_beside_the_curve(real: Actors, template: Template, tmp_path: Path) -> None:
+    measure(CFG, real, template, tmp_path)
+    majority = json.loads((tmp_path / "majority.json").read_text())
+    assert [point["num_samples"] for point in majority] == [1, 2]
+    assert majority[1]["mean_tokens"] == 2 * majority[0]["mean_tokens"]
+
+
+def test_thinking_tokens_are_counted_to_the_end_mark(template: Template) -> None:
+    def counted(text: str, finish: str = "stop") -> tuple[int, bool]:
+        ids = template.ids(text)  # one token a byte
+        sample = Sample(
+            token_ids=ids,
+            logprobs=np.zeros(len(ids), np.float32),
+            text=template.tokenizer.decode(ids, skip_special_tokens=True),
+            finish_reason=finish,
+            weight_versions=(),
+            server="",
+        )
+        return _thinking(sample, template, "</think>")
+
+    assert counted("abc</think>\\boxed{7}") == (len("abc</think>"), True)
+    assert counted("abcdef") == (6, True)
+    assert counted("abcdef", "length") == (6, False)
+    assert counted("a</think>b", "length") == (len("a</think>"), True)
