@@ -7,6 +7,7 @@ packed copy of the old embedding, and a mixture-of-experts layer skips packing i
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -70,6 +71,7 @@ class Reload:
 def check_names(model_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError when the announced tensors are not exactly those of the folder that this server serves.
 
+    Layers after the last one (they predict further tokens) and rotary frequencies are served from no tensor.
     A folder without safetensors (dummy weights, a hub name) can't be compared and passes; `load` still checks that
     every parameter is filled.
     """
@@ -78,9 +80,9 @@ def check_names(model_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Non
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(size))
-        # inv_freq is computed, not learned; old exporters left it in.
-        names = [name for name in header if name != "__metadata__" and not name.endswith("rotary_emb.inv_freq")]
-        served |= {name: tuple(header[name]["shape"]) for name in names}
+        served |= {
+            name: tuple(entry["shape"]) for name, entry in header.items() if _is_served(name, model_config.hf_config)
+        }
     if not served:
         return
     optional = {"lm_head.weight"} if getattr(model_config.hf_config, "tie_word_embeddings", False) else set()
@@ -97,6 +99,12 @@ def check_names(model_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Non
             + "; ".join(problems[:3])
             + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         )
+
+
+def _is_served(name: str, hf_config: Any) -> bool:
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    beyond = layer is not None and int(layer[1]) >= hf_config.num_hidden_layers
+    return name != "__metadata__" and not name.endswith("rotary_emb.inv_freq") and not beyond
 
 
 def _forget_packed_experts(model: torch.nn.Module) -> None:
