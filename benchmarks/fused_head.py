@@ -2,8 +2,9 @@
 
     python benchmarks/fused_head.py                                       # 2048 x 896 x 151,936 on one CPU thread
     python benchmarks/fused_head.py --dtype bfloat16 --paths gemm general
+    python benchmarks/fused_head.py --peers                               # and TRL's and verl's, where installed
     python benchmarks/fused_head.py --errors
-    python benchmarks/fused_head.py --device cuda --dtype bfloat16 --tokens 8192 --hidden 5120 --vocab 152064
+    python benchmarks/fused_head.py --device cuda --dtype bfloat16 --tokens 8192 --hidden 5120 --vocab 152064 --peers
 
 Every measurement is a fresh process, so that peaks are its own, and the implementations take turns round after
 round, so that a noisy machine disturbs all alike; ratios are formed within a round and their median is reported.
@@ -20,28 +21,53 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fused_head_peers import PEERS, installed
 
-from megatron_t1.algo.fused_head import fused_loss, logprob_entropy, logprob_entropy_nograd
-from megatron_t1.algo.head import Head
+from megatron_t1.algo.fused_head import AnchorHead, Head, fused_loss, logprob_entropy, logprob_entropy_nograd
 from megatron_t1.algo.loss import LossConfig, TokenFields, t1_token_loss
 
-PATHS = ("gemm", "naive", "general", "fused", "forward")
+GEMMS = {"naive": 3, "naive_onednn": 3, "general": 4, "fused": 3, "forward": 1, "full_kl": 4}
+"""Of every path: logits (again in the general path's backward; the anchor's in full_kl), dX, dW."""
+PATHS = ("gemm", *GEMMS)
 TEMPERATURE = 0.9
 CFG = LossConfig(entropy_coef=0.01, kl_coef=0.01)
 
 
-def token_loss(logprob, entropy, tokens):
-    return t1_token_loss(logprob, entropy, tokens, cfg=CFG)
+def token_loss(logprob, entropy, tokens, kl=None):
+    return t1_token_loss(logprob, entropy, tokens, kl, cfg=CFG)
 
 
-def naive(hidden, head, positions, targets, tokens):
-    logp = F.log_softmax((hidden[positions] @ head.weight.t()).float() / head.temperature, -1)
+def naive(hidden, head, positions, targets, tokens, linear=F.linear):
+    logp = F.log_softmax(linear(hidden[positions], head.weight).float() / head.temperature, -1)
     logprob = logp.gather(1, targets[:, None]).squeeze(1)
     entropy = -(logp.exp() * logp).sum(-1)
     token_loss(logprob, entropy, tokens)[0].sum().backward()
+
+
+class OneDnnLinear(torch.autograd.Function):
+    """F.linear on CPUs by oneDNN, where torch would take MKL."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight.t())
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return onednn(g, weight), onednn(g.t(), x)
+
+
+def onednn(a, b):
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+def naive_onednn(*data):
+    naive(*data, linear=OneDnnLinear.apply)
 
 
 def general(hidden, head, positions, targets, tokens):
@@ -54,6 +80,16 @@ def fused(hidden, head, positions, targets, tokens):
 
 def forward(hidden, head, positions, targets, tokens):
     logprob_entropy_nograd(hidden, head, positions, targets)
+
+
+def full_kl(hidden, head, positions, targets, tokens):
+    anchor = AnchorHead(hidden=hidden, head=head)  # the same numbers take the same time
+    fused_loss(hidden, head, positions, targets, token_loss, tokens, anchor=anchor)[0].backward()
+
+
+def peer(name, hidden, head, positions, targets, tokens):
+    logprob, entropy = PEERS[name][0](hidden[positions], head.weight, targets, head.temperature)
+    token_loss(logprob.float(), entropy.float(), tokens)[0].sum().backward()
 
 
 def inputs(device: str, dtype: torch.dtype, num_tokens: int, hidden_size: int, vocab_size: int):
@@ -86,17 +122,17 @@ def seconds(device: str, run: Callable[[], object]) -> float:
 
 def gemm_seconds(device: str, hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
     """The three GEMMs of a head over the whole vocabulary, each by the fastest library here."""
-    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if device == "cpu" else None
+    libraries = ("torch", "onednn") if device == "cpu" and torch.backends.mkldnn.is_available() else ("torch",)
     hidden, weight = hidden.detach(), weight.detach()
     step = 1024 if device == "cpu" else 2**30
     best: dict[str, float] = {}
     for dtype in {hidden.dtype, torch.float32} if device == "cpu" else {hidden.dtype}:
         x = hidden.to(dtype)
         dz = torch.randn(len(x), min(step, len(weight)), device=device).to(dtype)
-        for library in ("torch", "onednn") if onednn else ("torch",):
+        for library in libraries:
 
             def mm(a, b, library=library):
-                return onednn(a, b.t(), None, "none", [], "") if library == "onednn" else a @ b
+                return onednn(a, b) if library == "onednn" else a @ b
 
             kinds = {
                 "logits": lambda w, x=x, mm=mm: mm(x, w.t()),
@@ -132,6 +168,14 @@ def errors(args: argparse.Namespace) -> None:
         print(f"{name}: dX {dx:.1e}, dW {dw:.1e}")
 
 
+def processor(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with open("/proc/cpuinfo") as f:
+        known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in f)}
+    return f"{known['model name']} (family {known['cpu family']}, model {known['model']})"
+
+
 def proc_status_mib(key: str) -> float:
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) / 1024 for line in f if line.startswith(key))
@@ -141,7 +185,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """One path, once, in this process."""
     torch.set_num_threads(1)
     dtype = getattr(torch, args.dtype)
-    run = None if args.only == "gemm" else globals()[args.only]
+    run = {"gemm": None}.get(args.only, globals().get(args.only, partial(peer, args.only)))
     if run is not None:  # libraries load and kernels compile before the clock starts
         shape = (64, 64, 1024) if args.device == "cpu" else (args.tokens, args.hidden, args.vocab)
         run(*inputs(args.device, dtype, *shape))
@@ -174,7 +218,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--paths", nargs="+", default=PATHS, choices=PATHS)
-    parser.add_argument("--only", choices=PATHS, help="measure this path in this process and print JSON")
+    parser.add_argument("--peers", action="store_true", help="also other projects' losses, where they are installed")
+    parser.add_argument("--only", choices=(*PATHS, *PEERS), help="measure this path in this process and print JSON")
     parser.add_argument("--errors", action="store_true", help="show errors against float64 and end")
     args = parser.parse_args()
     if args.errors:
@@ -184,17 +229,25 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
 
-    results: dict[str, list[dict[str, float]]] = {path: [] for path in args.paths}
-    for _ in range(args.rounds):
-        for path in args.paths:
+    paths = [*args.paths, *(installed(args.device) if args.peers else [])]
+    if args.device == "cuda" or args.dtype != "float32":
+        paths = [path for path in paths if path != "naive_onednn"]  # torch takes oneDNN for bf16 by itself
+    results: dict[str, list[dict[str, float]]] = {path: [] for path in paths}
+    for number in range(args.rounds):
+        for path in paths:
             command = [sys.executable, *sys.argv, "--only", path]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results[path].append(json.loads(out))
+            out = subprocess.run(command, check=path not in PEERS, stdout=subprocess.PIPE, text=True).stdout
+            if out:
+                results[path].append(json.loads(out))
+                print(f"round {number + 1} of {args.rounds}: {path} {out.strip()}", file=sys.stderr)
+            else:
+                print(f"{path} failed; it is left out", file=sys.stderr)
 
     def median(values) -> float:
         return statistics.median(values)
 
-    print(f"\n{args.tokens} x {args.hidden} x {args.vocab}, {args.dtype}, {args.device}, {args.rounds} rounds\n")
+    size = f"{args.tokens} x {args.hidden} x {args.vocab}, {args.dtype}"
+    print(f"\n{processor(args.device)}, {size}, {args.rounds} rounds\n")
     if "gemm" in results:
         gemms = results.pop("gemm")
         flop = 2 * args.tokens * args.hidden * args.vocab
@@ -205,7 +258,9 @@ def main() -> None:
     print("| path | GEMMs | first s | second s | second to its GEMMs | second to naive | peak MiB | workspace MiB |")
     print("|---|---|---|---|---|---|---|---|")
     for path, runs in results.items():
-        count = {"forward": 1, "general": 4}.get(path, 3)  # logits, their recomputation in the general path, dX, dW
+        if len(runs) < args.rounds:
+            continue
+        count = GEMMS[path] if path in GEMMS else PEERS[path][1]
         limits = [g["logits"] * max(count - 2, 1) + (g["dx"] + g["dw"] if count > 1 else 0.0) for g in gemms]
         to_limit = f"{median(r['seconds'] / g for r, g in zip(runs, limits, strict=True)):.2f}" if gemms else "-"
         to_naive = (
