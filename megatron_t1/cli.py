@@ -26,6 +26,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   run         SFT, evaluation, RL, evaluation, inference scaling and report, in one job
   sft         supervised fine-tuning of model.hf_path on data.sft
   rl          reinforcement learning of model.hf_path on data.train
+  curate      make data.train: clean raw questions, keep those that model.hf_path solves in at most 30% of 16 samples
   evaluate    accuracy of model.hf_path (or an endpoint, or stored responses) on evaluate.sets or data.heldout
   compare     two evaluations, paired by question: `t1 compare runs/a/evaluate/sft runs/a/evaluate/rl`
   scaling     accuracy of model.hf_path on data.heldout against thinking budgets
@@ -152,6 +153,15 @@ def _sync_check(arguments: list[str]) -> int:
     from megatron_t1 import pipeline
 
     return 0 if pipeline.run_sync_check(cfg) else 1
+
+
+def _curate(arguments: list[str]) -> int:
+    from megatron_t1 import pipeline
+    from megatron_t1.config import Config
+
+    cfg, *_ = _read("curate", arguments, Config)
+    pipeline.run_curate(cfg)
+    return 0
 
 
 def _serve(arguments: list[str]) -> int:
@@ -305,6 +315,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _trainer_job("run"),
     "sft": _trainer_job("sft"),
     "rl": _trainer_job("rl"),
+    "curate": _curate,
     "evaluate": _labelled_job("evaluate"),
     "scaling": _labelled_job("scaling"),
     "check": _check,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_t1.algo.loss import LossConfig
+from megatron_t1.curate import CurateConfig
 from megatron_t1.data.prompts import DataConfig
 from megatron_t1.engine.anchor import AnchorConfig
 from megatron_t1.engine.model import ModelConfig
@@ -39,6 +40,7 @@ class Config:
     rl: RLConfig = field(default_factory=RLConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    curate: CurateConfig = field(default_factory=CurateConfig)
 
     def __post_init__(self) -> None:
         if self.sampling.temperature <= 0:

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import torch.distributed as dist
 
-from megatron_t1 import evaluate, platform, rl, sft
+from megatron_t1 import curate, evaluate, platform, rl, sft
 from megatron_t1.actors import Actors, open_actors
 from megatron_t1.config import Config
 from megatron_t1.data.packing import Sequence
@@ -166,6 +166,19 @@ def run_scaling(cfg: Config, label: str) -> None:
             f"budget {point.budget:>6}: accuracy {point.accuracy:.3f} (95%: {low:.3f} to {high:.3f}), "
             f"{point.mean_thinking_tokens:.0f} thinking tokens used, {100 * point.share_forced:.0f}% forced"
         )
+
+
+def run_curate(cfg: Config) -> None:
+    """Make a file of prompts for RL; one process, no Megatron."""
+    folder = Path(cfg.run_dir) / "curate"
+    counts = curate.prepare(cfg.curate, cfg.reward, folder, resume=cfg.resume)
+    if not cfg.curate.clean_only:
+        template = Template(Path(cfg.model.hf_path))
+        prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
+        with open_actors(cfg, template) as actors:
+            _serve_folder(cfg, actors)
+            curate.sample(cfg.curate, actors, prompts, folder, cfg.seed)
+    print(curate.select(cfg.curate, folder, counts)[1])
 
 
 def run_all(cfg: Config) -> None:

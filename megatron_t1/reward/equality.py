@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from megatron_t1.reward.brackets import closing, split_at, split_top, unwrap
 from megatron_t1.reward.latex import UndecidableError
-from megatron_t1.reward.leaves import is_text, leaves_equal, numbers_equal, words
+from megatron_t1.reward.leaves import check_readable_leaf, is_text, leaves_equal, numbers_equal, words
 from megatron_t1.reward.normalize import compact, exact_number
 
 MAX_ITEMS = 64
@@ -93,6 +93,8 @@ def _interval_of_relation(s: str) -> Interval | None:
         return None
     if len(operators) == 1:
         left, right, operator = sides[0], sides[1], operators[0]
+        if re.fullmatch(r"\|\s*[a-z]\s*\|", left) and operator in ("<", "\\le"):
+            return f"-({right})", operator == "\\le", right, operator == "\\le"
         if not _is_name(left):
             left, right, operator = right, left, _NEGATIVE[operator]
         if not _is_name(left):
@@ -114,6 +116,25 @@ def _interval(s: str) -> Interval | None:
     return _interval_of_relation(s)
 
 
+def _excluded(s: str) -> list[str]:
+    r"""Values, rising, that "x \ne 1, x \ne 2" or "\mathbb{R} \setminus \{1, 2\}" leave out; [] when unclear."""
+    if m := re.fullmatch(r"(?:\\mathbb\{R\}|\(-\\infty,\s*\\infty\))\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S):
+        values = _set(m[1]) or []
+    else:
+        values, named = [], False
+        for piece in split_top(s, ",;"):
+            sides, operators = _operators(piece)
+            if operators == ["\\ne"] and _is_name(sides[0]):
+                named = True
+            elif operators or not named:
+                return []
+            values += _list(sides[-1])
+    numbers = [(exact_number(value), value) for value in values]
+    if len(values) > 1 and any(number is None for number, _ in numbers):
+        return []
+    return [value for _, value in sorted(numbers, key=lambda pair: pair[0].value if pair[0] else 0)]
+
+
 def _region(s: str) -> list[Interval] | None:
     """A union of intervals, written as intervals, inequalities or a set of x with a condition; None when it is not."""
     sides, operators = _operators(s)
@@ -121,6 +142,9 @@ def _region(s: str) -> list[Interval] | None:
         s = sides[1]
     if m := re.fullmatch(r"\\\{([^|:]*)[|:](.*)\\\}", s, re.S):
         s = m[2].strip()
+    if excluded := _excluded(s):
+        bounds = ["-\\infty", *excluded, "\\infty"]
+        return [(low, False, high, False) for low, high in itertools.pairwise(bounds)]
     pieces = split_at(s, _CUP)[0]
     if len(pieces) == 1:
         pieces = split_top(s, ",;") if operators or _operators(s)[1] else [s]
@@ -153,11 +177,20 @@ def _set(s: str) -> list[str] | None:
 
 
 def _matrix(s: str) -> list[list[str]] | None:
+    if s[:1] == "[" and s[-1:] == "]" and "\\begin" in s:  # [ array ]
+        s = s[1:-1].strip()
     m = re.fullmatch(r"\\begin\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{[a-zA-Z]+\}", s, re.S)
     if not m:
         return None
     rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[1]) if row.strip()]
     return rows if sum(map(len, rows)) <= MAX_ITEMS else None
+
+
+def _nested(s: str) -> list[list[str]] | None:
+    """[[1, 2], [3, 4]]."""
+    outer = _tuple(s)
+    rows = [_tuple(row) for row in outer[2]] if outer and outer[0] == "[" else []
+    return [row[2] for row in rows if row] if rows and all(row and row[0] == "[" for row in rows) else None
 
 
 def _column(s: str) -> list[list[str]] | None:
@@ -166,8 +199,8 @@ def _column(s: str) -> list[list[str]] | None:
 
 
 def _matrices_equal(gold: str, answer: str) -> bool:
-    """Of matrices of one shape; a column may be written as a tuple."""
-    g, a = _matrix(gold) or _column(gold), _matrix(answer) or _column(answer)
+    """Of matrices of one shape; a column may be written as a tuple, a matrix as a list of rows."""
+    g, a = (_matrix(s) or _nested(s) or _column(s) for s in (gold, answer))
     if not g or not a or [len(row) for row in g] != [len(row) for row in a]:
         return False
     return _same_sequence(list(itertools.chain(*g)), list(itertools.chain(*a)))
@@ -221,6 +254,13 @@ def _names_clash(gold: str, answer: str) -> bool:
     return bool(single.fullmatch(g) and single.fullmatch(a)) and g != a
 
 
+def _variable(s: str) -> str:
+    """The one variable that a relation is about; '' when there is none."""
+    sides, operators = _operators(s)
+    names = [side for side in sides if operators and _is_name(side)]
+    return names[0] if len(names) == 1 else ""
+
+
 def _with_argument_x(name: str, value: str) -> str:
     """The value of f(t) = ... with its argument called x."""
     argument = _FUNCTION_NAME.fullmatch(name)
@@ -247,8 +287,10 @@ def _relations_equal(gold: str, answer: str) -> bool:
         return _item(gold, a_value)
     if g_name and not a_ops:
         return _item(g_value, answer)
-    if not g_ops:  # an equation where a value was asked: all its sides must be that value
-        return set(a_ops) <= {"=", "\\approx"} and all(_item(gold, side) for side in a_sides)
+    if not g_ops:  # an equation where a value was asked: all its sides must be that value, or leave it open
+        if not set(a_ops) <= {"=", "\\approx"} or not _item(gold, a_sides[-1]):
+            return False
+        return all(_item(gold, side) or (compact(gold) != "0" and symbolic.is_open(side)) for side in a_sides[:-1])
     if g_ops == ["="] and (not a_ops or a_name):
         return symbolic.solves(g_sides[0], g_sides[1], compact(a_name), a_value)
     comparable = {*_NEGATIVE, "=", "\\ne"}
@@ -280,6 +322,8 @@ def _item(gold: str, answer: str) -> bool:
         return _item(gold, a_set[0])
     g_region, a_region = _region(gold), _region(answer)
     if g_region and a_region:
+        if _names_clash(_variable(gold), _variable(answer)):
+            return False
         if _same_items(g_region, a_region, _intervals_equal):
             return True
         if g_tuple or a_tuple or len(g_region) != 1 or len(a_region) != 1:
@@ -340,3 +384,35 @@ def equal(gold: str, answer: str) -> bool:
     if is_text(gold.replace(",", " ")):
         return words(gold) == words(answer) != ""
     return _lists(gold, answer)
+
+
+def check_readable(answer: str) -> None:
+    """Whether `equal` can compare this normalised answer with other spellings of it, and not as a string alone.
+
+    Raises:
+        UndecidableError: some part of it is no number, short text or expression; the message names the part.
+    """
+    s = unwrap(_TRAILING_CLAUSE.sub("", answer))
+    if exact_number(s) is not None:
+        return
+    items = _list(s)
+    bracket, members, rows = _tuple(s), _set(s), _matrix(s)
+    if rows:
+        parts = list(itertools.chain(*rows))
+    elif bracket:
+        parts = bracket[2]
+    elif members is not None:
+        parts = members
+    elif len(items) > 1:
+        parts = items
+    elif region := _region(s):
+        parts = [bound for interval in region for bound in (interval[0], interval[2])]
+    elif _operators(s)[1]:
+        parts = _operators(s)[0]
+    else:
+        check_readable_leaf(s)
+        return
+    for part in parts:
+        if part == s:
+            raise UndecidableError(f"{part[:60]!r} cannot be read")
+        check_readable(part)

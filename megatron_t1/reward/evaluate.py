@@ -20,7 +20,8 @@ from typing import Any
 import mpmath
 import sympy
 
-from megatron_t1.reward.latex import INDEX, Binder, UndecidableError
+from megatron_t1.reward.latex import UndecidableError
+from megatron_t1.reward.trees import INDEX, Binder
 
 Values = dict[str, Any]
 MAX_MAGNITUDE = 10**5
@@ -122,11 +123,11 @@ def _binder(node: Any) -> tuple[str, Any, Any, list[Any]] | None:
 
 def _bound(name: str, body: Any, variable: Any, bounds: list[Any], values: Values) -> Any:
     """Finite sums and products are computed; what else binds a variable gets a made-up value by its body and bounds."""
-    open_ended = any(b.free_symbols or b in (sympy.oo, -sympy.oo) for b in bounds)
-    if name in ("sum", "prod") and not open_ended and not any(INDEX in s.name for s in body.free_symbols):
-        first, last = (evaluate(b, values) for b in bounds)
-        if not (mpmath.isint(first) and mpmath.isint(last)):
-            raise UndecidableError("bounds that are not whole")
+    endless = any(b in (sympy.oo, -sympy.oo) or r"\infty" in {s.name for s in b.free_symbols} for b in bounds)
+    ends = [] if endless else [evaluate(b, values) for b in bounds]
+    indexed = any(INDEX in s.name for s in body.free_symbols)
+    if name in ("sum", "prod") and len(ends) == 2 and all(map(mpmath.isint, ends)) and not indexed:
+        first, last = ends
         total = mpmath.mpf(0 if name == "sum" else 1)
         for k in range(int(first), int(last) + 1):
             METER.charge(20)

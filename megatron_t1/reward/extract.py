@@ -91,7 +91,7 @@ def last_box(text: str) -> str | None:
     return inner
 
 
-def _phrase(text: str) -> str | None:
+def phrase(text: str) -> str | None:
     """What follows the last "answer is"/"Answer:", up to the end of its sentence."""
     anchors = list(_ANCHOR.finditer(text))
     if not anchors:
@@ -107,18 +107,26 @@ def _phrase(text: str) -> str | None:
     return sentence.strip(" *:`") or None
 
 
-def response_answer(text: str) -> tuple[str | None, str]:
-    """(answer, where it was found or why there is none) of a whole response."""
+def _last_part(text: str) -> tuple[str | None, str | None, str]:
+    """(what follows the thinking, its last box, where the answer is or why there is none; '' when there is no box)."""
     tail = after_thinking(text)
     if tail is None:
-        return None, "thinking never closed"
+        return None, None, "thinking never closed"
     tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
-    if BOX.search(tail):
-        box = last_box(tail)
-        return (box, "last box") if box is not None else (None, "the last box is empty or unclosed")
-    phrase = _phrase(tail)
-    if phrase is not None:
-        return phrase[:MAX_ANSWER_CHARS], "final phrase"
+    if not BOX.search(tail):
+        return tail, None, ""
+    box = last_box(tail)
+    return tail, box, "last box" if box is not None else "the last box is empty or unclosed"
+
+
+def response_answer(text: str) -> tuple[str | None, str]:
+    """(answer, where it was found or why there is none) of a whole response."""
+    tail, box, where = _last_part(text)
+    if tail is None or where:
+        return box, where
+    said = phrase(tail)
+    if said is not None:
+        return said[:MAX_ANSWER_CHARS], "final phrase"
     bare = tail.strip()
     if bare and len(bare) <= 200 and "\n" not in bare:
         return bare, "whole response"
@@ -127,22 +135,21 @@ def response_answer(text: str) -> tuple[str | None, str]:
 
 def sentence_answer(text: str) -> tuple[str | None, str]:
     """(answer, where) of a sentence that holds the answer: box, phrase, last formula, last number, in this order."""
-    tail = after_thinking(text)
+    tail, box, where = _last_part(text)
     if tail is None:
-        return None, "thinking never closed"
-    tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
-    phrase = _phrase(tail)
-    boxes = [m.end() for m in BOX.finditer(tail)]
-    if boxes and not (phrase and tail.casefold().rfind("final answer is") > boxes[-1]):
-        box = last_box(tail)
-        return (box, "last box") if box is not None else (None, "the last box is empty or unclosed")
-    if phrase is not None and (len(phrase) <= 40 or not _NUMBER.search(phrase)):
-        return phrase[:MAX_ANSWER_CHARS], "final phrase"
+        return None, where
+    said = phrase(tail)
+    if where:
+        last = [m.end() for m in BOX.finditer(tail)][-1]
+        if not (said and tail.casefold().rfind("final answer is") > last):
+            return box, where
+    if said is not None and (len(said) <= 40 or not _NUMBER.search(said)):
+        return said[:MAX_ANSWER_CHARS], "final phrase"
     end = tail[-MAX_ANSWER_CHARS:]
     formulas = [next(g for g in m.groups() if g is not None).strip() for m in _MATH.finditer(end)]
     if formulas and formulas[-1]:
         return formulas[-1][:MAX_ANSWER_CHARS], "last formula"
-    numbers = _NUMBER.findall(phrase if phrase is not None else tail)
+    numbers = _NUMBER.findall(said if said is not None else tail)
     if numbers:
         return numbers[-1].strip(" ,"), "last number"
     bare = tail.strip()
@@ -191,15 +198,10 @@ def gold_letter(gold: str, choices: tuple[str, ...]) -> str | None:
 
 def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None, str]:
     """(letter, where or why not) of a multiple-choice response. A hedge ("C or D", "not C") chooses nothing."""
-    tail = after_thinking(text)
-    if tail is None:
-        return None, "thinking never closed"
-    tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
-    if BOX.search(tail):
-        box = last_box(tail)
-        if box is None:
-            return None, "the last box is empty or unclosed"
-        tail = box
+    tail, box, where = _last_part(text)
+    if tail is None or (where and box is None):
+        return None, where
+    tail = tail if box is None else box
     if letter := _one_letter(tail) or _match_choice(tail, choices):
         return letter, "whole answer"
     anchors = [m for m in _MC_ANCHOR.finditer(tail) if m.group(1).isupper()]
@@ -208,8 +210,8 @@ def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None,
         if _HEDGE_AFTER.search(tail[last.end() :]) or re.search(r"\b(?:not|n't|never|不)\b", last.group(0), re.I):
             return None, "hedged or negated choice"
         return last.group(1), "final phrase"
-    phrase = _phrase(tail)
-    if phrase and (letter := _match_choice(phrase, choices)):
+    said = phrase(tail)
+    if said and (letter := _match_choice(said, choices)):
         return letter, "option text"
     if re.search(r"\b(?:not|isn't|neither|nor)\b", tail, re.I):
         return None, "negated choice"

@@ -17,6 +17,8 @@ from typing import Any
 
 import sympy
 
+from megatron_t1.reward.trees import Fraction, bind, determinant, negated, quotient
+
 MAX_DEPTH = 30
 MAX_TOKENS = 600
 
@@ -36,8 +38,6 @@ _DECORATIONS = {"overline", "overrightarrow", "vec", "hat", "bar", "tilde", "ang
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\{": "\\}"}
 _TIMES = {"\\cdot", "\\times"}
 _BINDERS = {"sum", "prod", "lim", "int"}
-INDEX = "index"
-"""Stands for the bound variable in a subscript."""
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "Bmatrix"}
 MAX_DETERMINANT = 4
 """Rows of the largest determinant written out."""
@@ -46,15 +46,6 @@ _ENDS = {None, "+", "-", "/", ")", "]", "}", "\\}", ",", "\\rfloor", "\\rceil", 
 
 class UndecidableError(Exception):
     """The expression cannot be read, or is too large to be worth comparing."""
-
-
-class Binder(sympy.Expr):  # type: ignore[misc]
-    """A sum, product, integral or limit: args are its name, its body, its bound variable and its bounds."""
-
-    @property
-    def free_symbols(self) -> set[Any]:
-        _, body, variable, *bounds = self.args
-        return (body.free_symbols - {variable}).union(*(bound.free_symbols for bound in bounds))
 
 
 class _Parser:
@@ -97,7 +88,7 @@ class _Parser:
         while self.next in ("+", "-"):
             negative ^= self.take() == "-"
         term = self.term()
-        return _negated(term) if negative else term
+        return negated(term) if negative else term
 
     def term(self) -> Any:
         product = self.factor()
@@ -108,18 +99,18 @@ class _Parser:
                 product = sympy.Mul(product, self.signed_factor(), evaluate=False)
             elif token == "/":
                 self.take()
-                product = _quotient(product, self.signed_factor())
+                product = quotient(product, self.signed_factor())
             elif token in _ENDS or (token == "|" and self.in_bars):
                 return product
             else:
                 factor = self.factor()
-                mixed = product.is_Integer and isinstance(factor, _Fraction)
+                mixed = product.is_Integer and isinstance(factor, Fraction)
                 product = (sympy.Add if mixed else sympy.Mul)(product, factor, evaluate=False)
 
     def signed_factor(self) -> Any:
         if self.next == "-":
             self.take()
-            return _negated(self.factor())
+            return negated(self.factor())
         return self.factor()
 
     def factor(self) -> Any:
@@ -198,6 +189,11 @@ class _Parser:
         return sympy.Abs(inner, evaluate=False)
 
     def letter(self, token: str) -> Any:
+        if token == "C" and self.tokens[self.position : self.position + 1] == ["("]:
+            start, found = self.position, self.arguments()
+            if len(found) == 2:
+                return sympy.binomial(*found, evaluate=False)
+            self.position = start
         if token in "fghFGH" and self.next == "(":
             return sympy.Function(token)(*self.arguments())
         return sympy.E if token == "e" and self.next != "_" else self.symbol(token)
@@ -226,12 +222,12 @@ class _Parser:
             return self.symbol(name)
         if name == "frac":
             top, bottom = self.argument(), self.argument()
-            return _quotient(top, bottom)
+            return quotient(top, bottom)
         if name == "sqrt":
             degree: Any = sympy.Integer(2)
             if self.next == "[":
                 degree = self.bracketed()
-            return sympy.Pow(self.argument(), _quotient(sympy.Integer(1), degree), evaluate=False)
+            return sympy.Pow(self.argument(), quotient(sympy.Integer(1), degree), evaluate=False)
         if name == "binom":
             return sympy.binomial(self.argument(), self.argument(), evaluate=False)
         if name in _FUNCTIONS:
@@ -248,10 +244,10 @@ class _Parser:
         if name == "infty":
             return sympy.Symbol("\\infty")
         if name == "det":
-            return self.determinant(_MATRICES)
+            return self.matrix_value(_MATRICES)
         if name == "begin":
             self.position -= 1
-            return self.determinant({"vmatrix"})
+            return self.matrix_value({"vmatrix"})
         if name in _DECORATIONS:
             return self.symbol(f"{name} {self.raw_group()}")
         if name == "text":
@@ -277,7 +273,7 @@ class _Parser:
                 argument = sympy.Mul(argument, self.factor(), evaluate=False)
         value = function(argument, evaluate=False)
         if base is not None and name in ("log", "lg"):
-            value = _quotient(value, sympy.log(base, evaluate=False))
+            value = quotient(value, sympy.log(base, evaluate=False))
         return value if power is None else sympy.Pow(value, power, evaluate=False)
 
     def group(self) -> list[str]:
@@ -325,7 +321,7 @@ class _Parser:
         self.deeper()
         body = self.term()
         self.depth -= 1
-        return _bind(name, body, variable, limits)
+        return bind(name, body, variable, limits)
 
     def integral(self) -> Any:
         limits = [self.part(tokens) for tokens in self.bounds() if tokens]
@@ -335,9 +331,9 @@ class _Parser:
             level += (token in _BRACKETS) - (token in _BRACKETS.values())
         body = self.part(self.tokens[start : self.position] or ["1"])
         self.take()
-        return _bind("int", body, sympy.Symbol(self.take().lstrip("\\")), limits)
+        return bind("int", body, sympy.Symbol(self.take().lstrip("\\")), limits)
 
-    def determinant(self, kinds: set[str]) -> Any:
+    def matrix_value(self, kinds: set[str]) -> Any:
         r"""Of \begin{vmatrix} ... \end{vmatrix}, or of a matrix after \det, written out."""
         self.expect("\\begin")
         kind = self.raw_group()
@@ -357,44 +353,10 @@ class _Parser:
         rows = [row for row in rows if row != [[]]]
         if not 1 <= len(rows) <= MAX_DETERMINANT or any(len(row) != len(rows) for row in rows):
             raise UndecidableError("not a small square of cells")
-        return _determinant([[self.part(cell) for cell in row] for row in rows])
+        return determinant([[self.part(cell) for cell in row] for row in rows])
 
     def _starts_function(self) -> bool:
         return self.next is not None and self.next[1:] in _FUNCTIONS and self.next[0] == "\\"
-
-
-def _bind(name: str, body: Any, variable: Any, limits: list[Any]) -> Any:
-    """A binder; a_i under it becomes a_INDEX, so that the bound variable may have any name."""
-    own = re.compile(rf"(?<![A-Za-z]){re.escape(variable.name)}(?![A-Za-z])")
-    indexed = {}
-    for symbol in body.free_symbols:
-        base, _, index = symbol.name.partition("_")
-        if index and own.search(index):
-            indexed[symbol] = sympy.Symbol(f"{base}_{own.sub(INDEX, index)}")
-    return Binder(sympy.Symbol(name), body.xreplace(indexed), variable, *limits)
-
-
-def _determinant(rows: list[list[Any]]) -> Any:
-    """Expansion along the first row."""
-    if len(rows) == 1:
-        return rows[0][0]
-    minors = [_determinant([row[:j] + row[j + 1 :] for row in rows[1:]]) for j in range(len(rows))]
-    signs = [sympy.Integer((-1) ** j) for j in range(len(rows))]
-    terms = [sympy.Mul(s, a, m, evaluate=False) for s, a, m in zip(signs, rows[0], minors, strict=True)]
-    return sympy.Add(*terms, evaluate=False)
-
-
-def _negated(tree: Any) -> Any:
-    return -tree if tree.is_Integer else sympy.Mul(sympy.Integer(-1), tree, evaluate=False)
-
-
-class _Fraction(sympy.Mul):
-    """A quotient of two plain integers: after an integer it makes a mixed number."""
-
-
-def _quotient(top: Any, bottom: Any) -> Any:
-    kind = _Fraction if top.is_Integer and bottom.is_Integer else sympy.Mul
-    return kind(top, sympy.Pow(bottom, sympy.Integer(-1), evaluate=False), evaluate=False)
 
 
 def parse_latex(latex: str) -> Any:

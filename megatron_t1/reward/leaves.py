@@ -13,6 +13,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from megatron_t1.reward.brackets import split_top, unwrap
+from megatron_t1.reward.latex import UndecidableError, parse_latex
 from megatron_t1.reward.normalize import Exact, compact, exact_number
 
 _UNIT_WORDS = {
@@ -40,18 +41,25 @@ _HARMLESS_LEAD = re.compile(
     r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|the answer is)\s*:?\s*\}", re.I
 )
 _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
+_SHORT_WORDS = {"yes", "no", "odd", "dne", "all", "sat", "sun", "mon", "tue", "wed", "thu", "fri"}
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_NUMBER_WORDS = dict(zip(_NUMBERS.split(), map(str, range(17)), strict=True))
+_CLOCK = re.compile(r"\d{1,2}:\d\d.*")
 _STOP_WORDS = {"the", "a", "an", "is", "are", "and", "or"}
 
 
 def words(s: str) -> str:
     """Plain words of a text answer, for comparison."""
     s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", s)
-    s = re.sub(r"[^\w\s]", " ", s.casefold())
+    s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
+    s = re.sub(r"[^\w\s]", " ", s)
     return " ".join(w for w in s.split() if w not in _STOP_WORDS) or s.strip()
 
 
 def is_text(s: str) -> bool:
     r"""Words, not mathematics: all \text{...}, capital letters naming points, or words of four letters and more."""
+    if s.casefold() in _SHORT_WORDS:
+        return True
     outside = re.sub(r"\\text\{[^{}]*\}", "", s)
     if outside != s and not re.search(r"[A-Za-z0-9\\]", outside):
         return True
@@ -97,6 +105,8 @@ def _split_unit(s: str) -> tuple[str, str]:
             if spelled := re.match(r"(square|sq\.?|cubic)\s+(\w+)", word):
                 word, power = spelled[2], "3" if spelled[1] == "cubic" else "2"
             unit = _UNITS.get(word, word)
+            if unit == word and "\\text" not in s and len(word) < 4 and " " not in s:
+                return s, ""  # 6xy
             return m[1].strip(), unit if power == "1" or not unit else f"{unit}^{power}"
     return s, ""
 
@@ -108,12 +118,12 @@ def _units_clash(gold: str, answer: str) -> bool:
 
 def _in_base(s: str) -> tuple[str, str] | None:
     m = re.fullmatch(r"\(?([0-9A-F]+)\)?\s*_\s*\{?\s*(\d{1,2}|\\text\{[a-z]+\})\s*\}?", s)
-    return (m[1], m[2]) if m else None
+    return (m[1], _NUMBER_WORDS.get(m[2][6:-1], m[2])) if m else None
 
 
 def _ratio(s: str) -> str:
-    """a:b as a fraction; clock times stay."""
-    parts = split_top(s, ":")
+    """a:b and "a to b" as a fraction; clock times stay."""
+    parts = split_top(re.sub(r"^(\d+)\s*(?:\\text\{ *to *\}|to)\s*(\d+)$", r"\1:\2", s), ":")
     if len(parts) == 2 and not re.fullmatch(r"\d{1,2}:\d\d", compact(s)):
         return rf"\frac{{{unwrap(parts[0])}}}{{{unwrap(parts[1])}}}"
     return s
@@ -133,12 +143,15 @@ def leaves_equal(gold: str, answer: str) -> bool:
     g_base, a_base = _in_base(gold), _in_base(answer)
     if g_base or a_base:
         return g_base == a_base
-    if is_text(gold) or is_text(answer):
-        return words(gold) == words(answer) != ""
+    if is_text(gold) or is_text(answer) or _CLOCK.fullmatch(gold):
+        a, b = (_NUMBER_WORDS.get(w, w) for w in (words(gold), words(answer)))
+        return a == b != ""
     g_value, g_unit = _split_unit(gold)
     a_value, a_unit = _split_unit(answer)
     if "%" in (g_unit, a_unit):
         return _percents_equal(g_value, g_unit, a_value, a_unit)
+    if {g_unit, a_unit} == {"deg", "rad"}:
+        return _expressions_equal(*(v + r"^\circ" * (u == "deg") for v, u in ((g_value, g_unit), (a_value, a_unit))))
     if _units_clash(g_unit, a_unit):
         return False
     if "deg" in (g_unit, a_unit) and g_unit != a_unit and ("\\pi" in gold or "\\pi" in answer):
@@ -203,3 +216,28 @@ def _expressions_equal(gold: str, answer: str) -> bool:
 def _foreign_words(gold: str, answer: str) -> bool:
     r"""Words inside the answer's mathematics that the gold does not have ("\text{not }4")."""
     return any(len(w.strip()) > 1 and w not in gold for w in re.findall(r"\\text\{([^{}]*)\}", answer))
+
+
+MAX_TEXT_WORDS = 4
+"""Longer text answers are sentences, which have too many spellings."""
+
+
+def check_readable_leaf(s: str) -> None:
+    """Whether a normalised answer without structure is a number, a quantity, a short text or an expression.
+
+    Raises:
+        UndecidableError: it is none of these.
+    """
+    value = _ratio(_split_unit(s)[0].removesuffix("^\\circ"))
+    if is_text(s) or _WORD.search(value):
+        if len(words(s).split()) > MAX_TEXT_WORDS:
+            raise UndecidableError(f"a sentence: {s[:60]!r}")
+        return
+    if re.fullmatch(r"\d{1,2}:\d\d", compact(s)):
+        return
+    if exact_number(value) is None and _in_base(s) is None and value.strip("+- ") not in _NAMED_VALUES:
+        parse_latex(value)
+
+
+_WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{4,}")
+_NAMED_VALUES = ("\\infty", "\\emptyset", "\\mathbb{R}", "\\mathbb{Z}", "\\mathbb{N}")

@@ -102,7 +102,7 @@ def normalize(text: str) -> str:
     """Canonical spelling of an answer."""
     if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", text):
         return text
-    s = _unicode(text)
+    s = re.sub(r"^\s*\*\*([^*]+)\*\*\s*$", r"\1", _unicode(text))
     if "\\begin" not in s:  # a doubled backslash of an escaped source, not a row end
         s = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s)
     s = re.sub(r",\s*\\!\s*(?=\d{3})", ",", s)
@@ -110,7 +110,8 @@ def normalize(text: str) -> str:
     s = re.sub(r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}", s)
     s = re.sub(r"(?<!\\)\\[()\[\]]", " ", s)
     s = re.sub(r"(?<=\d)(?:\{,\}|\\,|\\ |\\;)(?=\d{3}(?!\d))", "", s)
-    s = s.replace("\\,", " ").replace("{,}", ",")
+    s = s.replace("\\,", " ").replace("{,}", ",").replace("{:}", ":")
+    s = re.sub(r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots ", s)
     s = _DROPPED.sub("", s)
     s = _SPACES.sub(" ", s)
     s = _TEXT.sub(lambda m: rf"\text{{{m.group(1)}}}", s)
@@ -131,6 +132,10 @@ def normalize(text: str) -> str:
     s = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}", s)
     s = re.sub(r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1", s)
     s = re.sub(r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}", s)
+    s = re.sub(r"\^(\d{2,}|-\d+)", r"^{\1}", s)  # nobody means x^1 0
+    s = re.sub(r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}", s)
+    s = re.sub(r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 ", s)
+    s = re.sub(r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2", s)
     s = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", s)
     s = re.sub(r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty ", s)
     s = (
@@ -143,7 +148,8 @@ def normalize(text: str) -> str:
     s = _AND_OR.sub(", ", s)
     s = re.sub(r"\+\s*\\infty", r"\\infty", s)
     s = re.sub(r"\s+", " ", s)
-    s = re.sub(r"(?<=[}\s])\.(?=\s*[\])])", "", s).lstrip(" ,;:").rstrip(" .,;:^")
+    s = re.sub(r"(?<=[}\s])\.(?=\s*[\])])", "", s).lstrip(" ,;:=").rstrip(" .,;:^")
+    s = re.sub(r"^\\approx(?![a-zA-Z])\s*", "", s)
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip().casefold()
     return _PHRASES.get(bare, s)
 
@@ -167,6 +173,8 @@ class Exact:
 
 _DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
 _THOUSANDS = re.compile(r"([+-]?[1-9]\d{0,2})((?:,\d{3})+)(\.\d+)?")
+_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?)")
+_GOES_ON = re.compile(r"([+-]?)(\d*)\.(\d*?)(?:(\d)\4\4+|(\d{2,}?)\5+)\\ldots")
 _SCIENTIFIC = re.compile(r"(.+?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([+-]?[\d.]+)[eE]([+-]?\d+)")
 _MAX_DIGITS = 1000
 
@@ -188,6 +196,11 @@ def exact_number(s: str) -> Exact | None:
             return Exact(Fraction(int(m[5])) * (-1 if m[4] == "-" else 1))
         value = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3])) * (-1 if m[1] == "-" else 1)
         return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")))
+    if m := _REPEATING.fullmatch(s) or _GOES_ON.fullmatch(s.replace(" ", "")):
+        block = m[4] or m[5]
+        head = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3]))
+        value = head + Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(m[3]))
+        return Exact(-value if m[1] == "-" else value)
     if m := re.fullmatch(
         r"([+-]?)(\d+)?\s*(?:\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))", s
     ):

@@ -21,7 +21,7 @@ from typing import Any
 from megatron_t1.reward.penalties import PenaltyConfig, Response, find_penalties
 from megatron_t1.reward.pool import Pool
 from megatron_t1.reward.processes import Graded
-from megatron_t1.reward.verify import Verdict, verify_cheaply, verify_fully
+from megatron_t1.reward.verify import Verdict, gold_problem, verify_cheaply, verify_fully
 from megatron_t1.types import Prompt, Reward, Sample
 
 _LOG = logging.getLogger(__name__)
@@ -67,6 +67,9 @@ def _penalty_config(as_json: str) -> PenaltyConfig:
 
 def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Grader side: penalties and the cheap verdict first, so that a timeout loses only the full comparison."""
+    if "gold_to_check" in task:
+        yield {"problem": gold_problem(task["gold_to_check"]), "done": True}
+        return
     found = find_penalties(
         _penalty_config(task["penalties"]),
         Response(
@@ -170,6 +173,13 @@ class Scorer:
     def score_all(self, pairs: Iterable[tuple[Prompt, Sample]]) -> list[Reward]:
         """Rewards in the order of the pairs."""
         return list(self.score_iter(pairs))
+
+    def check_golds(self, golds: Iterable[str]) -> Iterator[str | None]:
+        """Why each answer cannot serve as a gold, None when it can; in order."""
+        futures = [self._pool.submit({"gold_to_check": gold}) for gold in golds]
+        for future in futures:
+            graded = future.result()
+            yield graded.messages[-1]["problem"] if graded.ending == "done" else f"the grader ended in {graded.ending}"
 
     def _submit(self, prompt: Prompt, sample: Sample) -> Future[Graded]:
         if len(sample.text) > MAX_RESPONSE_CHARS:

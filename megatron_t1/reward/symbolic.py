@@ -23,10 +23,12 @@ import mpmath
 import sympy
 from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from sympy.core.function import AppliedUndef
 from sympy.matrices import MatrixBase
 
 from megatron_t1.reward.evaluate import Values, evaluate, magnitude
 from megatron_t1.reward.latex import UndecidableError, parse_latex
+from megatron_t1.reward.trees import Binder
 
 MAX_ANTLR_CHARS = 600
 """Longest expression for ANTLR: golds stay below 400, and it needs up to 2 ms a character."""
@@ -85,9 +87,30 @@ def parse(golds: list[str], answers: list[str]) -> list[Any]:
     return trees + [read(answer) for answer in answers]
 
 
+def _counts(node: Any) -> bool:
+    """Whether a node makes sense for whole numbers only: n!, binomials, sums up to n."""
+    if isinstance(node, Binder):
+        return node.args[0].name in ("sum", "prod") and any(b.free_symbols for b in node.args[3:])
+    return isinstance(node, (sympy.factorial, sympy.binomial)) and bool(node.free_symbols)
+
+
+def is_open(latex: str) -> bool:
+    """Whether an expression says no value by itself: two variables or more, a function of its own, a limit."""
+    try:
+        (tree,) = parse([], [latex])
+    except UndecidableError:
+        return False
+    return len(tree.free_symbols) > 1 or tree.has(Binder, AppliedUndef)
+
+
 def points(trees: list[Any], has_imaginary_unit: bool) -> list[Values]:
     """Values of the variables to try: positive and negative, rational, reproducible; never a mathematical constant."""
     names = sorted({s.name for tree in trees for s in tree.free_symbols})
+    if names and any(_counts(node) for tree in trees for node in sympy.preorder_traversal(tree)):
+        return [
+            {name: mpmath.mpf(start + step * i) for i, name in enumerate(names)}
+            for start, step in ((3, 4), (2, 7), (5, 3), (4, 9))
+        ]
     generator = random.Random(20250121)
     tried = []
     for _ in range(NUM_POINTS if names else 1):

@@ -13,6 +13,8 @@ from megatron_t1.reward.equality import equal, equal_cheaply
 from megatron_t1.reward.normalize import normalize
 from megatron_t1.types import AnswerMode, Outcome
 
+MAX_GOLD_CHARS = 200
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -33,7 +35,9 @@ def _found(text: str, mode: AnswerMode) -> tuple[str | None, str]:
     if mode == "answer":
         bare = text.strip()
         if extract.BOX.search(bare):
-            return extract.last_box(bare), "box"
+            return extract.last_box(bare[-extract.TAIL_CHARS :]), "box"
+        if len(bare) <= extract.MAX_ANSWER_CHARS and (phrase := extract.phrase(bare)):
+            return phrase, "final phrase"
         return (bare[: extract.MAX_ANSWER_CHARS + 1] or None), "bare answer"
     return extract.sentence_answer(text) if mode == "text" else extract.response_answer(text)
 
@@ -88,3 +92,20 @@ def verify(gold: str, text: str, mode: AnswerMode = "response", choices: tuple[s
     if verdict is not None or answer is None:
         return verdict or Verdict("no_answer", None, "no answer")
     return verify_fully(gold, answer, mode)
+
+
+def gold_problem(gold: str) -> str | None:
+    """Why an answer cannot serve as a gold; None when it can. For workers."""
+    from megatron_t1.reward.equality import check_readable
+    from megatron_t1.reward.latex import UndecidableError
+
+    if len(gold) > MAX_GOLD_CHARS:
+        return f"longer than {MAX_GOLD_CHARS} characters"
+    itself = verify(gold, rf"\boxed{{{gold}}}")
+    if itself.outcome != "correct":
+        return f"it is not accepted as its own answer: {itself.reason}"
+    try:
+        check_readable(normalize(_gold(gold, "response")))
+    except (UndecidableError, RecursionError, ValueError, TypeError) as error:
+        return f"it cannot be compared: {error or type(error).__name__}"[:200]
+    return None

@@ -1,0 +1,321 @@
+r"""RL prompts from raw question/answer data, as T1 makes its 30k: answers that rules can verify, no question twice and
+none of an evaluation set, and of those the ones that the model does not solve already (pass rate at most 0.3 of 16).
+
+    raw files -> clean -> candidates.jsonl -> sample 16 each -> sampled.jsonl -> select -> curate.output
+
+`clean` needs no model: it drops what is listed in `REASONS`, one line a dropped question in dropped.jsonl. `sample`
+asks the servers, several questions at a time; a question is written down when its last sample is graded, and is never
+asked again. Its seed is a function of (seed, question), so an interrupted run, resumed, ends in the same file as one
+that was not. Everything lies in run_dir/curate.
+
+Left out: solutions (RL does not need them) and judging by a model what rules cannot judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_t1.actors import Actors
+from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
+from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
+from megatron_t1.reward import extract
+from megatron_t1.reward.normalize import compact, exact_number, normalize
+from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.types import Prompt, Sample
+
+REASONS = {
+    "no_question": "the question is missing or empty",
+    "no_answer": "no answer field, and no box in the solution",
+    "proof": "a proof is asked for",
+    "multi_part": "several questions in one",
+    "multiple_choice": "options to choose from: guessing is rewarded",
+    "needs_image": "the question shows an image",
+    "unverifiable": "rules cannot tell other spellings of the answer from wrong ones",
+    "in_evaluation": "the same question is in an evaluation set",
+    "near_evaluation": "a question of an evaluation set is in it, nearly word for word",
+    "duplicate": "the same question came before",
+    "near_duplicate": "nearly the same question with the same answer came before",
+    "too_long": "prompt and response do not fit into the model's context",
+    "too_easy": "solved more often than curate.max_pass_rate",
+    "never_solved": "solved in no sample (curate.drop_never_solved)",
+}
+_PROOF = re.compile(r"\b(?:prove|show|verify|demonstrate|justify)\s+that\b|^\s*prove\b|证明", re.I)
+_NO_ANSWER = re.compile(r"(?:proof|notfound|not found|none given|n/?a|see (?:the )?(?:solution|proof)|qed)\.?", re.I)
+_PARTS = re.compile(r"(?:^|[\s:.;])\(?(?:a|i|1)\)[.\s](.*?)(?:^|[\s:.;?])\(?(?:b|ii|2)\)[.\s](.*)", re.S | re.I)
+_ASKS = re.compile(r"\?|^\s*(?:find|determine|calculate|compute|prove|show|give|solve|evaluate|what|how)\b", re.I)
+_OPTIONS = re.compile(r"(?:\(A\)|(?:^|\s)A[.):]\s).{1,400}?(?:\(B\)|\sB[.):]\s).{1,400}?(?:\(C\)|\sC[.):]\s)", re.S)
+_DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.S)
+_IMAGE = re.compile(r"!\[[^\]]*\]\(|\\includegraphics|<img\b|https?://\S+\.(?:png|jpe?g|gif|svg)", re.I)
+_GSM8K_ANSWER = re.compile(r"####\s*(\S.*?)\s*$")
+_SHOWN = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateConfig:
+    """What becomes a prompt for RL."""
+
+    inputs: tuple[str, ...] = ()
+    """Raw questions, JSON lines."""
+    output: str = ""
+    """File of prompts to write, for data.train; empty: run_dir/curate/prompts.jsonl."""
+    evaluation: tuple[str, ...] = ()
+    """Files of questions that may not come back in the output, JSON lines."""
+    id_field: str = "id"
+    """Field of a question's name; where it is missing, file and line are its name."""
+    question_field: str = "problem"
+    """Field of the question in `inputs` and `evaluation`; `prompt` and `question` are tried next."""
+    answer_field: str = "answer"
+    """Field of the answer; where it is missing or empty, the last box of the solution is the answer."""
+    solution_field: str = "solution"
+    """Field of the worked solution."""
+    prompt_suffix: str = "\n\nReason step by step, and put the final answer in \\boxed{}."
+    """Put after every question."""
+    keep_multiple_choice: bool = False
+    """Keep questions with options to choose from."""
+    min_evaluation_share: float = 0.6
+    """Share of an evaluation question's trigrams of words in a question from which on the two overlap."""
+    min_duplicate_similarity: float = 0.8
+    """Jaccard similarity of trigrams from which on two questions with the same answer are one."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=16))
+    """How pass rates are measured: as RL will sample. T1 takes 16 samples."""
+    max_pass_rate: float = 0.3
+    """Questions solved more often are dropped."""
+    drop_never_solved: bool = False
+    """Drop questions that no sample solved: they teach nothing now, and hide wrong answers."""
+    clean_only: bool = False
+    """Stop before asking any server: all that is clean is kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_evaluation_share", "min_duplicate_similarity", "max_pass_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"curate.{name} = {getattr(self, name)} must lie in [0, 1]")
+        for name in ("inputs", "evaluation"):
+            if missing := [path for path in getattr(self, name) if not Path(path).is_file()]:
+                raise ValueError(f"curate.{name}: {', '.join(missing)}: no such file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """A raw question that may become a prompt."""
+
+    name: str
+    source: str
+    text: str
+    gold: str
+
+
+def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]:
+    """Write candidates.jsonl and dropped.jsonl; returns how many were read, dropped for each reason, and left.
+
+    Raises:
+        ValueError: a line is not a JSON object, or a file has no field of the given name at all.
+    """
+    if not cfg.inputs:
+        raise ValueError("curate.inputs is empty: give it JSON lines files of questions and answers")
+    evaluation = EvaluationQuestions(cfg.min_evaluation_share)
+    for path in map(Path, cfg.evaluation):
+        for number, row in _rows(path):
+            evaluation.add(f"{path.name}:{number}", _question_of(cfg, row))
+    seen = TrainingQuestions(cfg.min_duplicate_similarity)
+    questions: list[_Question] = []
+    dropped: list[dict[str, Any]] = []
+
+    def drop(name: str, reason: str, text: str, detail: Any = None) -> None:
+        dropped.append({"id": name, "reason": reason, "detail": detail, "question": text[: _SHOWN * 5]})
+
+    names: set[str] = set()
+    counts: Counter[str] = Counter()
+    for path in map(Path, cfg.inputs):
+        for number, row in tqdm(_rows(path), desc=f"read {path.name}", unit="question"):
+            counts["read"] += 1
+            name = str(row.get(cfg.id_field) or f"{path.stem}-{number}")
+            name = name if name not in names else f"{path.stem}-{number}-{name}"
+            names.add(name)
+            text, gold = _question_of(cfg, row), _answer_of(cfg, row)
+            if reason := _unusable(cfg, text, gold):
+                drop(name, reason, text, gold[:_SHOWN] or None)
+            else:
+                questions.append(_Question(name=name, source=str(row.get("source") or path.name), text=text, gold=gold))
+    candidates = []
+    with Scorer(reward) as scorer:
+        problems = scorer.check_golds(question.gold for question in questions)
+        for question, problem in zip(questions, tqdm(problems, "check", len(questions), unit="question"), strict=True):
+            if problem is not None:
+                drop(question.name, "unverifiable", question.text, f"{question.gold[:_SHOWN]}: {problem}")
+            elif overlap := evaluation.find(question.text):
+                drop(question.name, "in_evaluation" if overlap[1] == 1 else "near_evaluation", question.text, overlap)
+            elif twin := seen.find_or_add(question.name, question.text, _answer_key(question.gold)):
+                drop(question.name, "duplicate" if twin[1] == 1 else "near_duplicate", question.text, twin)
+            else:
+                candidates.append(question)
+    write_jsonl(folder / "dropped.jsonl", dropped)
+    write_jsonl(
+        folder / "candidates.jsonl",
+        (
+            {"id": q.name, "prompt": q.text + cfg.prompt_suffix, "answer": q.gold, "source": q.source}
+            for q in candidates
+        ),
+    )
+    return counts + Counter(row["reason"] for row in dropped)
+
+
+def _answer_key(gold: str) -> str:
+    number = exact_number(normalize(gold))
+    return str(number.value) if number else compact(normalize(gold))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: must be an object in braces, is a {type(row).__name__}")
+            yield number, row
+
+
+def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
+    for name in (cfg.question_field, "prompt", "question"):
+        if isinstance(row.get(name), str):
+            return row[name].strip()
+    return ""
+
+
+def _answer_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
+    """The answer field; or the solution's last box, or what stands after #### in GSM8K. '' when there is none."""
+    answer = row.get(cfg.answer_field)
+    if answer is not None and not isinstance(answer, (list, dict, bool)) and str(answer).strip():
+        text = str(answer).strip()
+        if marked := _GSM8K_ANSWER.search(text):
+            return marked[1]
+        return (extract.last_box(text) or "") if extract.BOX.search(text) else text.strip("$ ")
+    return extract.last_box(str(row.get(cfg.solution_field) or "")) or ""
+
+
+def _unusable(cfg: CurateConfig, text: str, gold: str) -> str | None:
+    """The first of `REASONS` that is plain from the words."""
+    text = _DRAWING.sub(" ", text)
+    parts = _PARTS.search(text)
+    letter = re.fullmatch(r"(?:\\text(?:bf)?\{)?\(?[A-E]\)?\}?", gold)
+    tests = {
+        "no_question": not text,
+        "proof": bool(_PROOF.search(text)) or gold.casefold().strip(".") == "proof",
+        "no_answer": not gold or bool(_NO_ANSWER.fullmatch(gold)),
+        "needs_image": bool(_IMAGE.search(text)),
+        "multiple_choice": not cfg.keep_multiple_choice and bool(letter or _OPTIONS.search(text)),
+        "multi_part": bool(parts and _ASKS.search(parts[1]) and _ASKS.search(parts[2])),
+    }
+    return next((reason for reason, hit in tests.items() if hit), None)
+
+
+def prepare(cfg: CurateConfig, reward: RewardConfig, folder: Path, *, resume: bool) -> dict[str, int]:
+    """`clean`, or with `resume` what it left in `folder`; the counts.
+
+    Raises:
+        ValueError: see `clean`; or the folder holds a curation that was not asked to go on, or of something else.
+    """
+    settings_path, counts_path = folder / "settings.json", folder / "cleaned.json"
+    settings = {
+        "files": {path: _digest(Path(path)) for path in (*cfg.inputs, *cfg.evaluation)},
+        **{name: value for name, value in asdict(cfg).items() if name not in _MAY_CHANGE},
+    }
+    settings = json.loads(json.dumps(settings))
+    if settings_path.exists():
+        stored = json.loads(settings_path.read_text())
+        if not resume:
+            raise ValueError(f"{folder} holds a curation: give --resume to go on with it, or another run_dir")
+        if changed := [name for name in settings if settings[name] != stored.get(name)]:
+            raise ValueError(f"{folder} was made with other curate.{', curate.'.join(changed)}: give another run_dir")
+    if not counts_path.exists():
+        counts = clean(cfg, reward, folder)
+        write_json(settings_path, settings)
+        write_json(counts_path, counts)
+    return json.loads(counts_path.read_text())
+
+
+_MAY_CHANGE = ("output", "max_pass_rate", "drop_never_solved", "clean_only", "sampling", "inputs", "evaluation")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sample(cfg: CurateConfig, actors: Actors, prompts: list[Prompt], folder: Path, seed: int) -> None:
+    """Measure the pass rate of every prompt that sampled.jsonl does not have yet; None for those that are too long.
+
+    Raises:
+        ValueError: sampled.jsonl is of another model, sampling or seed.
+    """
+    path, settings_path = folder / "sampled.jsonl", folder / "sampling.json"
+    settings = {"model": str(actors.servers.model_dir), "sampling": asdict(cfg.sampling), "seed": seed}
+    settings = json.loads(json.dumps(settings))
+    if settings_path.exists() and (stored := json.loads(settings_path.read_text())) != settings:
+        raise ValueError(f"{path} was sampled with {stored}, not with {settings}: give another run_dir")
+    write_json(settings_path, settings)
+    rows = read_jsonl(path)
+    write_jsonl(path, rows)  # without a last line that was cut
+    done = {row["id"] for row in rows}
+    left = [prompt for prompt in prompts if prompt.id not in done]
+    max_tokens = min(server.max_model_len for server in actors.servers.usable())
+    fitting = [p for p in left if len(p.token_ids) + cfg.sampling.max_new_tokens <= max_tokens]
+    fits = {prompt.id for prompt in fitting}
+    append_jsonl(path, ({"id": p.id, "pass_rate": None} for p in left if p.id not in fits))
+    bar = tqdm(total=len(prompts), initial=len(prompts) - len(fitting), desc="sample", unit="question")
+    correct: dict[int, list[bool]] = {}
+
+    def note(i: int, _: int, samples: list[Sample]) -> None:
+        graded = correct.setdefault(i, [])
+        graded += [sample.reward is not None and sample.reward.correct for sample in samples]
+        if len(graded) == cfg.sampling.num_samples:
+            append_jsonl(path, [{"id": fitting[i].id, "pass_rate": sum(correct.pop(i)) / len(graded)}])
+            bar.update()
+
+    counts, seeds = [cfg.sampling.num_samples] * len(fitting), [_seed_of(seed, prompt) for prompt in fitting]
+    actors.client.generate_each(fitting, counts, seeds, cfg.sampling, actors.scorer.score, note)
+    bar.close()
+
+
+def _seed_of(seed: int, prompt: Prompt) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {prompt.id}".encode(), digest_size=6).digest())
+
+
+def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Path, str]:
+    """Write the prompts that are kept; returns their file and a table of what became of all."""
+    candidates = read_jsonl(folder / "candidates.jsonl")
+    kept = candidates
+    fates = Counter(counts)
+    if not cfg.clean_only:
+        rates = {row["id"]: row["pass_rate"] for row in read_jsonl(folder / "sampled.jsonl")}
+        kept = []
+        for row in candidates:
+            rate = rates[row["id"]]
+            if rate is None:
+                fates["too_long"] += 1
+            elif rate > cfg.max_pass_rate:
+                fates["too_easy"] += 1
+            elif rate == 0 and cfg.drop_never_solved:
+                fates["never_solved"] += 1
+            else:
+                kept.append({**row, "pass_rate": rate})
+    path = Path(cfg.output or folder / "prompts.jsonl")
+    write_jsonl(path, kept)
+    fates["kept"] = len(kept)
+    write_json(folder / "summary.json", fates)
+    lines = [f"{'read':<16} {fates['read']:>9,}"]
+    lines += [f"- {name:<14} {fates[name]:>9,}  {why}" for name, why in REASONS.items() if fates[name]]
+    return path, "\n".join([*lines, f"{'kept':<16} {fates['kept']:>9,}  {path}"])

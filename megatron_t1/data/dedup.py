@@ -1,0 +1,97 @@
+"""Which questions are the same: exactly, after what means nothing is left out, or nearly, by their n-grams of words.
+
+Two tests, because they protect two things. A question of an *evaluation set* must not be trained on in any form: shared
+8-grams find the candidates (an exact inverted index), and the share of the evaluation question's trigrams that come
+back decides, so a question inside a longer one is found too, whatever its numbers. Among *training questions* a
+near-duplicate only wastes samples, and a change of numbers makes another question: MinHash finds candidates, the
+Jaccard similarity of their trigrams decides, and the answers must be the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+
+from datasketch import MinHash, MinHashLSH
+
+_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|[${}~]")
+_TOKEN = re.compile(r"\\?[^\W\d_]+|\d+(?:\.\d+)?|[^\s\w.,;:?!'\"()]")
+_NUM_PERM = 64
+INDEX_WORDS = 8
+"""Length of the n-grams that find candidates; shorter evaluation questions are only compared exactly."""
+
+
+def words(question: str) -> tuple[str, ...]:
+    """Its words, numbers and operators, without case, punctuation and layout."""
+    return tuple(_TOKEN.findall(_LAYOUT.sub(lambda m: r"\frac" if "frac" in m.group() else " ", question.casefold())))
+
+
+def ngrams(tokens: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
+    """All runs of n words; the whole when it is shorter."""
+    return {tokens[i : i + n] for i in range(max(1, len(tokens) - n + 1))}
+
+
+class EvaluationQuestions:
+    """Finds evaluation questions inside other questions."""
+
+    def __init__(self, min_share: float):
+        """`min_share`: share of an evaluation question's trigrams from which on it counts as contained."""
+        self._min_share = min_share
+        self._trigrams: dict[str, set[tuple[str, ...]]] = {}
+        self._exact: dict[tuple[str, ...], str] = {}
+        self._index: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
+
+    def add(self, name: str, question: str) -> None:
+        tokens = words(question)
+        self._exact.setdefault(tokens, name)
+        self._trigrams[name] = ngrams(tokens, 3)
+        if len(tokens) >= INDEX_WORDS:
+            for gram in ngrams(tokens, INDEX_WORDS):
+                self._index[gram].add(name)
+
+    def find(self, question: str) -> tuple[str, float] | None:
+        """(name, share) of the evaluation question that is in this one most; share 1 when it is the same."""
+        tokens = words(question)
+        if tokens in self._exact:
+            return self._exact[tokens], 1.0
+        candidates = Counter(name for gram in ngrams(tokens, INDEX_WORDS) for name in self._index.get(gram, ()))
+        trigrams = ngrams(tokens, 3)
+        best = max(
+            ((len(self._trigrams[name] & trigrams) / len(self._trigrams[name]), name) for name in candidates),
+            default=(0.0, ""),
+        )
+        return (best[1], min(best[0], 0.99)) if best[0] >= self._min_share else None
+
+
+class TrainingQuestions:
+    """Finds questions that were seen before."""
+
+    def __init__(self, min_similarity: float):
+        """`min_similarity`: Jaccard similarity of trigrams from which on two questions with one answer are the same."""
+        self._min_similarity = min_similarity
+        self._exact: dict[tuple[str, ...], str] = {}
+        self._seen: dict[str, tuple[tuple[str, ...], str]] = {}
+        self._near = MinHashLSH(threshold=min_similarity, num_perm=_NUM_PERM)
+
+    def find_or_add(self, name: str, question: str, answer: str) -> tuple[str, float] | None:
+        """(name, similarity) of an earlier question that is the same; None, and this one is kept, when there is none.
+
+        `answer` is compared as a string: give it normalised.
+        """
+        tokens = words(question)
+        if tokens in self._exact:
+            return self._exact[tokens], 1.0
+        trigrams = ngrams(tokens, 3)
+        sketch = MinHash(num_perm=_NUM_PERM)
+        sketch.update_batch([" ".join(gram).encode() for gram in trigrams])
+        for earlier in sorted(self._near.query(sketch)):
+            their_tokens, their_answer = self._seen[earlier]
+            if their_answer == answer:
+                theirs = ngrams(their_tokens, 3)
+                similarity = len(trigrams & theirs) / len(trigrams | theirs)
+                if similarity >= self._min_similarity:
+                    return earlier, similarity
+        self._exact[tokens] = name
+        self._seen[name] = tokens, answer
+        self._near.insert(name, sketch, check_duplication=False)
+        return None

@@ -1,0 +1,226 @@
+"""Curation: raw questions in, prompts for RL out; against a real vLLM server and the real grader."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_t1 import curate
+from megatron_t1.actors import Actors
+from megatron_t1.curate import CurateConfig
+from megatron_t1.data.prompts import DataConfig, load_prompts
+from megatron_t1.data.template import Template
+from megatron_t1.reward.penalties import PenaltyConfig
+from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.reward.verify import verify
+from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.server import Servers
+from megatron_t1.types import Sample
+
+REWARD = RewardConfig(num_workers=1, penalties=PenaltyConfig(enabled=()))
+SAMPLING = SamplingConfig(temperature=1.0, num_samples=4, max_new_tokens=3)
+LONG = "A train leaves the station at noon and travels {} miles each hour for three hours. How far does it go?"
+RAW = [
+    ("kept, with an answer", {"problem": "What is $1+1$?", "answer": 2}),
+    ("kept, from the box", {"problem": "What is $2+3$?", "solution": r"First $\boxed{4}$? No: $\boxed{5}$."}),
+    ("kept, GSM8K", {"question": "He has 3 apples and eats one. How many are left?", "answer": "3 - 1 = 2\n#### 2"}),
+    ("kept, fields boxed", {"problem": "Half of $x$?", "answer": r"$\boxed{\frac{x}{2}}$"}),
+    ("kept, drawing", {"problem": "[asy] label((A) 1 (B) 2 (C) 3); [/asy] How long is $AB$?", "answer": "7"}),
+    ("kept, conditions", {"problem": "Find the least n with: a) n is odd. b) n > 6.", "answer": "7"}),
+    ("no_question", {"problem": "", "answer": "2"}),
+    ("no_answer", {"problem": "What is it?", "solution": "Nobody knows."}),
+    ("no_answer", {"problem": "What is it then?", "answer": "notfound"}),
+    ("proof", {"problem": "Prove that $1+1=2$.", "answer": "2"}),
+    ("multi_part", {"problem": "Let $x=1$. (a) Find $2x$. (b) Find $3x$.", "answer": "2, 3"}),
+    ("multiple_choice", {"problem": "Which? (A) one (B) two (C) three", "answer": "two"}),
+    ("needs_image", {"problem": "How long is it? ![](https://example.org/x.png)", "answer": "4"}),
+    ("unverifiable", {"problem": "Why?", "answer": "Because the sum of the angles of a triangle is two right angles."}),
+    ("unverifiable", {"problem": "How much?", "answer": r"\frac{1}{"}),
+    ("kept, train", {"problem": LONG.format(60), "answer": "180"}),
+    ("duplicate", {"problem": LONG.format("$60$").upper(), "answer": "180"}),
+    ("near_duplicate", {"problem": LONG.format(60).replace("does it go", "does it drive"), "answer": "180.0"}),
+    ("kept, other numbers", {"problem": LONG.format(70), "answer": "210"}),
+    ("in_evaluation", {"problem": "what is 40+2", "answer": "42"}),
+    ("near_evaluation", {"problem": "Think. How many of the first ten even numbers are prime? Say it.", "answer": "1"}),
+]  # fmt: skip
+EVALUATION = [{"prompt": "What is $40+2$?"}, {"prompt": "How many of the first ten even numbers are prime?"}]
+
+
+def _write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_clean_says_why_each_question_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = _write(tmp_path / "raw.jsonl", [{"id": f"{i} {fate}", **row} for i, (fate, row) in enumerate(RAW)])
+    cfg = CurateConfig(
+        inputs=(inputs,), evaluation=(_write(tmp_path / "eval.jsonl", EVALUATION),), min_duplicate_similarity=0.7
+    )
+    cfg = replace(cfg, clean_only=True)
+    counts = curate.prepare(cfg, REWARD, tmp_path / "out", resume=False)
+    path, table = curate.select(cfg, tmp_path / "out", counts)
+    fates = {row["id"]: row["reason"] for row in _read(tmp_path / "out/dropped.jsonl")}
+    kept = _read(path)
+    fates |= {row["id"]: "kept" for row in kept}
+    wanted = {f"{i} {fate}": fate.split(",")[0] for i, (fate, _) in enumerate(RAW)}
+    assert fates == wanted
+    assert [row["answer"] for row in kept] == ["2", "5", "2", r"\frac{x}{2}", "7", "7", "180", "210"]
+    assert kept[0]["prompt"].startswith("What is $1+1$?\n")
+    assert kept[0]["source"] == "raw.jsonl"
+    assert counts["read"] == len(RAW)
+    for reason in set(wanted.values()) - {"kept"}:
+        assert f"- {reason} " in table
+    with pytest.raises(ValueError, match="--resume"):
+        curate.prepare(cfg, REWARD, tmp_path / "out", resume=False)
+    with pytest.raises(ValueError, match=r"curate\.min_duplicate_similarity"):
+        curate.prepare(replace(cfg, min_duplicate_similarity=0.9), REWARD, tmp_path / "out", resume=True)
+    assert curate.prepare(cfg, REWARD, tmp_path / "out", resume=True) == counts
+
+
+@pytest.mark.parametrize(("line", "message"), [("{", "raw.jsonl:1: not valid JSON"), ("[1]", "raw.jsonl:1: must be")])
+def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "raw.jsonl").write_text(line + "\n")
+    cfg = CurateConfig(inputs=(str(tmp_path / "raw.jsonl"),))
+    with pytest.raises(ValueError, match=message):
+        curate.prepare(cfg, REWARD, tmp_path, resume=False)
+
+
+def test_config_errors_name_the_field(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"curate\.inputs: .*nothing\.jsonl"):
+        CurateConfig(inputs=(str(tmp_path / "nothing.jsonl"),))
+    with pytest.raises(ValueError, match=r"curate\.max_pass_rate"):
+        CurateConfig(max_pass_rate=30)
+
+
+@pytest.fixture(scope="module")
+def template(tiny_dir: Path) -> Template:
+    return Template(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def real(server: Servers, template: Template) -> Iterator[Actors]:
+    with Scorer(REWARD) as scorer, RolloutClient(server, template.tokenizer, vocab_size=320) as client:
+        yield Actors(server, client, scorer)
+
+
+def _candidates(folder: Path, count: int) -> None:
+    rows = [{"id": f"q{i}", "prompt": f"{i}?", "answer": "7", "source": "test"} for i in range(count)]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "candidates.jsonl", rows)
+
+
+def test_pass_rates_are_those_of_the_samples(real: Actors, template: Template, tmp_path: Path) -> None:
+    """Golds are made from what the model says, so that some questions are solved sometimes."""
+    _candidates(tmp_path, 12)
+    prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
+    said: list[list[Sample]] = [[] for _ in prompts]
+    seeds = [curate._seed_of(5, prompt) for prompt in prompts]
+    real.client.generate_each(prompts, [4] * 12, seeds, SAMPLING, None, lambda i, _, samples: said[i].extend(samples))
+    golds = [next((s.text.strip() for s in samples if s.text.strip()), "7") for samples in said]
+    rows = _read(tmp_path / "candidates.jsonl")
+    _write(tmp_path / "candidates.jsonl", [{**row, "answer": gold} for row, gold in zip(rows, golds, strict=True)])
+    prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
+    cfg = CurateConfig(sampling=SAMPLING, max_pass_rate=0.25)
+    curate.sample(cfg, real, prompts, tmp_path, seed=5)
+    rates = {row["id"]: row["pass_rate"] for row in _read(tmp_path / "sampled.jsonl")}
+    expected = {
+        prompt.id: sum(verify(gold, s.text).outcome == "correct" for s in samples) / 4
+        for prompt, samples, gold in zip(prompts, said, golds, strict=True)
+    }
+    assert rates == expected
+    assert max(rates.values()) > 0
+    path, table = curate.select(cfg, tmp_path, {"read": 12})
+    kept = {row["id"]: row["pass_rate"] for row in _read(path)}
+    assert kept == {name: rate for name, rate in rates.items() if rate <= 0.25}
+    assert load_prompts(path, template, DataConfig())[0].meta["pass_rate"] == next(iter(kept.values()))
+    learnable, _ = curate.select(replace(cfg, drop_never_solved=True), tmp_path, {"read": 12})
+    assert all(0 < row["pass_rate"] <= 0.25 for row in _read(learnable))
+    assert "kept" in table
+
+
+def test_what_is_done_is_not_asked_again(
+    real: Actors, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _candidates(tmp_path, 5)
+    prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
+    cfg = CurateConfig(sampling=SAMPLING)
+    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    whole = sorted(_read(tmp_path / "sampled.jsonl"), key=lambda row: row["id"])
+    lines = (tmp_path / "sampled.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "sampled.jsonl").write_text("".join(lines[:2]) + lines[2][:9])  # killed while writing the third
+    asked = []
+    ask = real.client.generate_each
+    monkeypatch.setattr(real.client, "generate_each", lambda p, *a: (asked.extend(p), ask(p, *a))[1])
+    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    assert {p.id for p in asked} == {p.id for p in prompts} - {json.loads(line)["id"] for line in lines[:2]}
+    assert sorted(_read(tmp_path / "sampled.jsonl"), key=lambda row: row["id"]) == whole
+    with pytest.raises(ValueError, match="another run_dir"):
+        curate.sample(cfg, real, prompts, tmp_path, seed=2)
+
+
+def test_a_prompt_that_does_not_fit_is_counted(real: Actors, template: Template, tmp_path: Path) -> None:
+    _candidates(tmp_path, 1)
+    rows = _read(tmp_path / "candidates.jsonl")
+    _write(tmp_path / "candidates.jsonl", [*rows, {**rows[0], "id": "long", "prompt": "x" * 600}])
+    prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
+    cfg = CurateConfig(sampling=SAMPLING, max_pass_rate=1.0)
+    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    path, table = curate.select(cfg, tmp_path, {"read": 2})
+    assert [row["id"] for row in _read(path)] == ["q0"]
+    assert "- too_long " in table
+
+
+def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
+    real: Actors, server: Servers, template: Template, tiny_dir: Path, tmp_path: Path
+) -> None:
+    raw = _write(tmp_path / "raw.jsonl", [{"id": f"q{i}", "problem": f"{i}?", "answer": i} for i in range(90)])
+    folder = tmp_path / "run/curate"
+    command = [
+        sys.executable, "-m", "megatron_t1", "curate", "--run_dir", tmp_path / "run", "--model.hf_path", tiny_dir,
+        "--rollout.urls", json.dumps([server.all[0].url]), "--rollout.key_file", server.run_dir / "server_key",
+        "--curate.inputs", json.dumps([raw]), "--curate.sampling.max_new_tokens", 48, "--rollout.device", "cpu",
+        "--curate.output", tmp_path / "prompts.jsonl", "--reward.num_workers", 1, "--model.dtype", "float32",
+    ]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, start_new_session=True)
+        while process.poll() is None and not (folder / "sampled.jsonl").exists():
+            time.sleep(0.05)
+        while process.poll() is None and (folder / "sampled.jsonl").read_text().count("\n") < 3:
+            time.sleep(0.01)
+        with_kill = process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert with_kill, (tmp_path / "log").read_text()[-3000:]
+    finished = (folder / "sampled.jsonl").read_text().rpartition("\n")[0].splitlines()
+    assert 3 <= len(finished) < 90
+    done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[:2] == ["read", "90"]
+    rows = (folder / "sampled.jsonl").read_text().splitlines()
+    assert rows[: len(finished)] == finished
+    assert len({json.loads(row)["id"] for row in rows}) == len(rows) == 90
+    # The same without an interruption. The command left its model's weights, under its own version, in the server.
+    pushed = int(server.all[0].call("GET", "/weight_info", timeout_s=60)["weight_version"])
+    server.all[0].version = server.required_version = pushed
+    cfg = CurateConfig(sampling=SamplingConfig(num_samples=16, max_new_tokens=48))
+    prompts = load_prompts(folder / "candidates.jsonl", template, DataConfig())
+    curate.sample(cfg, real, prompts, tmp_path / "whole", seed=0)
+    whole = {row["id"]: row for row in _read(tmp_path / "whole/sampled.jsonl")}
+    assert whole == {row["id"]: row for row in map(json.loads, rows)}
+    (tmp_path / "whole/candidates.jsonl").write_text((folder / "candidates.jsonl").read_text())
+    path, _ = curate.select(cfg, tmp_path / "whole", {"read": 90})
+    assert path.read_text() == (tmp_path / "prompts.jsonl").read_text()
