@@ -184,15 +184,17 @@ def test_a_prompt_that_does_not_fit_is_counted(real: Actors, template: Template,
     assert "- too_long " in table
 
 
+@pytest.mark.timeout(900)
 def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
     real: Actors, server: Servers, template: Template, tiny_dir: Path, tmp_path: Path
 ) -> None:
-    raw = _write(tmp_path / "raw.jsonl", [{"id": f"q{i}", "problem": f"{i}?", "answer": i} for i in range(90)])
+    raw = _write(tmp_path / "raw.jsonl", [{"id": f"q{i}", "problem": f"{i}?", "answer": i} for i in range(40)])
     folder = tmp_path / "run/curate"
     command = [
         sys.executable, "-m", "megatron_t1", "curate", "--run_dir", tmp_path / "run", "--model.hf_path", tiny_dir,
         "--rollout.urls", json.dumps([server.all[0].url]), "--rollout.key_file", server.run_dir / "server_key",
-        "--curate.inputs", json.dumps([raw]), "--curate.sampling.max_new_tokens", 48, "--rollout.device", "cpu",
+        "--curate.inputs", json.dumps([raw]), "--curate.sampling.max_new_tokens", 16,
+        "--rollout.max_num_seqs", 32, "--rollout.device", "cpu",
         "--curate.output", tmp_path / "prompts.jsonl", "--reward.num_workers", 1, "--model.dtype", "float32",
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
@@ -206,21 +208,21 @@ def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
         process.wait()
     assert with_kill, (tmp_path / "log").read_text()[-3000:]
     finished = (folder / "sampled.jsonl").read_text().rpartition("\n")[0].splitlines()
-    assert 3 <= len(finished) < 90
+    assert 3 <= len(finished) < 40
     done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[:2] == ["read", "90"]
+    assert done.stdout.split()[:2] == ["read", "40"]
     rows = (folder / "sampled.jsonl").read_text().splitlines()
     assert rows[: len(finished)] == finished
-    assert len({json.loads(row)["id"] for row in rows}) == len(rows) == 90
+    assert len({json.loads(row)["id"] for row in rows}) == len(rows) == 40
     # The same without an interruption. The command left its model's weights, under its own version, in the server.
     pushed = int(server.all[0].call("GET", "/weight_info", timeout_s=60)["weight_version"])
     server.all[0].version = server.required_version = pushed
-    cfg = CurateConfig(sampling=SamplingConfig(num_samples=16, max_new_tokens=48))
+    cfg = CurateConfig(sampling=SamplingConfig(num_samples=16, max_new_tokens=16))
     prompts = load_prompts(folder / "candidates.jsonl", template, DataConfig())
     curate.sample(cfg, real, prompts, tmp_path / "whole", seed=0)
     whole = {row["id"]: row for row in _read(tmp_path / "whole/sampled.jsonl")}
     assert whole == {row["id"]: row for row in map(json.loads, rows)}
     (tmp_path / "whole/candidates.jsonl").write_text((folder / "candidates.jsonl").read_text())
-    path, _ = curate.select(cfg, tmp_path / "whole", {"read": 90})
+    path, _ = curate.select(cfg, tmp_path / "whole", {"read": 40})
     assert path.read_text() == (tmp_path / "prompts.jsonl").read_text()

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from megatron_t1.reward.brackets import closing, split_at, split_top, unwrap
 from megatron_t1.reward.latex import UndecidableError
-from megatron_t1.reward.leaves import check_readable_leaf, is_text, leaves_equal, numbers_equal, words
+from megatron_t1.reward.leaves import NEGATION, check_readable_leaf, is_text, leaves_equal, numbers_equal, words
 from megatron_t1.reward.normalize import compact, exact_number
 
 MAX_ITEMS = 64
@@ -55,7 +55,7 @@ def _operators(s: str) -> tuple[list[str], list[str]]:
 
 
 def _is_name(s: str) -> bool:
-    return bool(_NAME.fullmatch(s.strip())) and s.strip() not in ("e", "\\pi")
+    return bool(_NAME.fullmatch(s.strip())) and s.strip() not in ("e", "\\pi") and not NEGATION.search(s)
 
 
 def _same_items(gold: Sequence[T], answer: Sequence[T], same: Callable[[T, T], bool]) -> bool:

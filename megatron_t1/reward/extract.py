@@ -160,14 +160,23 @@ def sentence_answer(text: str) -> tuple[str | None, str]:
 
 _LETTER = r"[(\[*$\s\"']*(?:\\text\{\s*\(?|\\mathrm\{|\\mathbf\{|\\textbf\{\s*\(?)?([A-J])(?![A-Za-z'’])\)?\}?"
 _MC_ANCHOR = re.compile(
-    r"(?:answer|option|choice|choose|correct|select|答案|选择|选)[^.\n。A-J]{0,60}?"
-    r"(?:\bis\b|\bare\b|[:：]|\b(?:answer|option|choice|choose|select)\b|是|为|选)[*\s]*"
+    r"(?:answer|option|choice|choose|correct|select|答案|选择|选)(?-i:[^.\n。A-J]){0,60}?"
+    r"(?:\bis\b|\bare\b|\bbe\b|[:：]|\b(?:answer|option|choice|choose|select)\b|是|为|选)[*\s]*"
     r"(?:definitely|for sure|clearly|probably|certainly|the|option|choice|surely)?\s*(?:option|choice)?\s*" + _LETTER,
     re.I,
 )
-_HEDGE_AFTER = re.compile(r"^[)*\s.}$]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?[(*]*([A-J])(?![A-Za-z'’])")
+_HEDGE_AFTER = re.compile(
+    r"^[)*\s.}$]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?(?:maybe\s+|perhaps\s+|possibly\s+)?[(*]*([A-J])(?![A-Za-z'’])"
+)
 
 
+_NEGATED = re.compile(
+    r"\b(?:not|neither|nor|never|wrong|incorrect|false|except|cannot|anything but|other than|rule out|eliminate)\b"
+    r"|n't\b",
+    re.I,
+)
+_UNSURE = re.compile(r"\b(?:could|might|may|maybe|perhaps|possibly|either)\b", re.I)
+_MARKED_OPTION = re.compile(r"(?<![A-Za-z])([A-J])[).:]")
 _LONE_LETTER = re.compile(r"(?<![A-Za-z'’\\])([B-HJ]|A(?!\s+(?!and\b|or\b)[a-z]))(?![A-Za-z'’])")
 """A letter on its own; "A triangle" is an article, "I" a person."""
 
@@ -188,6 +197,13 @@ def _match_choice(text: str, choices: tuple[str, ...]) -> str | None:
     return "ABCDEFGHIJ"[keys.index(key)] if keys.count(key) == 1 and keys.index(key) < 10 else None
 
 
+def _named_choice(text: str, choices: tuple[str, ...]) -> str | None:
+    """The one option whose words stand in the text."""
+    said, *options = (re.sub(r"\W+", " ", _text_key(t)).strip() for t in (text, *choices[:10]))
+    named = [i for i, option in enumerate(options) if option and f" {option} " in f" {said} "]
+    return "ABCDEFGHIJ"[named[0]] if len(named) == 1 else None
+
+
 def gold_letter(gold: str, choices: tuple[str, ...]) -> str | None:
     """The letter a gold stands for: itself, its option text, or the marked letter inside a sentence."""
     if letter := _one_letter(gold) or _match_choice(gold, choices):
@@ -204,25 +220,29 @@ def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None,
     tail = tail if box is None else box
     if letter := _one_letter(tail) or _match_choice(tail, choices):
         return letter, "whole answer"
-    anchors = [m for m in _MC_ANCHOR.finditer(tail) if m.group(1).isupper()]
+    anchors = [m for m in _MC_ANCHOR.finditer(tail) if m[1].isupper()]
     if anchors:
         last = anchors[-1]
-        if _HEDGE_AFTER.search(tail[last.end() :]) or re.search(r"\b(?:not|n't|never|不)\b", last.group(0), re.I):
+        if _HEDGE_AFTER.search(tail[last.end() :]) or _NEGATED.search(last[0]) or "不" in last[0]:
             return None, "hedged or negated choice"
-        return last.group(1), "final phrase"
+        return last[1], "final phrase"
     said = phrase(tail)
     if said and (letter := _match_choice(said, choices)):
         return letter, "option text"
-    if re.search(r"\b(?:not|isn't|neither|nor)\b", tail, re.I):
+    if _NEGATED.search(tail):
         return None, "negated choice"
+    if len(set(_MARKED_OPTION.findall(tail))) > 2:
+        return None, "a list of the options"
     leading = re.match(r"\s*\(?([A-J])[).:,。，、]", tail)
     if leading:
-        letters = {leading.group(1)}
-        if _HEDGE_AFTER.search(tail[leading.end() - 1 :]):
+        others = set(_LONE_LETTER.findall(tail)) - {leading[1]}
+        if _HEDGE_AFTER.search(tail[leading.end() - 1 :]) or (others and _UNSURE.search(tail)):
             return None, "hedged choice"
-        return letters.pop(), "leading letter"
+        return leading[1], "leading letter"
     marked = set(re.findall(r"\(([A-J])\)|\*\*([A-J])\*\*", tail))
     letters = {a or b for a, b in marked} or set(_LONE_LETTER.findall(tail))
     if len(letters) == 1:
         return letters.pop(), "only letter"
+    if not letters and len(tail) <= 200 and (letter := _named_choice(tail, choices)):
+        return letter, "option text"
     return None, "no single choice"

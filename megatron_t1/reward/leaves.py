@@ -36,7 +36,7 @@ _QUANTITY = (  # value, unit, power: 5 m, 10 weeks, 40 \text{ feet}^2
 _ORDINAL = re.compile(
     r"\s*\^\s*\{\s*(?:\\text\{)?\s*(?:th|st|nd|rd)\s*\}?\s*\}$|(?<=\d)\s*(?:\\text\{\s*)?(?:th|st|nd|rd)\b.*$"
 )
-_NEGATION = re.compile(r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])", re.I)
+NEGATION = re.compile(r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])", re.I)
 _HARMLESS_LEAD = re.compile(
     r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|the answer is)\s*:?\s*\}", re.I
 )
@@ -100,7 +100,7 @@ def _split_unit(s: str) -> tuple[str, str]:
     for pattern in _QUANTITY:
         if m := pattern.fullmatch(s):
             word, power = m[2].strip(" .").casefold(), m[3] or "1"
-            if _NEGATION.search(word):
+            if NEGATION.search(word):
                 return s, ""
             if spelled := re.match(r"(square|sq\.?|cubic)\s+(\w+)", word):
                 word, power = spelled[2], "3" if spelled[1] == "cubic" else "2"
@@ -145,7 +145,7 @@ def leaves_equal(gold: str, answer: str) -> bool:
         return g_base == a_base
     if is_text(gold) or is_text(answer) or _CLOCK.fullmatch(gold):
         a, b = (_NUMBER_WORDS.get(w, w) for w in (words(gold), words(answer)))
-        return a == b != ""
+        return a == b != "" and gold.startswith("-") == answer.startswith("-")
     g_value, g_unit = _split_unit(gold)
     a_value, a_unit = _split_unit(answer)
     if "%" in (g_unit, a_unit):

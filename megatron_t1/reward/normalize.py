@@ -114,7 +114,7 @@ def normalize(text: str) -> str:
     s = re.sub(r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots ", s)
     s = _DROPPED.sub("", s)
     s = _SPACES.sub(" ", s)
-    s = _TEXT.sub(lambda m: rf"\text{{{m.group(1)}}}", s)
+    s = _TEXT.sub(lambda m: rf"\text{{{m[1]}}}" if re.search(r"[^\W\d_]", m[1]) else m[1], s)
     s = _FONT.sub(_font, s)
     s = re.sub(r"\\([a-zA-Z]+)", _command, s)
     s = re.sub(
@@ -122,7 +122,7 @@ def normalize(text: str) -> str:
     )
     s = re.sub(r"\\text\{\s*\}", " ", s)
     s = re.sub(
-        r"\^\s*\{?\s*(?:\\circ|\\text\{?circ\}?|\\textcirc)\s*\}?|\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b",
+        r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b",
         r"^\\circ ",
         s,
     )
@@ -149,6 +149,7 @@ def normalize(text: str) -> str:
     s = re.sub(r"\+\s*\\infty", r"\\infty", s)
     s = re.sub(r"\s+", " ", s)
     s = re.sub(r"(?<=[}\s])\.(?=\s*[\])])", "", s).lstrip(" ,;:=").rstrip(" .,;:^")
+    s = re.sub(r"(?:\s*\\\\)+$", "", s)  # a line break
     s = re.sub(r"^\\approx(?![a-zA-Z])\s*", "", s)
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip().casefold()
     return _PHRASES.get(bare, s)

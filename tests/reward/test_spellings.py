@@ -1,0 +1,161 @@
+"""Spellings of answers by kind: (gold, bare answer), and (response, chosen letter) with B as the right one."""
+
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_t1.reward.verify import verify
+
+RIGHT = [
+    ("12", "12.0"), ("12", "+12"), ("1200", "1,200"), ("1200", "1 200"), ("1200", "1.2e3"),
+    ("1200", r"1.2\times10^3"), ("1200", r"1.2 \cdot 10^{3}"), ("0.00012", "1.2e-4"),
+    ("0.00012", r"1.2\times 10^{-4}"), ("3/4", "0.75"), ("0.75", r"\frac{3}{4}"), ("0.75", "3/4"),
+    (r"\frac{3}{4}", "3/4"), (r"\frac34", r"\dfrac{3}{4}"), (r"-\frac{3}{4}", r"\frac{-3}{4}"),
+    (r"\frac{6}{8}", r"\frac34"), (r"2\frac{1}{3}", r"\frac{7}{3}"), (r"\frac73", "2 1/3"), (r"2 \frac13", "7/3"),
+    ("2.5", r"2\frac12"), ("2.5", "2½"), (r"\frac{1}{3}", r"0.\overline{3}"), (r"\frac13", "0.333..."),
+    (r"0.\overline{3}", r"\frac{1}{3}"), (r"0.1\overline{6}", r"\frac16"), (r"0.\overline{142857}", "1/7"),
+    (r"0.3\dot{3}", "1/3"), ("50%", "0.5"), ("50%", "50"), (r"50\%", "50 percent"), (r"12.5\%", "12.5"),
+    ("0.25", "25%"), (r"\frac14", r"25\%"), (r"33\frac{1}{3}\%", r"\frac13"), ("5 cm", "5"), ("5", "5 cm"),
+    (r"5\text{ cm}", "5 centimeters"), (r"5 \mathrm{~cm}", r"5\,\text{cm}"), (r"5\mathrm{cm}^2", r"5 \text{ cm}^2"),
+    (r"5\text{ cm}^2", "5"), ("5 square units", "5"), (r"\$5", r"5 \text{ dollars}"), ("5 dollars", "$5"),
+    ("120", "120 km/h"), ("60 mph", "60"), ("3 hours", "3"), ("2:30", "2:30"), ("2:30 PM", r"2{:}30 \text{ p.m.}"),
+    (r"45^\circ", "45"), (r"45^\circ", "45 degrees"), (r"\frac{\pi}{4}", r"45^\circ"),
+    (r"45^\circ", r"\frac{\pi}{4}\text{ radians}"), (r"\frac{\pi}{3}", r"\pi/3"), ("1010_2", "1010_{2}"),
+    ("1010_2", r"1010_{\text{two}}"), ("(1010)_2", "1010_2"), ("4F_{16}", "4F_{16}"), (r"\{1,2,3\}", "{3,2,1}"),
+    (r"\{1,2,3\}", "1,2,3"), ("1, 2, 3", "3, 1 and 2"), ("1,2", r"1\text{ and }2"), ("x=1,2", "x=2 or x=1"),
+    ("1,2", r"x=1 \text{ or } x=2"), ("1,2", "x_1 = 1, x_2 = 2"), (r"x = 3 \text{ or } x = -1", "-1, 3"),
+    (r"\pm 3", "3, -3"), (r"\pm 3", "-3,3"), (r"x=\pm 3", "3,-3"), (r"1\pm\sqrt2", r"1+\sqrt{2},1-\sqrt{2}"),
+    (r"\pm 2\sqrt3", r"\{-2\sqrt3,2\sqrt3\}"), ("(1,2)", r"\left(1,2\right)"), ("(1,2)", "(1, 2.0)"),
+    (r"(\frac12,3)", "(0.5,3)"), ("(1,2,3)", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"), (r"(3,\frac{\pi}{2})", r"\left(3, \pi/2\right)"),
+    ("(1,2),(3,4)", "(3,4) and (1,2)"), ("(1,2)", "x=1, y=2"), ("(1,2)", r"x=1 \text{ and } y=2"),
+    ("(3,-1)", "a = 3, b = -1"), ("x=1,y=2", "(1,2)"), ("x=1,y=2", "y=2, x=1"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\left[\begin{array}{cc}1&2\\3&4\end{array}\right]"),
+    (r"\begin{pmatrix} 1/2 & 0 \end{pmatrix}", r"\begin{pmatrix} 0.5 & 0 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", "[[1,2],[3,4]]"), ("[1,2]", r"1\le x\le 2"),
+    ("(1,2]", r"1<x\leq 2"), ("x>2", r"(2,\infty)"), (r"(2,\infty)", "x > 2"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(-\infty, 2) \cup (3, +\infty)"), (r"(-\infty,2)\cup(3,\infty)", "x<2 or x>3"),
+    (r"x\ge 2", r"2\le x"), (r"[0,\infty)", r"x\geq 0"), (r"\mathbb{R}", r"(-\infty,\infty)"),
+    (r"x \neq 2", r"(-\infty,2)\cup(2,\infty)"), (r"(-\infty,2)\cup(2,\infty)", r"x\ne 2"),
+    (r"\mathbb{R}\setminus\{2\}", r"(-\infty,2)\cup(2,\infty)"),
+    (r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R} \setminus \{2\}"), (r"\mathbb{R}\setminus\{2\}", r"x \neq 2"),
+    ("(0,1)", r"\{x\mid 0<x<1\}"), ("0<x<1", r"x\in(0,1)"), (r"-1 \le x \le 1", r"|x|\le 1"), ("|x|<2", "(-2,2)"),
+    ("[-1,1]", "-1 ≤ x ≤ 1"), (r"a \geq 3", r"[3,+\infty)"), ("k<5", r"(-\infty, 5)"), ("[2,5)", r"2 \le t < 5"),
+    ("x^2+2x+1", "(x+1)^2"), ("(x+1)(x-1)", "x^2-1"), ("2(x+1)", "2x+2"), (r"\frac{x}{2}", "0.5x"),
+    (r"\frac{x+1}{2}", r"\frac12 x+\frac12"), (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt2}"),
+    (r"\sqrt{12}", r"2\sqrt{3}"), (r"3\sqrt{2}", "3√2"), (r"\sqrt{2}", "sqrt(2)"), (r"\sqrt[3]{2}", "2^{1/3}"),
+    ("2^{10}", "1024"), ("1024", "2^10"), (r"\ln 8", r"3\ln 2"), (r"\log_2 8", "3"), ("e^{2}", "e^2"),
+    (r"\frac{\pi}{2}", r"0.5\pi"), (r"2\pi", "2π"), (r"\sin^2 x", r"1-\cos^2 x"), (r"\frac{1}{1+x}", "(1+x)^{-1}"),
+    ("x^{-1}", r"\frac1x"), ("5!", "120"), (r"\binom{5}{2}", "10"), ("10", "C(5,2)"), ("3+4i", "4i+3"),
+    ("i", r"\sqrt{-1}"), ("-i", r"\frac{1}{i}"), ("a^2+b^2", "b^2+a^2"), ("xy", "yx"), ("xy", "x*y"),
+    ("6xy", r"6\cdot x\cdot y"), (r"\frac{a}{b}", "a/b"), ("2n+1", "2n + 1"), (r"2k\pi", r"2\pi k"),
+    (r"\frac{4}{3}\pi r^3", r"\frac{4\pi r^3}{3}"), (r"12\pi", r"12\pi \text{ cm}^3"), ("y=2x+1", "2x+1"),
+    ("y=2x+1", "y = 1 + 2x"), ("y=2x+1", "2x-y+1=0"), ("x^2+y^2=4", "x^2 + y^2 - 4 = 0"), ("2x+3y=6", "4x+6y=12"),
+    ("f(x)=2x", "2x"), ("f(x)=2x", "f(x) = 2 x"), ("5", "x=5"), ("x=5", "5"), ("a_n=2n-1", "2n-1"), ("S=12", "12"),
+    ("12", "S = 12"), ("12", "A = 12 cm^2"), ("12", "The answer is 12"), ("12", r"\text{12}"),
+    ("12", r"\mathbf{12}"), ("12", "**12**"), ("12", "$12$"), ("12", "12."), ("12", r"\boxed{12}"),
+    (r"\frac{x^2}{4}+y^2=1", "x^2+4y^2=4"), ("25", "x+y = 25"), ("6", "n = 6"), ("n=6", r"\text{n}=6"),
+    ("17", "17 students"), ("17", r"17\text{ students}"), ("Yes", "yes"), ("Yes", r"\text{Yes}"), ("yes", "Yes."),
+    ("no", "No"), ("True", "true"), ("Monday", "monday"), (r"\text{Saturday}", "Saturday"), ("Alice", "alice"),
+    ("circle", r"\text{Circle}"), (r"\text{even}", "even"), ("no solution", r"\text{No solution}"),
+    ("no solution", r"\emptyset"), (r"\emptyset", "∅"), ("infinitely many", r"\text{infinitely many}"),
+    ("isosceles triangle", r"\text{isosceles triangle}"), ("the first", "first"),
+    ("all real numbers", r"\mathbb{R}"), (r"\infty", "infinity"), ("DNE", r"\text{DNE}"),
+    ("undefined", r"\text{undefined}"), ("Friday", r"\textbf{Friday}"), ("3:4", "3 : 4"), ("3:4", "3/4"),
+    ("3:4", "3 to 4"), ("1:2:3", "1 : 2 : 3"), (r"2^3 \cdot 3", r"2^3\times 3"), (r"\frac{1}{2}", r"1 \div 2"),
+    ("1/2", ".5"), ("0.5", ".50"), ("-0.5", "-.5"), ("7", r"7 \text{ (units)}"), ("x^2", "x^{2}"), ("x_1", "x_{1}"),
+    (r"\triangle ABC", r"\triangle{ABC}"), ("AB", "AB"), ("10^{-3}", "0.001"), (r"6.02 \times 10^{23}", "6.02e23"),
+    ("1{,}000", "1000"), (r"1\,000", "1000"), ("1000", "1000.00"), ("$32,348", "32348"), ("18", r"\$18"),
+    ("18", "$18.00"), ("18", "18 dollars"), ("64", "64 square inches"), ("1/6", r"\frac{1}{6} \approx 0.167"),
+    (r"\frac{1}{6}", "0.1667"), ("2.236", r"\sqrt{5}"), ("8", "2^3 = 8"), ("8", "= 8"), ("8", r"\approx 8"),
+    ("8", r"x \approx 8"), ("-1/2", r"-\frac{1}{2}"), (r"\frac{-1}{2}", "-0.5"), ("11/2", "5.5"), ("5", "5/1"),
+    ("a", "a"), ("a+b", "b+a"), ("-x+1", "1-x"), (r"\frac{2}{\sqrt{3}}", r"\frac{2\sqrt{3}}{3}"),
+    (r"\tan^{-1}(2)", r"\arctan 2"), (r"\cos\frac{\pi}{3}", "1/2"),
+    (r"\left\lfloor \frac{n}{2}\right\rfloor", r"\lfloor n/2 \rfloor"), ("n(n+1)/2", r"\frac{n^2+n}{2}"),
+    (r"\frac{n!}{k!(n-k)!}", r"\binom{n}{k}"), (r"x\in\{1,2\}", "1,2"), ("1 < x < 2", r"x \in (1, 2)"),
+    (r"p \le q", r"q \ge p"), ("(x-1)^2+(y+2)^2=9", "x^2-2x+y^2+4y-4=0"),
+    (r"\frac{\pi}{6}+k\pi", r"k\pi+\frac{\pi}{6}"),
+    (r"\frac{\pi}{6}+k\pi, k\in\mathbb{Z}", r"\frac{\pi}{6}+n\pi, n \in \mathbb Z"), (r"\vec{v}=(1,2)", "(1,2)"),
+    (r"\langle 1,2\rangle", "(1,2)"), (r"1:\sqrt{3}", r"\frac{1}{\sqrt{3}}"), ("12", "12"), ("1.5 hours", "1.5"),
+    (r"4\sqrt{2}\text{ units}", r"4\sqrt{2}"),
+    (r"x=\frac{-b\pm\sqrt{b^2-4ac}}{2a}", r"\frac{-b\pm\sqrt{b^2-4ac}}{2a}"), ("(-1)^n", "(-1)^{n}"),
+    (r"\left(\frac{1}{2}\right)^n", "2^{-n}"), ("4,-4", r"\pm4"), ("2, -2, 3", r"\pm 2, 3"),
+    (r"\frac{3\pi}{4}", r"135^{\circ}"), (r"2\sqrt{3}+4", r"4+\sqrt{12}"),
+]  # fmt: skip
+
+WRONG = [
+    ("12", "21"), ("12", "12.5"), ("12", "-12"), ("12", "12, 13"), ("12", "12 or 13"), ("12", "1, 2"), ("12", "12x"),
+    ("12", "12!"), ("12", r"\sqrt{12}"), ("12", "12^2"), ("12", "12%"), ("0.12", "12"), ("12", "{12, 13}"),
+    ("12", "x>12"), ("12", r"\ne 12"), ("12", "not 12"), ("12", "5=12"), ("12", "12=13"), ("12", "about 12 or 13"),
+    ("1/2", "2"), ("1/2", "1/3"), ("1/2", "0.51"), ("1/3", "0.3"), ("1/3", "0.34"), ("0.333", "0.34"),
+    ("1/7", "0.14"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,2)", "1,2,3"), ("[1,2]", "(1,2)"),
+    ("[1,2]", "1<x<2"), ("(1,2)", "{2,1}"), ("x=1,y=2", "(2,1)"), ("x=1,y=2", "x=2,y=1"), ("{1,2}", "{1,2,3}"),
+    ("{1,2}", "{1}"), ("1,2", "1"), ("1,2", "1,2,2,3"), ("(1,2),(3,4)", "(1,3),(2,4)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"), ("x+1", "x-1"),
+    ("x^2", "2x"), ("x+y", "x-y"), ("sin x", "cos x"), (r"\ln x", r"\log_2 x"), ("2x+1", "2y+1"), ("y=2x", "x=2y"),
+    ("y=2x", "y=2x+1"), ("y=2x", "y<2x"), ("f(x)=x", "f(x)=x^2"), ("x^2+y^2=4", "x^2+y^2=2"), ("x>2", "x<2"),
+    ("x>2", r"x\ge2"), ("x>2", "y>2"), ("x<1 or x>2", "1<x<2"), (r"(2,\infty)", r"[2,\infty)"),
+    (r"(-\infty,2)", r"(2,\infty)"), (r"x\ne 2", "x=2"), (r"\mathbb{R}", r"\mathbb{Z}"), ("5 cm", "5 m"),
+    ("5 cm", "5 cm^2"), ("5 km/h", "5 m/s"), ("5 hours", "5 minutes"), ("50%", "5%"), ("50%", "0.05"), ("5", "5%"),
+    (r"45^\circ", r"\frac{\pi}{3}"), (r"45^\circ", "0.45"), ("1010_2", "1010_3"), ("1010_2", "1010"),
+    ("1010_2", "10"), ("yes", "no"), ("yes", "yes and no"), ("yes", "not yes"), ("Monday", "Tuesday"),
+    ("even", "odd"), ("even", "not even"), ("Alice", "Bob"), ("Alice", "Alice and Bob"), ("Alice", "Alice or Bob"),
+    ("circle", "ellipse"), ("no solution", "0"), ("ABC", "CBA"), ("AB", "BA"), ("3:4", "4:3"), ("2:30", "2:31"),
+    ("2:30 PM", "2:30 AM"), ("1.5e3", "1.5e4"), ("0", "10^{-9}"), ("0", "1/1000000"), ("10^{-9}", "0"), ("i", "-i"),
+    ("3+4i", "3-4i"), ("a", "b"), ("a", "A"), ("x_1", "x_2"), ("n", "n+1"), ("2n+1", "2n-1"), ("5!", "5"),
+    (r"\pi", "3.14"), (r"\pi", "22/7"), (r"\sqrt2", "1.41"), ("7", "seven or eight"), ("7", "7 and 8"),
+    ("7", r"7\text{ or }8"), ("7", r"\{7\}\cup\{8\}"), ("7", r"\boxed{7} \boxed{8}"), ("7", "7;8"), ("7", "7/8"),
+    ("-7", "7"), ("7", r"\pm7"), ("7", "|7-14|-14"), ("2^{100}", "2^{100}+1"), (r"k\pi", r"k\pi+1"), ("4", "4,4,5"),
+    ("4", "four and five"), ("4", "x=4,y=5"), ("4", "x=4 or x=5"), ("4", "y=4x"), ("x=4", "y=4"), ("4", "4=4=5"),
+    ("4", "f(x)=4x"), ("4", "3<4"), ("4", "4<5"), ("4", r"4\to5"), ("4", "4?"), ("4", "maybe 4"),
+    ("4", "4 or something else"), ("4", "I think 4 but could be 5"),
+]  # fmt: skip
+
+OPTIONS = ("Paris", "London", "Berlin", "Rome")
+LETTERS = [
+    ("The answer is (B).", "B"), ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) London", "B"), ("Answer: B", "B"),
+    ("**B**", "B"), (r"\boxed{B}", "B"), (r"\boxed{\text{B}}", "B"), (r"\boxed{(B)}", "B"),
+    (r"\boxed{\textbf{(B)}}", "B"), (r"\boxed{B. London}", "B"), (r"\boxed{B) London}", "B"),
+    (r"\boxed{\text{(B) London}}", "B"), (r"\boxed{London}", "B"), (r"\boxed{b}", "B"),
+    ("So the correct option is B.", "B"), ("The correct choice is B, because A is wrong.", "B"),
+    ("I choose B.", "B"), ("Option B is correct.", "B"), ("B is correct.", "B"), ("B is the correct answer.", "B"),
+    ("The answer is option B: London.", "B"), ("Therefore, B.", "B"), ("Final answer: B", "B"),
+    ("Final Answer: (B) London", "B"), ("The best answer is B", "B"), ("Correct answer: $B$", "B"), ("答案是B", "B"),
+    ("答案：B", "B"), ("选B", "B"), ("故选：B。", "B"), ("La réponse est B.", "B"), ("The answer is therefore (B)", "B"),
+    ("The answer would be B", "B"), ("My answer: B", "B"), ("Hence the correct answer is **(B) London**.", "B"),
+    (r"Thus the answer is $\mathbf{B}$", "B"),
+    ("Let me think. A is wrong as ... C is wrong. D is wrong. So the answer must be B.", "B"),
+    ("First I thought the answer is A. But after checking, the answer is B.", "B"),
+    ("<think>maybe A</think>\nThe answer is B", "B"), ("Answer:\n\nB", "B"), ("Answer:\n**B**", "B"),
+    ("The answer is:\n\\[ \\boxed{B} \\]", "B"), ("London", "B"), ("The answer is London.", "B"),
+    ("It's London", "B"), ("ANSWER: B", "B"), ("Answer is B", "B"), ("[B]", "B"), ("{B}", "B"),
+    ("The correct answer is option (B).", "B"), ("Choice B", "B"), ("A or B", None), ("A and B", None),
+    ("A, B", None), ("either A or B", None), ("The answer is A or B", None), ("The answer is (A) or (B).", None),
+    ("not B", None), ("The answer is not B", None), ("B is not correct", None), ("B is wrong", None),
+    ("B is incorrect.", None), ("It isn't B", None), (r"\boxed{A,B}", None), (r"\boxed{A \text{ or } B}", None),
+    (r"\boxed{B?} or \boxed{A}", None), ("Possibly B or C", None), ("The answer could be B or maybe C.", None),
+    ("All of the above", None), ("None of them", None), ("I don't know", None), ("", None), ("ABCD", None),
+    ("A B C D", None), ("A) Paris B) London C) Berlin D) Rome", None), ("The answer is B/C", None),
+    ("The answer is B & C", None), ("Both B and C are correct", None),
+    ("The answer is A. The answer is B or C.", None), ("<think>The answer is B", None), ("The answer is E", "E"),
+    ("It can't be B", None), ("I would rule out B", None), ("Answer: B or C", None), (r"\boxed{}", None),
+    ("The answer is neither A nor B.", None), ("B, but it could be C", None), ("Anything but B", None),
+    ("The answer isn't B.", None), ("I think B or C, but the answer is B.", "B"),
+]  # fmt: skip
+
+
+def test_right() -> None:
+    missed = [(pair, verdict) for pair in RIGHT if (verdict := verify(*pair, "answer")).outcome != "correct"]
+    assert missed == []
+
+
+def test_wrong() -> None:
+    assert [pair for pair in WRONG if verify(*pair, "answer").outcome == "correct"] == []
+
+
+@pytest.mark.parametrize(("text", "letter"), LETTERS)
+def test_letters(text: str, letter: str | None) -> None:
+    assert verify("B", text, "mc", OPTIONS).extracted == letter
