@@ -166,7 +166,8 @@ _MC_ANCHOR = re.compile(
     re.I,
 )
 _HEDGE_AFTER = re.compile(
-    r"^[)*\s.}$]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?(?:maybe\s+|perhaps\s+|possibly\s+)?[(*]*([A-J])(?![A-Za-z'’])"
+    r"^[)*\s.}$]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?(?:(?:maybe|perhaps|possibly)\s+)?"
+    r"[(*]*([A-J])(?![A-Za-z'’])"
 )
 
 
