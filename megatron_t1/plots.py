@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 _STYLE: Any = {
     "axes.spines.top": False,
@@ -92,7 +93,7 @@ def accuracy(evals: dict[str, dict[str, Any]]) -> Plot:
     axes.set_yticks(range(len(evals)), [_literal(label) for label in evals])
     axes.set_ylim(len(evals) - 0.4, -0.6)
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     return _plot(title, figure)
 
 
@@ -110,25 +111,35 @@ def groups(name: str, kind: str, found: dict[str, dict[str, Any]]) -> Plot:
     axes.set_yticks(range(len(found)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     return _plot(title, figure)
 
 
 @matplotlib.rc_context(_STYLE)
-def scaling(curves: dict[str, list[dict[str, Any]]]) -> Plot:
-    """Accuracy against the mean thinking tokens that were used, with 95% bands."""
-    title = "Accuracy against thinking tokens"
+def scaling(curves: dict[str, list[dict[str, Any]]], majorities: dict[str, list[dict[str, Any]]]) -> Plot:
+    """Accuracy against the tokens that were used, with 95% bands: one thinking cut at budgets, and majorities."""
+    title = "Accuracy against tokens"
     figure, axes = _figure(title, height=3.6)
-    for label, points in curves.items():
-        used = [point["mean_thinking_tokens"] for point in points]
-        low, high = zip(*(point["interval"] for point in points), strict=True)
-        (line,) = axes.plot(used, [point["accuracy"] for point in points], "o-", markersize=4, label=_literal(label))
-        axes.fill_between(used, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xlabel("mean thinking tokens used")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    for place, (label, points) in enumerate(curves.items()):
+        color = f"C{place % 10}"
+        _band(axes, points, "mean_thinking_tokens", color, "o-", label)
+        if len(majorities.get(label, ())) > 1:
+            _band(axes, majorities[label], "mean_tokens", color, "s--", f"{label}: majority of n")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("mean tokens used for a question")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(bottom=0)
     axes.legend()
     return _plot(title, figure)
+
+
+def _band(axes: Axes, points: list[dict[str, Any]], x: str, color: str, style: str, label: str) -> None:
+    used = [point[x] for point in points]
+    low, high = zip(*(point["interval"] for point in points), strict=True)
+    accuracy = [point["accuracy"] for point in points]
+    axes.plot(used, accuracy, style, markersize=4, color=color, label=_literal(label))
+    axes.fill_between(used, low, high, color=color, alpha=0.12, linewidth=0)
 
 
 def _curves(title: str, steps: np.ndarray, series: dict[str, np.ndarray], log: bool = False) -> Plot:

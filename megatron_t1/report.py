@@ -2,8 +2,8 @@
 
 It reads files in the run's folder and nothing else, and leaves out the parts that are not there:
 
-    config.yaml summary.json    sft/metrics.jsonl rl/metrics.jsonl rl/samples.jsonl    scaling/<label>/points.json
-    evaluate/<label>/<set>/{summary.json,responses.jsonl}
+    config.yaml summary.json                                sft/metrics.jsonl rl/metrics.jsonl rl/samples.jsonl
+    evaluate/<label>/<set>/{summary.json,responses.jsonl}   scaling/<label>/{points,majority}.json
 
 What a model wrote is hostile: the template escapes everything, the only script is ours and allowed by its hash, and the
 page asks no other host for anything. Left out: interactive plots (TensorBoard has the same numbers).
@@ -20,7 +20,7 @@ from typing import Any
 from megatron_t1 import plots
 from megatron_t1.files import iter_jsonl, read_jsonl, write_text
 from megatron_t1.page import render
-from megatron_t1.results import compare, read_summaries
+from megatron_t1.results import compare, grid, read_summaries
 
 MAX_QUESTIONS = 12
 """Questions whose responses are shown for every evaluation, the first ones of the file."""
@@ -37,6 +37,7 @@ def write_report(run_dir: Path) -> Path:
     evals = _evaluations(run_dir)
     responses = {name: run_dir / "evaluate" / s["label"] / s["set"] / "responses.jsonl" for name, s in evals.items()}
     curves = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/points.json"))}
+    majorities = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/majority.json"))}
     metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl") for stage in ("sft", "rl")}
     summary = _read_json(run_dir / "summary.json") or {}
     html = render(
@@ -52,7 +53,9 @@ def write_report(run_dir: Path) -> Path:
             if len(s["by"][kind]) > 1
         ],
         curves=curves,
-        scaling_plot=plots.scaling(curves) if curves else None,
+        majorities=majorities,
+        scaling_plot=plots.scaling(curves, majorities) if curves else None,
+        grid=grid(list(evals.values())),
         stages={stage: plots.learning_curves(rows) for stage, rows in metrics.items() if rows},
         samples=[*_eval_samples(responses), *_rl_samples(run_dir)],
         seconds=summary.get("seconds", {}),

@@ -29,7 +29,14 @@ def read_summaries(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
-    """Markdown: a row a label, a column a set, pass@1 in percent with the half width of its 95% interval."""
+    """The grid as Markdown."""
+    titles, rows = grid(summaries)
+    lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items())])
+
+
+def grid(summaries: list[dict[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
+    """As in the paper: titles of the sets; label -> pass@1 in percent, with half the width of its 95% interval."""
     sets = sorted(
         {s["set"] for s in summaries}, key=lambda name: (name not in PAPER_NAMES, [*PAPER_NAMES, name].index(name))
     )
@@ -37,7 +44,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
     for name in sets:
         most = max(s["num_samples"] for s in summaries if s["set"] == name)
         titles.append(PAPER_NAMES.get(name, name) + (f" (average of {most})" if most > 1 else ""))
-    lines = ["| model | " + " | ".join(titles) + " |", "|---" * (len(sets) + 1) + "|"]
+    rows = {}
     for label in dict.fromkeys(s["label"] for s in summaries):
         cells = []
         for name in sets:
@@ -47,8 +54,8 @@ def table(summaries: list[dict[str, Any]]) -> str:
                 continue
             low, high = result["interval"]
             cells.append(f"{100 * result['pass_at_1']:.1f} ± {50 * (high - low):.1f}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows[label] = cells
+    return titles, rows
 
 
 def compare(before: Path, after: Path) -> list[dict[str, Any]]:

@@ -82,6 +82,8 @@ def run_dir(tmp_path: Path) -> Path:
         write_json(folder / "summary.json", asdict(summarize(label, "set<b>", rows, {"step": right})))
         point = {"budget": 24, "mean_thinking_tokens": 20.0, "accuracy": 0.2, "interval": [0.1, 0.3], "share_forced": 1}
         write_json(tmp_path / "scaling" / label / "points.json", [point, {**point, "budget": 48, "accuracy": 0.8}])
+        one = {"num_samples": 1, "mean_tokens": 40.0, "accuracy": 0.2, "interval": [0.1, 0.3]}
+        write_json(tmp_path / "scaling" / label / "majority.json", [one, {**one, "num_samples": 2, "accuracy": 0.3}])
     summary = {"seconds": {"sft": 75.0, "total": 300.0}, "seed": 3, "versions": {"torch": "2.13.0", "apex": None}}
     write_json(tmp_path / "summary.json", summary)
     write_text(tmp_path / "config.yaml", "rl:\n  steps: 60 # <b>\n")
@@ -139,10 +141,20 @@ def test_missing_parts_are_left_out(run_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-def test_script_runs_under_its_policy_in_a_browser(run_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("chosen", "verdict"), [("", ""), ("#verdict=correct", "correct"), ("#text=QUESTION+3", "3")])
+def test_the_filter_works_under_the_pages_policy_in_a_browser(
+    chosen: str, verdict: str, run_dir: Path, tmp_path: Path
+) -> None:
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", write_report(run_dir).as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", write_report(run_dir).as_uri() + chosen]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=250, check=True).stdout
     shown = re.search(r"<output>(\d+) of (\d+)</output>", dom)
     assert shown is not None
-    assert shown[1] == shown[2] != "0"
+    rows = re.findall(r"<tr data-source=.*?</tr>", dom, re.S)
+    visible = [row for row in rows if " hidden=" not in row.partition(">")[0]]
+    assert (int(shown[1]), int(shown[2])) == (len(visible), len(rows))
+    if not verdict:
+        assert len(visible) == len(rows) > 0
+    else:
+        wanted = 'data-verdict="correct"' if verdict == "correct" else "question 3"
+        assert 0 < len(visible) == sum(wanted in row for row in rows) < len(rows)

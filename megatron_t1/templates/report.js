@@ -14,7 +14,15 @@ if (form) {
     }
     form.querySelector("output").textContent = `${shown} of ${rows.length}`;
   };
-  form.addEventListener("input", show);
+  // report.html#verdict=wrong&text=mod shows that: a filter can be sent to somebody.
+  for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
+    if (form.elements[name]) form.elements[name].value = value;
+  }
+  form.addEventListener("input", () => {
+    const chosen = [...new FormData(form)].filter(([, value]) => value);
+    history.replaceState(null, "", "#" + new URLSearchParams(chosen));
+    show();
+  });
   form.addEventListener("submit", (event) => event.preventDefault());
   show();
 }
