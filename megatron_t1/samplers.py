@@ -21,7 +21,7 @@ from megatron_t1.actors import Actors
 from megatron_t1.data.prompts import Question, parse_rows
 from megatron_t1.data.template import Template
 from megatron_t1.reward.score import Scorer
-from megatron_t1.rollout.chat import ChatEndpoint, EndpointConfig, RefusedError
+from megatron_t1.rollout.chat import ChatEndpoint, EndpointConfig, RefusedError, run_workers
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import FinishReason, Reward, Sample
 
@@ -98,9 +98,7 @@ class EndpointSampler:
                     response = await self._one(endpoint, ask.question, sampling, seed, number)
                     on_done(ask.question, number, [response])
 
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(self._cfg.max_in_flight):
-                    tasks.create_task(work())
+            await run_workers(self._cfg.max_in_flight, work)
 
     async def _one(
         self, endpoint: ChatEndpoint, question: Question, sampling: SamplingConfig, seed: int, number: int

@@ -19,12 +19,13 @@ from megatron_t1.data.template import Template
 from megatron_t1.evaluate import EvalResult, EvaluateConfig, evaluate, summarize
 from megatron_t1.results import compare, read_summaries, table
 from megatron_t1.reward.score import RewardConfig, Scorer
-from megatron_t1.rollout.chat import EndpointConfig
+from megatron_t1.rollout.chat import EndpointConfig, NoAnswerError
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
 from megatron_t1.samplers import Ask, EndpointSampler, OnDone, Response, Sampler, ServerSampler, StoredSampler
 from tests.launch import ROOT
+from tests.scripted import ScriptedEndpoint, serving
 
 CFG = EvaluateConfig(sampling=SamplingConfig(temperature=1.2, num_samples=3, max_new_tokens=16))
 QUESTIONS = [Question(id=f"q{i}", messages=[{"role": "user", "content": f"{i}+7?"}], gold="7") for i in range(5)]
@@ -159,6 +160,24 @@ def test_known_responses_to_math500_give_the_known_score(scorer: Scorer, tmp_pat
     assert difference["result"].p_value == pytest.approx(2 / 2**10)  # ten questions changed, all to the better
     with pytest.raises(ValueError, match="0 responses to question 'q0' and 1 to"):
         StoredSampler(tmp_path / "paper.jsonl", scorer).num_samples([*questions, QUESTIONS[0]][::-1])
+
+
+def test_an_endpoint_that_goes_away_leaves_what_it_answered(scorer: Scorer, tmp_path: Path) -> None:
+    """One question is never answered: one plain error; the resumed run asks for what is missing, and no more."""
+    answered: list[str] = []
+    cfg = replace(CFG, sampling=replace(CFG.sampling, num_samples=1))
+
+    def answer(body: dict[str, Any]) -> str:
+        answered.append(body["messages"][-1]["content"])
+        return "" if answered[-1] == "4+7?" and len(answered) < 6 else "\\boxed{7}"
+
+    with serving(ScriptedEndpoint(answer)) as server:
+        sampler = EndpointSampler(EndpointConfig(urls=(server.url,), max_retries=0, max_in_flight=1), scorer)
+        with pytest.raises(NoAnswerError, match="no answer after 1 attempts"):
+            evaluate(cfg, sampler, QUESTIONS, tmp_path, "x", "set", WEIGHTS, 1)
+        result = evaluate(cfg, sampler, QUESTIONS, tmp_path, "x", "set", WEIGHTS, 1, resume=True)
+    assert result.pass_at_1 == 1.0
+    assert answered == [*(f"{i}+7?" for i in range(5)), "4+7?"]
 
 
 def test_a_chat_endpoint_answers_as_the_server_does(

@@ -19,7 +19,7 @@ import random
 import resource
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -251,6 +251,19 @@ class ChatEndpoint:
         if status >= 500 or status in (408, 409, 425):
             raise aiohttp.ClientError(said)
         raise RefusedError(said)
+
+
+async def run_workers(count: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """`count` workers at the same time; the first error ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(count):
+                tasks.create_task(work())
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
 class _RateLimitedError(Exception):

@@ -25,7 +25,7 @@ from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
 from megatron_t1.files import write_json, write_jsonl
 from megatron_t1.reward.score import Scorer
-from megatron_t1.rollout.chat import ChatEndpoint, EndpointConfig, NoAnswerError
+from megatron_t1.rollout.chat import ChatEndpoint, EndpointConfig, NoAnswerError, run_workers
 from megatron_t1.rollout.server import open_servers
 from megatron_t1.synthesize import browse, prompts
 from megatron_t1.synthesize.chain import Workshop
@@ -112,21 +112,10 @@ async def _run(
                 bar.set_postfix_str(f"{totals['kept']} kept, {rate:,.0f} tokens/s", refresh=False)
                 bar.update()
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(min(cfg.questions_in_flight, len(questions))):
-                    tasks.create_task(work())
-        except BaseExceptionGroup as group:
-            raise _first(group) from None
+        await run_workers(min(cfg.questions_in_flight, len(questions)), work)
         for name, endpoint in endpoints.items():
             said = ", ".join(f"{count} {event}" for event, count in endpoint.events.most_common())
             bar.write(f"{name}: {said or 'nothing was asked, all replies were stored'}")
-
-
-def _first(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def _failed_row(question: Question, reason: str) -> dict[str, Any]:
