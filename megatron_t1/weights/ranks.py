@@ -6,8 +6,9 @@ Point to point and not a collective, because a collective that times out can't s
 from __future__ import annotations
 
 import json
-import os
+import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 
 # Beyond the deadlines of rank 0's own calls to the servers, what the others wait for it to report a failure.
 _GRACE_S = 30.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Another one on every machine, and after every start of it."""
 
 
 class SyncError(RuntimeError):
@@ -39,11 +42,8 @@ class Ranks:
         self.group = (
             dist.new_group(backend="gloo", timeout=timedelta(seconds=self._wait_for_0_s)) if self.size > 1 else None
         )
-
-    @property
-    def on_one_host(self) -> bool:
-        """As the launcher says it; spawned without one (tests), all ranks are here."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) == self.size
+        hosts = self.to_0("set-up", [socket.gethostname(), _BOOT_ID.read_text()])
+        self.on_one_host: bool = self.from_0("set-up", all(host == hosts[0] for host in hosts))
 
     def from_0(self, phase: str, value: Any) -> Any:
         """Rank 0's value, on every rank."""
