@@ -1,8 +1,9 @@
 """`t1 grade IN.jsonl OUT.jsonl`: the reward's grader on its own, for answers from anywhere.
 
 One JSON object a line. In: `id`, `gold`, `prediction`, `mode` (`answer`, `response`, `text` or `mc`; default
-`response`), optionally `choices`, `question` (for the language penalty) and `finish_reason`. Out, in the same order:
-`id`, `correct`, `outcome`, `extracted`, `reason`, `penalties`, `seconds`.
+`response`), optionally `choices`, `question` (for the language penalty) and `finish_reason` (`stop` or `length`). Out,
+in the same order: `id`, `correct`, `outcome`, `extracted`, `reason`, `penalties`, `seconds`. A prediction may be null
+(no answer); nothing is graded before every line is known to be readable.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
     missing = [key for key in ("id", "gold", "prediction") if key not in row]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
+    for key in ("gold", "prediction", "question"):
+        if isinstance(row.get(key), (list, dict, bool)):
+            raise ValueError(f"{key}={str(row[key])[:60]} must be text or a number")
+    if row["gold"] in (None, ""):
+        raise ValueError("gold is empty: there is nothing to compare with")
+    choices = row.get("choices") or ()
+    if not isinstance(choices, (list, tuple)):
+        raise ValueError(f"choices={choices!r} must be a list of option texts")
     mode, finish_reason = row.get("mode", "response"), row.get("finish_reason", "stop")
     if mode not in get_args(AnswerMode):
         raise ValueError(f"mode={mode!r} is not one of {', '.join(get_args(AnswerMode))}")
@@ -58,12 +67,12 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
         token_ids=nothing,
         gold=str(row["gold"]),
         mode=mode,
-        choices=tuple(map(str, row.get("choices") or ())),
+        choices=tuple(map(str, choices)),
     )
     sample = Sample(
         token_ids=nothing,
         logprobs=np.zeros(0, dtype=np.float32),
-        text=str(row["prediction"]),
+        text="" if row["prediction"] is None else str(row["prediction"]),
         finish_reason=finish_reason,
         weight_versions=(),
         server="",
@@ -78,6 +87,8 @@ def _read(path: Path) -> Iterator[tuple[Any, Prompt, Sample]]:
                 continue
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
                 yield (row["id"], *pair_from_row(row))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
@@ -104,7 +115,7 @@ def grade(cfg: GradeConfig) -> None:
     """
     rows = list(_read(Path(cfg.input)))
     outcomes: Counter[str] = Counter()
-    with Scorer(cfg.reward) as scorer, Path(cfg.output).open("w", encoding="utf-8") as out:
+    with Scorer(cfg.reward) as scorer, Path(cfg.output).open("w", encoding="utf-8", errors="backslashreplace") as out:
         rewards = scorer.score_iter((prompt, sample) for _, prompt, sample in rows)
         for (identifier, _, _), reward in zip(rows, tqdm(rewards, total=len(rows), unit="answer"), strict=True):
             out.write(json.dumps(as_row(identifier, reward), ensure_ascii=False) + "\n")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_t1.grade import GradeConfig, grade
+from tests.reward.cases import rows
 
 
-def _write(path: Path, lines: list[dict]) -> Path:
+def _write(path: Path, lines: list) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -37,11 +38,33 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
     [
         ({"id": "a", "gold": "4"}, "prediction missing"),
         ({"id": "a", "gold": "4", "prediction": "4", "mode": "x"}, "mode='x'"),
+        ({"id": "a", "gold": ["4"], "prediction": "4"}, "gold="),
+        ({"id": "a", "gold": None, "prediction": "4"}, "gold is empty"),
+        ({"id": "a", "gold": "4", "prediction": {"text": "4"}}, "prediction="),
+        ({"id": "a", "gold": "B", "prediction": "B", "mode": "mc", "choices": "AB"}, "choices="),
+        ({"id": "a", "gold": "4", "prediction": "4", "finish_reason": "eos"}, "finish_reason="),
+        ([1, 2], "must be an object"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: dict, message: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: dict | list, message: str) -> None:
     with pytest.raises(ValueError, match=f"line 1: {message}"):
         grade(GradeConfig(input=_write(tmp_path / "in.jsonl", [line]), output=tmp_path / "out.jsonl"))
+
+
+def test_text_quality_is_graded_too(tmp_path: Path) -> None:
+    """Penalties of the shipped texts, through the command's files."""
+    cases = rows("textquality")
+    lines = [{"id": c["id"], "gold": "0", "prediction": c["text"], "mode": "response"} for c in cases]
+    lines.append({"id": "null", "gold": "0", "prediction": None})
+    lines.append({"id": "half", "gold": "0", "prediction": "\\boxed{\ud800}"})
+    out = tmp_path / "out.jsonl"
+    grade(GradeConfig(input=_write(tmp_path / "in.jsonl", lines), output=out))
+    graded = {row["id"]: row for row in map(json.loads, out.open())}
+    assert {c["id"]: bool(graded[c["id"]]["penalties"]) for c in cases} == {
+        c["id"]: c["expected_penalty"] for c in cases
+    }
+    assert graded["null"]["outcome"] == "no_answer"
+    assert graded["half"]["extracted"] == "\ud800"  # half of a surrogate pair comes out as it went in
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
