@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import random
@@ -84,6 +85,15 @@ def time_math_verify(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]
         }
 
 
+def _cpu_s(process: psutil.Process) -> float:
+    """CPU time of a process and its descendants."""
+    total = 0.0
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(each.cpu_times()[:2])
+    return total
+
+
 def time_ours(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]:
     """Times of a step that is awaited all at once, as the rollout does it."""
     pairs = [pair_from_row(row) for row in rows]
@@ -97,15 +107,16 @@ def time_ours(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]:
     with Scorer(RewardConfig(num_workers=workers, tasks_per_worker=10**6)) as scorer:  # a dead grader's CPU is lost
         scorer.score_all(pairs[:8])  # start-up
         process = psutil.Process()
-        before = sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True)))
+        before = _cpu_s(process)
         started = time.perf_counter()
         done = asyncio.run(everything(scorer))
-        after = sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True)))
+        after = _cpu_s(process)
         finished = [at - started for _, at in done]
-        others = [at - started for reward, at in done if reward.outcome != "timeout"]
+        others = sorted(at - started for reward, at in done if reward.outcome != "timeout")
+        most = int(0.99 * len(others))
         return {
             "wall": max(finished),
-            "others": len(others) / max(others),
+            "others": most / others[most - 1],
             "cpu": after - before,
             "seconds": [reward.seconds for reward, _ in done],
             "kills": scorer.num_kills,
@@ -146,7 +157,9 @@ def main() -> None:
             if not bombs:
                 found.setdefault(f"math-verify alone, {name}", []).append(time_math_verify(made, args.workers))
         print(f"load {psutil.getloadavg()[0]:.1f}", file=sys.stderr)
-    print("| grader | verdicts/s | without the killed | a CPU second | p50 ms | p99 ms | worst s | kills |")
+    print(
+        "| grader | verdicts/s | until 99% of the others are done | a CPU second | p50 ms | p99 ms | worst s | kills |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name in sorted(found, reverse=True):
         print(_line(name, found[name]))
