@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,34 @@ def _glm4_moe_with_extra_layer(folder: Path, **fields) -> Path:
     return folder
 
 
+def _chatglm(folder: Path, **fields) -> Path:
+    """A GLM under the names of the first release; what transformers can read of it is in `folder`/glm."""
+    source = _make("GlmForCausalLM", folder / "glm", **fields)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, folder)
+    tensors = chatglm_names(load_file(source / "model.safetensors"))
+    tensors["transformer.rotary_pos_emb.inv_freq"] = torch.arange(8.0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    glm = json.loads((source / "config.json").read_text())
+    config = {
+        "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_bias_linear": False, "add_qkv_bias": True,
+        "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "attn_implementation": "sdpa",
+        "bias_dropout_fusion": True, "classifier_dropout": None, "fp32_residual_connection": False,
+        "hidden_dropout": 0.0, "original_rope": True, "post_layer_norm": True, "rmsnorm": True, "rope_ratio": 1,
+        "multi_query_attention": True, "use_cache": True, "tie_word_embeddings": False, "torch_dtype": glm["dtype"],
+        "ffn_hidden_size": glm["intermediate_size"], "hidden_size": glm["hidden_size"], "kv_channels": glm["head_dim"],
+        "layernorm_epsilon": glm["rms_norm_eps"], "multi_query_group_num": glm["num_key_value_heads"],
+        "num_attention_heads": glm["num_attention_heads"], "num_hidden_layers": glm["num_hidden_layers"],
+        "num_layers": glm["num_hidden_layers"], "padded_vocab_size": glm["vocab_size"],
+        "seq_length": glm["max_position_embeddings"], "eos_token_id": glm["eos_token_id"],
+        "pad_token_id": glm["pad_token_id"],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
 FAMILIES: dict[str, Callable[..., Path]] = {
     "qwen2": partial(_make, "Qwen2ForCausalLM"),
     "qwen2 tied": partial(_make, "Qwen2ForCausalLM", tied=True),
@@ -42,6 +72,7 @@ FAMILIES: dict[str, Callable[..., Path]] = {
         _make, "Glm4MoeForCausalLM", n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2
     ),
     "glm4_moe extra layer": _glm4_moe_with_extra_layer,
+    "chatglm": _chatglm,
 }
 MOE = {name for name in FAMILIES if "moe" in name}
 
@@ -49,7 +80,10 @@ MOE = {name for name in FAMILIES if "moe" in name}
 def reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """transformers in float64, sequence by sequence: the logits that predict each response, by sample number, and the
     gradients of the mean cross-entropy over all response tokens, by checkpoint name."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    is_chatglm = (folder / "glm").exists()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "glm" if is_chatglm else folder, dtype=torch.float64, experts_implementation="eager"
+    )
     sequences = make_sequences(VOCAB)
     count = sum(len(s.response_ids) for s in sequences)
     logits = {}
@@ -59,7 +93,8 @@ def reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
         loss = torch.nn.functional.cross_entropy(predicted, torch.tensor(s.response_ids), reduction="sum")
         (loss / count).backward()
         logits[str(number)] = predicted.detach()
-    return logits, expert_names({name: p.grad for name, p in model.named_parameters()})
+    gradients = expert_names({name: p.grad for name, p in model.named_parameters()})
+    return logits, chatglm_names(gradients) if is_chatglm else gradients
 
 
 def expert_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -74,3 +109,26 @@ def expert_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             parts = zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True) if "gate" in kind else [(kind, matrix)]
             named |= {f"{prefix}{found}{expert}.{part}.weight": value for part, value in parts}
     return named
+
+
+def chatglm_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a GlmForCausalLM as the first release named and fused them."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            tensor = torch.cat([tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+        for ours, theirs in (
+            ("model.embed_tokens", "transformer.embedding.word_embeddings"),
+            ("model.layers", "transformer.encoder.layers"),
+            ("model.norm", "transformer.encoder.final_layernorm"),
+            ("lm_head", "transformer.output_layer"),
+            ("self_attn.q_proj", "self_attention.query_key_value"),
+            ("self_attn.o_proj", "self_attention.dense"),
+            ("mlp.gate_up_proj", "mlp.dense_h_to_4h"),
+            ("mlp.down_proj", "mlp.dense_4h_to_h"),
+        ):
+            name = name.replace(ours, theirs)
+        renamed[name] = tensor
+    return renamed
