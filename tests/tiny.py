@@ -35,7 +35,7 @@ def make_tiny_tokenizer(directory: Path, vocab_size: int = 320):
 # an entry read from the wrong field then shows.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {},
-    "Qwen3ForCausalLM": {"head_dim": 40},
+    "Qwen3ForCausalLM": {"head_dim": 64},
     "Qwen3MoeForCausalLM": {
         "head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
     },

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM
 
 from tests.engine.batch import make_sequences
 from tests.tiny import make_tiny
@@ -31,29 +31,12 @@ def _glm4_moe_with_extra_layer(folder: Path, **fields) -> Path:
 
 
 def _chatglm(folder: Path, **fields) -> Path:
-    """A GLM under the names of the first release; what transformers can read of it is in `folder`/glm."""
-    source = _make("GlmForCausalLM", folder / "glm", **fields)
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            shutil.copy(path, folder)
-    tensors = chatglm_names(load_file(source / "model.safetensors"))
+    """A GLM under the names of the first release, which transformers does not know."""
+    _make("GlmForCausalLM", folder, **fields)
+    tensors = chatglm_names(load_file(folder / "model.safetensors"))
     tensors["transformer.rotary_pos_emb.inv_freq"] = torch.arange(8.0)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    glm = json.loads((source / "config.json").read_text())
-    config = {
-        "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_bias_linear": False, "add_qkv_bias": True,
-        "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
-        "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "attn_implementation": "sdpa",
-        "bias_dropout_fusion": True, "classifier_dropout": None, "fp32_residual_connection": False,
-        "hidden_dropout": 0.0, "original_rope": True, "post_layer_norm": True, "rmsnorm": True, "rope_ratio": 1,
-        "multi_query_attention": True, "use_cache": True, "tie_word_embeddings": False, "torch_dtype": glm["dtype"],
-        "ffn_hidden_size": glm["intermediate_size"], "hidden_size": glm["hidden_size"], "kv_channels": glm["head_dim"],
-        "layernorm_epsilon": glm["rms_norm_eps"], "multi_query_group_num": glm["num_key_value_heads"],
-        "num_attention_heads": glm["num_attention_heads"], "num_hidden_layers": glm["num_hidden_layers"],
-        "num_layers": glm["num_hidden_layers"], "padded_vocab_size": glm["vocab_size"],
-        "seq_length": glm["max_position_embeddings"], "eos_token_id": glm["eos_token_id"],
-        "pad_token_id": glm["pad_token_id"],
-    }  # fmt: skip
+    config = chatglm_config(json.loads((folder / "config.json").read_text()))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
 
@@ -77,13 +60,31 @@ FAMILIES: dict[str, Callable[..., Path]] = {
 MOE = {name for name in FAMILIES if "moe" in name}
 
 
+def load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """transformers' model of a folder."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["architectures"] != ["ChatGLMModel"]:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
+    named = {theirs: glm for glm, theirs in CHATGLM_CONFIG.items()}
+    model = GlmForCausalLM(GlmConfig(**{named[name]: value for name, value in config.items() if name in named}))
+    tensors = load_file(folder / "model.safetensors")
+    rows, kv_rows = (
+        config[heads] * config["kv_channels"] for heads in ("num_attention_heads", "multi_query_group_num")
+    )
+    cuts = {"q": slice(0, rows), "k": slice(rows, rows + kv_rows), "v": slice(rows + kv_rows, None)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = tensors[chatglm_name(name)]
+            if "query_key_value" in chatglm_name(name):
+                source = source[cuts[name.split(".")[-2][0]]]
+            parameter.copy_(source)
+    return model.to(dtype)
+
+
 def reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """transformers in float64, sequence by sequence: the logits that predict each response, by sample number, and the
     gradients of the mean cross-entropy over all response tokens, by checkpoint name."""
-    is_chatglm = (folder / "glm").exists()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "glm" if is_chatglm else folder, dtype=torch.float64, experts_implementation="eager"
-    )
+    model = load_model(folder, torch.float64)
     sequences = make_sequences(VOCAB)
     count = sum(len(s.response_ids) for s in sequences)
     logits = {}
@@ -94,6 +95,7 @@ def reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
         (loss / count).backward()
         logits[str(number)] = predicted.detach()
     gradients = expert_names({name: p.grad for name, p in model.named_parameters()})
+    is_chatglm = "ChatGLMModel" in (folder / "config.json").read_text()
     return logits, chatglm_names(gradients) if is_chatglm else gradients
 
 
@@ -111,24 +113,49 @@ def expert_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return named
 
 
+# GlmConfig's name of a field -> ChatGLM's.
+CHATGLM_CONFIG = {
+    "intermediate_size": "ffn_hidden_size", "hidden_size": "hidden_size", "head_dim": "kv_channels",
+    "rms_norm_eps": "layernorm_epsilon", "num_key_value_heads": "multi_query_group_num",
+    "num_attention_heads": "num_attention_heads", "num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size",
+    "max_position_embeddings": "seq_length", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id",
+}  # fmt: skip
+
+
+def chatglm_config(glm: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "chatglm", "architectures": ["ChatGLMModel"], "add_bias_linear": False, "add_qkv_bias": True,
+        "apply_query_key_layer_scaling": True, "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "attn_implementation": "sdpa",
+        "bias_dropout_fusion": True, "classifier_dropout": None, "fp32_residual_connection": False,
+        "hidden_dropout": 0.0, "original_rope": True, "post_layer_norm": True, "rmsnorm": True, "rope_ratio": 1,
+        "multi_query_attention": True, "use_cache": True, "tie_word_embeddings": False, "torch_dtype": glm["dtype"],
+        "num_hidden_layers": glm["num_hidden_layers"],
+        **{theirs: glm[name] for name, theirs in CHATGLM_CONFIG.items()},
+    }  # fmt: skip
+
+
+def chatglm_name(name: str) -> str:
+    """Where a tensor of GlmForCausalLM is in the first release; q, k and v are in one."""
+    for part in ("k_proj", "v_proj"):
+        name = name.replace(part, "q_proj")
+    for ours, theirs in (
+        ("model.embed_tokens", "transformer.embedding.word_embeddings"),
+        ("model.layers", "transformer.encoder.layers"),
+        ("model.norm", "transformer.encoder.final_layernorm"),
+        ("lm_head", "transformer.output_layer"),
+        ("self_attn.q_proj", "self_attention.query_key_value"),
+        ("self_attn.o_proj", "self_attention.dense"),
+        ("mlp.gate_up_proj", "mlp.dense_h_to_4h"),
+        ("mlp.down_proj", "mlp.dense_4h_to_h"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
 def chatglm_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a GlmForCausalLM as the first release named and fused them."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if ".k_proj." in name or ".v_proj." in name:
-            continue
-        if ".q_proj." in name:
-            tensor = torch.cat([tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
-        for ours, theirs in (
-            ("model.embed_tokens", "transformer.embedding.word_embeddings"),
-            ("model.layers", "transformer.encoder.layers"),
-            ("model.norm", "transformer.encoder.final_layernorm"),
-            ("lm_head", "transformer.output_layer"),
-            ("self_attn.q_proj", "self_attention.query_key_value"),
-            ("self_attn.o_proj", "self_attention.dense"),
-            ("mlp.gate_up_proj", "mlp.dense_h_to_4h"),
-            ("mlp.down_proj", "mlp.dense_4h_to_h"),
-        ):
-            name = name.replace(ours, theirs)
-        renamed[name] = tensor
-    return renamed
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(tensors, key=lambda name: ("v_proj" in name, "k_proj" in name)):  # q, k, v
+        parts.setdefault(chatglm_name(name), []).append(tensors[name])
+    return {name: torch.cat(found) for name, found in parts.items()}

@@ -1,6 +1,7 @@
 """Every family on every layout of one number of ranks: logits, gradients and the exported folder, for the tests.
 
-argv: folder of the checkpoints, folder for the results, {layout: [ParallelConfig fields, [family, ...]]} as JSON.
+argv: folder of the checkpoints, folder for the results, {layout: [ParallelConfig fields, [family, ...]]} as JSON. With
+the distributed optimizer a layout takes a real step and saves it; `checkpoint_of` another layout starts from that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from megatron_t1.platform import setup
 from tests.engine.batch import make_sequences
 from tests.engine.gradients import gradient_pieces
+
+ADAM_EPS = 1e-2
 
 
 def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
@@ -48,6 +51,7 @@ def main() -> None:
     from megatron.core import parallel_state as mpu
 
     from megatron_t1.algo.loss import sft_token_loss
+    from megatron_t1.engine import checkpoint
     from megatron_t1.engine.model import ModelConfig
     from megatron_t1.engine.optimizer import OptimConfig
     from megatron_t1.engine.parallel import ParallelConfig, initialize
@@ -55,24 +59,33 @@ def main() -> None:
     from megatron_t1.weights.stream import Plan
 
     for layout, (fields, families) in layouts.items():
-        parallel = ParallelConfig(max_tokens_per_microbatch=120, distributed_optimizer=False, **fields)
+        resumed = fields.pop("checkpoint_of", None)
+        parallel = ParallelConfig(**{"max_tokens_per_microbatch": 120, "distributed_optimizer": False, **fields})
         initialize(parallel, platform, 0)
         for family in families:
-            folder = checkpoints / family
+            folder, result = checkpoints / family, out / layout / family
+            lr = 1e-3 if parallel.distributed_optimizer else 0.0
             engine = Engine(
-                ModelConfig(hf_path=str(folder), dtype="float32"),
-                parallel, OptimConfig(lr=0.0, clip_grad=0.0), platform, total_steps=1, temperature=1.0,
+                ModelConfig(hf_path=str(folder), dtype="float32"), parallel,
+                OptimConfig(lr=lr, clip_grad=0.0, adam_eps=ADAM_EPS), platform, total_steps=2, temperature=1.0,
             )  # fmt: skip
+            if resumed:
+                checkpoint.load(out / resumed / family / "checkpoints/step_00000001", engine, None)
+                engine.save_hf(result)
+                continue
             engine.load_weights(folder)
             sequences = make_sequences(engine.spec.vocab_size)
             microbatches = engine.pack(sequences)
             results = {f"logits/{sample}": logits for sample, logits in all_logits(engine, microbatches).items()}
             engine.step(microbatches, sum(len(s.response_ids) for s in sequences), sft_token_loss)
-            results |= {f"grad/{name}": grad for name, grad in Plan(gradient_pieces(engine)).gather()}
-            result = out / layout / family
+            if not parallel.distributed_optimizer:  # else a rank's gradient buffer holds its own shard only
+                results |= {f"grad/{name}": grad for name, grad in Plan(gradient_pieces(engine)).gather()}
             engine.save_hf(result)  # after a step at learning rate 0: still the bytes that were loaded
             if dist.get_rank() == 0:
                 save_file(results, result / "results")
+            if parallel.distributed_optimizer:
+                cfg = checkpoint.CheckpointConfig()
+                checkpoint.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
         mpu.destroy_model_parallel()
 
 

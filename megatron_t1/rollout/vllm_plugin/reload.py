@@ -104,7 +104,7 @@ def check_names(model_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Non
 def _is_served(name: str, hf_config: Any) -> bool:
     layer = re.search(r"\.layers\.(\d+)\.", name)
     beyond = layer is not None and int(layer[1]) >= hf_config.num_hidden_layers
-    return name != "__metadata__" and not name.endswith("rotary_emb.inv_freq") and not beyond
+    return name != "__metadata__" and not name.endswith(".inv_freq") and not beyond
 
 
 def _forget_packed_experts(model: torch.nn.Module) -> None:

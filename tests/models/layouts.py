@@ -1,0 +1,37 @@
+"""The layouts on which families are run: number of ranks -> name -> ParallelConfig's fields and the families."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from tests.models.families import FAMILIES, MOE
+
+DENSE = set(FAMILIES) - MOE
+SP = {"sequence_parallel": True}
+
+LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
+    1: {"TP1": ({}, FAMILIES)},
+    2: {
+        "TP2": ({"tensor": 2}, DENSE),  # mixtures of experts need SP there
+        "TP2 SP": ({"tensor": 2, **SP}, FAMILIES),
+        "PP2": ({"pipeline": 2, "pipeline_layers": [3, 1]}, FAMILIES),
+        "PP2 VP2": ({"pipeline": 2, "virtual_pipeline": 2}, {"qwen2", "qwen2 tied", "glm4", *MOE}),
+        "EP2": ({"expert": 2}, MOE),
+        "TP2 SP, EP2 of whole experts": ({"tensor": 2, **SP, "expert": 2, "expert_tensor": 1}, MOE),
+        "EP2 distributed optimizer": ({"expert": 2, "distributed_optimizer": True}, {"qwen3_moe", "glm4_moe"}),
+    },
+    4: {
+        "TP4, a KV head on two ranks": ({"tensor": 4}, {"qwen2", "qwen3", "glm4 bias", "chatglm"}),
+        "TP2 SP EP2 of cut experts": ({"tensor": 2, **SP, "expert": 2}, MOE),
+        "PP2 EP2": ({"pipeline": 2, "expert": 2}, MOE),
+        "TP2 PP2": ({"tensor": 2, "pipeline": 2}, DENSE),
+        "TP2 PP2 SP": ({"tensor": 2, "pipeline": 2, **SP}, FAMILIES),
+    },
+}
+RESUMED = "EP2 distributed optimizer"
+for _name, _fields in {
+    "resumed on PP2 VP2": {"pipeline": 2, "virtual_pipeline": 2},
+    "resumed on TP2 SP": {"tensor": 2, **SP},
+}.items():
+    LAYOUTS[2][_name] = ({**_fields, "distributed_optimizer": True, "checkpoint_of": RESUMED}, LAYOUTS[2][RESUMED][1])

@@ -1,0 +1,65 @@
+"""config.json is the source: those of the releases are read, and what would change the function is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_t1.models import spec_of
+
+RELEASED = json.loads(Path(__file__).with_name("released_configs.json").read_text())
+READ = {  # rotary base and share, KV heads, carried layers, mixture of experts
+    "Qwen2.5-32B": (1e6, 1.0, 8, (), None),
+    "Qwen3-32B": (1e6, 1.0, 8, (), None),
+    "Qwen3-30B-A3B": (1e6, 1.0, 4, (), {"num_moe_experts": 128, "moe_layer_freq": 1, "moe_router_pre_softmax": False}),
+    "glm-4-9b-hf": (5e6, 0.5, 2, (), None),
+    "glm-4-9b-chat": (5e6, 0.5, 2, ("transformer.rotary_pos_emb.inv_freq",), None),
+    "GLM-4-32B-0414": (1e4, 0.5, 2, (), None),
+    "GLM-4.5": (1e6, 0.5, 8, ("model.layers.92.",), {
+        "num_moe_experts": 160, "moe_layer_freq": [0] * 3 + [1] * 89, "moe_router_topk_scaling_factor": 2.5,
+        "moe_shared_expert_intermediate_size": 1536, "moe_router_num_groups": None, "qk_layernorm": True,
+    }),
+}  # fmt: skip
+
+
+def read(folder: Path, fields: dict):
+    (folder / "config.json").write_text(json.dumps(fields))
+    return spec_of(folder)
+
+
+@pytest.mark.parametrize("release", RELEASED)
+def test_released_configs_are_read(release, tmp_path):
+    spec = read(tmp_path, RELEASED[release])
+    base, fraction, kv_heads, carried, experts = READ[release]
+    assert (spec.rotary_base, spec.rotary_fraction) == (base, fraction)
+    assert spec.transformer["num_query_groups"] == kv_heads
+    assert spec.carried == carried
+    assert ("num_moe_experts" in spec.transformer) == (experts is not None)
+    assert {name: spec.transformer[name] for name in experts or {}} == (experts or {})
+
+
+@pytest.mark.parametrize(
+    ("release", "change", "message"),
+    [
+        ("Qwen2.5-32B", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = {'type': 'yarn'"),
+        ("Qwen3-32B", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters = .* not supported"),
+        ("Qwen3-32B", {"rope_parameters": {"rope_theta": 2.0}}, "rope_theta = 1000000 contradicts rope_parameters"),
+        ("Qwen2.5-32B", {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+        ("Qwen3-32B", {"layer_types": ["sliding_attention"]}, r"layer_types has \['sliding_attention'\]"),
+        ("Qwen3-32B", {"attention_bias": True}, "attention_bias = True"),
+        ("Qwen3-32B", {"new_switch": 3}, "does not know and that may matter: new_switch = 3"),
+        ("Qwen3-30B-A3B", {"output_router_logits": True}, "output_router_logits = True"),
+        ("Qwen3-30B-A3B", {"decoder_sparse_step": 99}, "decoder_sparse_step = 99 .* leave no experts"),
+        ("glm-4-9b-chat", {"original_rope": False}, "original_rope = False"),
+        ("glm-4-9b-chat", {"quantization_bit": 4}, "quantization_bit = 4"),
+        ("GLM-4.5", {"norm_topk_prob": False}, "norm_topk_prob = False with num_experts_per_tok = 8"),
+        ("GLM-4.5", {"n_group": 8, "topk_group": 2}, "n_group = 8 .* they are 8 and 2"),
+        ("GLM-4.5", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("GLM-4.5", {"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not known; known: ChatGLM"),
+    ],
+)  # fmt: skip
+def test_what_changes_the_function_is_refused(release, change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, {**RELEASED[release], **change})

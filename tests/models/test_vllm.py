@@ -1,0 +1,45 @@
+"""vLLM serves what we export of every family, and says the logprobs that our engine computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_t1.rollout.config import RolloutConfig
+from megatron_t1.rollout.launch import environment
+from tests.engine.batch import make_sequences
+from tests.launch import ROOT
+from tests.models.families import FAMILIES, VOCAB
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+SERVED = [family for family in FAMILIES if not family.endswith((" tied", " dense layer", " bias"))]
+
+
+@pytest.fixture(scope="module")
+def served(results, tmp_path_factory):
+    """Family -> for each text, the logprobs of its tokens but the first."""
+    out = tmp_path_factory.mktemp("vllm") / "logprobs"
+    folders = {family: str(results(1) / "TP1" / family) for family in SERVED}
+    env = environment(RolloutConfig(device="cpu"), index=0, key="", device="cpu") | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(WORKER), json.dumps(folders), str(out)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.timeout(4000)
+@pytest.mark.parametrize("family", SERVED)
+def test_vllm_agrees_on_given_texts(family, served, results):
+    logits = load_file(results(1) / "TP1" / family / "results")
+    for number, sequence in enumerate(make_sequences(VOCAB)):
+        ours = logits[f"logits/{number}"].double().log_softmax(-1)
+        expected = ours.gather(1, torch.from_numpy(sequence.response_ids)[:, None])[:, 0]
+        found = served[family][number][len(sequence.prompt_ids) - 1 :]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
