@@ -5,8 +5,8 @@ the endpoint; a rate limit (429, 503) halves that number, stops new requests unt
 answers raise it again one by one. Whatever else may pass by itself (connection errors, timeouts, 5xx, replies that are
 no answer) is asked again with doubling, jittered pauses.
 
-aiohttp instead of the openai package: it takes a tenth of the CPU a request (benchmarks/client.md), and retries there
-know nothing of the other requests. Left out: streaming.
+aiohttp instead of the openai package: that takes more than ten times the CPU a request (benchmarks/client.md), and its
+retries know nothing of the other requests. Left out: streaming.
 """
 
 from __future__ import annotations
