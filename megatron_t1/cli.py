@@ -183,8 +183,9 @@ def _check(arguments: list[str]) -> int:
     from megatron_t1.check import Findings, Place, check, dry_run
     from megatron_t1.config import Config
 
-    parser = ArgumentParser(prog="t1 check", description=_line_of("check"), allow_abbrev=False)
-    parser.add_argument("file", nargs="?", help="a configuration, as with --config")
+    parser = ArgumentParser(
+        prog="t1 check", usage="t1 check [FILE.yaml] [options]", description=_line_of("check"), allow_abbrev=False
+    )
     parser.add_argument("--for", dest="command", default="rl", help="the command that will run (rl)",
                         choices=["run", "sft", "rl", "evaluate", "scaling", "serve"])  # fmt: skip
     parser.add_argument("--nodes", type=int, default=1, help="nodes in all (1)")
@@ -193,9 +194,9 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
     parser.add_argument("--dry-run", action="store_true", help="print the srun and vLLM commands that would run")
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
     asked, options = parser.parse_known_args(arguments)
-    if asked.file:
-        options = ["--config", asked.file, *options]
     found = Findings()
     values, found.problems = lenient.parse(Config, options)
     cfg = lenient.build(Config, values, found.problems)

@@ -4,7 +4,6 @@
 #SBATCH --partition=gpu
 #SBATCH --nodes=4
 #SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=96
 #SBATCH --mem=0
 #SBATCH --exclusive

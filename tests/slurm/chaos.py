@@ -47,9 +47,9 @@ def t1(*arguments: object) -> str:
 
 def prepare(work: Path) -> None:
     """The task and a model that has half learned it."""
-    t1("quickstart-data", "--out", work / "task", "--num_sft_samples", 16000)
+    t1("quickstart-data", "--out", work / "task", "--num_sft_samples", 8000)
     t1("sft", "--config", CONFIG, "--run_dir", work / "tuned", "--model.hf_path", work / "task/model", "--data.sft",
-       work / "task/sft.jsonl", "--sft.max_steps", 1000, "--parallel.nproc_per_node", 1)  # fmt: skip
+       work / "task/sft.jsonl", "--sft.max_steps", 500, "--parallel.nproc_per_node", 1)  # fmt: skip
     for name in ("alone", "disturbed"):
         shutil.copytree(work / "tuned/sft/hf", work / name / "model")
         shutil.copy(work / "task/rl.jsonl", work / name)

@@ -46,11 +46,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     make_tiny_qwen2(folder / "model")
     questions = [{"id": str(i), "prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(8)]
-    (folder / "rl.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    for name in ("rl", "heldout"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    example = {"prompt": "1+1?", "response": "\\boxed{2}"}
+    (folder / "sft.jsonl").write_text((json.dumps(example) + "\n") * 8)
     return folder
 
 
-def try_out(scenario: str, num_nodes: int, work: Path, timeout_s: float = 1500) -> dict:
+def try_out(scenario: str, num_nodes: int, work: Path, timeout_s: float = 3500) -> dict:
     """Runs a function of scenarios.py on a fresh cluster; what it saw."""
     command = [CLUSTER, "-n", str(num_nodes), sys.executable, Path(__file__).with_name("scenarios.py"), scenario, work]
     done = subprocess.run(
@@ -102,7 +105,7 @@ def test_sbatch_accepts_the_headers_on_four_nodes_of_eight_gpus(tmp_path: Path) 
         assert seen[broken]["code"] != 0, broken
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_a_killed_server_and_a_requeue_cost_no_step(task: Path, tmp_path: Path) -> None:
     shutil.copytree(task, tmp_path / "work")
     seen = try_out("stop_and_go_on", 2, tmp_path / "work")
@@ -132,7 +135,7 @@ def test_a_killed_server_and_a_requeue_cost_no_step(task: Path, tmp_path: Path) 
     assert list((run / "servers").iterdir()) == []
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_a_failed_node_leaves_a_job_on_fewer_nodes_and_scancel_ends_it(task: Path, tmp_path: Path) -> None:
     shutil.copytree(task, tmp_path / "work")
     seen = try_out("other_nodes", 4, tmp_path / "work")
@@ -147,7 +150,19 @@ def test_a_failed_node_leaves_a_job_on_fewer_nodes_and_scancel_ends_it(task: Pat
     assert seen["checkpoints"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
+def test_fine_tuning_and_evaluation_run(task: Path, tmp_path: Path) -> None:
+    shutil.copytree(task, tmp_path / "work")
+    seen = try_out("tune_then_evaluate", 2, tmp_path / "work")
+    assert seen["sft"]["JobState"] == "COMPLETED", seen["sft"]["text"]
+    assert "2 trainer processes" in seen["sft"]["text"]
+    assert seen["evaluate"]["JobState"] == "COMPLETED", seen["evaluate"]["text"]
+    summary = json.loads((tmp_path / "work/evaluation/evaluate/evaluate/summary.json").read_text())
+    assert summary["num_questions"] == 8
+    assert seen["left"] == []
+
+
+@pytest.mark.timeout(3600)
 def test_a_job_that_can_not_work_says_why_in_its_last_line(task: Path, tmp_path: Path) -> None:
     shutil.copytree(task, tmp_path / "work")
     seen = try_out("clear_errors", 2, tmp_path / "work")
