@@ -126,7 +126,7 @@ class Trainer:
             loss = partial(t1_token_loss, cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if full_kl else None)
         self.steps_done += 1
-        with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
+        with watch("push"):  # the servers load while the anchor is brought up to date
             self.sync.begin_push(version=self.steps_done)
         with watch("anchor"):
             self.anchor.update()
@@ -145,9 +145,6 @@ class Trainer:
                 self._save()
                 raise
             self._rewards.append(metrics["reward"])
-            if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
-                with self.watch("checkpoint"):
-                    self._save()
             with self.watch("push"):
                 metrics |= self._finish_push()
             seconds = self.watch.lap()
@@ -163,6 +160,10 @@ class Trainer:
                     refresh=False,
                 )
                 bar.update()
+            # After the log: a run that is killed in between and resumes from here would lack the step's line.
+            if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
+                with self.watch("checkpoint"):
+                    self._save()
         bar.close()
         self.engine.save_hf(self.folder / "hf")
         return self.folder / "hf"
