@@ -84,8 +84,8 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     sizes = Sizes.of(engine.spec)
     shape = Layout(
         tensor=parallel.tensor, pipeline=parallel.pipeline, data=1, sequence_parallel=parallel.sequence_parallel,
-        distributed_optimizer=True, dtype=dtype, recompute=False, tokens=TOKENS, microbatches=MICROBATCHES,
-        chunk_logits=CHUNK_LOGITS["cpu"],
+        distributed_optimizer=True, dtype=dtype, recompute=False, local_layers=True, tokens=TOKENS,
+        microbatches=MICROBATCHES, chunk_logits=CHUNK_LOGITS["cpu"],
     )  # fmt: skip
     parts = stage_memory(sizes, shape, mpu.get_pipeline_model_parallel_rank())
     everyone = [None] * dist.get_world_size()

@@ -344,6 +344,7 @@ def layout_of(cfg: Config, command: str, place: Place, longest: dict[str, int]) 
         distributed_optimizer=cfg.parallel.distributed_optimizer,
         dtype=cfg.model.dtype,
         recompute=cfg.model.transformer.get("recompute_granularity") == "full",
+        local_layers=cfg.model.layers == "local",
         tokens=min(room, math.ceil(tokens / data)),
         microbatches=max(1, math.ceil(tokens / data / room)),
         chunk_logits=CHUNK_LOGITS["cuda"],

@@ -9,11 +9,12 @@ size, and u = t under sequence parallelism, else 1.
     gradients    4 P                       float32, one buffer
     optimizer    12 P / D in bfloat16      float32 weights and two moments; 8 P / D in float32, where the weights serve
     anchor       6 P in bfloat16           its float32 average and a copy in bfloat16; 4 P in float32
-    activations  b s L c m                 m = min(microbatches, stages left): what 1F1B keeps on the first stage
-                 c = 4 h / u + (2 q + 2 k + o) / t + 4 f / t a token and layer, or h / u when all is recomputed (and
-                 then one layer's c besides); q, k, o: width of the queries, keys, attention output; f: of the MLP
-    head         4 (s_c V / t) + 12 s h    the logits of one chunk of s_c tokens, hidden states and their gradients
-    update       the largest tensor's float32 copies, while the optimizer and the anchor change it
+    activations  s L c m                   m = min(microbatches, stages left): what 1F1B keeps on the first stage
+                 c, bytes a token and layer: with Transformer Engine b (4 h / u + (3 q + 2 k + 3 f) / t); with the
+                 local layers (8 + b) 2 h / u + b (3 q + 2 k + 5 f) / t, whose norms keep float32; b h / u when all is
+                 recomputed (and then one layer's c besides). q, k, f: width of queries, keys, MLP
+    head         4 s_c V / t + 12 s h      the logits of one chunk of s_c tokens, hidden states and their gradients
+    update       the largest tensor in float32, while the optimizer changes it, if that is more than the two above
 
 Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P, the anchor 2 P.
 
@@ -29,6 +30,7 @@ peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, NCCL's buffers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +124,8 @@ class Layout:
     distributed_optimizer: bool
     dtype: str
     recompute: bool
+    local_layers: bool
+    """Megatron's local layers with our norm and attention, not Transformer Engine's."""
     tokens: int
     """Of a microbatch, padding included."""
     microbatches: int
@@ -152,14 +156,19 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     shards = layout.data if layout.distributed_optimizer else 1
     t, u = layout.tensor, layout.tensor if layout.sequence_parallel else 1
     h, layers = sizes.hidden, sizes.num_layers // layout.pipeline
-    per_token = 4 * h / u + (3 * sizes.query + 2 * sizes.key) / t + 4 * sizes.mlp / t
-    kept = layers * (h / u if layout.recompute else per_token)
+    attention = b * (3 * sizes.query + 2 * sizes.key) / t
+    if layout.local_layers:
+        per_token = 2 * (8 + b) * h / u + attention + b * 5 * sizes.mlp / t
+    else:
+        per_token = b * 4 * h / u + attention + b * 3 * sizes.mlp / t
+    kept = layers * (b * h / u if layout.recompute else per_token)
     under_way = min(layout.microbatches, layout.pipeline - stage)
-    activations = b * layout.tokens * (kept * under_way + (per_token if layout.recompute else 0))
+    activations = layout.tokens * (kept * under_way + (per_token if layout.recompute else 0))
     vocabulary = -(-sizes.vocab // t)
     head = 0.0
     if stage == layout.pipeline - 1:
-        head = 4 * min(layout.chunk_logits, layout.tokens * vocabulary) + 12 * layout.tokens * h
+        chunks = math.ceil(layout.tokens / max(1, layout.chunk_logits // vocabulary))
+        head = 4 * math.ceil(layout.tokens / chunks) * vocabulary + 12 * layout.tokens * h
     largest = max(vocabulary * h if stage in (0, layout.pipeline - 1) else 0, 2 * h * sizes.mlp // t)
     return {
         "weights": b * p,
@@ -168,7 +177,7 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
         "anchor": (6.0 if narrow else 4.0) * p,
         "activations": activations,
         "head": head,
-        "update": 4.0 * largest,
+        "update": max(0.0, 4.0 * largest - activations - head),
     }
 
 
