@@ -340,6 +340,7 @@ def layout_of(cfg: Config, command: str, place: Place, longest: dict[str, int]) 
         tensor=cfg.parallel.tensor,
         pipeline=cfg.parallel.pipeline,
         data=data,
+        expert=cfg.parallel.expert * (cfg.parallel.expert_tensor or cfg.parallel.tensor),
         sequence_parallel=cfg.parallel.sequence_parallel,
         distributed_optimizer=cfg.parallel.distributed_optimizer,
         dtype=cfg.model.dtype,

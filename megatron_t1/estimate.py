@@ -77,6 +77,8 @@ class Sizes:
     """Width of the MLP (of the experts that one token takes, for a mixture)."""
     split_per_layer: int
     whole_per_layer: int
+    experts_per_layer: int = 0
+    """Of all experts of a mixture; expert parallelism splits them."""
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Sizes:
@@ -85,7 +87,7 @@ class Sizes:
         q, k = t["num_attention_heads"] * d, t["num_query_groups"] * d
         experts = t.get("num_moe_experts")
         ffn = t["moe_ffn_hidden_size"] if experts else t["ffn_hidden_size"]
-        mlp = 3 * h * ffn * (experts or 1)
+        shared = t.get("moe_shared_expert_intermediate_size") or 0 if experts else ffn
         bias = q + 2 * k if t.get("add_qkv_bias") else 0
         norms = 2 * h + (2 * d if t.get("qk_layernorm") else 0)
         return cls(
@@ -95,14 +97,15 @@ class Sizes:
             tied=spec.tied_embeddings,
             query=q,
             key=k,
-            mlp=ffn * (t.get("moe_router_topk", 1) if experts else 1),
-            split_per_layer=h * (q + 2 * k) + q * h + mlp + bias,
+            mlp=ffn * t.get("moe_router_topk", 1) + shared if experts else ffn,
+            split_per_layer=h * (q + 2 * k) + q * h + 3 * h * shared + bias,
             whole_per_layer=norms + (h * experts if experts else 0),
+            experts_per_layer=3 * h * ffn * experts if experts else 0,
         )
 
     @property
     def total(self) -> int:
-        per_layer = self.split_per_layer + self.whole_per_layer
+        per_layer = self.split_per_layer + self.whole_per_layer + self.experts_per_layer
         return self.num_layers * per_layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -120,6 +123,8 @@ class Layout:
     tensor: int
     pipeline: int
     data: int
+    expert: int = 1
+    """Ranks that share one layer's experts: parallel.expert x parallel.expert_tensor."""
     sequence_parallel: bool
     distributed_optimizer: bool
     dtype: str
@@ -136,9 +141,11 @@ class Layout:
 
 def parameters(sizes: Sizes, layout: Layout, stage: int) -> int:
     """Parameters on one rank of a pipeline stage."""
-    layers = sizes.num_layers // layout.pipeline
+    layers = math.ceil(sizes.num_layers / layout.pipeline)  # of the fullest stage
     vocabulary = -(-sizes.vocab // layout.tensor) * sizes.hidden
-    count = layers * (sizes.split_per_layer // layout.tensor + sizes.whole_per_layer)
+    count = layers * (
+        sizes.split_per_layer // layout.tensor + sizes.whole_per_layer + sizes.experts_per_layer // layout.expert
+    )
     last = stage == layout.pipeline - 1
     if stage == 0:
         count += vocabulary
@@ -155,7 +162,7 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     narrow = b < 4
     shards = layout.data if layout.distributed_optimizer else 1
     t, u = layout.tensor, layout.tensor if layout.sequence_parallel else 1
-    h, layers = sizes.hidden, sizes.num_layers // layout.pipeline
+    h, layers = sizes.hidden, math.ceil(sizes.num_layers / layout.pipeline)
     attention = b * (3 * sizes.query + 2 * sizes.key) / t
     if layout.local_layers:
         per_token = 2 * (8 + b) * h / u + attention + b * 5 * sizes.mlp / t

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_t1.cli import main
 from megatron_t1.config import Config
 from megatron_t1.models import spec_of
 from tests.launch import ROOT
-from tests.tiny import make_tiny_qwen2
+from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 
 QWEN_32B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -85,8 +86,7 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "anchor.decay = 3.0 must lie in [0, 1]",
         "rollout.num_servers = 'many'",
         "num_attention_heads = 4 does not divide by parallel.tensor = 3",
-        "num_query_groups = 2 does not divide by parallel.tensor = 3",
-        "num_layers = 2 does not divide by parallel.pipeline = 4",
+        "num_query_groups = 2 neither divides parallel.tensor = 3",
         "1 trainer processes do not divide by parallel.tensor x parallel.pipeline = 12",
         "nowhere.jsonl",
         "rollout.tp = 3 does not divide the 4 attention heads",
@@ -119,9 +119,9 @@ def test_bad_lines_and_ends_are_named(task: Path, tmp_path: Path) -> None:
     assert "ends responses with [0, 1]" in "\n".join(found.warnings)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_those_of_the_model(tmp_path: Path, tied: bool) -> None:
-    model = make_tiny_qwen2(tmp_path, tied=tied)
+@pytest.mark.parametrize("make", [make_tiny_qwen2, partial(make_tiny_qwen2, tied=False), make_tiny_qwen3_moe])
+def test_parameters_are_those_of_the_model(tmp_path: Path, make) -> None:
+    model = make(tmp_path)
     sizes = estimate.Sizes.of(spec_of(model))
     assert sizes.total == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
 

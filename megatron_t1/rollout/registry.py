@@ -52,6 +52,8 @@ class Registry:
         """
         found = {}
         for path in sorted(self.folder.glob("*.json")):
+            if path.name.startswith("."):
+                continue  # being written
             try:
                 found[path.stem] = Entry(**json.loads(path.read_text()))
             except FileNotFoundError:

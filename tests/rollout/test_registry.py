@@ -76,6 +76,9 @@ def test_hosts_that_start_together_agree_on_a_key(tmp_path: Path) -> None:
 
 def test_a_file_that_announces_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"url": 1}')
+    Registry(tmp_path / "other").announce("a_0", "http://h:1", None)
+    (tmp_path / "other" / ".b_0.json.tmp.json").write_text("")  # an announcement that is being written
+    assert list(Registry(tmp_path / "other").entries()) == ["a_0"]
     with pytest.raises(ServerError, match=r"x.json does not announce a server"):
         Registry(tmp_path).entries()
 
