@@ -37,6 +37,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   report      (re)write the HTML report of run_dir
   grade       grade IN.jsonl into OUT.jsonl (`t1 grade IN.jsonl OUT.jsonl`), without any model
   convert     Hugging Face folder to Megatron checkpoint and back, and `verify`: compare two (`t1 convert --help`)
+  logprobs    logprobs of given texts, and how far transformers or a server is (`t1 logprobs MODEL --input FILE`)
   quickstart-data   write the quickstart's task: questions, SFT traces, tokenizer, tiny model
   doctor      what is installed here, and what is missing for what
 
@@ -295,6 +296,21 @@ def _synthesize(arguments: list[str]) -> int:
     return 0
 
 
+def _logprobs(arguments: list[str]) -> int:
+    from megatron_t1.logprobs import LogprobsConfig, run
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    cfg, *_ = _read("logprobs", arguments, LogprobsConfig)
+    if "RANK" not in os.environ:
+        from megatron_t1 import launch
+
+        layout = cfg.parallel.tensor * cfg.parallel.pipeline
+        return launch.start(cfg.parallel.nproc_per_node or layout, ["logprobs", *arguments])
+    run(cfg)
+    return 0
+
+
 def _quickstart_data(arguments: list[str]) -> int:
     from megatron_t1.data.quickstart import QuickstartDataConfig, write
 
@@ -327,6 +343,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": _compare,
     "grade": _grade,
     "convert": _convert,
+    "logprobs": _logprobs,
     "quickstart-data": _quickstart_data,
     "doctor": _doctor,
 }

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_t1.data.packing import Sequence
 from megatron_t1.data.template import Message, Template
+from megatron_t1.data.tokenizer import load_tokenizer
 from megatron_t1.types import AnswerMode, Prompt
 
 T = TypeVar("T")
@@ -156,6 +157,46 @@ def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
         Sequence(prompt_ids=prompt_ids, response_ids=response_ids)
         for (prompt_ids, _), response_ids in zip(examples, responses, strict=True)
     ]
+
+
+def load_texts(path: Path, model_dir: Path) -> list[Sequence]:
+    """What `t1 logprobs` scores: texts, conversations or token ids; the response is what gets logprobs.
+
+    A line has "prompt" or "messages" with "response"; or "messages" that end with the assistant; or "text", of which
+    all but the first token count (control tokens in it are such); or "token_ids" and, optionally, "num_prompt_tokens".
+
+    Raises:
+        ValueError: malformed lines, each named by file and line.
+    """
+    tokenizer = load_tokenizer(model_dir)
+    template = Template(model_dir) if tokenizer.chat_template else None
+
+    def parse(row: dict[str, Any], number: int) -> Sequence:
+        if "text" in row or "token_ids" in row:
+            ids = (
+                row["token_ids"]
+                if "token_ids" in row
+                else tokenizer(_need(row, "text", (str,)), add_special_tokens=False)["input_ids"]
+            )
+            num_prompt = row.get("num_prompt_tokens", 1)
+            if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
+                raise ValueError(f'"token_ids" must be a list of numbers from 0 to {len(tokenizer) - 1}')
+            if type(num_prompt) is not int or not 0 < num_prompt < len(ids):
+                raise ValueError(f"{len(ids)} tokens with num_prompt_tokens = {num_prompt}: nothing is left to score")
+            return Sequence(prompt_ids=np.array(ids[:num_prompt]), response_ids=np.array(ids[num_prompt:]))
+        if template is None:
+            raise ValueError(f'{model_dir} has no chat template: give "text" or "token_ids"')
+        messages = row.get("messages")
+        if "response" not in row and isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+            if messages[-1].get("role") != "assistant":
+                raise ValueError('without "response", "messages" must end with the assistant')
+            row = {"messages": messages[:-1], "response": messages[-1].get("content")}
+        response = _need(row, "response", (str,))
+        template.check_response(response)
+        prompt_ids = template.prompt_ids(_messages(row, None))
+        return Sequence(prompt_ids=prompt_ids, response_ids=template.response_ids([response])[0])
+
+    return parse_rows(path, parse)
 
 
 def parse_rows(
