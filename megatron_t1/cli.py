@@ -267,6 +267,8 @@ def _convert(arguments: list[str]) -> int:
     job.add_argument("--hf", type=Path, help="folder with config.json, for a Megatron checkpoint without it")
     jobs.add_subcommand("verify", job, help="compare two checkpoints tensor by tensor")
     parsed = parser.parse_args(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("one process converts: start it alone, not under torchrun or as several tasks")
     from megatron_t1 import convert
 
     options = parsed[parsed.job]
@@ -305,8 +307,7 @@ def _logprobs(arguments: list[str]) -> int:
     if "RANK" not in os.environ:
         from megatron_t1 import launch
 
-        layout = cfg.parallel.tensor * cfg.parallel.pipeline
-        return launch.start(cfg.parallel.nproc_per_node or layout, ["logprobs", *arguments])
+        return launch.start(cfg.parallel.nproc_per_node or cfg.parallel.num_ranks, ["logprobs", *arguments])
     run(cfg)
     return 0
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -71,7 +73,9 @@ def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Convert
     """
     began = time.perf_counter()
     spec = spec_of(hf_dir)
-    check_divisible(spec, ParallelConfig(tensor=tp, pipeline=pp, sequence_parallel=tp > 1))
+    layout = ParallelConfig(tensor=tp, pipeline=pp, sequence_parallel=tp > 1)
+    check_divisible(spec, layout)
+    layers_of_stages = layout.layers_of_stages(spec.transformer["num_layers"])
     source = HFFolder(hf_dir)
     params = meta_params(hf_dir)
     names = {piece.name: piece.shape for param in params for piece in param.pieces}
@@ -99,7 +103,7 @@ def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Convert
         with _behind() as write:
             for param in params:
                 tensor = _assemble(param, source, stored_dtypes[min(param.keys)])
-                write(partial(_append, writer, param, tensor, tp, _stage(param, pp, spec.transformer["num_layers"])))
+                write(partial(_append, writer, param, tensor, tp, _stage(param, layers_of_stages)))
                 done(sum(source.tensors[piece.name].num_bytes for piece in param.pieces))
         writer.finish()
     return Converted(out, len(names), num_bytes, time.perf_counter() - began)
@@ -230,11 +234,11 @@ def _append(writer: TorchDistWriter, param: StoredParam, tensor: torch.Tensor, t
                 writer.write(smaller, few, full_shape=part.full_shape, file_name=f"__{stage * tp + rank}_0")
 
 
-def _stage(param: StoredParam, pp: int, num_layers: int) -> int:
-    """The pipeline stage that reads this parameter: layers in equal numbers, the head on the last."""
+def _stage(param: StoredParam, layers_of_stages: tuple[int, ...]) -> int:
+    """The pipeline stage that reads this parameter."""
     if param.layer is not None:
-        return param.layer * pp // num_layers
-    return 0 if param.name.startswith("embedding.") else pp - 1
+        return bisect_right(list(accumulate(layers_of_stages)), param.layer)
+    return 0 if param.name.startswith("embedding.") else len(layers_of_stages) - 1
 
 
 def _compare(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None:

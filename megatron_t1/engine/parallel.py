@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class ParallelConfig:
     def num_stages(self) -> int:
         """Chunks that the layers are cut into, over all ranks of a pipeline."""
         return self.pipeline * self.virtual_pipeline
+
+    @property
+    def num_ranks(self) -> int:
+        """The fewest processes that this layout takes."""
+        return self.pipeline * math.lcm(self.tensor, (self.expert_tensor or self.tensor) * self.expert)
 
     def layers_of_stages(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each chunk, in the model's order. Raises ValueError when they can't be cut so."""
