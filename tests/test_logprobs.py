@@ -130,7 +130,7 @@ def test_texts_are_read_as_training_reads_them(tiny_dir, texts):
         ({"token_ids": [1, 999]}, '"token_ids" must be a list of numbers from 0 to 319'),
         ({"prompt": "x"}, '"response" is missing or empty'),
         ({"messages": [{"role": "user", "content": "x"}]}, "must end with the assistant"),
-        ({}, 'give either "prompt" or "messages"'),
+        ({"response": "x"}, 'give either "prompt" or "messages"'),
     ],
 )
 def test_a_malformed_text_is_named_by_line(row, message, tmp_path):

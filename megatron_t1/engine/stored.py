@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -220,10 +221,14 @@ class MegatronCheckpoint:
 
 def meta_params(folder: Path) -> list[StoredParam]:
     """Every weight of the model that the folder's config.json describes, uncut and without memory."""
-    platform, parallel = setup(), ParallelConfig()
+    platform, parallel, spec = setup(), ParallelConfig(), spec_of(folder)
+    alone = not dist.is_initialized()
     initialize(parallel, platform, 0)
-    spec = spec_of(folder)
     meta = torch.device("meta")
     with meta:
         _, chunks = build_model(ModelConfig(hf_path=str(folder), layers="local"), spec, parallel, platform, meta)
-    return stored_params(chunks[0], spec)
+    params = [param for chunk in chunks for param in stored_params(chunk, spec)]
+    if alone:  # Megatron's groups were needed to build the model and are in nobody's way afterwards
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+    return params

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_t1.convert import to_hf
 from megatron_t1.engine.checkpoint import CheckpointConfig, _rotate, finished
 from tests.launch import run_ranks
 from tests.tiny import make_tiny_qwen2
@@ -130,3 +131,17 @@ def test_the_newest_and_the_best_stay(tmp_path):
     _rotate(tmp_path, CheckpointConfig(keep=1, keep_best=0))
     assert [int(path.name[5:]) for path in finished(tmp_path)] == [5]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_converts_to_what_the_run_exported_and_starts_another_run(straight, model_dir, tmp_path):
+    folder, layout, ranks, _, weights = straight
+    newest = folder / "sft/checkpoints/step_00000006"
+    to_hf(newest, tmp_path / "hf")
+    converted = load_file(tmp_path / "hf/model.safetensors")
+    assert converted.keys() == weights.keys()
+    assert all(torch.equal(converted[name], value) for name, value in weights.items())
+    assert (tmp_path / "hf/tokenizer.json").read_bytes() == (model_dir / "tokenizer.json").read_bytes()
+    run_ranks(WORKER, ranks, tmp_path / "from megatron", newest, json.dumps(layout), 1, 1, "fresh")
+    run_ranks(WORKER, ranks, tmp_path / "from hf", tmp_path / "hf", json.dumps(layout), 1, 1, "fresh")
+    one, other = (load_file(tmp_path / name / "sft/hf/model.safetensors") for name in ("from megatron", "from hf"))
+    assert all(torch.equal(one[name], value) for name, value in other.items())
