@@ -12,6 +12,7 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from megatron_t1.platform import setup
 from megatron_t1.weights.hf_folder import CheckpointError, TensorInfo
 from megatron_t1.weights.hf_io import CARRIED, Carried
 from megatron_t1.weights.ops import Piece
-from megatron_t1.weights.stream import local_pieces, weights_of
+from megatron_t1.weights.stream import Named, local_pieces, weights_of
 from megatron_t1.weights.torch_dist import Box, TorchDistReader
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -94,8 +95,9 @@ class StoredParam:
 
     def views(self, tensor: torch.Tensor) -> list[Piece]:
         """The pieces, as views into a contiguous tensor in the parameter's place."""
+        start = self.tensor.storage_offset()
         return [
-            replace(p, view=tensor.as_strided(p.view.shape, p.view.stride(), p.view.storage_offset()))
+            replace(p, view=tensor.as_strided(p.view.shape, p.view.stride(), p.view.storage_offset() - start))
             for p in self.pieces
         ]
 
@@ -117,24 +119,27 @@ class StoredParam:
 
 def stored_params(module: T1GPTModel, spec: ModelSpec) -> list[StoredParam]:
     """Every weight of one of this rank's chunks of the model, in its order."""
-    by_storage: dict[int, list[Piece]] = {}
-    for piece in local_pieces([module], spec, shards()):
-        by_storage.setdefault(_storage(piece.view), []).append(piece)
-    names = {_storage(tensor): name for name, tensor in weights_of(module)}
-    sharded: dict[int, ShardedTensor | ShardedTensorFactory] = {}
-    for entry in nested_values(module.sharded_state_dict()):
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
-            sharded[_storage(entry.data)] = entry
-    if nameless := by_storage.keys() - sharded.keys():
-        raise CheckpointError(f"Megatron does not store {[names[storage] for storage in nameless][:5]}")
-    return [
-        StoredParam(names[storage], sharded[storage].data, sharded[storage], tuple(found))
-        for storage, found in by_storage.items()
-    ]
+    sharded = {
+        _place(entry.data): entry
+        for entry in nested_values(module.sharded_state_dict())
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None
+    }
+    params = []
+    for name, tensor in weights_of(module):
+        if (entry := sharded.get(_place(tensor))) is None:
+            raise CheckpointError(f"Megatron does not store {name}")
+        pieces = local_pieces([module], spec, shards(), partial(_only, name, tensor))
+        params.append(StoredParam(name, entry.data, entry, tuple(pieces)))
+    return params
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _only(name: str, tensor: torch.Tensor, _: object) -> Named:
+    return [(name, tensor)]
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where its numbers are. The distributed optimizer keeps all parameters in one storage."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def check_keys(params: list[StoredParam], reader: TorchDistReader) -> None:
