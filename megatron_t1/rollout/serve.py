@@ -77,8 +77,8 @@ def _lost(server: Server, cfg: RolloutConfig) -> str | None:
     """Why a server has to be started again, or None."""
     if server.exited():
         return "ended"
-    if server.ready and server.hangs(cfg.health_timeout_s):
-        return f"answered no /health for rollout.health_timeout_s = {cfg.health_timeout_s:g} s"
+    if server.ready and not server.healthy(cfg.health_timeout_s):  # refuses, hangs, or says that its engine is dead
+        return f"gave no good answer to /health within rollout.health_timeout_s = {cfg.health_timeout_s:g} s"
     if not server.ready and time.monotonic() - server.started_at > cfg.startup_timeout_s:
         return f"was not healthy within rollout.startup_timeout_s = {cfg.startup_timeout_s:g} s"
     return None

@@ -10,7 +10,8 @@ import pytest
 from megatron_t1.rollout.config import RolloutConfig
 from megatron_t1.rollout.launch import gpus
 from megatron_t1.rollout.registry import Registry, shared_key
-from megatron_t1.rollout.server import ServerError, Servers
+from megatron_t1.rollout.serve import _lost
+from megatron_t1.rollout.server import Server, ServerError, Servers
 from tests.rollout.hostile import good_reply, serving
 
 
@@ -72,6 +73,14 @@ def test_hosts_that_start_together_agree_on_a_key(tmp_path: Path) -> None:
     path.chmod(0o644)
     with pytest.raises(ServerError, match="readable by others"):
         shared_key(path)
+
+
+def test_a_server_that_refuses_connections_is_lost_though_its_process_lives() -> None:
+    cfg = RolloutConfig(health_timeout_s=5)
+    with serving(good_reply) as url:
+        server = Server(url=url, key="k", ready=True)
+        assert _lost(server, cfg) is None
+    assert "no good answer to /health" in (_lost(server, cfg) or "")
 
 
 def test_a_file_that_announces_nothing_is_named(tmp_path: Path) -> None:
