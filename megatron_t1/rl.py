@@ -113,6 +113,8 @@ class Trainer:
             Stopped: the run was asked to stop before the samples were complete; no step was taken.
         """
         cfg, watch = self.cfg, self.watch
+        with watch("push"):
+            pushed = self._finish_push()
         with watch("generate"):
             groups = self._collect()
         advantage.assign(groups)
@@ -126,13 +128,13 @@ class Trainer:
             loss = partial(t1_token_loss, cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if full_kl else None)
         self.steps_done += 1
-        with watch("push"):  # the servers load while the anchor is brought up to date
+        with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
             self.sync.begin_push(version=self.steps_done)
         with watch("anchor"):
             self.anchor.update()
         if self.log:
             self.log.samples(self.steps_done, groups)
-        return metrics | rollout_metrics(groups)
+        return metrics | rollout_metrics(groups) | pushed
 
     def train(self) -> Path:
         """All steps that are left; returns the exported Hugging Face folder."""
@@ -145,8 +147,6 @@ class Trainer:
                 self._save()
                 raise
             self._rewards.append(metrics["reward"])
-            with self.watch("push"):
-                metrics |= self._finish_push()
             seconds = self.watch.lap()
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics["weight_version"] = self.steps_done
@@ -165,6 +165,7 @@ class Trainer:
                 with self.watch("checkpoint"):
                     self._save()
         bar.close()
+        self._finish_push()
         self.engine.save_hf(self.folder / "hf")
         return self.folder / "hf"
 
@@ -191,8 +192,8 @@ class Trainer:
             self.bank.drop_before(self.steps_done)
 
     def _finish_push(self) -> dict[str, float]:
-        """Wait until the servers hold the new weights; returns what the push cost. If all are lost, `_collect` brings
-        them back before it asks for samples."""
+        """Wait until the servers hold the weights of the last push; returns what it cost. If all are lost, `_collect`
+        brings them back before it asks for samples."""
         try:
             report = self.sync.finish_push()
         except NoServerError as error:
