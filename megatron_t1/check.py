@@ -209,7 +209,17 @@ def _data(cfg: Config, command: str, template: Template, found: Findings) -> dic
     needed = {"sft": ["sft"], "rl": ["train"], "run": ["sft", "train", "heldout"], "serve": []}.get(
         command, ["heldout"]
     )
-    longest = {}
+    longest: dict[str, int] = {}
+    sets = cfg.evaluate.sets if command == "evaluate" else (cfg.scaling.set,) if cfg.scaling.set else ()
+    if command in ("evaluate", "scaling") and sets:
+        needed = []
+        try:
+            for name, questions in cfg.evaluate.load(sets, cfg.seed, cfg.data.system_prompt).items():
+                tokens = max(len(question.prompt(template).token_ids) for question in questions)
+                longest["heldout"] = max(tokens, longest.get("heldout", 0))
+                found.facts.append(f"set {name}: {len(questions)} questions; the longest: {tokens} tokens")
+        except (ValueError, OSError) as error:
+            found.problems.append(str(error))
     for name in needed:
         try:
             path = cfg.data.need(name)

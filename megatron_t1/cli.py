@@ -217,7 +217,10 @@ def _report(arguments: list[str]) -> int:
 
     parser = ArgumentParser(prog="t1 report", description=_line_of("report"))
     parser.add_argument("run_dir", type=str, help="folder of a run")
-    print(write_report(Path(parser.parse_args(arguments).run_dir)))
+    run_dir = Path(parser.parse_args(arguments).run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is not there: give the folder of a run")
+    print(write_report(run_dir))
     return 0
 
 

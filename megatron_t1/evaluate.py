@@ -20,7 +20,7 @@ import numpy as np
 from megatron_t1 import stats
 from megatron_t1.collect import collecting, open_folder
 from megatron_t1.data.prompts import Question
-from megatron_t1.data.sets import INSTRUCTION
+from megatron_t1.data.sets import INSTRUCTION, load_set, set_name
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rollout.chat import EndpointConfig
 from megatron_t1.rollout.config import SamplingConfig
@@ -49,6 +49,19 @@ class EvaluateConfig:
     def sampling_of(self, name: str) -> SamplingConfig:
         """The sampling of one set."""
         return replace(self.sampling, num_samples=self.num_samples.get(name, self.sampling.num_samples))
+
+    def load(self, names: Sequence[str], seed: int, system_prompt: str | None) -> dict[str, list[Question]]:
+        """The questions of sets (names or files) by the name of their set; raises ValueError as `load_set` does."""
+        return {
+            set_name(name): load_set(
+                name,
+                sets_dir=Path(self.sets_dir) if self.sets_dir else None,
+                seed=seed,
+                instruction=self.instruction,
+                system_prompt=system_prompt,
+            )
+            for name in names
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,8 @@ def _read(path: Path) -> Iterator[tuple[Any, Prompt, Sample]]:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
-                yield (row["id"], *pair_from_row(row))
+                prompt, sample = pair_from_row(row)
+                yield row["id"], prompt, sample
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
 

@@ -24,7 +24,6 @@ from megatron_t1.actors import Actors, open_actors
 from megatron_t1.config import Config
 from megatron_t1.data.packing import Sequence
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
-from megatron_t1.data.sets import load_set, set_name
 from megatron_t1.data.template import Template
 from megatron_t1.doctor import versions
 from megatron_t1.engine.parallel import initialize, is_main
@@ -71,6 +70,8 @@ def run_rl(cfg: Config) -> None:
     with trainer_ranks(cfg) as found, ExitStack() as stack:
         template = Template(Path(cfg.model.hf_path))
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
+        if cfg.data.heldout:
+            _refuse_overlap(prompts, load_prompts(cfg.data.need("heldout"), template, cfg.data))
         rl.check(cfg, prompts)
         actors = stack.enter_context(open_actors(cfg, template)) if is_main() else None
         trainer = rl.Trainer(cfg, found, prompts, actors)
@@ -119,21 +120,11 @@ def run_evaluate(cfg: Config, label: str) -> None:
 
 def _sets(cfg: Config, names: tuple[str, ...]) -> dict[str, list[Question]]:
     """The questions of these sets, or else of `data.heldout`, by the name of their set."""
-    own = cfg.evaluate
-    return {
-        set_name(name): load_set(
-            name,
-            sets_dir=Path(own.sets_dir) if own.sets_dir else None,
-            seed=cfg.seed,
-            instruction=own.instruction,
-            system_prompt=cfg.data.system_prompt,
-        )
-        for name in names or (str(cfg.data.need("heldout")),)
-    }
+    return cfg.evaluate.load(names or (str(cfg.data.need("heldout")),), cfg.seed, cfg.data.system_prompt)
 
 
 def run_scaling(cfg: Config, label: str) -> None:
-    """Accuracy of `model.hf_path` against thinking budgets on `data.heldout`; one process, no Megatron."""
+    """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
     folder, other = Path(cfg.model.hf_path), cfg.scaling.answer_model
     template = Template(folder)
     HFFolder(folder)  # whole, or refused before the servers start

@@ -19,5 +19,5 @@ DATA=${DATA:-/path/to/data}          # folder with heldout.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/evaluate} # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml}
 # shellcheck source=slurm/lib.sh
-source "${T1_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
+source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh"
 t1_evaluate "$CONFIG" "$@"

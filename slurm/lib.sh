@@ -5,7 +5,8 @@
 #   t1_sft CONFIG [OPTIONS]           trainer on all nodes
 #   t1_evaluate CONFIG [OPTIONS]      one process on the first node, vLLM servers on all nodes
 #
-# OPTIONS are options of the `t1` command (--rl.steps 100). With T1_DRY_RUN=1 the srun commands are printed, not run.
+# OPTIONS are options of the `t1` command (--rl.steps 100). With T1_DRY_RUN=1 and
+# T1_NODES="NAME NAME ..." the srun commands for these nodes are printed, not run.
 #
 # USR1 (Slurm sends it before the time limit, #SBATCH --signal=B:USR1@300) -> the trainer finishes or drops its step,
 # writes a checkpoint and exits with 75 -> the job is requeued and goes on from there. A rank that was killed -> the
@@ -82,7 +83,7 @@ prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what w
   GPUS=${GPUS##*:}
   CPUS=${SLURM_CPUS_PER_TASK:-1}
   if [ -n "${T1_DRY_RUN:-}" ]; then
-    read -ra NODES <<<"$T1_NODES"
+    read -ra NODES <<<"${T1_NODES:?names of the nodes, with T1_DRY_RUN=1}"
     return
   fi
   mapfile -t NODES < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}")

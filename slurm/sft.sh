@@ -13,11 +13,11 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 # T1's supervised fine-tuning on chains of trial, error and verification.
-# Edit account, partition (above) and the paths (below); then: sbatch slurm/sft.sh
+# Edit account, partition (above) and the paths (below); then: sbatch slurm/sft.sh [options of t1]
 MODEL=${MODEL:-/path/to/Qwen2.5-32B} # Hugging Face folder of the base model
 DATA=${DATA:-/path/to/data}          # folder with sft.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/sft} # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/qwen2.5-32b/sft.yaml}
 # shellcheck source=slurm/lib.sh
-source "${T1_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
+source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh"
 t1_sft "$CONFIG" "$@"

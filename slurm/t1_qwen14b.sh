@@ -19,5 +19,5 @@ DATA=${DATA:-/path/to/data}          # folder with rl.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/t1-qwen14b} # on a file system that all nodes share
 VLLM_NODES=${VLLM_NODES:-2}             # nodes for vLLM, the others train; 0: every node does both, half of its GPUs each
 # shellcheck source=slurm/lib.sh
-source "${T1_HOME:-$SLURM_SUBMIT_DIR}/slurm/lib.sh"
+source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh"
 t1_rl examples/qwen2.5-14b/rl.yaml "$@"

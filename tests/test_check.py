@@ -99,6 +99,15 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         assert problem in text, problem
 
 
+def test_the_named_set_is_looked_for_in_place_of_held_out_questions(task: Path) -> None:
+    ours = ["--data.heldout", "nowhere.jsonl", "--evaluate.sets", f"[{task / 'heldout.jsonl'}]"]
+    found = found_in(task, *ours, command="evaluate")
+    assert found.problems == []
+    assert any("set heldout: 40 questions" in fact for fact in found.facts)
+    found = found_in(task, "--evaluate.sets", "[nowhere.jsonl]", command="evaluate")
+    assert any("nowhere.jsonl" in problem for problem in found.problems)
+
+
 def test_biased_sampling_and_mixed_precision_are_warned_of(task: Path) -> None:
     found = found_in(task, "--sampling.top_p", 0.9, "--sampling.min_p", 0.1, "--rollout.dtype", "bfloat16")
     assert found.problems == []

@@ -37,6 +37,7 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ({"id": "a", "gold": "4"}, "prediction missing"),
+        ({"gold": "4", "prediction": "4"}, "id missing"),
         ({"id": "a", "gold": "4", "prediction": "4", "mode": "x"}, "mode='x'"),
         ({"id": "a", "gold": ["4"], "prediction": "4"}, "gold="),
         ({"id": "a", "gold": None, "prediction": "4"}, "gold is empty"),
