@@ -136,7 +136,8 @@ def save(
     digests = _digests(building)
     if is_main():
         copy_beside(Path(engine.model_config.hf_path), building)  # config and tokenizer: a model on its own
-        contents = {**state, "step": step, "score": score, "files": digests}
+        apart = engine.parallel.expert > 1
+        contents = {**state, "step": step, "score": score, "files": digests, "experts_apart": apart}
         write_json(building / "state.json", contents)
         sync_folder(building)
         if final.exists():  # a run that resumed from an older checkpoint comes by here again
@@ -213,10 +214,18 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     """Collective. Fill engine and anchor from a checkpoint of any layout; returns its `state.json`.
 
     Raises:
-        ValueError: not a finished checkpoint.
+        ValueError: not a finished checkpoint, or one from before or after the experts were spread over ranks.
     """
     if not (path / "state.json").exists():
         raise ValueError(f"{path} is not a finished checkpoint: it has no state.json")
+    state = json.loads((path / "state.json").read_text())
+    # With expert parallelism Megatron has an optimizer of its own for the experts, which loads no other's state.
+    if state.get("experts_apart", False) != (engine.parallel.expert > 1):
+        raise ValueError(
+            f"{path} was written with parallel.expert {'above' if state.get('experts_apart') else 'of'} 1 and is "
+            f"loaded with {engine.parallel.expert}: its optimizer does not fit. Resume with such a layout, or export "
+            "the weights (t1 convert to-hf) and start from them"
+        )
     _prime(engine)
     loaded = dist_checkpointing.load(_sharded_state(engine, anchor, is_loading=True), str(path))
     for number, chunk in enumerate(engine.chunks):
@@ -229,7 +238,7 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
             for name, weight in chunk.named_parameters():
                 average[id(weight)].copy_(loaded[f"anchor{number}"][f"anchor.{name}"])
         anchor.publish()
-    return json.loads((path / "state.json").read_text())
+    return state
 
 
 def _prime(engine: Engine) -> None:

@@ -55,6 +55,11 @@ class Servers:
         None is asked for samples before a push has brought it to the current version.
         """
         revived = self._source.look(self.all)
+        for server in self.all:
+            # Of a process on another host nobody tells us that it ended: a push that failed may be the only sign.
+            left_behind = server.ready and self.required_version not in (None, server.version)
+            if left_behind and not server.exited() and not server.healthy():
+                server.unusable = "it does not answer /health"
         for index, server in enumerate(self.all):
             if server.exited() or server.unusable:
                 self.all[index] = self._source.again(index, server)

@@ -57,7 +57,7 @@ _HARMLESS = {
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
 # What a run's checkpoint holds besides the weights.
-_NOT_WEIGHTS = ("optimizer.", "anchor.")
+_NOT_WEIGHTS = ("optimizer.", "chained_", "anchor.")
 
 
 @dataclass(frozen=True)

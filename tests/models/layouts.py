@@ -30,8 +30,7 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
     },
 }
 RESUMED = "EP2 distributed optimizer"
-for _name, _fields in {
-    "resumed on PP2 VP2": {"pipeline": 2, "virtual_pipeline": 2},
-    "resumed on TP2 SP": {"tensor": 2, **SP},
-}.items():
-    LAYOUTS[2][_name] = ({**_fields, "distributed_optimizer": True, "checkpoint_of": RESUMED}, LAYOUTS[2][RESUMED][1])
+LAYOUTS[2]["resumed"] = (
+    {"expert": 2, "distributed_optimizer": True, "checkpoint_of": RESUMED},
+    LAYOUTS[2][RESUMED][1],
+)

@@ -59,7 +59,7 @@ def test_a_step_of_the_distributed_optimizer(num_ranks, layout, family, results,
 
 @pytest.mark.timeout(4000)
 @cases(lambda fields: "checkpoint_of" in fields)
-def test_a_checkpoint_loads_at_another_layout(num_ranks, layout, family, results):
+def test_a_checkpoint_of_experts_loads(num_ranks, layout, family, results):
     out = results(num_ranks)
     assert bytes_of(out / layout / family) == bytes_of(out / RESUMED / family)
 

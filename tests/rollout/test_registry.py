@@ -49,6 +49,20 @@ def test_a_server_that_came_back_elsewhere_replaces_itself(tmp_path: Path) -> No
         assert servers.revive() == []
 
 
+def test_a_server_that_a_push_left_behind_and_that_is_gone_is_awaited_anew(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "servers")
+    with awaiting(tmp_path, 1, startup_timeout_s=5) as servers:
+        with serving(good_reply) as url:
+            registry.announce("a_0", url, tmp_path / "a.log")
+            servers.start().wait_ready()
+            servers.required_version = 3
+            assert servers.revive() == [], "it answers: the next push may reach it"
+        (again,) = servers.revive()
+        assert not again.ready
+        with pytest.raises(ServerError, match="was not healthy"):
+            servers.wait_ready(minimum=1)
+
+
 def test_too_few_are_enough_after_the_deadline_none_is_an_error(tmp_path: Path, capsys) -> None:
     with serving(good_reply) as url, awaiting(tmp_path, 2, startup_timeout_s=0.5) as servers:
         with pytest.raises(ServerError, match=r"0 of 2 awaited servers .*t1 serve --rollout.host auto"):

@@ -125,7 +125,8 @@ def test_a_killed_server_and_a_requeue_cost_no_step(task: Path, tmp_path: Path) 
     assert "job 1.0: requeued" in log
     assert log.splitlines()[-1].endswith(f"job 1.1: finished; results in {run}")
     assert "stopped as asked" in text
-    assert "ended and is started again" in (run / "logs/serve_n2.log").read_text()
+    assert re.search(r"(ended|no good answer.*) and is started again", (run / "logs/serve_n2.log").read_text())
+    assert "a trainer rank was killed" not in log, "the trainer outlives its only server"
     assert "was lost and is started again" in text
     assert seen["left"] == []
     key = (run / "server_key").read_text()
