@@ -158,6 +158,9 @@ def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
     ]
     if kv_heads % tensor and tensor % kv_heads:
         problems.append(f"num_query_groups = {kv_heads} neither divides parallel.tensor = {tensor} nor is a multiple")
+    rows = (sizes["num_attention_heads"] + 2 * kv_heads) * sizes["kv_channels"]
+    if rows % tensor:
+        problems.append(f"the {rows} rows of the QKV projection do not divide by parallel.tensor = {tensor}")
     try:
         parallel.layers_of_stages(sizes["num_layers"])
     except ValueError as error:

@@ -52,6 +52,7 @@ def layouts(draw, spec: ModelSpec) -> ParallelConfig:
     tensor = draw(st.sampled_from([
         n for n in (1, 2, 3, 4) if sizes["num_attention_heads"] % n == 0
         and (sizes["num_query_groups"] % n == 0 or n % sizes["num_query_groups"] == 0)
+        and (sizes["num_attention_heads"] + 2 * sizes["num_query_groups"]) * sizes["kv_channels"] % n == 0
     ]))  # fmt: skip
     pipeline = draw(st.integers(1, min(3, sizes["num_layers"])))
     virtual = draw(st.sampled_from([1, 2])) if 1 < pipeline <= sizes["num_layers"] // 2 else 1
