@@ -102,7 +102,9 @@ def run(job: str, **folders: str) -> dict[str, float]:
         raise SystemExit(f"{job} failed")
     words = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("TIME", "PEAK")))
     seconds, cpu = (float(word) for word in words["TIME"].split())
-    return {"seconds": seconds, "cpu": cpu, "peak_mib": int(words["PEAK"]) / 1024}
+    measured = {"seconds": seconds, "cpu": cpu, "peak_mib": int(words["PEAK"]) / 1024}
+    print(job, json.dumps(measured), flush=True)
+    return measured
 
 
 def main() -> None:
