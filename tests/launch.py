@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_ranks(script: Path, num_ranks: int, *args: object, timeout_s: float = 200) -> str:
+def run_ranks(script: Path, num_ranks: int, *args: object, timeout_s: float = 600) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     if num_ranks == 1:
         command = [sys.executable]

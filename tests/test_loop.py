@@ -23,7 +23,7 @@ EXAMPLE = ROOT / "examples/quickstart/quickstart.yaml"
 ENV = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
 
 
-def t1(*arguments: object, expect: int = 0, timeout_s: float = 280) -> str:
+def t1(*arguments: object, expect: int = 0, timeout_s: float = 800) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "megatron_t1", *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout_s, env=ENV, cwd=ROOT,
