@@ -3,7 +3,7 @@
     python tests/slurm/chaos.py WORK_DIR [--steps 30] [--seed 0] [--pause 15]
 
 Too long for CI. On the emulated cluster: one node trains on two ranks, one serves. Both runs are the real batch script
-on the quickstart's task. It then checks and prints what benchmarks/chaos.md shows: every step was applied once, from
+on the quickstart's task. It then checks and prints: every step was applied once, from
 samples of the weights of the step before; and how far both runs' metrics and held-out accuracy are apart.
 """
 
