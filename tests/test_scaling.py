@@ -37,7 +37,7 @@ CFG = ScalingConfig(
 
 
 class CountingClient:
-    """The real client; it remembers the prompts, and Ctrl-C comes once `max_calls` results came."""
+    """The real client; it remembers the prompts, and Ctrl-C comes once `max_results` results came."""
 
     def __init__(self, client: RolloutClient, max_results: int = 999) -> None:
         self.client, self.max_results = client, max_results
@@ -50,11 +50,11 @@ class CountingClient:
 
         def limited(*result: Any) -> None:
             nonlocal results
-            if results >= self.max_results:
-                os.kill(os.getpid(), signal.SIGINT)  # this is the client's thread: the main one gets it
-                return
             results += 1
-            on_done(*result)
+            if results <= self.max_results:
+                on_done(*result)
+            elif results == self.max_results + 1:  # once: a second would cut the first
+                os.kill(os.getpid(), signal.SIGINT)  # this is the client's thread: the main one gets it
 
         self.client.generate_each(prompts, *asked, limited)
 
