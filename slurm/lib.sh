@@ -114,6 +114,7 @@ step() { # LOG NUM_NODES TASKS_PER_NODE NODELIST COMMAND...
     echo
     return
   fi
+  say "starts on $nodelist" >>"$log"
   exec "${command[@]}"
 }
 
@@ -153,7 +154,7 @@ keep_serving() { # NODE OPTIONS...: its `t1 serve` keeps the servers up; this ke
     say "the servers on $1 were killed (exit code $code) and are started again"
     sleep 2
   done
-  say "the servers on $1 ended (exit code $code): $(last_line "$LOGS/serve_$1.log")"
+  say "the servers on $1 ended (exit code $code): $(last_words "$LOGS/serve_$1.log")"
   exit 1
 }
 
@@ -182,10 +183,10 @@ run_trainer() { # COMMAND RANKS_PER_NODE NODES...
     ((code == 0)) && finish
     [ -n "$ASKED_TO_STOP" ] && requeue
     ((code == STOPPED)) && fail "$code" "the trainer was stopped from outside (scancel?); submit again to go on"
-    ((code > 128)) || fail "$code" "the trainer ended (exit code $code): $(last_line "$LOGS/trainer.log")"
+    ((code > 128)) || fail "$code" "the trainer ended (exit code $code): $(last_words "$LOGS/trainer.log")"
     [ "$(steps_done)" = "$done_before" ] || restarts=0
     done_before=$(steps_done)
-    ((restarts++ < RESTARTS)) || fail "$code" "the trainer was killed $restarts times without a step between: $(last_line "$LOGS/trainer.log")"
+    ((restarts++ < RESTARTS)) || fail "$code" "the trainer was killed $restarts times without a step between: $(last_words "$LOGS/trainer.log")"
     say "a trainer rank was killed (exit code $code); all ranks go on from the newest checkpoint"
   done
 }
@@ -202,7 +203,7 @@ await_trainer() { # its exit code; ends it when no server is left that could com
     if ((${#KEEPERS[@]} && !alive)); then
       kill -TERM "$TRAINER"
       wait "$TRAINER"
-      fail 1 "all vLLM servers ended; the last words of each are above and in $LOGS/serve_*.log"
+      fail 1 "all vLLM servers ended: $(last_words "$LOGS/serve_${NODES[-1]}.log")"
     fi
   done
   wait "$TRAINER"
@@ -248,4 +249,10 @@ free_port() { "$T1_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0
 
 steps_done() { tail -qn 1 "$RUN_DIR/rl/metrics.jsonl" "$RUN_DIR/sft/metrics.jsonl" 2>/dev/null | cut -c 1-20; }
 
-last_line() { tail -c 100000 "$1" 2>/dev/null | tr '\r' '\n' | grep -v '^slurmstepd\|^srun' | grep . | tail -n 1; }
+last_words() { # LOG: the last line since its last start, after the first of an error of t1
+  tail -c 100000 "$1" 2>/dev/null | tr '\r' '\n' | grep -v '^slurmstepd\|^srun' | grep . | awk '
+    / job [0-9.]+: starts on / { error = last = ""; next }
+    /^t1 [a-z-]+: error: / { error = $0 }
+    { last = $0 }
+    END { print (error == "" || error == last) ? last : error " [...] " last }'
+}

@@ -53,7 +53,7 @@ class Server:
         return self.process is not None and self.process.poll() is not None
 
     def log_tail(self) -> str:
-        """The errors in its log and its last lines, indented, or a line that says where its log is."""
+        """Where its log is, the errors in it and its last lines, indented: mostly the last one is the cause."""
         if self.log_path is None or not self.log_path.exists():
             return "    (its log is where it was started)"
         with self.log_path.open("rb") as log:
@@ -62,7 +62,7 @@ class Server:
         # The root cause stands far above the end: the API server prints its own traceback after the engine's.
         early = [line for line in lines[:-_LOG_TAIL_LINES] if _ERROR_LINE.search(line)][:5]
         shown = [*early, "[...]", *lines[-_LOG_TAIL_LINES:]] if early else lines[-_LOG_TAIL_LINES:]
-        return "\n".join(f"    {line}" for line in shown) + f"\n    (whole log: {self.log_path})"
+        return "\n".join(f"    {line}" for line in [f"(whole log: {self.log_path})", *shown])
 
     def call(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
         """One blocking call; returns the decoded JSON (None for an empty body).

@@ -29,7 +29,11 @@ def main() -> None:
     child = subprocess.Popen(command, preexec_fn=_die_with_supervisor)
     while child.poll() is None and os.getppid() == starter_pid:
         time.sleep(0.1)
-    print(f"supervisor: ending the group, the server's exit code is {child.poll()}", flush=True)
+    code = child.poll()
+    if code is None:
+        print("supervisor: who started the server is gone, it is ended", flush=True)
+    elif code < 0:  # else it has said why itself
+        print(f"supervisor: the server was killed by signal {-code}", flush=True)
     os.killpg(0, signal.SIGKILL)
 
 

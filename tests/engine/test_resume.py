@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_t1.convert import to_hf
 from megatron_t1.engine.checkpoint import CheckpointConfig, _rotate, finished
-from tests.launch import run_ranks
+from tests.launch import ROOT, run_ranks
 from tests.tiny import make_tiny_qwen2
 
 WORKER = Path(__file__).with_name("resume_worker.py")
@@ -74,6 +79,37 @@ def test_an_unfinished_checkpoint_is_never_picked_up(straight, model_dir, tmp_pa
     resumed_metrics, _ = train(tmp_path, model_dir, layout, ranks, 4, "resume")
     assert resumed_metrics[3]["loss"] == metrics[3]["loss"]
     assert not list((tmp_path / "sft/checkpoints").glob("*.tmp"))
+
+
+def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(straight, model_dir, tmp_path):
+    """kill -9 with a checkpoint half written: a second preemption, or a node that fails, in a save."""
+    *_, metrics, weights = straight
+    command = [sys.executable, WORKER, tmp_path, model_dir, "{}", "6", "1", "fresh"]
+    process = subprocess.Popen([*map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    checkpoints, caught = tmp_path / "sft/checkpoints", None
+    while caught is None:
+        assert process.poll() is None, "it was over before a save was caught"
+        for building in checkpoints.glob("step_*.tmp"):
+            process.send_signal(signal.SIGSTOP)  # so that it stays as it is while we look again
+            if building.exists() and len(finished(checkpoints)) > 1:
+                caught = building
+            else:
+                process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert caught.exists()
+    kept = int(finished(checkpoints)[-1].name.removeprefix("step_"))
+    rows = (tmp_path / "sft/metrics.jsonl").read_text().splitlines()
+    assert len(rows) == kept + 1
+    resumed_metrics, resumed = train(tmp_path, model_dir, {}, 1, 6, "resume")
+    assert [row["step"] for row in resumed_metrics] == [1, 2, 3, 4, 5, 6]
+    assert resumed_metrics[:kept] == [json.loads(row) for row in rows[:kept]], "it did not go on, it began again"
+    for row, expected in zip(resumed_metrics, metrics, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, value in weights.items():
+        assert (resumed[name] - value).norm() <= 1e-5 * value.norm(), name
+    assert not list(checkpoints.glob("*.tmp"))
 
 
 def flip_a_bit(path):

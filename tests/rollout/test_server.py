@@ -100,7 +100,7 @@ def test_a_server_that_does_not_start_shows_why(tmp_path: Path) -> None:
         began = time.monotonic()
         servers.start()
         assert time.monotonic() - began < 2  # starting does not wait
-        with pytest.raises(ServerError, match=r"(?s)ended while starting.*no_such_model.*whole log: .*server_0.log"):
+        with pytest.raises(ServerError, match=r"(?s)ended while starting.*whole log: .*server_0.log.*no_such_model"):
             servers.wait_ready()
 
 

@@ -1,6 +1,6 @@
 """30 RL steps while trainer ranks, servers, graders and `t1 serve` are killed at random, against a run left alone.
 
-    python tests/slurm/chaos.py WORK_DIR [--steps 30] [--seed 0] [--pause 15]
+    python tests/slurm/chaos.py WORK_DIR [--steps 30] [--seed 0] [--pause 2]
 
 Too long for CI. On the emulated cluster: one node trains on two ranks, one serves. Both runs are the real batch script
 on the quickstart's task. It then checks and prints: every step was applied once, from
@@ -47,9 +47,9 @@ def t1(*arguments: object) -> str:
 
 def prepare(work: Path) -> None:
     """The task and a model that has half learned it."""
-    t1("quickstart-data", "--out", work / "task", "--num_sft_samples", 8000)
+    t1("quickstart-data", "--out", work / "task", "--num_sft_samples", 32000)
     t1("sft", "--config", CONFIG, "--run_dir", work / "tuned", "--model.hf_path", work / "task/model", "--data.sft",
-       work / "task/sft.jsonl", "--sft.max_steps", 500, "--parallel.nproc_per_node", 1)  # fmt: skip
+       work / "task/sft.jsonl", "--sft.max_steps", 2000, "--parallel.nproc_per_node", 1)  # fmt: skip
     for name in ("alone", "disturbed"):
         shutil.copytree(work / "tuned/sft/hf", work / name / "model")
         shutil.copy(work / "task/rl.jsonl", work / name)
@@ -69,7 +69,7 @@ BLOWS: dict[str, tuple[int, tuple[str, ...], int]] = {
     "requeue": (1, (), 0),
     "stop": (1, (), signal.SIGUSR1),
 }
-"""How often in proportion, words of the victim's command line (none: the job itself), signal."""
+"""How often in a round, words of the victim's command line (none: the job itself), signal."""
 
 
 def strike(job: Job, kind: str, chance: random.Random) -> bool:
@@ -96,16 +96,20 @@ def executable(pid: int) -> str:
 def disturb(job: Job, chance: random.Random, pause_s: float, steps: int) -> Counter[str]:
     """Kills something every `pause_s` seconds on average until the job has ended."""
     done: Counter[str] = Counter()
+    round_ = [kind for kind, (number, *_) in BLOWS.items() for _ in range(number)]
+    coming: list[str] = []
     began = len(job.steps())
     while job.show()["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
         time.sleep(chance.expovariate(1 / pause_s))
         # At least a step between two blows: it is the loop that is tried, not the start.
-        if len(job.steps()) in (began, steps) or job.show()["JobState"] != "RUNNING":
+        count = len(job.steps())
+        began = min(began, count)  # a trainer that is started again goes back to its checkpoint
+        if count in (began, steps) or job.show()["JobState"] != "RUNNING":
             continue
-        kind = chance.choices(list(BLOWS), [weight for weight, *_ in BLOWS.values()])[0]
-        began = len(job.steps())
-        if strike(job, kind, chance):
-            done[kind] += 1
+        coming = coming or chance.sample(round_, len(round_))
+        if strike(job, kind := coming[-1], chance):
+            began = count
+            done[coming.pop()] += 1
             print(f"step {began}: {kind}", flush=True)
     return done
 
@@ -129,7 +133,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pause", type=float, default=15, help="mean seconds between two blows")
+    parser.add_argument("--pause", type=float, default=2, help="mean seconds between two blows")
     parser.add_argument("--inside", action="store_true", help="(already on the emulated cluster)")
     args = parser.parse_args()
     if not args.inside:

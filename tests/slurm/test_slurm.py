@@ -136,7 +136,6 @@ def test_a_killed_server_and_a_requeue_cost_no_step(task: Path, tmp_path: Path) 
     assert list((run / "servers").iterdir()) == []
 
 
-@pytest.mark.skip(reason="the scenario has not passed yet: see the issue on Slurm")
 @pytest.mark.timeout(3600)
 def test_a_failed_node_leaves_a_job_on_fewer_nodes_and_scancel_ends_it(task: Path, tmp_path: Path) -> None:
     shutil.copytree(task, tmp_path / "work")
@@ -152,7 +151,6 @@ def test_a_failed_node_leaves_a_job_on_fewer_nodes_and_scancel_ends_it(task: Pat
     assert seen["checkpoints"]
 
 
-@pytest.mark.skip(reason="the scenario has not passed yet: see the issue on Slurm")
 @pytest.mark.timeout(3600)
 def test_fine_tuning_and_evaluation_run(task: Path, tmp_path: Path) -> None:
     shutil.copytree(task, tmp_path / "work")
@@ -160,12 +158,11 @@ def test_fine_tuning_and_evaluation_run(task: Path, tmp_path: Path) -> None:
     assert seen["sft"]["JobState"] == "COMPLETED", seen["sft"]["text"]
     assert "2 trainer processes" in seen["sft"]["text"]
     assert seen["evaluate"]["JobState"] == "COMPLETED", seen["evaluate"]["text"]
-    summary = json.loads((tmp_path / "work/evaluation/evaluate/evaluate/summary.json").read_text())
+    summary = json.loads((tmp_path / "work/evaluation/evaluate/evaluate/heldout/summary.json").read_text())
     assert summary["num_questions"] == 8
     assert seen["left"] == []
 
 
-@pytest.mark.skip(reason="the scenario has not passed yet: see the issue on Slurm")
 @pytest.mark.timeout(3600)
 def test_a_job_that_can_not_work_says_why_in_its_last_line(task: Path, tmp_path: Path) -> None:
     shutil.copytree(task, tmp_path / "work")
@@ -175,6 +172,5 @@ def test_a_job_that_can_not_work_says_why_in_its_last_line(task: Path, tmp_path:
     assert typo[-1].endswith("FAILED: t1 check refused the configuration: see above")
     assert "problem: rl.stepps is not a setting; did you mean rl.steps?" in typo
     assert seen["typo"]["ExitCode"] == "2:0"
-    assert "FAILED: all vLLM servers ended" in server[-1]
-    assert any("the servers on n2 ended" in line and "no-such-option" in line for line in server)
+    assert re.search("FAILED: all vLLM servers ended: t1 serve: error: .*: --no-such-option$", server[-1])
     assert all(case["left"] == [] for case in seen.values())
