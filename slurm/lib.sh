@@ -44,15 +44,14 @@ t1_rl() {
   local config=$1
   shift
   prepare rl "$config" ${DATA:+--data.train "$DATA/rl.jsonl"} "$@"
-  local train_nodes=$((${#NODES[@]} - VLLM_NODES)) serve_gpus=$GPUS ranks=$GPUS gpu_ids=()
+  local train_nodes=$((${#NODES[@]} - VLLM_NODES)) ranks=$GPUS first_gpu=0
   ((train_nodes >= 1)) || fail 2 "VLLM_NODES=$VLLM_NODES of ${#NODES[@]} nodes leaves none to train: lower it or ask for more nodes"
   local -a serve_on=("${NODES[@]:train_nodes}")
   if ((VLLM_NODES == 0)); then
-    serve_on=("${NODES[@]}") serve_gpus=$VLLM_GPUS ranks=$((GPUS - VLLM_GPUS))
+    serve_on=("${NODES[@]}") ranks=$((GPUS - VLLM_GPUS)) first_gpu=$((GPUS - VLLM_GPUS))
     ((ranks >= 1)) || fail 2 "VLLM_GPUS=$VLLM_GPUS of $GPUS GPUs leaves none to train"
-    gpu_ids=(--rollout.gpu_ids "[$(seq -s, "$ranks" $((GPUS - 1)))]")
   fi
-  start_servers "$serve_gpus" "${serve_on[*]}" "${gpu_ids[@]}"
+  start_servers "$first_gpu" "${serve_on[@]}"
   run_trainer rl "${RANKS:-$ranks}" "${NODES[@]:0:train_nodes}"
 }
 
@@ -67,7 +66,7 @@ t1_evaluate() {
   local config=$1
   shift
   prepare evaluate "$config" ${DATA:+--data.heldout "$DATA/heldout.jsonl"} "$@"
-  start_servers "$GPUS" "${NODES[*]}"
+  start_servers 0 "${NODES[@]}"
   run_trainer evaluate 1 "${NODES[0]}"
 }
 
@@ -118,35 +117,32 @@ step() { # LOG NUM_NODES TASKS_PER_NODE NODELIST COMMAND...
   exec "${command[@]}"
 }
 
-start_servers() { # GPUS_PER_NODE "NODES" OPTIONS...: a keeper for every node
-  local per_node=$(($1 / VLLM_TP > 0 ? $1 / VLLM_TP : 1)) node
-  per_node=${SERVERS_PER_NODE:-$per_node}
-  local -a nodes
-  read -ra nodes <<<"$2"
-  shift 2
-  OPTIONS+=(--rollout.registry "$REGISTRY" --rollout.num_servers "$per_node" --rollout.tp "$VLLM_TP")
-  for node in "${nodes[@]}"; do
+start_servers() { # FIRST_GPU NODES...: servers on the GPUs of each node from FIRST_GPU on, and a keeper for each node
+  local first_gpu=$1 per_node=${SERVERS_PER_NODE:-$(((GPUS - $1) / VLLM_TP))} node
+  shift
+  ((per_node >= 1)) || fail 2 "rollout.tp = $VLLM_TP is more than the $((GPUS - first_gpu)) GPUs that each node has for vLLM"
+  OPTIONS+=(--rollout.registry "$REGISTRY" --rollout.num_servers "$per_node" --rollout.tp "$VLLM_TP"
+    --rollout.gpu_ids "[$(seq -s, "$first_gpu" $((first_gpu + per_node * VLLM_TP - 1)))]")
+  for node in "$@"; do
     if [ -n "${T1_DRY_RUN:-}" ]; then
-      serve "$node" "$@"
+      serve "$node"
     else
-      keep_serving "$node" "$@" &
+      keep_serving "$node" &
       KEEPERS+=($!)
     fi
   done
-  OPTIONS+=(--rollout.await_servers $((per_node * ${#nodes[@]})))
+  OPTIONS+=(--rollout.await_servers $((per_node * $#)))
 }
 
-serve() { # NODE OPTIONS...
-  local node=$1
-  shift
-  step "$LOGS/serve_$node.log" 1 1 "$node" "$T1_PYTHON" -m megatron_t1 serve "${OPTIONS[@]}" --rollout.host auto "$@"
+serve() { # NODE
+  step "$LOGS/serve_$1.log" 1 1 "$1" "$T1_PYTHON" -m megatron_t1 serve "${OPTIONS[@]}" --rollout.host auto
 }
 
-keep_serving() { # NODE OPTIONS...: its `t1 serve` keeps the servers up; this keeps `t1 serve` up
+keep_serving() { # NODE: its `t1 serve` keeps the servers up; this keeps `t1 serve` up
   local step_pid='' code=0 tries=0
   trap 'kill -USR1 "$step_pid"; wait "$step_pid"; exit 0' TERM # srun would kill its tasks on TERM, it hands on USR1
   while ((tries++ < RESTARTS)); do
-    serve "$@" &
+    serve "$1" &
     step_pid=$!
     wait "$step_pid"
     code=$?
