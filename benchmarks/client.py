@@ -147,7 +147,8 @@ def main() -> None:
 
     from megatron_t1.data.quickstart import QuickstartDataConfig, write
     from megatron_t1.rollout.config import RolloutConfig
-    from megatron_t1.rollout.server import KEY_FILE, open_servers
+    from megatron_t1.rollout.registry import KEY_FILE
+    from megatron_t1.rollout.server import open_servers
 
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:

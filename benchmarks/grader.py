@@ -44,17 +44,20 @@ def step(num_responses: int, hostile_share: float, bomb_share: float) -> list[di
         lambda a: f"x = {a}",
         lambda a: a.replace(" ", "\\, "),
     )
+    kinds = ["bomb"] * round(bomb_share * num_responses) + ["hostile"] * round(hostile_share * num_responses)
+    kinds += ["honest"] * (num_responses - len(kinds))
+    generator.shuffle(kinds)
     made: list[dict[str, Any]] = []
-    for i in range(num_responses):
-        problem, chance = problems[i % 32], generator.random()
+    for i, kind in enumerate(kinds):
+        problem = problems[i % 32]
         thinking = "\n\nWait, let me check. ".join(generator.choice(solutions) for _ in range(generator.randint(4, 12)))
         thinking = thinking.replace("\\boxed", "")
         answer = problem["answer"] if generator.random() < 0.4 else generator.choice(problems)["answer"]
         text = f"{thinking}</think> The answer is $\\boxed{{{generator.choice(spellings)(answer)}}}$."
         gold = problem["answer"]
-        if chance < bomb_share:
+        if kind == "bomb":
             gold, text = BOMB_GOLD, thinking + f"</think> \\boxed{{{BOMB}}}"
-        elif chance < bomb_share + hostile_share:
+        elif kind == "hostile":
             text = generator.choice(hostile)["prediction"]
         made.append({"id": i, "gold": gold, "prediction": text, "question": problem["problem"]})
     return made

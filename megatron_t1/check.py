@@ -10,11 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +22,9 @@ from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.doctor import installed
 from megatron_t1.engine.model import check_divisible
+from megatron_t1.lengths import context_needs, too_long
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
-from megatron_t1.rollout.launch import command as vllm_command
 
 _LINES_READ = 200
 """Of each data file."""
@@ -106,8 +102,10 @@ def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
         _layout(cfg, spec, command, place, found)
     if samples:
         _sampling(cfg, spec, command, found)
-    longest = _data(cfg, command, template, found) if template else {}
-    _lengths(cfg, spec, command, longest, found)
+    longest = {}
+    if template:
+        longest = _data(cfg, command, template, found)
+        _lengths(cfg, spec, command, longest, template, found)
     if trains:
         _needs(cfg, spec, command, place, longest, found)
     return found
@@ -251,35 +249,26 @@ def _data(cfg: Config, command: str, template: Template, found: Findings) -> dic
     return longest
 
 
-def _lengths(cfg: Config, spec: ModelSpec, command: str, longest: dict[str, int], found: Findings) -> None:
-    limit = cfg.rollout.max_model_len or spec.max_position_embeddings
+def _lengths(
+    cfg: Config, spec: ModelSpec, command: str, longest: dict[str, int], template: Template, found: Findings
+) -> None:
+    limit = cfg.rollout.max_model_len
     found.must(
-        limit <= spec.max_position_embeddings,
+        limit is None or limit <= spec.max_position_embeddings,
         f"rollout.max_model_len = {limit} is more than the model's {spec.max_position_embeddings} positions",
     )
-    room = cfg.parallel.max_tokens_per_microbatch
+    if problem := too_long(cfg, spec, context_needs(cfg, command, longest, template)):
+        found.problems.append(problem)
+    trained = []
     if command in ("rl", "run"):
-        needed = longest.get("train", 0) + cfg.sampling.max_new_tokens
-        found.must(
-            needed <= limit,
-            f"the longest prompt and sampling.max_new_tokens make {needed} tokens, the servers take {limit}: lower it "
-            "or raise rollout.max_model_len",
-        )
-        found.must(
-            needed <= room,
-            f"the longest prompt and sampling.max_new_tokens make {needed} tokens, a microbatch takes {room}: raise "
-            "parallel.max_tokens_per_microbatch",
-        )
+        trained.append(longest.get("train", 0) + cfg.sampling.max_new_tokens)
     if command in ("sft", "run"):
-        found.must(
-            longest.get("sft", 0) <= room,
-            f"the longest example has {longest.get('sft', 0)} tokens, a microbatch takes {room}: raise "
-            "parallel.max_tokens_per_microbatch",
-        )
-    if command in ("evaluate", "scaling", "run"):
-        own = (cfg.scaling if command == "scaling" else cfg.evaluate).sampling.max_new_tokens
-        needed = longest.get("heldout", 0) + own
-        found.must(needed <= limit, f"evaluation needs {needed} tokens, the servers take {limit}")
+        trained.append(longest.get("sft", 0))
+    if trained:
+        try:
+            cfg.parallel.check_fits(max(trained))
+        except ValueError as error:
+            found.problems.append(str(error))
 
 
 def _needs(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int], found: Findings) -> None:
@@ -377,44 +366,3 @@ def seconds_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest
         max_num_seqs=cfg.rollout.max_num_seqs,
         utilization=cfg.rollout.gpu_memory_utilization,
     )
-
-
-def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
-    """The srun commands that the batch scripts would run for these options, and the vLLM command of a server."""
-    root = Path(__file__).resolve().parents[1]
-    library = root / "slurm" / "lib.sh"
-    if not library.is_file():
-        raise ValueError(f"--dry-run reads {library}, which is there in a checkout of the project only")
-    rest = list(options)
-    at = rest.index("--config") if "--config" in rest else len(rest)
-    config = Path(rest[at + 1]).absolute() if at < len(rest) else ""
-    del rest[at : at + 2]
-    env = {
-        **os.environ,
-        "T1_DRY_RUN": "1",
-        "T1_HOME": str(root),
-        "T1_PYTHON": sys.executable,
-        "T1_NODES": " ".join(f"node{i + 1}" for i in range(place.nodes)),
-        "SLURM_GPUS_PER_NODE": str(place.gpus_per_node),
-        "VLLM_NODES": str(place.vllm_nodes),
-        "VLLM_GPUS": str(place.gpus_per_node // 2),
-        "VLLM_TP": str(cfg.rollout.tp),
-        "MODEL": cfg.model.hf_path,
-        "RUN_DIR": cfg.run_dir,
-        "RANKS": str(place.ranks_per_node or ""),
-    }
-    if command not in ("rl", "sft", "evaluate"):
-        raise ValueError(f"--dry-run is for rl, sft and evaluate; there is no batch script for {command}")
-    script = f'source {shlex.quote(str(library))}; t1_{command} "$@"'
-    done = subprocess.run(["bash", "-c", script, "t1", str(config), *rest], env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"slurm/lib.sh refused: {done.stderr or done.stdout}")
-    text = done.stdout
-    if command != "sft":
-        words = vllm_command(cfg.rollout, Path(cfg.model.hf_path), host="NODE", port=0, device="cuda", transport="nccl")
-        text += (
-            "\n# each server that `t1 serve` starts on a node, with the key in its environment:\n"
-            + shlex.join(words)
-            + "\n"
-        )
-    return text

@@ -160,7 +160,8 @@ def _curate(arguments: list[str]) -> int:
     from megatron_t1 import pipeline
     from megatron_t1.config import Config
 
-    cfg, *_ = _read("curate", arguments, Config)
+    # Cleaning needs no model; what comes later wins.
+    cfg, *_ = _read("curate", ["--model.hf_path=", *arguments], Config)
     pipeline.run_curate(cfg)
     return 0
 
@@ -181,8 +182,9 @@ def _check(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
     from megatron_t1 import lenient
-    from megatron_t1.check import Findings, Place, check, dry_run
+    from megatron_t1.check import Findings, Place, check
     from megatron_t1.config import Config
+    from megatron_t1.dry_run import dry_run
 
     parser = ArgumentParser(
         prog="t1 check", usage="t1 check [FILE.yaml] [options]", description=_line_of("check"), allow_abbrev=False
@@ -205,8 +207,12 @@ def _check(arguments: list[str]) -> int:
     if cfg is not None:
         check(cfg, asked.command, place, found)
     print(found.text())
-    if asked.dry_run and not found.problems:
-        print(dry_run(cfg, asked.command, place, options))
+    if asked.dry_run:
+        print(
+            "the dry run is left out: mend the problems first"
+            if found.problems
+            else dry_run(cfg, asked.command, place, options)
+        )
     return 1 if found.problems else 0
 
 

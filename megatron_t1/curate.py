@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from megatron_t1.actors import Actors
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
+from megatron_t1.data.prompts import parse_rows
 from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from megatron_t1.reward import extract
 from megatron_t1.reward.normalize import compact, exact_number, normalize
@@ -174,18 +174,9 @@ def _answer_key(gold: str) -> str:
     return str(number.value) if number else compact(normalize(gold))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: must be an object in braces, is a {type(row).__name__}")
-            yield number, row
+def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, row) of every line."""
+    return parse_rows(path, lambda row, number: (number, row))
 
 
 def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:

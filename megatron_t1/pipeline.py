@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_t1.doctor import versions
 from megatron_t1.engine.parallel import initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_json
+from megatron_t1.lengths import context_needs, too_long
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.models import spec_of
 from megatron_t1.platform import Platform
@@ -73,6 +74,7 @@ def run_rl(cfg: Config) -> None:
         if cfg.data.heldout:
             _refuse_overlap(prompts, load_prompts(cfg.data.need("heldout"), template, cfg.data))
         rl.check(cfg, prompts)
+        _check_context(cfg, context_needs(cfg, "rl", {"train": _longest(prompts)}, template))
         actors = stack.enter_context(open_actors(cfg, template)) if is_main() else None
         trainer = rl.Trainer(cfg, found, prompts, actors)
         stack.callback(trainer.close)
@@ -104,11 +106,8 @@ def run_evaluate(cfg: Config, label: str) -> None:
             folder = Path(cfg.model.hf_path)
             template = Template(folder)
             HFFolder(folder)  # whole, or refused before the servers start
-            longest = {name: max(len(q.prompt(template).token_ids) for q in found) for name, found in sets.items()}
-            _check_context(
-                cfg,
-                {f"set {name}": tokens + own.sampling_of(name).max_new_tokens for name, tokens in longest.items()},
-            )
+            longest = _longest(question.prompt(template) for questions in sets.values() for question in questions)
+            _check_context(cfg, context_needs(cfg, "evaluate", {"heldout": longest}, template))
             settings = {"weights": weights_digest(folder)}
             actors = stack.enter_context(open_actors(cfg, template))
             _serve_folder(cfg, actors)
@@ -130,8 +129,8 @@ def run_scaling(cfg: Config, label: str) -> None:
     HFFolder(folder)  # whole, or refused before the servers start
     answerer = Template(Path(other)) if other else template
     (questions,) = _sets(cfg, (cfg.scaling.set,) if cfg.scaling.set else ()).values()
-    needed = _scaling_context(cfg, template, [len(question.prompt(template).token_ids) for question in questions])
-    _check_context(cfg, needed)
+    longest = _longest(question.prompt(template) for question in questions)
+    _check_context(cfg, context_needs(cfg, "scaling", {"heldout": longest}, template))
     curve = Scaling(
         cfg.scaling,
         questions,
@@ -162,6 +161,8 @@ def run_scaling(cfg: Config, label: str) -> None:
 def run_curate(cfg: Config) -> None:
     """Make a file of prompts for RL; one process, no Megatron."""
     folder = Path(cfg.run_dir) / "curate"
+    if not (cfg.curate.clean_only or cfg.model.hf_path):
+        raise ValueError("give model.hf_path, whose pass rates are measured, or curate.clean_only")
     counts = curate.prepare(cfg.curate, cfg.reward, folder, resume=cfg.resume)
     if not cfg.curate.clean_only:
         template = Template(Path(cfg.model.hf_path))
@@ -183,7 +184,8 @@ def run_all(cfg: Config) -> None:
         heldout = [question.prompt(template) for question in questions]
         _refuse_overlap(train, heldout)
         rl.check(cfg, train)
-        _check_lengths(cfg, template, train, heldout)
+        longest = {"train": _longest(train), "heldout": _longest(heldout)}
+        _check_context(cfg, context_needs(cfg, "run", longest, template))
         actors = stack.enter_context(open_actors(cfg, template)) if is_main() else None
         watch.add("start", time.perf_counter() - began)
 
@@ -276,35 +278,14 @@ def _refuse_overlap(train: list[Any], heldout: list[Any]) -> None:
         raise ValueError(f"{len(shared)} held-out questions are in data.train too, for example {min(shared)!r}")
 
 
-def _check_lengths(cfg: Config, template: Template, train: list[Prompt], heldout: list[Prompt]) -> None:
+def _check_context(cfg: Config, needs: dict[str, int]) -> None:
     """Refuse, before the servers tell us hours later, a sampling that their context can't hold."""
-    longest = max(len(prompt.token_ids) for prompt in heldout)
-    needed = {
-        "sampling.max_new_tokens": max(len(p.token_ids) for p in train) + cfg.sampling.max_new_tokens,
-        "evaluate.sampling.max_new_tokens": longest + cfg.evaluate.sampling.max_new_tokens,
-    }
-    _check_context(cfg, needed | _scaling_context(cfg, template, [longest]))
+    if problem := too_long(cfg, spec_of(Path(cfg.model.hf_path)), needs):
+        raise ValueError(problem)
 
 
-def _scaling_context(cfg: Config, template: Template, prompt_lengths: list[int]) -> dict[str, int]:
-    """Field -> tokens of context that it asks of the servers."""
-    own, longest = cfg.scaling, max(prompt_lengths)
-    forced = len(template.ids(own.answer_opening)) + own.max_answer_tokens
-    return {
-        "scaling.sampling.max_new_tokens": longest + own.sampling.max_new_tokens,
-        "scaling.budgets": longest + min(own.budgets[-1], own.sampling.max_new_tokens) + forced,
-    }
-
-
-def _check_context(cfg: Config, needed: dict[str, int]) -> None:
-    """Raises ValueError when the servers' context is shorter than what `needed` (field -> tokens) says."""
-    limit = cfg.rollout.max_model_len or spec_of(Path(cfg.model.hf_path)).max_position_embeddings
-    if too_long := {name: tokens for name, tokens in needed.items() if tokens > limit}:
-        listed = ", ".join(f"{name} needs {tokens}" for name, tokens in too_long.items())
-        raise ValueError(
-            f"the servers' context of {limit} tokens is too short for the longest prompt: {listed}; lower them or "
-            "raise rollout.max_model_len"
-        )
+def _longest(prompts: Iterable[Prompt]) -> int:
+    return max(len(prompt.token_ids) for prompt in prompts)
 
 
 def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float) -> None:

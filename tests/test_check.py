@@ -10,9 +10,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_t1 import estimate, lenient
-from megatron_t1.check import Findings, Place, check, dry_run, layout_of
+from megatron_t1.check import Findings, Place, check, layout_of
 from megatron_t1.cli import main
 from megatron_t1.config import Config
+from megatron_t1.dry_run import dry_run
 from megatron_t1.models import spec_of
 from tests.launch import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
@@ -92,8 +93,8 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "rollout.tp = 3 does not divide the 4 attention heads",
         "model.transformer sets ['hidden_size']",
         "logprobs-mode = raw_logprobs",
-        "the servers take 1024",
-        "a microbatch takes 16384",
+        "the servers' context of 1024 tokens is too short",
+        "does not fit into a microbatch of 16384",
         "sft = 3 must be a section",
     ):
         assert problem in text, problem

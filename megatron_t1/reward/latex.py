@@ -48,6 +48,10 @@ class UndecidableError(Exception):
     """The expression cannot be read, or is too large to be worth comparing."""
 
 
+class PatienceError(Exception):
+    """Only a parser that may run for minutes can go on, and the caller did not ask for it."""
+
+
 class _Parser:
     def __init__(self, tokens: list[str]):
         self.tokens = tokens

@@ -5,10 +5,11 @@ never blocks on any of them. Time is CPU time of the grader's process, so a verd
 machine is. There are two lanes:
 
 - The fast lane is `num_workers` graders. Each holds a few tasks at once, so that it need not wait for the dispatcher.
-- A task that has used `SUSPECT_CPU_S` moves, with its grader, to the slow lane, and a fresh grader takes its place. The
-  slow lane is stopped (SIGSTOP) while the fast lane has work, so bombs cost the others nothing; it runs when nothing
-  waits, or one at a time once something in it has waited `MAX_WAIT_S`. When a task's deadline is used up, its grader's
-  process group is SIGKILLed.
+- The slow lane is for what may use up its deadline. A grader says so of a task before the one thing that has no limit
+  of its own (`NEEDS_PATIENCE`), and the task waits for a grader of the slow lane. A task that has used `SUSPECT_CPU_S`
+  otherwise moves there with its grader, and a fresh one takes its place. The slow lane runs when nothing else waits, or
+  one task at a time once something in it has waited `MAX_WAIT_S`, and is stopped (SIGSTOP) otherwise, so bombs cost the
+  others nothing. When a task's deadline is used up, its grader's process group is SIGKILLed.
 
 A grader that dies otherwise is not to blame the first times: its tasks are tried again, so killing graders or the
 zygote at random loses no task and changes no verdict. What is gone is forked again from the warmed zygote (about
@@ -29,8 +30,8 @@ from typing import Any, Literal
 from megatron_t1.reward.processes import Graded, Grader, Job, Zygote
 from megatron_t1.reward.worker import encode
 
-TASKS_AHEAD = 4
-"""Tasks that a grader of the fast lane holds at once."""
+TASKS_AHEAD = 32
+"""Tasks that a grader of the fast lane holds at most; it gets more once it has half of that."""
 SUSPECT_CPU_S = 0.05
 """The slowest honest answer known needs 0.015 s."""
 MAX_WAIT_S = 5.0
@@ -66,6 +67,10 @@ class Pool:
         self._waiting: deque[Job] = deque()
         self._fast: list[Grader] = []
         self._slow: list[Grader] = []
+        self._patient: deque[Job] = deque()
+        """For the slow lane."""
+        self._slow_running = 0
+        """Graders of the slow lane that may run now."""
         self._failed_starts = 0
         self._closed = self._asleep = False
         self._alarm, self._bell = socket.socketpair()
@@ -111,7 +116,7 @@ class Pool:
         checked = 0.0
         try:
             while True:
-                busy = self._waiting or self._slow or any(g.jobs for g in self._fast)
+                busy = self._waiting or self._slow or self._patient or any(g.jobs for g in self._fast)
                 if self._closed and not busy and not self._inbox:
                     return
                 self._asleep = True  # from here on, who submits rings
@@ -144,7 +149,7 @@ class Pool:
 
     def _assign(self) -> None:
         """Waiting jobs to the fast lane, spread evenly; graders are forked for what they cannot take."""
-        ready = [g for g in self._fast if g.pid and g.num_tasks < self._tasks_per_worker]
+        ready = [g for g in self._fast if g.pid and len(g.jobs) <= TASKS_AHEAD // 2]
         given: set[Grader] = set()
         for depth in range(TASKS_AHEAD):
             for grader in ready:
@@ -154,13 +159,23 @@ class Pool:
             self._send(grader)
         wanted = min(self._num_workers, len(self._fast) + len(self._waiting), MAX_SUSPECTS - len(self._slow))
         while len(self._fast) < wanted:
-            grader = self._zygote.fork()
-            self._fast.append(grader)
-            self._selector.register(grader.connection, selectors.EVENT_READ, grader)
+            self._fast.append(self._fork())
+        while self._patient and len(self._slow) < self._slow_running:
+            grader = self._fork()
+            grader.slow = True
+            self._slow.append(grader)
+            self._next_job(grader)
+            self._send(grader)
+
+    def _fork(self) -> Grader:
+        grader = self._zygote.fork()
+        self._selector.register(grader.connection, selectors.EVENT_READ, grader)
+        return grader
 
     def _next_job(self, grader: Grader) -> bool:
-        while self._waiting:
-            job = self._waiting.popleft()
+        queue = self._patient if grader.slow else self._waiting
+        while queue:
+            job = queue.popleft()
             if job.begin():
                 grader.jobs.append(job)
                 grader.num_tasks += 1
@@ -199,10 +214,21 @@ class Pool:
             if not grader.jobs or not isinstance(message, dict) or "done" not in message:
                 self._lose(grader)
                 return
+            if message.get("needs_patience"):
+                if grader.slow:  # it was asked to be patient
+                    self._lose(grader)
+                    return
+                job = grader.jobs.popleft()
+                grader.begin()
+                job.make_patient()
+                self._patient.append(job)
+                continue
             grader.jobs[0].messages.append(message)
             if message["done"]:
                 self._finish(grader, "done")
-                if grader.suspect or (grader.num_tasks >= self._tasks_per_worker and not grader.jobs):
+                if grader.slow and self._next_job(grader):
+                    self._send(grader)
+                elif grader.slow or (grader.num_tasks >= self._tasks_per_worker and not grader.jobs):
                     self._drop(grader)
                     return
 
@@ -225,25 +251,26 @@ class Pool:
                 self.num_kills += 1
                 self._finish(grader, "timeout")
                 self._drop(grader)
-            elif used >= min(SUSPECT_CPU_S, self._deadline_s / 2) and not grader.suspect:
-                grader.suspect = True
+            elif used >= min(SUSPECT_CPU_S, self._deadline_s / 2) and not grader.slow:
+                grader.slow = True
                 self._fast.remove(grader)
                 self._slow.append(grader)
                 job = grader.jobs.popleft()
                 self._retry(grader.jobs)  # those behind it: the grader is dropped before it comes to them
                 grader.jobs.append(job)
-        running = self._num_workers
+        self._slow_running = self._num_workers
         if self._waiting or any(g.jobs for g in self._fast):
-            running = int(any(time.monotonic() - grader.started > MAX_WAIT_S for grader in self._slow))
+            since = [g.started for g in self._slow] + [job.patient_since or 0.0 for job in self._patient]
+            self._slow_running = int(any(time.monotonic() - each > MAX_WAIT_S for each in since))
         self._slow.sort(key=Grader.used_cpu_s)  # so that what ends soon does not wait for bombs
         for i, grader in enumerate(self._slow):
-            grader.stop(i >= running)
+            grader.stop(i >= self._slow_running)
 
     def _retry(self, jobs: deque[Job]) -> None:
         while jobs:
             job = jobs.pop()
             job.messages = []
-            self._waiting.appendleft(job)
+            (self._patient if job.patient_since else self._waiting).appendleft(job)
 
     def _lose(self, grader: Grader) -> None:
         """It died, or never came up: its jobs go to others."""
@@ -260,14 +287,15 @@ class Pool:
             self._fail(RuntimeError("graders do not start: `python -m megatron_t1.reward.worker 0` may show why"))
 
     def _fail(self, error: Exception) -> None:
-        while self._waiting:
-            job = self._waiting.popleft()
+        for job in (*self._waiting, *self._patient):
             if job.begin():
                 job.future.set_exception(error)
+        self._waiting.clear()
+        self._patient.clear()
 
     def _drop(self, grader: Grader) -> None:
         """End a grader; what it still held is waiting again."""
-        (self._slow if grader.suspect else self._fast).remove(grader)
+        (self._slow if grader.slow else self._fast).remove(grader)
         self._selector.unregister(grader.connection)
         grader.kill()
         self._retry(grader.jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_t1.reward.worker import Frames
+from megatron_t1.reward.worker import Frames, encode
 
 
 @dataclass
@@ -35,6 +36,13 @@ class Job:
     future: Future[Graded]
     attempts: int = 0
     messages: list[Any] = field(default_factory=list)
+    patient_since: float | None = None
+    """When a grader found that the task may run away; from then on only the slow lane takes it."""
+
+    def make_patient(self) -> None:
+        self.messages = []
+        self.frame = encode({**json.loads(self.frame[4:]), "patient": True})
+        self.patient_since = time.monotonic()
 
     def begin(self) -> bool:
         """False when nobody waits for it any more."""
@@ -52,7 +60,7 @@ class Grader:
         self.jobs: deque[Job] = deque()
         self.pid = 0
         self.num_tasks = 0
-        self.suspect = False
+        self.slow = False
         self.stopped = False
         self.begin()
 
@@ -76,7 +84,7 @@ class Grader:
             return 0.0
 
     def stop(self, stopped: bool) -> None:
-        if self.stopped != stopped:
+        if self.pid and self.stopped != stopped:
             self.stopped = stopped
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGSTOP if stopped else signal.SIGCONT)

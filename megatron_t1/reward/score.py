@@ -22,6 +22,7 @@ from megatron_t1.reward.penalties import PenaltyConfig, Response, find_penalties
 from megatron_t1.reward.pool import Pool
 from megatron_t1.reward.processes import Graded
 from megatron_t1.reward.verify import Verdict, gold_problem, verify_cheaply, verify_fully
+from megatron_t1.reward.worker import NEEDS_PATIENCE
 from megatron_t1.types import Prompt, Reward, Sample
 
 _LOG = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"penalties": found, "answer": answer, "verdict": asdict(verdict) if verdict else None, "done": done}
     if not done:
         assert answer is not None
-        yield {"verdict": asdict(verify_fully(task["gold"], answer, task["mode"])), "done": True}
+        verdict = verify_fully(task["gold"], answer, task["mode"], patient=task.get("patient", False))
+        yield {"verdict": asdict(verdict), "done": True} if verdict else NEEDS_PATIENCE
 
 
 _LAZY_IMPORTS = (

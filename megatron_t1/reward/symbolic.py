@@ -27,9 +27,11 @@ from sympy.core.function import AppliedUndef
 from sympy.matrices import MatrixBase
 
 from megatron_t1.reward.evaluate import Values, evaluate, magnitude
-from megatron_t1.reward.latex import UndecidableError, parse_latex
+from megatron_t1.reward.latex import PatienceError, UndecidableError, parse_latex
 from megatron_t1.reward.trees import Binder
 
+patient = True
+"""Whether ANTLR may be asked; otherwise `PatienceError` is raised in its place. Set by `verify_fully`."""
 MAX_ANTLR_CHARS = 600
 """Longest expression for ANTLR: golds stay below 400, and it needs up to 2 ms a character."""
 MAX_ANTLR_NESTING = 15
@@ -77,11 +79,14 @@ def parse(golds: list[str], answers: list[str]) -> list[Any]:
 
     Raises:
         UndecidableError: one of them is not an expression that the parser of these golds knows.
+        PatienceError: that parser would be ANTLR.
     """
     try:
         read: Any = _parse_plain
         trees = [read(gold) for gold in golds]
     except UndecidableError:
+        if not patient:
+            raise PatienceError from None
         read = _parse_with_antlr
         trees = [read(gold) for gold in golds]
     return trees + [read(answer) for answer in answers]

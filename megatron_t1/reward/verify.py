@@ -6,6 +6,7 @@ worker processes of pool.py call it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from megatron_t1.reward import extract
@@ -25,10 +26,14 @@ class Verdict:
     reason: str
 
 
+@functools.lru_cache(maxsize=64)
 def _gold(gold: str, mode: AnswerMode) -> str:
+    """Its answer, normalised."""
     if "\\boxed" in gold or "\\fbox" in gold:
-        return extract.last_box(gold) or gold
-    return extract.sentence_answer(gold)[0] or gold if mode == "text" and len(gold) > 80 else gold
+        gold = extract.last_box(gold) or gold
+    elif mode == "text" and len(gold) > 80:
+        gold = extract.sentence_answer(gold)[0] or gold
+    return normalize(gold)
 
 
 def _found(text: str, mode: AnswerMode) -> tuple[str | None, str]:
@@ -64,20 +69,28 @@ def verify_cheaply(
         return Verdict("no_answer", None, where), None
     if len(answer) > extract.MAX_ANSWER_CHARS:
         return Verdict("wrong", answer[:80], f"an answer of more than {extract.MAX_ANSWER_CHARS} characters"), None
-    same = equal_cheaply(normalize(_gold(gold, mode)), normalize(answer))
+    same = equal_cheaply(_gold(gold, mode), normalize(answer))
     if same is None:
         return None, answer
     return Verdict("correct" if same else "wrong", answer, f"{where}, compared as text or exact numbers"), answer
 
 
-def verify_fully(gold: str, answer: str, mode: AnswerMode) -> Verdict:
-    """The verdict on an extracted answer; may take long or kill the process."""
+@functools.lru_cache(maxsize=1024)  # the samples of one question repeat their answers
+def verify_fully(gold: str, answer: str, mode: AnswerMode, *, patient: bool = True) -> Verdict | None:
+    """The verdict on an extracted answer; may take long or kill the process.
+
+    None when `patient` is False and only the parser that has no limit of its own can tell.
+    """
+    from megatron_t1.reward import symbolic
     from megatron_t1.reward.evaluate import start_meter
-    from megatron_t1.reward.latex import UndecidableError
+    from megatron_t1.reward.latex import PatienceError, UndecidableError
 
     start_meter()
+    symbolic.patient = patient
     try:
-        same = equal(normalize(_gold(gold, mode)), normalize(answer))
+        same = equal(_gold(gold, mode), normalize(answer))
+    except PatienceError:
+        return None
     except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
@@ -91,7 +104,9 @@ def verify(gold: str, text: str, mode: AnswerMode = "response", choices: tuple[s
     verdict, answer = verify_cheaply(gold, text, mode, choices)
     if verdict is not None or answer is None:
         return verdict or Verdict("no_answer", None, "no answer")
-    return verify_fully(gold, answer, mode)
+    found = verify_fully(gold, answer, mode)
+    assert found is not None
+    return found
 
 
 def gold_problem(gold: str) -> str | None:
@@ -105,7 +120,7 @@ def gold_problem(gold: str) -> str | None:
     if itself.outcome != "correct":
         return f"it is not accepted as its own answer: {itself.reason}"
     try:
-        check_readable(normalize(_gold(gold, "response")))
+        check_readable(_gold(gold, "response"))
     except (UndecidableError, RecursionError, ValueError, TypeError) as error:
         return f"it cannot be compared: {error or type(error).__name__}"[:200]
     return None

@@ -131,19 +131,8 @@ class Here:
         return int(holder.getsockname()[1])
 
 
-class Given:
-    """Running servers of `rollout.urls`; a lost one is only looked at again."""
-
-    def __init__(self, cfg: RolloutConfig) -> None:
-        self._cfg = cfg
-        self.awaited = len(cfg.urls)
-
-    def open(self) -> list[Server]:
-        if self._cfg.key_file:
-            key = read_key(Path(self._cfg.key_file))
-        elif not (key := os.environ.get(REMOTE_KEY_ENV, "")):
-            raise ServerError(f"rollout.urls needs the servers' key: set rollout.key_file or {REMOTE_KEY_ENV}")
-        return [Server(url=url.rstrip("/"), key=key) for url in self._cfg.urls]
+class _Elsewhere:
+    """Servers that somebody else starts and ends; a lost one is only looked at again."""
 
     def look(self, servers: list[Server]) -> list[Server]:
         return []
@@ -158,7 +147,22 @@ class Given:
         pass
 
 
-class Announced:
+class Given(_Elsewhere):
+    """Running servers of `rollout.urls`."""
+
+    def __init__(self, cfg: RolloutConfig) -> None:
+        self._cfg = cfg
+        self.awaited = len(cfg.urls)
+
+    def open(self) -> list[Server]:
+        if self._cfg.key_file:
+            key = read_key(Path(self._cfg.key_file))
+        elif not (key := os.environ.get(REMOTE_KEY_ENV, "")):
+            raise ServerError(f"rollout.urls needs the servers' key: set rollout.key_file or {REMOTE_KEY_ENV}")
+        return [Server(url=url.rstrip("/"), key=key) for url in self._cfg.urls]
+
+
+class Announced(_Elsewhere):
     """Servers that `t1 serve` starts, watches and starts again on other hosts; as many as announce themselves."""
 
     def __init__(self, cfg: RolloutConfig, run_dir: Path) -> None:
@@ -185,15 +189,6 @@ class Announced:
             self._known[name] = entry
             fresh.append(server)
         return fresh
-
-    def again(self, index: int, lost: Server) -> Server:
-        return Server(url=lost.url, key=lost.key, log_path=lost.log_path)
-
-    def settled(self) -> None:
-        pass
-
-    def close(self, servers: list[Server]) -> None:
-        pass
 
 
 def source_of(cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> Source:

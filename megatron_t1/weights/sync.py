@@ -29,7 +29,7 @@ from megatron_t1.weights.ops import Piece
 from megatron_t1.weights.ranks import NoServerError, Ranks, SyncError
 from megatron_t1.weights.shm import layout
 from megatron_t1.weights.stream import Plan
-from megatron_t1.weights.transports import open_transport
+from megatron_t1.weights.transports import Push, open_transport
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ class WeightSync:
                 self._fanout.servers.pushing = True
             try:
                 free = partial(weights_free.set_result, None)
-                self._transport.deliver(self._fanout, version, targets, self._digests, free)
+                push = Push(version=version, targets=targets, digests=self._digests, weights_free=free)
+                self._transport.deliver(self._fanout, push)
                 return time.monotonic()
             finally:
                 if self._fanout is not None:

@@ -24,6 +24,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -39,18 +40,23 @@ from megatron_t1.weights.shm import SharedFile, init_info, layout
 from megatron_t1.weights.stream import Plan
 
 
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """What is brought, and to whom; on rank 0 complete, on the others without targets and digests."""
+
+    version: int
+    targets: list[Server]
+    digests: list[str]
+    """Of every piece of the plan, in its order."""
+    weights_free: Callable[[], None]
+    """To be called once this rank's parameters are read no more."""
+
+
 class Transport(Protocol):
     def prepare(self) -> list[str]: ...
 
-    def deliver(
-        self,
-        fanout: Fanout | None,
-        version: int,
-        targets: list[Server],
-        digests: list[str],
-        weights_free: Callable[[], None],
-    ) -> None:
-        """On every rank, on a thread beside the training; `ranks` may be used only before `weights_free` is called."""
+    def deliver(self, fanout: Fanout | None, push: Push) -> None:
+        """On every rank, on a thread beside the training; `ranks` must not be used after `push.weights_free`."""
 
     def close(self) -> None: ...
 
@@ -84,19 +90,12 @@ class ShmTransport:
     def prepare(self) -> list[str]:
         return list(self.file.write(self._mine, self._tensors))
 
-    def deliver(
-        self,
-        fanout: Fanout | None,
-        version: int,
-        targets: list[Server],
-        digests: list[str],
-        weights_free: Callable[[], None],
-    ) -> None:
-        weights_free()
+    def deliver(self, fanout: Fanout | None, push: Push) -> None:
+        push.weights_free()
         if fanout is not None:
-            fanout.open(version, targets)
+            fanout.open(push.version, push.targets)
             fanout.init_weight_transfer_engine(self._init_info)
-            fanout.receive({"digests": digests})
+            fanout.receive({"digests": push.digests})
             fanout.load()
             fanout.finish_weight_update()
 
@@ -115,18 +114,11 @@ class TcpTransport:
         shapes = {tensor.name: tensor.shape for tensor in self._plan.tensors}
         return [digest(piece.view, digest_kind(piece.view, shapes[piece.name])) for piece in self._plan.mine()]
 
-    def deliver(
-        self,
-        fanout: Fanout | None,
-        version: int,
-        targets: list[Server],
-        digests: list[str],
-        weights_free: Callable[[], None],
-    ) -> None:
+    def deliver(self, fanout: Fanout | None, push: Push) -> None:
         begun = None
         try:
             if fanout is not None:
-                fanout.open(version, targets)
+                fanout.open(push.version, push.targets)
                 fanout.init_weight_transfer_engine(self._init_info)
                 begun = [secrets.token_urlsafe(32), [_host(server) for server in fanout.targets]]
         finally:
@@ -140,13 +132,13 @@ class TcpTransport:
             try:
                 if fanout is not None:
                     sources = [[rank, *address] for rank, address in enumerate(addresses)]
-                    fanout.receive({"digests": digests, "sources": sources, "token": token})
+                    fanout.receive({"digests": push.digests, "sources": sources, "token": token})
             except NoServerError:
                 with contextlib.suppress(SyncError):  # the servers' reason says more than a rank that is gone
                     self._ranks.from_0("sent", None)
                 raise
             self._ranks.from_0("sent", None)
-        weights_free()
+        push.weights_free()
         if fanout is not None:
             fanout.load()
             fanout.finish_weight_update()
@@ -173,21 +165,14 @@ class NcclTransport:
     def prepare(self) -> list[str]:
         return []
 
-    def deliver(
-        self,
-        fanout: Fanout | None,
-        version: int,
-        targets: list[Server],
-        digests: list[str],
-        weights_free: Callable[[], None],
-    ) -> None:
+    def deliver(self, fanout: Fanout | None, push: Push) -> None:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         meeting: Any = "failed"
         try:
             if fanout is not None:
-                fanout.open(version, targets)
+                fanout.open(push.version, push.targets)
                 fanout.pause()
                 # The group of the first push stays, until a server joined or left.
                 meeting = None if fanout.targets == self._members else self._new_meeting(fanout)
@@ -214,7 +199,7 @@ class NcclTransport:
             raise
         except Exception as error:
             self.close()
-            raise SyncError(f"push of version {version}, NCCL broadcast: {error!r}") from error
+            raise SyncError(f"push of version {push.version}, NCCL broadcast: {error!r}") from error
         finally:
             watchdog.cancel()
 

@@ -50,6 +50,24 @@ def test_a_bomb_is_killed_and_keeps_its_penalties() -> None:
         assert scorer.num_kills == 1
 
 
+def test_what_may_run_away_waits_until_the_others_are_graded() -> None:
+    patient = [pair(BOMB_GOLD, answer) for answer in (rf"\boxed{{{BOMB}}}", r"\boxed{(x)\mod 3}", r"\boxed{x\mod 4}")]
+    plain = [pair("x+1", r"\boxed{1+x}")] * 200
+    order: list[int] = []
+
+    async def one(scorer: Scorer, i: int) -> str:
+        reward = await scorer.score(*(patient + plain)[i])
+        order.append(i)
+        return reward.outcome
+
+    async def everything(scorer: Scorer) -> list[str]:
+        return await asyncio.gather(*(one(scorer, i) for i in range(len(patient + plain))))
+
+    with Scorer(RewardConfig(num_workers=1)) as scorer:
+        assert asyncio.run(everything(scorer)) == ["timeout", "correct", "wrong"] + ["correct"] * 200
+    assert set(order[200:]) == {0, 1, 2}
+
+
 def test_random_kills_lose_nothing_and_change_no_verdict() -> None:
     cases = [c for c in rows("cases") if c["kind"] in ("expression", "radical", "interval", "fraction", "number")][:500]
     pairs = [pair(c["gold"], c["prediction"], c["mode"]) for c in cases]

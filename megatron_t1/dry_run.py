@@ -1,0 +1,54 @@
+"""`t1 check --dry-run`: the commands that the batch scripts would run, from the scripts' own library."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_t1.check import Place
+from megatron_t1.config import Config
+from megatron_t1.rollout.launch import command as vllm_command
+
+
+def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
+    """The srun commands that the batch scripts would run for these options, and the vLLM command of a server."""
+    root = Path(__file__).resolve().parents[1]
+    library = root / "slurm" / "lib.sh"
+    if not library.is_file():
+        raise ValueError(f"--dry-run reads {library}, which is there in a checkout of the project only")
+    rest = list(options)
+    at = rest.index("--config") if "--config" in rest else len(rest)
+    config = Path(rest[at + 1]).absolute() if at < len(rest) else ""
+    del rest[at : at + 2]
+    env = {
+        **os.environ,
+        "T1_DRY_RUN": "1",
+        "T1_HOME": str(root),
+        "T1_PYTHON": sys.executable,
+        "T1_NODES": " ".join(f"node{i + 1}" for i in range(place.nodes)),
+        "SLURM_GPUS_PER_NODE": str(place.gpus_per_node),
+        "VLLM_NODES": str(place.vllm_nodes),
+        "VLLM_GPUS": str(place.gpus_per_node // 2),
+        "VLLM_TP": str(cfg.rollout.tp),
+        "MODEL": cfg.model.hf_path,
+        "RUN_DIR": cfg.run_dir,
+        "RANKS": str(place.ranks_per_node or ""),
+    }
+    if command not in ("rl", "sft", "evaluate"):
+        raise ValueError(f"--dry-run is for rl, sft and evaluate; there is no batch script for {command}")
+    script = f'source {shlex.quote(str(library))}; t1_{command} "$@"'
+    done = subprocess.run(["bash", "-c", script, "t1", str(config), *rest], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"slurm/lib.sh refused: {done.stderr or done.stdout}")
+    text = done.stdout
+    if command != "sft":
+        words = vllm_command(cfg.rollout, Path(cfg.model.hf_path), host="NODE", port=0, device="cuda", transport="nccl")
+        text += (
+            "\n# each server that `t1 serve` starts on a node, with the key in its environment:\n"
+            + shlex.join(words)
+            + "\n"
+        )
+    return text
