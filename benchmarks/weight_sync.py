@@ -152,11 +152,15 @@ class PeakMemory:
 
 
 def loading_s(run_dir: Path) -> float:
-    """Median seconds that the slowest server spent in vLLM's own loading and packing, from its log."""
+    """Median seconds that the slowest server spent in vLLM's own loading and packing, from its log.
+
+    A tied head is packed when the update is finished, everything else when it is loaded.
+    """
     medians = []
     for log in run_dir.glob("logs/*.log"):
-        loaded = re.findall(r"weights loaded in ([\d.]+) s", log.read_text())
-        medians.append(statistics.median(float(s) for s in loaded[-2 * PUSHES :]))
+        text = log.read_text()
+        steps = [re.findall(rf"weights {word} in ([\d.]+) s", text)[-2 * PUSHES :] for word in ("loaded", "finished")]
+        medians.append(statistics.median(float(load) + float(pack) for load, pack in zip(*steps, strict=True)))
     return max(medians)
 
 

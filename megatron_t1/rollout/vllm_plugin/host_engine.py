@@ -95,8 +95,10 @@ class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
 
     def finish_weight_update(self) -> None:
         assert self.reload is not None
+        began = time.monotonic()
         self.reload.finish()
         self.reload = None
+        logger.info("weights finished in %.3f s", time.monotonic() - began)
 
     def shutdown(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
