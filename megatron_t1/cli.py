@@ -1,4 +1,4 @@
-"""The `t1` command. Each subcommand reads one YAML file and dotted overrides into `Config`; unknown keys are errors.
+"""The `t1` command. Jobs read one YAML file and dotted overrides into their config class; unknown keys are errors.
 
 Errors that a person can mend are printed as one message without a traceback (T1_TRACEBACK=1 shows it).
 """
@@ -41,7 +41,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   quickstart-data   write the quickstart's task: questions, SFT traces, tokenizer, tiny model
   doctor      what is installed here, and what is missing for what
 
-`t1 COMMAND --help` lists every option; `t1 COMMAND --config FILE --print_config` shows what a run would use.
+`t1 COMMAND --help` lists every option; `--print_config` after the options of a job shows what it would use.
 """
 
 

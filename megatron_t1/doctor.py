@@ -13,10 +13,16 @@ REQUIRED = {
     "megatron-core": "training",
     "transformers": "tokenizers and configs",
     "safetensors": "weights in and out",
+    "aiohttp": "asking the servers",
+    "sympy": "grading mathematics",
     "math-verify": "grading mathematics",
+    "datasketch": "curate",
+    "scipy": "intervals and tests",
     "jsonargparse": "the command line",
+    "psutil": "watching processes",
     "tensorboard": "learning curves",
     "matplotlib": "the report",
+    "jinja2": "the report",
 }
 OPTIONAL = {
     "transformer-engine": "its fused layers and FP8 on GPUs",

@@ -7,6 +7,7 @@ each dataclass is built again without the fields that it complained of.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -57,7 +58,8 @@ def build(cls: type, values: dict[str, Any], problems: list[str], path: str = ""
                 problems.append(f"{path}{name} = {value!r} must be a section with settings of its own")
         else:
             _take(good, name, value, hints[name], path, problems)
-    return _construct(cls, {name: value for name, value in good.items() if value is not None}, problems, path)
+    good = {name: value for name, value in good.items() if value is not None}
+    return _construct(cls, good, values.keys(), problems, path)
 
 
 def _take(good: dict[str, Any], name: str, value: Any, hint: Any, path: str, problems: list[str]) -> None:
@@ -72,7 +74,7 @@ def _take(good: dict[str, Any], name: str, value: Any, hint: Any, path: str, pro
         problems.append(f"{path}{name} = {value!r}: {reason}")
 
 
-def _construct(cls: type, good: dict[str, Any], problems: list[str], path: str) -> Any:
+def _construct(cls: type, good: dict[str, Any], given: Collection[str], problems: list[str], path: str) -> Any:
     while True:
         missing = [
             field.name
@@ -80,7 +82,12 @@ def _construct(cls: type, good: dict[str, Any], problems: list[str], path: str) 
             if field.default is MISSING and field.default_factory is MISSING and field.name not in good
         ]
         if missing:
-            problems.extend(f"{path}{name} is not set" for name in missing)
+            for name in missing:
+                hint: Any = get_type_hints(cls)[name]
+                if is_dataclass(hint) and name not in given:
+                    build(hint, {}, problems, f"{path}{name}.")
+                elif name not in given:
+                    problems.append(f"{path}{name} is not set")
             return None
         try:
             return cls(**good)

@@ -41,10 +41,10 @@ from megatron_t1.rollout.server import Servers
 from megatron_t1.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
 from megatron_t1.scaling import Scaling
 from megatron_t1.types import Prompt
-from megatron_t1.weights.check import TOLERANCE, sync_check
 from megatron_t1.weights.hf_folder import HFFolder
 from megatron_t1.weights.identity import weights_digest
 from megatron_t1.weights.sync import WeightSync, folder_pieces
+from megatron_t1.weights.sync_check import TOLERANCE, sync_check
 
 
 @contextmanager

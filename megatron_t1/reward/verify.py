@@ -82,8 +82,8 @@ def verify_fully(gold: str, answer: str, mode: AnswerMode, *, patient: bool = Tr
     None when `patient` is False and only the parser that has no limit of its own can tell.
     """
     from megatron_t1.reward import symbolic
-    from megatron_t1.reward.evaluate import start_meter
     from megatron_t1.reward.latex import PatienceError, UndecidableError
+    from megatron_t1.reward.values import start_meter
 
     start_meter()
     symbolic.patient = patient

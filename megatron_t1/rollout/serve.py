@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_t1.rollout.config import RolloutConfig
 from megatron_t1.rollout.endpoint import Server, ServerError
-from megatron_t1.rollout.launch import has_weights
+from megatron_t1.rollout.process import has_weights
 from megatron_t1.rollout.registry import KEY_FILE, Registry
 from megatron_t1.rollout.server import Servers
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_t1.rollout.config import RolloutConfig
-from megatron_t1.rollout.launch import environment
+from megatron_t1.rollout.process import environment
 from tests.engine.batch import make_sequences
 from tests.launch import ROOT
 from tests.models.families import FAMILIES, VOCAB

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_t1.rollout.config import RolloutConfig
-from megatron_t1.rollout.launch import gpus
+from megatron_t1.rollout.process import gpus
 from megatron_t1.rollout.registry import Registry, shared_key
 from megatron_t1.rollout.serve import _lost
 from megatron_t1.rollout.server import Server, ServerError, Servers

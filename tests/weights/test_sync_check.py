@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_t1.rollout.server import Servers
-from megatron_t1.weights.check import SyncCheck, sync_check
 from megatron_t1.weights.sync import WeightSync, folder_pieces
+from megatron_t1.weights.sync_check import SyncCheck, sync_check
 from tests.launch import ROOT
 from tests.tiny import make_tiny_qwen2
 from tests.weights import reference
