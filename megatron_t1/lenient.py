@@ -75,6 +75,7 @@ def _take(good: dict[str, Any], name: str, value: Any, hint: Any, path: str, pro
 
 
 def _construct(cls: type, good: dict[str, Any], given: Collection[str], problems: list[str], path: str) -> Any:
+    hints = get_type_hints(cls)
     while True:
         missing = [
             field.name
@@ -83,9 +84,8 @@ def _construct(cls: type, good: dict[str, Any], given: Collection[str], problems
         ]
         if missing:
             for name in missing:
-                hint: Any = get_type_hints(cls)[name]
-                if is_dataclass(hint) and name not in given:
-                    build(hint, {}, problems, f"{path}{name}.")
+                if is_dataclass(hints[name]) and name not in given:
+                    build(hints[name], {}, problems, f"{path}{name}.")
                 elif name not in given:
                     problems.append(f"{path}{name} is not set")
             return None

@@ -355,12 +355,14 @@ def _parse(reply: Any, prefill: str) -> Reply:
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise _GarbageError(f"a reply without an answer ({error!r}): {str(reply)[:100]}") from None
-    if not isinstance(text, str) or not isinstance(thinking, str) or not (text or thinking):
+    if not isinstance(text, str) or not isinstance(thinking, str):
         raise _GarbageError("a reply whose content is no text")
+    num_prompt, num_generated = (count if type(count) is int and count >= 0 else 0 for count in counts)
+    if not (text or thinking or num_generated):  # a model may end at once; then it has generated its end token
+        raise _GarbageError("a reply without text")
     if finish not in ("stop", "length"):
         raise _GarbageError(f"finish_reason is {finish!r}")
     if thinking:
         text = f"<think>{thinking}</think>{text}"
     text = (prefill + text).encode("utf-8", "replace").decode()  # half of a surrogate pair can't be stored
-    num_prompt, num_generated = (count if type(count) is int and count >= 0 else 0 for count in counts)
     return Reply(text=text, finish_reason=finish, num_prompt_tokens=num_prompt, num_tokens=num_generated)

@@ -243,7 +243,10 @@ class RolloutClient:
     async def _give_back(self, server: Server, count: int) -> None:
         async with self._room:
             self._load[server.url] -= count
-            self._room.notify_all()
+            if server in self.servers.usable():
+                self._room.notify(count)  # not all: thousands may wait
+            else:
+                self._room.notify_all()
 
     async def _post(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
         session = self._sessions.get(server.url)

@@ -99,6 +99,13 @@ def test_requests_say_what_was_asked_for_and_nothing_else() -> None:
     assert bodies == [plain, {**plain, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["a"]}]
 
 
+def test_an_answer_that_ended_at_once_is_empty_and_no_garbage() -> None:
+    reply: dict[str, Any] = {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}
+    with pytest.raises(chat._GarbageError):
+        chat._parse(reply, "")
+    assert chat._parse(reply | {"usage": {"prompt_tokens": 5, "completion_tokens": 1}}, "").text == ""
+
+
 def test_a_prefill_is_continued_and_a_thinking_apart_is_put_back() -> None:
     reply = {"choices": [{"message": {"content": "b", "reasoning_content": "t"}, "finish_reason": "stop"}]}
     parsed = chat._parse(reply, "a")
