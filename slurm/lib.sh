@@ -182,8 +182,8 @@ run_trainer() { # COMMAND RANKS_PER_NODE NODES...
     ((code > 128)) || fail "$code" "the trainer ended (exit code $code): $(last_words "$LOGS/trainer.log")"
     [ "$(steps_done)" = "$done_before" ] || restarts=0
     done_before=$(steps_done)
-    ((restarts++ < RESTARTS)) || fail "$code" "the trainer was killed $restarts times without a step between: $(last_words "$LOGS/trainer.log")"
-    say "a trainer rank was killed (exit code $code); all ranks go on from the newest checkpoint"
+    ((restarts++ < RESTARTS)) || fail "$code" "the trainer was killed or failed $restarts times without a step between: $(last_words "$LOGS/trainer.log")"
+    say "a trainer rank was killed or failed (exit code $code), all go on from the newest checkpoint: $(last_words "$LOGS/trainer.log")"
   done
 }
 
@@ -250,5 +250,5 @@ last_words() { # LOG: the last line since its last start, after the first of an 
     / job [0-9.]+: starts on / { error = last = ""; next }
     /^t1 [a-z-]+: error: / { error = $0 }
     { last = $0 }
-    END { print (error == "" || error == last) ? last : error " [...] " last }'
+    END { print substr((error == "" || error == last) ? last : error " [...] " last, 1, 500) }'
 }

@@ -122,12 +122,19 @@ class Zygote:
         """A grader that will say hello; its connection closes when it cannot be started."""
         ours, theirs = socket.socketpair()
         with theirs:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            assert self._control is not None
-            with contextlib.suppress(OSError):  # it just died: the hello will not come
-                socket.send_fds(self._control, [self._order], [theirs.fileno()])
+            if self._process is None or self._process.poll() is not None or not self._pass_on(theirs):
+                self._start()  # the process of one that was just killed may still be there, and its socket gone
+                self._pass_on(theirs)
         return Grader(ours)
+
+    def _pass_on(self, connection: socket.socket) -> bool:
+        """Hand a new grader's end of its connection over; False when nobody takes it."""
+        assert self._control is not None
+        try:
+            socket.send_fds(self._control, [self._order], [connection.fileno()])
+        except OSError:
+            return False
+        return True
 
     def pids(self) -> list[int]:
         """The zygote's process id, when it runs."""

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 import pytest
 
 from megatron_t1.reward.penalties import PenaltyConfig
+from megatron_t1.reward.processes import Zygote
 from megatron_t1.reward.score import RewardConfig, Scorer
 from tests.reward.cases import BOMB, BOMB_GOLD, pair, rows
 
@@ -98,6 +100,21 @@ def test_random_kills_lose_nothing_and_change_no_verdict() -> None:
             thread.join()
     assert len(kills) >= 3
     assert [(r.outcome, r.extracted) for r in stormy] == [(r.outcome, r.extracted) for r in calm]
+
+
+def test_a_zygote_that_is_about_to_end_is_replaced() -> None:
+    """Between the end of a killed process's sockets and its own, asking it again and again would give up."""
+    zygote = Zygote(2 << 30)
+    zygote.fork()
+    assert zygote._process is not None
+    assert zygote._control is not None
+    dying = zygote._process.pid
+    zygote._control.shutdown(socket.SHUT_RDWR)  # it is importing still
+    grader = zygote.fork()
+    grader.connection.settimeout(120)
+    assert grader.frames.feed(grader.connection.recv(1 << 16))[0] > 0
+    assert zygote.pids() != [dying]
+    zygote.close()
 
 
 def test_an_event_loop_stays_free_while_answers_are_graded() -> None:
