@@ -31,8 +31,8 @@ scenarios.DEADLINE_S = 4 * 3600
 CONFIG = ROOT / "examples/quickstart/quickstart.yaml"
 OPTIONS: list[object] = [
     *("--parallel.tensor", 1, "--parallel.sequence_parallel", "false", "--parallel.max_tokens_per_microbatch", 4096),
-    *("--sampling.num_samples", 8, "--sampling.max_new_tokens", 96, "--rollout.max_num_seqs", 64),
-    *("--rl.prompts_per_step", 8, "--rl.optim.lr", 1e-3, "--rl.checkpoint.every_steps", 5, "--loss.kl_coef", 0.02),
+    *("--sampling.num_samples", 8, "--sampling.max_new_tokens", 160, "--rollout.max_model_len", 256),
+    *("--rl.prompts_per_step", 16, "--rl.optim.lr", 1e-3, "--rl.checkpoint.every_steps", 5, "--loss.kl_coef", 0.02),
     *("--rollout.health_timeout_s", 30, "--rollout.samples_per_request", 4),
 ]
 
@@ -46,10 +46,10 @@ def t1(*arguments: object) -> str:
 
 
 def prepare(work: Path) -> None:
-    """The task and a model that has half learned it."""
-    t1("quickstart-data", "--out", work / "task", "--num_sft_samples", 32000)
+    """The quickstart's task, and its model after fine-tuning."""
+    t1("quickstart-data", "--out", work / "task")
     t1("sft", "--config", CONFIG, "--run_dir", work / "tuned", "--model.hf_path", work / "task/model", "--data.sft",
-       work / "task/sft.jsonl", "--sft.max_steps", 2000, "--parallel.nproc_per_node", 1)  # fmt: skip
+       work / "task/sft.jsonl", "--parallel.nproc_per_node", 1)  # fmt: skip
     for name in ("alone", "disturbed"):
         shutil.copytree(work / "tuned/sft/hf", work / name / "model")
         shutil.copy(work / "task/rl.jsonl", work / name)
@@ -124,7 +124,7 @@ def verify(folder: Path, steps: int) -> None:
     assert [row["step"] for row in found] == list(range(1, steps + 1))
     for row in found:
         assert row["oldest_version"] == row["step"] - 1
-        assert row["num_samples"] == 64
+        assert row["num_samples"] == 128
         assert row["logprob_diff"] < 1e-3, "samples of other weights would show here"
 
 
