@@ -30,6 +30,7 @@ from megatron_t1.engine.parallel import ParallelConfig
 from megatron_t1.engine.stored import MegatronCheckpoint, StoredParam, meta_params
 from megatron_t1.files import new_folder, write_json
 from megatron_t1.models import spec_of
+from megatron_t1.weights.buffers import TwoBuffers
 from megatron_t1.weights.hf_folder import (
     DTYPES,
     SPELLING,
@@ -99,10 +100,11 @@ def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Convert
             for name in carried.tensors:
                 beside.write(name, carried.read(name))
             beside.finish()
-        writer = TorchDistWriter(building)
+        writer, buffers = TorchDistWriter(building), TwoBuffers()
         with _behind() as write:
             for param in params:
-                tensor = _assemble(param, source, stored_dtypes[min(param.keys)])
+                tensor = buffers.empty(tuple(param.tensor.shape), stored_dtypes[min(param.keys)])
+                _assemble(param, source, tensor)
                 write(partial(_append, writer, param, tensor, tp, _stage(param, layers_of_stages)))
                 done(sum(source.tensors[piece.name].num_bytes for piece in param.pieces))
         writer.finish()
@@ -214,17 +216,16 @@ def _stored_dtypes(params: list[StoredParam], source: HFFolder) -> dict[str, tor
     return dtypes
 
 
-def _assemble(param: StoredParam, source: HFFolder, dtype: torch.dtype) -> torch.Tensor:
+def _assemble(param: StoredParam, source: HFFolder, into: torch.Tensor) -> None:
     """The parameter as Megatron lays it out; rows that pad the vocabulary are 0."""
-    whole = sum(piece.view.numel() for piece in param.pieces) == param.tensor.numel()
-    tensor = (torch.empty if whole else torch.zeros)(param.tensor.shape, dtype=dtype)
-    for piece in param.views(tensor):
+    if sum(piece.view.numel() for piece in param.pieces) < into.numel():
+        into.zero_()
+    for piece in param.views(into):
         info = source.tensors[piece.name]
-        if info.dtype == dtype and piece.view.nbytes == info.num_bytes and piece.view.is_contiguous():
+        if info.dtype == into.dtype and piece.view.nbytes == info.num_bytes and piece.view.is_contiguous():
             source.read(piece.name, into=piece.view)
         else:
             piece.view.copy_(source.read(piece.name)[piece.index].reshape(piece.view.shape))
-    return tensor
 
 
 def _append(writer: TorchDistWriter, param: StoredParam, tensor: torch.Tensor, tp: int, stage: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from megatron_t1.engine.parallel import ParallelConfig, initialize, shards
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform import setup
+from megatron_t1.weights.buffers import TwoBuffers
 from megatron_t1.weights.hf_folder import CheckpointError, TensorInfo
 from megatron_t1.weights.hf_io import CARRIED, Carried
 from megatron_t1.weights.ops import Piece
@@ -101,20 +101,16 @@ class StoredParam:
             for p in self.pieces
         ]
 
-    def read(self, reader: TorchDistReader) -> torch.Tensor:
-        """Its numbers in a checkpoint, in the checkpoint's precision."""
-        parts = self.parts(self.tensor)
-        if len(parts) == 1 and not parts[0].may_differ:
-            return reader.read(parts[0].box).reshape(self.tensor.shape)
-        tensor = torch.zeros(self.tensor.shape, dtype=reader.dtype(parts[0].box.key))
-        for part in self.parts(tensor):
+    def read(self, reader: TorchDistReader, into: torch.Tensor) -> None:
+        """Fill a tensor in the parameter's place, in any precision; rows that pad the vocabulary become 0."""
+        for part in self.parts(into):
             target, box = part.data, part.box
             if part.may_differ:
                 rows = max(0, min(box.shape[0], reader.shape(box.key)[0] - box.offset[0]))
+                target[rows:].zero_()
                 target, box = target[:rows], replace(box, shape=(rows, *box.shape[1:]))
             if target.numel():
-                reader.read(box, into=target.view(box.shape))
-        return tensor
+                reader.read(box, target.view(box.shape))
 
 
 def stored_params(module: T1GPTModel, spec: ModelSpec) -> list[StoredParam]:
@@ -176,7 +172,7 @@ def load(chunks: list[T1GPTModel], spec: ModelSpec, folder: Path) -> None:
     params = [param for chunk in chunks for param in stored_params(chunk, spec)]
     check_keys(params, reader)
     for param in params:
-        param.tensor.copy_(param.read(reader))
+        param.read(reader, param.tensor)
 
 
 class MegatronCheckpoint:
@@ -193,22 +189,27 @@ class MegatronCheckpoint:
         params = meta_params(hf_dir)
         check_keys(params, self._reader)
         self._carried = Carried(folder if (folder / CARRIED).exists() else hf_dir, spec_of(hf_dir).carried)
-        self._makers: dict[str, list[StoredParam]] = {}
+        self._param_of: dict[str, StoredParam] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for param in params:
             stored = self._reader.dtype(min(param.keys))
             for piece in param.pieces:
-                self._makers.setdefault(piece.name, []).append(param)
+                self._param_of[piece.name] = param
                 self.tensors[piece.name] = TensorInfo(dtypes.get(piece.name, stored), piece.shape)
         self.tensors |= self._carried.tensors
-        self._last: tuple[StoredParam, torch.Tensor] | None = None  # a fused parameter makes several tensors
+        self._buffers = TwoBuffers()
+        self._last: tuple[StoredParam, list[Piece]] | None = None  # a fused parameter makes several tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor; possibly a view."""
+        """The whole tensor; possibly a view, good until tensors of two other parameters are read."""
         if name in self._carried.tensors:
             return self._carried.read(name)
-        info = self.tensors[name]
-        found = [piece for param in self._makers[name] for piece in self._views(param) if piece.name == name]
+        param, info = self._param_of[name], self.tensors[name]
+        if self._last is None or self._last[0] is not param:
+            memory = self._buffers.empty(tuple(param.tensor.shape), self._reader.dtype(min(param.keys)))
+            param.read(self._reader, memory)
+            self._last = (param, param.views(memory))
+        found = [piece for piece in self._last[1] if piece.name == name]
         if len(found) == 1 and found[0].view.numel() * info.dtype.itemsize == info.num_bytes:
             return found[0].view.reshape(info.shape).to(info.dtype)
         whole = torch.empty(info.shape, dtype=info.dtype)
@@ -216,12 +217,6 @@ class MegatronCheckpoint:
             target = whole[piece.index]
             target.copy_(piece.view.reshape(target.shape))
         return whole
-
-    def _views(self, param: StoredParam) -> Iterator[Piece]:
-        if self._last is None or self._last[0] is not param:
-            self._last = None
-            self._last = (param, param.read(self._reader).contiguous())
-        yield from param.views(self._last[1])
 
 
 def meta_params(folder: Path) -> list[StoredParam]:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,9 +85,10 @@ class HFFolder:
         info, (path, start) = self.tensors[name], self._place[name]
         tensor = torch.empty(info.shape, dtype=info.dtype) if into is None else into
         with path.open("rb") as file:
-            file.seek(start)
-            if file.readinto(_bytes_of(tensor)) != info.num_bytes:  # type: ignore[arg-type]
-                raise CheckpointError(f"{path} ends within tensor {name}")
+            try:
+                read_bytes(file, start, tensor)
+            except EOFError:
+                raise CheckpointError(f"{path} ends within tensor {name}") from None
         return tensor
 
 
@@ -185,7 +186,7 @@ class ShardWriter:
         path, start = self._place[name]
         with path.open("rb+") as file:
             file.seek(start)
-            file.write(_bytes_of(tensor.contiguous()))
+            file.write(bytes_of(tensor.contiguous()))
 
     def finish(self) -> None:
         """Bring the files to the disk and write the index, when there is more than one."""
@@ -206,8 +207,20 @@ def _header_bytes(path: Path) -> int:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+
+
+def read_bytes(file: BinaryIO, start: int, into: torch.Tensor) -> None:
+    """Fill a contiguous tensor with what the file holds from `start` on.
+
+    Raises:
+        EOFError: it holds less.
+    """
+    file.seek(start)
+    if file.readinto(bytes_of(into)) != into.nbytes:  # type: ignore[attr-defined]
+        raise EOFError(f"it ends within {into.nbytes} bytes from {start} on")
 
 
 def copy_beside(source: Path, target: Path) -> None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_t1.files import write_json
-from megatron_t1.weights.hf_folder import CheckpointError
+from megatron_t1.weights.hf_folder import CheckpointError, bytes_of, read_bytes
 
 _INDEX = ".metadata"
 _FORMAT = {
@@ -120,30 +122,23 @@ class TorchDistReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._tensors[key].size)
 
-    def read(self, box: Box, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The numbers of a box, in the memory of `into` when that is given (any precision, the box's shape).
+    def read(self, box: Box, into: torch.Tensor) -> None:
+        """Fill `into` (of the box's shape, in any precision) with the numbers of a box.
 
         Raises:
             CheckpointError: files that do not hold what the index says.
         """
         missing = math.prod(box.shape)
         for chunk in self._tensors[box.key].chunks:
-            overlap = _overlap(box, chunk)
-            if overlap is None:
-                continue
-            here, there = overlap
-            part = self._load(box.key, chunk)[there]
-            if into is None and part.shape == box.shape:
-                return part  # stored in one piece: not copied again
-            if into is None:
-                into = torch.empty(box.shape, dtype=part.dtype)
-            into[here] = part
-            missing -= part.numel()
-        if into is None or missing != 0:
+            if overlap := _overlap(box, chunk):
+                here, there = overlap
+                self._load(box.key, chunk, there, into[here])
+                missing -= into[here].numel()
+        if missing != 0:
             raise CheckpointError(f"{self.folder}: {box.key} is not stored exactly once at {box.offset} of {box.shape}")
-        return into
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+    def _load(self, key: str, chunk: ChunkStorageMetadata, there: tuple[slice, ...], into: torch.Tensor) -> None:
+        """Fill `into` with a part of a chunk: by plain reads when it is one run of bytes in the file and in memory."""
         where = f"{self.folder}: {key} at {tuple(chunk.offsets)}"
         place = self._places.get(MetadataIndex(key, chunk.offsets))
         if place is None or place.transform_descriptors:
@@ -151,15 +146,31 @@ class TorchDistReader:
         path = self.folder / place.relative_path
         if path.parent != self.folder or not path.is_file():
             raise CheckpointError(f"{where} is said to be in {place.relative_path}, which is not in the folder")
+        dtype = self.dtype(key)
         with path.open("rb") as file:
+            archive = _create_file_view(file, place.offset, place.length)
             try:
-                tensor = torch.load(_create_file_view(file, place.offset, place.length), weights_only=True)
+                stored = _without_numbers(archive)
+                if not isinstance(stored, torch.Tensor) or stored.shape != chunk.sizes or stored.dtype != dtype:
+                    raise ValueError(f"it should be {dtype} {tuple(chunk.sizes)} and is something else")
+                part = stored[there]
+                if part.is_contiguous() and into.is_contiguous() and into.dtype == dtype and into.device.type == "cpu":
+                    start = stored.untyped_storage()._checkpoint_offset + part.storage_offset() * dtype.itemsize
+                    read_bytes(file, place.offset + start, into)
+                else:
+                    archive.seek(0)
+                    into.copy_(torch.load(archive, map_location="cpu", weights_only=True)[there])
             except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
                 raise CheckpointError(f"{where} can't be read from {path.name}: {error}") from None
-        dtype = self.dtype(key)
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
-            raise CheckpointError(f"{where} should be {dtype} {tuple(chunk.sizes)}; {path.name} has something else")
-        return tensor
+
+
+def _without_numbers(archive: IOBase) -> Any:
+    """What torch.save left in a file, on the `meta` device: its storages know where in the file they are."""
+    torn = torch._C.PyTorchFileReader(archive)
+    if torn.has_record("byteorder") and torn.get_record("byteorder") != sys.byteorder.encode():
+        raise ValueError("it was written on a machine of another byte order")  # torch would swap what is not there
+    archive.seek(0)
+    return torch.load(archive, map_location="meta", weights_only=True)
 
 
 class TorchDistWriter:
@@ -183,10 +194,9 @@ class TorchDistWriter:
             self._files[name] = (self._folder / name).open("wb")
         file = self._files[name]
         start = file.tell()
-        tensor = tensor.contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # a view is written with all that it looks into
-        torch.save(tensor.view(box.shape), file)
+        # torch.save writes all that a view looks into: this one's memory begins and ends with its own numbers.
+        alone = torch.frombuffer(bytes_of(tensor.contiguous()), dtype=tensor.dtype)
+        torch.save(alone.view(box.shape), file)
         offset = torch.Size(box.offset)
         if box.key not in self._tensors:
             properties = TensorProperties(dtype=tensor.dtype)

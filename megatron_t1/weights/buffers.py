@@ -1,0 +1,24 @@
+"""Memory that is used again. Pages fresh from the kernel cost more than the bytes that are read into them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class TwoBuffers:
+    """Tensors in two pieces of memory in turn, so that one is filled while the other is written somewhere."""
+
+    def __init__(self) -> None:
+        self._older, self._newer = (torch.empty(0, dtype=torch.uint8) for _ in range(2))
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor that holds anything; it is good until the second next call."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        buffer, self._older = self._older, self._newer
+        if buffer.nbytes < num_bytes:
+            del buffer
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        self._newer = buffer
+        return buffer[:num_bytes].view(dtype).view(shape)
