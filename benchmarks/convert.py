@@ -2,8 +2,10 @@
 
 The checkpoint has the shapes of Qwen2.5-3B and random numbers; it is written by this script, tensor by tensor. Copy and
 conversions take turns, each in a process of its own, each bringing its files to the disk; the time is that of the work,
-without the imports. Memory is the kernel's peak of resident memory (VmHWM: everything, libraries and mapped files too)
-above that of an interpreter that does nothing. Needs three times the checkpoint's size on the disk (about 19 GB).
+without the imports. Right before it, its input is read, so that it is in the kernel's cache, and as much free memory as
+it will fill is touched: a virtual machine's host takes free pages back, and whoever needs them next pays for that.
+Memory is the kernel's peak of resident memory (VmHWM: everything, libraries and mapped files too) above that of an
+interpreter that does nothing. Needs three times the checkpoint's size on the disk (about 19 GB).
 """
 
 from __future__ import annotations
@@ -38,11 +40,25 @@ QWEN25_3B = {
     "rms_norm_eps": 1e-6,
     "torch_dtype": "bfloat16",
 }
+# In a process of its own: read the files of a folder, touch so many bytes.
+WARM = """
+import mmap, os, sys
+buffer = bytearray(1 << 20)
+for name in os.listdir(sys.argv[1]):
+    with open(os.path.join(sys.argv[1], name), 'rb', buffering=0) as file:
+        while file.readinto(buffer): pass
+memory = mmap.mmap(-1, int(sys.argv[2]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+memory.madvise(mmap.MADV_HUGEPAGE)
+for begin in range(0, len(memory), mmap.PAGESIZE): memory[begin] = 1
+"""
 # Around each job: time and CPU time from `start()` on, and the peak of the whole process.
 BEFORE = """
-import os, time
+import os, shutil, subprocess, sys, time
+from pathlib import Path
 def start():
     global began, began_cpu
+    os.sync()
+    subprocess.run([sys.executable, '-S', '-c', {warm!r}, {source!r}, '{touched}'], check=True)
     began, began_cpu = time.perf_counter(), sum(os.times()[:2])
 """
 AFTER = """
@@ -50,16 +66,15 @@ print('TIME', time.perf_counter() - began, sum(os.times()[:2]) - began_cpu)
 print('PEAK', [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])
 """
 JOBS = {
-    "interpreter": "start()",
-    "copy": "import os, shutil\nstart()\n"
+    "interpreter": "began = began_cpu = 0",
+    "copy": "start()\n"
     "os.mkdir({out!r})\n"
-    "for name in os.listdir({hf!r}):\n"
-    "    shutil.copyfile({hf!r} + '/' + name, {out!r} + '/' + name)\n"
+    "for name in os.listdir({source!r}):\n"
+    "    shutil.copyfile({source!r} + '/' + name, {out!r} + '/' + name)\n"
     "    with open({out!r} + '/' + name, 'rb+') as file: os.fsync(file.fileno())",
-    "to-megatron": "from pathlib import Path\nfrom megatron_t1 import convert\nstart()\n"
-    "convert.to_megatron(Path({hf!r}), Path({out!r}), tp=2, pp=2)",
-    "to-hf": "from pathlib import Path\nfrom megatron_t1 import convert\nstart()\n"
-    "convert.to_hf(Path({megatron!r}), Path({out!r}))",
+    "to-megatron": "from megatron_t1 import convert\nstart()\n"
+    "convert.to_megatron(Path({source!r}), Path({out!r}), tp=2, pp=2)",
+    "to-hf": "from megatron_t1 import convert\nstart()\nconvert.to_hf(Path({source!r}), Path({out!r}))",
 }
 
 
@@ -93,9 +108,10 @@ def write_checkpoint(folder: Path, num_layers: int) -> int:
     return sum(info.num_bytes for info in tensors.values())
 
 
-def run(job: str, **folders: str) -> dict[str, float]:
+def run(job: str, num_bytes: int, source: str = "", out: str = "") -> dict[str, float]:
     """Seconds by the clock, CPU seconds, peak MiB of one job in a process of its own."""
-    code = BEFORE + JOBS[job].format(**folders) + AFTER
+    before = BEFORE.format(warm=WARM, source=source, touched=num_bytes + (1 << 30))
+    code = before + JOBS[job].format(source=source, out=out) + AFTER
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -116,17 +132,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as tmp:
         hf, megatron, out = (f"{tmp}/{name}" for name in ("hf", "megatron", "out"))
         num_bytes = write_checkpoint(Path(hf), args.layers)
-        os.sync()
-        idle = run("interpreter")["peak_mib"]
+        idle = run("interpreter", 0)["peak_mib"]
         results: dict[str, list[dict[str, float]]] = {"copy": [], "to-megatron": [], "to-hf": []}
         for _ in range(args.rounds):
-            results["copy"].append(run("copy", hf=hf, out=out))
+            results["copy"].append(run("copy", num_bytes, hf, out))
             shutil.rmtree(out)
-            shutil.rmtree(megatron, ignore_errors=True)
-            results["to-megatron"].append(run("to-megatron", hf=hf, out=megatron))
-            results["to-hf"].append(run("to-hf", megatron=megatron, out=out))
+            results["to-megatron"].append(run("to-megatron", num_bytes, hf, megatron))
+            results["to-hf"].append(run("to-hf", num_bytes, megatron, out))
             same = same_bytes(Path(hf), Path(out))
             shutil.rmtree(out)
+            shutil.rmtree(megatron)
     print(f"{num_bytes / 1e9:.2f} GB, {args.rounds} rounds; came back the same: {same}")
     print("| job | MB/s | of copy, by the clock | CPU s | peak MiB above an idle interpreter |\n|---|---|---|---|---|")
     for job, rows in results.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 
@@ -19,6 +20,8 @@ class TwoBuffers:
         buffer, self._older = self._older, self._newer
         if buffer.nbytes < num_bytes:
             del buffer
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            memory = mmap(-1, num_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+            memory.madvise(MADV_HUGEPAGE)
+            buffer = torch.frombuffer(memory, dtype=torch.uint8)
         self._newer = buffer
         return buffer[:num_bytes].view(dtype).view(shape)
