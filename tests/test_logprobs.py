@@ -66,10 +66,10 @@ def largest_difference(output: str) -> float:
     return float(found[1])
 
 
-def test_a_megatron_checkpoint_under_tp2_against_transformers(tiny_dir, texts, expected, tmp_path):
+def test_a_megatron_checkpoint_under_tp2_pp2_against_transformers(tiny_dir, texts, expected, tmp_path):
     to_megatron(tiny_dir, tmp_path / "megatron")
     out = tmp_path / "out.jsonl"
-    layout = ("--parallel.tensor", 2, "--parallel.sequence_parallel", "true")
+    layout = ("--parallel.tensor", 2, "--parallel.sequence_parallel", "true", "--parallel.pipeline", 2)
     output = logprobs(tmp_path / "megatron", "--input", texts, "--output", out, "--against", "transformers", *layout)
     assert largest_difference(output) <= 1e-4
     for row, values in zip(rows_of(out), expected, strict=True):

@@ -160,14 +160,14 @@ class TorchDistReader:
                 else:
                     archive.seek(0)
                     into.copy_(torch.load(archive, map_location="cpu", weights_only=True)[there])
-            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{where} can't be read from {path.name}: {error}") from None
 
 
 def _without_numbers(archive: IOBase) -> Any:
     """What torch.save left in a file, on the `meta` device: its storages know where in the file they are."""
-    torn = torch._C.PyTorchFileReader(archive)
-    if torn.has_record("byteorder") and torn.get_record("byteorder") != sys.byteorder.encode():
+    records = torch._C.PyTorchFileReader(archive)
+    if records.has_record("byteorder") and records.get_record("byteorder") != sys.byteorder.encode():
         raise ValueError("it was written on a machine of another byte order")  # torch would swap what is not there
     archive.seek(0)
     return torch.load(archive, map_location="meta", weights_only=True)
