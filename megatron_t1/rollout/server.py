@@ -19,6 +19,9 @@ from megatron_t1.rollout.sources import all_on_this_host, source_of
 
 __all__ = ["Server", "ServerError", "Servers", "open_servers", "parse_version"]
 
+_MIN_PATIENCE_S = 120.0
+"""For the other servers, once one is there."""
+
 
 class Servers:
     """All servers of a run. `start` returns at once; `wait_ready` blocks until they are healthy; `close` ends them."""
@@ -96,22 +99,29 @@ class Servers:
     def wait_ready(self, minimum: int | None = None) -> Servers:
         """Blocks until `minimum` servers are alive (None: all that the run begins with), `startup_timeout_s` at most.
 
-        Of servers on other hosts, those that are there by then are enough.
+        Of servers on other hosts, those that are there by then are enough, and the first that is there ends the wait
+        soon: the others get as long as it took, `_MIN_PATIENCE_S` at least. Who comes later is used from then on.
 
         Raises:
             ServerError: too few, with the end of the log of one that is missing.
         """
         wanted = minimum or self._source.awaited
         began = announced = time.monotonic()
+        deadline = began + self.cfg.startup_timeout_s
+        some_alive = False
         while True:
             self.poll()
+            if self.cfg.await_servers and self.alive() and not some_alive:
+                some_alive = True
+                took = time.monotonic() - began
+                deadline = min(deadline, began + took + max(took, _MIN_PATIENCE_S))
             if len(self.alive()) >= wanted:
                 break
             ended = [server for server in self.all if server.exited()]
             if ended and len(self.all) - len(ended) < wanted:
                 raise ServerError(f"server {ended[0].name} ended while starting. Its log ends:\n{ended[0].log_tail()}")
             now = time.monotonic()
-            if now - began > self.cfg.startup_timeout_s:
+            if now > deadline:
                 if self.cfg.await_servers and self.alive():
                     print(f"warning: {len(self.alive())} of {wanted} servers are there; going on", file=sys.stderr)
                     break

@@ -72,6 +72,13 @@ def test_too_few_are_enough_after_the_deadline_none_is_an_error(tmp_path: Path, 
         assert "1 of 2 servers are there; going on" in capsys.readouterr().err
 
 
+def test_a_trainer_started_again_does_not_wait_long_for_a_server_that_is_gone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_t1.rollout.server._MIN_PATIENCE_S", 0.5)
+    with serving(good_reply) as url, awaiting(tmp_path, 2, startup_timeout_s=1e6) as servers:
+        Registry(tmp_path / "servers").announce("a_0", url, tmp_path / "a.log")
+        assert len(servers.start().wait_ready().usable()) == 1
+
+
 def test_hosts_that_start_together_agree_on_a_key(tmp_path: Path) -> None:
     path = tmp_path / "run" / "server_key"
     keys: list[str] = []
