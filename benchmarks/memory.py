@@ -141,7 +141,7 @@ def plan() -> None:
             options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", folder]
             cfg = build(Config, parse(Config, [*options, "--parallel.pipeline", str(pipeline)])[0], [])
             place = Place(nodes=nodes, vllm_nodes=vllm_nodes)
-            layout = layout_of(cfg, "rl", place, {"train": 200})
+            layout = layout_of(cfg, spec, "rl", place, {"train": 200})
             stages = [stage_memory(Sizes.of(spec), layout, stage) for stage in range(pipeline)]
             parts = max(stages, key=lambda parts: sum(parts.values()))
             total = sum(parts.values()) / 1e9

@@ -37,8 +37,10 @@ class Place:
     nodes: int = 1
     """Nodes in all."""
     vllm_nodes: int = 0
-    """Of them for vLLM alone; 0: every node both trains and serves, with half of its GPUs each."""
+    """Of them for vLLM alone; 0: every node both trains and serves."""
     gpus_per_node: int = 8
+    vllm_gpus: int | None = None
+    """Of every node, when `vllm_nodes` is 0; None: half of them."""
     ranks_per_node: int | None = None
     """Trainer processes on a node; None: one on each of its GPUs that is not vLLM's."""
     gpu: str = "H100"
@@ -52,17 +54,24 @@ class Place:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if not 0 <= self.vllm_nodes < self.nodes:
             raise ValueError(f"vllm_nodes = {self.vllm_nodes} must leave one of the {self.nodes} nodes to train")
+        if not 0 <= self.shared_gpus <= self.gpus_per_node:
+            raise ValueError(f"vllm_gpus = {self.vllm_gpus} of {self.gpus_per_node} GPUs of a node")
+
+    @property
+    def shared_gpus(self) -> int:
+        """GPUs for vLLM on a node that trains too."""
+        return self.gpus_per_node // 2 if self.vllm_gpus is None else self.vllm_gpus
 
     def trainer_nodes(self, command: str) -> int:
         return self.nodes - (self.vllm_nodes if command == "rl" else 0)
 
     def ranks(self, command: str) -> int:
         shared = command in ("rl", "run") and self.vllm_nodes == 0
-        each = self.ranks_per_node or (self.gpus_per_node // 2 if shared else self.gpus_per_node)
+        each = self.ranks_per_node or self.gpus_per_node - (self.shared_gpus if shared else 0)
         return self.trainer_nodes(command) * each
 
     def servers(self, tp: int) -> int:
-        on, each = (self.vllm_nodes, self.gpus_per_node) if self.vllm_nodes else (self.nodes, self.gpus_per_node // 2)
+        on, each = (self.vllm_nodes, self.gpus_per_node) if self.vllm_nodes else (self.nodes, self.shared_gpus)
         return max(1, on * (each // tp))
 
 
@@ -90,6 +99,12 @@ class Findings:
 
 def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
     """Adds what is found for `t1 <command>` at `place`: sft, rl, evaluate, scaling, run or serve."""
+    if place.vllm_nodes and command == "run":
+        found.problems.append("t1 run starts its servers where it trains: leave out --vllm_nodes, or use t1 rl")
+    if command == "evaluate" and not cfg.model.hf_path:
+        if not (cfg.evaluate.endpoint.urls or cfg.evaluate.responses):
+            found.problems.append("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
+        return found
     model_dir = Path(cfg.model.hf_path)
     try:
         spec = spec_of(model_dir)
@@ -204,14 +219,12 @@ def _sampling(cfg: Config, spec: ModelSpec, command: str, found: Findings) -> No
 
 def _data(cfg: Config, command: str, template: Template, found: Findings) -> dict[str, int]:
     """Reads the first lines of each file that the command needs; the longest prompt (or example) in tokens."""
-    needed = {"sft": ["sft"], "rl": ["train"], "run": ["sft", "train", "heldout"], "serve": []}.get(
-        command, ["heldout"]
-    )
+    needed = {"sft": ["sft"], "rl": ["train"], "run": ["sft", "train", "heldout"]}.get(command, [])
     longest: dict[str, int] = {}
-    sets = cfg.evaluate.sets if command == "evaluate" else (cfg.scaling.set,) if cfg.scaling.set else ()
-    if command in ("evaluate", "scaling") and sets:
-        needed = []
+    if command in ("evaluate", "scaling"):
+        named = cfg.evaluate.sets if command == "evaluate" else (cfg.scaling.set,) if cfg.scaling.set else ()
         try:
+            sets = named or (str(cfg.data.need("heldout")),)
             for name, questions in cfg.evaluate.load(sets, cfg.seed, cfg.data.system_prompt).items():
                 tokens = max(len(question.prompt(template).token_ids) for question in questions)
                 longest["heldout"] = max(tokens, longest.get("heldout", 0))
@@ -275,7 +288,7 @@ def _needs(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: di
     """Memory by part, time by stage, disk."""
     sizes, gpu = estimate.Sizes.of(spec), estimate.GPUS[place.gpu]
     stage = cfg.sft if command == "sft" else cfg.rl
-    layout = layout_of(cfg, command, place, longest)
+    layout = layout_of(cfg, spec, command, place, longest)
     worst: dict[str, float] = {}
     for number in range(layout.pipeline):
         parts = estimate.stage_memory(sizes, layout, number)
@@ -327,7 +340,12 @@ def _needs(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: di
     )
 
 
-def layout_of(cfg: Config, command: str, place: Place, longest: dict[str, int]) -> estimate.Layout:
+def layout_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> estimate.Layout:
+    pipeline = cfg.parallel.pipeline
+    try:
+        chunks = cfg.parallel.layers_of_stages(spec.transformer["num_layers"])
+    except ValueError:  # a problem that `check_divisible` told
+        chunks = ()
     data = max(1, place.ranks(command) // (cfg.parallel.tensor * cfg.parallel.pipeline))
     room = cfg.parallel.max_tokens_per_microbatch
     if command == "sft":
@@ -337,7 +355,8 @@ def layout_of(cfg: Config, command: str, place: Place, longest: dict[str, int]) 
         tokens = samples * (longest.get("train", 0) + cfg.sampling.max_new_tokens // 2)
     return estimate.Layout(
         tensor=cfg.parallel.tensor,
-        pipeline=cfg.parallel.pipeline,
+        pipeline=pipeline,
+        stage_layers=tuple(sum(chunks[stage::pipeline]) for stage in range(pipeline)) if chunks else (),
         data=data,
         expert=cfg.parallel.expert * (cfg.parallel.expert_tensor or cfg.parallel.tensor),
         sequence_parallel=cfg.parallel.sequence_parallel,
@@ -354,7 +373,7 @@ def layout_of(cfg: Config, command: str, place: Place, longest: dict[str, int]) 
 def seconds_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> dict[str, float]:
     return estimate.step_seconds(
         estimate.Sizes.of(spec),
-        layout_of(cfg, command, place, longest),
+        layout_of(cfg, spec, command, place, longest),
         estimate.GPUS[place.gpu],
         servers=place.servers(cfg.rollout.tp),
         server_tp=cfg.rollout.tp,

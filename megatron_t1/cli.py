@@ -29,7 +29,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   curate      make data.train: clean raw questions, keep those that model.hf_path solves in at most 30% of 16 samples
   evaluate    accuracy of model.hf_path (or an endpoint, or stored responses) on evaluate.sets or data.heldout
   compare     two evaluations, paired by question: `t1 compare runs/a/evaluate/sft runs/a/evaluate/rl`
-  scaling     accuracy of model.hf_path on data.heldout against thinking budgets
+  scaling     accuracy of model.hf_path on scaling.set or data.heldout against thinking budgets
   check       what would stop or spoil a run, and what it needs (`t1 check FILE.yaml --for rl --nodes 4 --vllm_nodes 2`)
   sync-check  push model.hf_path unchanged and hold every server's logprobs to the trainer's; fails where they differ
   synthesize  SFT chains of trial, error and verification from questions, by any chat endpoints
@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _COMMANDS[command](rest) or 0
     except KeyboardInterrupt as interrupt:
-        what_is_kept = str(interrupt) or "`--resume` goes on from the last checkpoint"
-        print(f"t1: interrupted; {what_is_kept}", file=sys.stderr)
+        resumable = "; `--resume` goes on from the last checkpoint" if command in ("run", "sft", "rl") else ""
+        print("t1: interrupted" + (f"; {interrupt}" if str(interrupt) else resumable), file=sys.stderr)
         return 130
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -84,7 +84,7 @@ def _parser(command: str) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help
-    parser = ArgumentParser(prog=f"t1 {command}", description=_line_of(command))
+    parser = ArgumentParser(prog=f"t1 {command}", description=_line_of(command), exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it")
     return parser
 
@@ -94,15 +94,57 @@ def _line_of(command: str) -> str:
 
 
 def _read(command: str, arguments: list[str], cls: Any, *extra: tuple[str, str, str]) -> tuple[Any, Any, str]:
-    """The config object, the namespace with what `extra` (name, default, help) asked for, and all of it as YAML."""
+    """The config object, the namespace with what `extra` (name, default, help) asked for, and all of it as YAML.
+
+    Raises:
+        ValueError: everything that is wrong with the arguments.
+    """
+    from jsonargparse import ArgumentError
+
+    from megatron_t1 import lenient
+
     parser = _parser(command)
     for name, default, text in extra:
         parser.add_argument(f"--{name}", type=str, default=default, help=text)
     parser.add_class_arguments(cls)
-    parsed = parser.parse_args(["--resume=true" if argument == "--resume" else argument for argument in arguments])
+    arguments = _resume_in_full(arguments)
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:  # the first one; a person wants all of them
+        values, problems = lenient.parse(cls, _without([f"--{name}" for name, *_ in extra], arguments))
+        lenient.build(cls, values, problems)
+        raise ValueError("\n".join(problems) or str(error)) from None
     namespace = parser.instantiate_classes(parsed)
     fields = {name: getattr(namespace, name) for name in cls.__dataclass_fields__}
+    if "resume" in parsed:
+        parsed.resume = False  # whoever reads this file later says so again
     return cls(**fields), namespace, parser.dump(parsed)
+
+
+def _resume_in_full(arguments: list[str]) -> list[str]:
+    """`--resume` alone means true."""
+    words: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        words.append("--resume=true" if word == "--resume" and following not in ("true", "false") else word)
+    return words
+
+
+def _without(names: list[str], arguments: list[str]) -> list[str]:
+    """The arguments but these options and their values."""
+    words, rest = iter(arguments), []
+    for word in words:
+        if word in names:
+            next(words, None)
+        elif word.partition("=")[0] not in names:
+            rest.append(word)
+    return rest
+
+
+def _on_ranks(parallel: Any, command: str, arguments: list[str]) -> int:
+    """Run this command on as many trainer processes of this machine as it takes; nobody has started them yet."""
+    from megatron_t1 import launch
+
+    return launch.start(launch.num_processes(parallel), [command, *arguments])
 
 
 def _trainer_job(command: str) -> Callable[[list[str]], int]:
@@ -113,10 +155,13 @@ def _trainer_job(command: str) -> Callable[[list[str]], int]:
         from megatron_t1.files import write_text
 
         cfg, _, text = _read(command, arguments, Config)
+        if not (Path(cfg.model.hf_path) / "config.json").is_file():
+            raise ValueError(
+                f"model.hf_path = {cfg.model.hf_path}: not a folder with a config.json; a model of the Hugging Face "
+                "hub is brought here by `hf download NAME --local-dir FOLDER`"
+            )
         if "RANK" not in os.environ:
-            from megatron_t1 import launch
-
-            return launch.start(cfg.parallel.nproc_per_node, [command, *arguments])
+            return _on_ranks(cfg.parallel, command, arguments)
         if os.environ["RANK"] == "0":
             write_text(Path(cfg.run_dir) / "config.yaml", text)
         from megatron_t1 import pipeline
@@ -148,9 +193,7 @@ def _sync_check(arguments: list[str]) -> int:
 
     cfg, *_ = _read("sync-check", arguments, Config)
     if "RANK" not in os.environ:
-        from megatron_t1 import launch
-
-        return launch.start(cfg.parallel.nproc_per_node, ["sync-check", *arguments])
+        return _on_ranks(cfg.parallel, "sync-check", arguments)
     from megatron_t1 import pipeline
 
     return 0 if pipeline.run_sync_check(cfg) else 1
@@ -178,6 +221,10 @@ def _serve(arguments: list[str]) -> int:
     return 0
 
 
+def _two_words(name: str, option: str) -> list[str]:
+    return [name, option.removeprefix(f"{name}=")] if option.startswith(f"{name}=") else [option]
+
+
 def _check(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
@@ -194,12 +241,16 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--nodes", type=int, default=1, help="nodes in all (1)")
     parser.add_argument("--vllm_nodes", type=int, default=0, help="of them for vLLM alone; 0: all do both (0)")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="(8)")
+    parser.add_argument("--vllm_gpus", type=int, help="of every node for vLLM, when --vllm_nodes is 0 (half of them)")
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
     parser.add_argument("--dry-run", action="store_true", help="print the srun and vLLM commands that would run")
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     asked, options = parser.parse_known_args(arguments)
+    options = [word for option in _resume_in_full(options) for word in _two_words("--config", option)]
+    if asked.command == "evaluate":
+        options = ["--model.hf_path=", *options]  # as `t1 evaluate` has it
     found = Findings()
     values, found.problems = lenient.parse(Config, options)
     cfg = lenient.build(Config, values, found.problems)
@@ -314,9 +365,7 @@ def _logprobs(arguments: list[str]) -> int:
         arguments = ["--model", *arguments]
     cfg, *_ = _read("logprobs", arguments, LogprobsConfig)
     if "RANK" not in os.environ:
-        from megatron_t1 import launch
-
-        return launch.start(cfg.parallel.nproc_per_node or cfg.parallel.num_ranks, ["logprobs", *arguments])
+        return _on_ranks(cfg.parallel, "logprobs", arguments)
     run(cfg)
     return 0
 

@@ -26,12 +26,14 @@ from tqdm import tqdm
 from megatron_t1.actors import Actors
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
 from megatron_t1.data.prompts import parse_rows
+from megatron_t1.data.sets import INSTRUCTION
 from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from megatron_t1.reward import extract
 from megatron_t1.reward.normalize import compact, exact_number, normalize
 from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Sample
+from megatron_t1.weights.identity import weights_digest
 
 REASONS = {
     "no_question": "the question is missing or empty",
@@ -78,7 +80,7 @@ class CurateConfig:
     """Field of the answer; where it is missing or empty, the last box of the solution is the answer."""
     solution_field: str = "solution"
     """Field of the worked solution."""
-    prompt_suffix: str = "\n\nReason step by step, and put the final answer in \\boxed{}."
+    prompt_suffix: str = f"\n\n{INSTRUCTION}"
     """Put after every question."""
     keep_multiple_choice: bool = False
     """Keep questions with options to choose from."""
@@ -253,7 +255,8 @@ def sample(cfg: CurateConfig, actors: Actors, prompts: list[Prompt], folder: Pat
         ValueError: sampled.jsonl is of another model, sampling or seed.
     """
     path, settings_path = folder / "sampled.jsonl", folder / "sampling.json"
-    settings = {"model": str(actors.servers.model_dir), "sampling": asdict(cfg.sampling), "seed": seed}
+    weights = weights_digest(Path(actors.servers.model_dir))
+    settings = {"weights": weights, "sampling": asdict(cfg.sampling), "seed": seed}
     settings = json.loads(json.dumps(settings))
     if settings_path.exists() and (stored := json.loads(settings_path.read_text())) != settings:
         raise ValueError(f"{path} was sampled with {stored}, not with {settings}: give another run_dir")

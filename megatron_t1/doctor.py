@@ -18,7 +18,9 @@ REQUIRED = {
     "math-verify": "grading mathematics",
     "datasketch": "curate",
     "scipy": "intervals and tests",
+    "pyarrow": "question sets in Parquet files",
     "jsonargparse": "the command line",
+    "tqdm": "progress bars",
     "psutil": "watching processes",
     "tensorboard": "learning curves",
     "matplotlib": "the report",
@@ -52,10 +54,16 @@ def versions() -> dict[str, str | None]:
     }
 
 
+def _gpus() -> list[str]:
+    try:
+        import torch
+    except ImportError:  # said in its own row
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
 def diagnose() -> tuple[str, bool]:
     """A table for a person, and whether everything required is there."""
-    import torch
-
     rows: list[tuple[str, str, str]] = []
     complete = True
     for name, purpose in {**REQUIRED, "vllm": "sampling"}.items():
@@ -67,13 +75,8 @@ def diagnose() -> tuple[str, bool]:
         rows.append(("ok" if found else "absent", f"{name} {found or ''}".strip(), f"optional, for {purpose}"))
     apex = importlib.util.find_spec("amp_C") is not None
     rows.append(("ok" if apex else "absent", "Apex", "optional, for a fused optimizer without Transformer Engine"))
-    gpus = torch.cuda.device_count()
-    device = (
-        ", ".join(torch.cuda.get_device_name(i) for i in range(gpus))
-        if gpus
-        else "none: Megatron and vLLM run on the CPU"
-    )
-    rows.append(("ok" if gpus else "absent", f"GPU {device}", ""))
+    gpus = _gpus()
+    rows.append(("ok" if gpus else "absent", f"GPU {', '.join(gpus) or 'none: Megatron and vLLM run on the CPU'}", ""))
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     rows.append(("ok", f"{os.cpu_count()} CPU cores, {memory_gb:.0f} GB of memory", ""))
     shm_gb = shutil.disk_usage("/dev/shm").free / 1e9

@@ -19,10 +19,9 @@ def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
     library = root / "slurm" / "lib.sh"
     if not library.is_file():
         raise ValueError(f"--dry-run reads {library}, which is there in a checkout of the project only")
-    rest = list(options)
-    at = rest.index("--config") if "--config" in rest else len(rest)
-    config = Path(rest[at + 1]).absolute() if at < len(rest) else ""
-    del rest[at : at + 2]
+    at = options.index("--config") if "--config" in options else len(options)
+    config = Path(options[at + 1]).absolute() if at < len(options) else ""
+    rest = options[:at] + options[at + 2 :]
     env = {
         **os.environ,
         "T1_DRY_RUN": "1",
@@ -31,7 +30,7 @@ def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
         "T1_NODES": " ".join(f"node{i + 1}" for i in range(place.nodes)),
         "SLURM_GPUS_PER_NODE": str(place.gpus_per_node),
         "VLLM_NODES": str(place.vllm_nodes),
-        "VLLM_GPUS": str(place.gpus_per_node // 2),
+        "VLLM_GPUS": str(place.shared_gpus),
         "VLLM_TP": str(cfg.rollout.tp),
         "MODEL": cfg.model.hf_path,
         "RUN_DIR": cfg.run_dir,

@@ -125,6 +125,8 @@ class Layout:
     data: int
     expert: int = 1
     """Ranks that share one layer's experts: parallel.expert x parallel.expert_tensor."""
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each pipeline stage; empty: the same on all, rounded up."""
     sequence_parallel: bool
     distributed_optimizer: bool
     dtype: str
@@ -139,9 +141,13 @@ class Layout:
     """Logits that the head holds at a time (algo.fused_head.CHUNK_LOGITS)."""
 
 
+def layers_of(sizes: Sizes, layout: Layout, stage: int) -> int:
+    return layout.stage_layers[stage] if layout.stage_layers else math.ceil(sizes.num_layers / layout.pipeline)
+
+
 def parameters(sizes: Sizes, layout: Layout, stage: int) -> int:
     """Parameters on one rank of a pipeline stage."""
-    layers = math.ceil(sizes.num_layers / layout.pipeline)  # of the fullest stage
+    layers = layers_of(sizes, layout, stage)
     vocabulary = -(-sizes.vocab // layout.tensor) * sizes.hidden
     count = layers * (
         sizes.split_per_layer // layout.tensor + sizes.whole_per_layer + sizes.experts_per_layer // layout.expert
@@ -162,7 +168,7 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     narrow = b < 4
     shards = layout.data if layout.distributed_optimizer else 1
     t, u = layout.tensor, layout.tensor if layout.sequence_parallel else 1
-    h, layers = sizes.hidden, math.ceil(sizes.num_layers / layout.pipeline)
+    h, layers = sizes.hidden, layers_of(sizes, layout, stage)
     attention = b * (3 * sizes.query + 2 * sizes.key) / t
     if layout.local_layers:
         per_token = 2 * (8 + b) * h / u + attention + b * 5 * sizes.mlp / t

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -52,6 +53,8 @@ class EvaluateConfig:
 
     def load(self, names: Sequence[str], seed: int, system_prompt: str | None) -> dict[str, list[Question]]:
         """The questions of sets (names or files) by the name of their set; raises ValueError as `load_set` does."""
+        if twice := [name for name, count in Counter(map(set_name, names)).items() if count > 1]:
+            raise ValueError(f"several of {list(names)} would be called {', '.join(twice)}: give the files other names")
         return {
             set_name(name): load_set(
                 name,

@@ -36,6 +36,8 @@ class GradeConfig:
     def __post_init__(self) -> None:
         if not Path(self.input).is_file():
             raise ValueError(f"input={self.input} is not a file: give a JSONL file with id, gold and prediction")
+        if Path(self.output).exists() and Path(self.output).samefile(self.input):
+            raise ValueError(f"output={self.output} is the input: give another file")
 
 
 def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:

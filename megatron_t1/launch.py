@@ -15,10 +15,16 @@ import uuid
 import psutil
 import torch
 
+from megatron_t1.engine.parallel import ParallelConfig
 
-def start(nproc_per_node: int, arguments: list[str]) -> int:
-    """Run `t1 <arguments>` on `nproc_per_node` ranks (0: one a GPU, else one); returns the exit code."""
-    count = nproc_per_node or max(1, torch.cuda.device_count())
+
+def num_processes(cfg: ParallelConfig) -> int:
+    """What nproc_per_node says; 0: one a GPU, or without GPUs as few as the layout takes."""
+    return cfg.nproc_per_node or torch.cuda.device_count() or cfg.num_ranks
+
+
+def start(count: int, arguments: list[str]) -> int:
+    """Run `t1 <arguments>` on `count` ranks; returns the exit code."""
     if count == 1:
         from megatron_t1.cli import main
 

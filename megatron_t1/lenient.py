@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,22 +26,37 @@ def parse(cls: type, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
             continue
         name, separator, text = word[2:].partition("=")
         if not separator:
-            text = "true" if name == "resume" else next(words, "")
+            text = next(words, "")
         if name == "config":
             _merge(values, _read_file(Path(text), problems), cls)
             continue
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
+            value: Any = yaml.safe_load(text) if is_dataclass(_hint_of(cls, name)) else _Word(text)
+        except yaml.YAMLError as error:
+            problems.append(f"{name} = {text!r} is not YAML: {error}")
+            continue
         for part in reversed(name.split(".")):
             value = {part: value}
         _merge(values, value, cls)
     return values, problems
 
 
-def build(cls: type, values: dict[str, Any], problems: list[str], path: str = "") -> Any:
+class _Word(str):
+    """A value from the command line: what it means depends on the type of its field."""
+
+
+def _hint_of(cls: Any, name: str) -> Any:
+    """Type of the field with a dotted name; None when there is none."""
+    for part in name.split("."):
+        cls = get_type_hints(cls).get(part) if is_dataclass(cls) else None
+    return cls
+
+
+def build(cls: type, values: dict[str, Any], problems: list[str], path: str = "", default: Any = None) -> Any:
     """An object of the dataclass, its faulty fields at their defaults; None when a needed one is missing.
+
+    Args:
+        default: the object that the fields which are not given are taken from, in place of the class's defaults.
 
     Adds a line to `problems` for every unknown key and every value that is refused.
     """
@@ -53,13 +68,21 @@ def build(cls: type, values: dict[str, Any], problems: list[str], path: str = ""
             problems.append(f"{path}{name} is not a setting" + (f"; did you mean {path}{close[0]}?" if close else ""))
         elif is_dataclass(hints[name]):
             if isinstance(value, dict):
-                good[name] = build(hints[name], value, problems, f"{path}{name}.")
+                section = build(hints[name], value, problems, f"{path}{name}.", _default_of(known[name], default))
+                if section is not None:
+                    good[name] = section
             else:
                 problems.append(f"{path}{name} = {value!r} must be a section with settings of its own")
         else:
             _take(good, name, value, hints[name], path, problems)
-    good = {name: value for name, value in good.items() if value is not None}
-    return _construct(cls, good, values.keys(), problems, path)
+    return _construct(cls, good, values.keys(), problems, path, default)
+
+
+def _default_of(known: Field[Any], of: Any) -> Any:
+    """What a section is when nothing of it is given; None when it must be given."""
+    if of is not None:
+        return getattr(of, known.name)
+    return known.default_factory() if known.default_factory is not MISSING else None
 
 
 def _take(good: dict[str, Any], name: str, value: Any, hint: Any, path: str, problems: list[str]) -> None:
@@ -67,14 +90,18 @@ def _take(good: dict[str, Any], name: str, value: Any, hint: Any, path: str, pro
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
+    from_words = type(value) is _Word
     try:
-        good[name] = parser.parse_object({"value": value}).value
+        parsed = parser.parse_args([f"--value={value}"]) if from_words else parser.parse_object({"value": value})
+        good[name] = parsed.value
     except Exception as error:  # jsonargparse's own class, which it does not promise to keep
         reason = str(error).strip().splitlines()[-1].strip(" -")
         problems.append(f"{path}{name} = {value!r}: {reason}")
 
 
-def _construct(cls: type, good: dict[str, Any], given: Collection[str], problems: list[str], path: str) -> Any:
+def _construct(
+    cls: type, good: dict[str, Any], given: Collection[str], problems: list[str], path: str, default: Any
+) -> Any:
     hints = get_type_hints(cls)
     while True:
         missing = [
@@ -82,7 +109,7 @@ def _construct(cls: type, good: dict[str, Any], given: Collection[str], problems
             for field in fields(cls)
             if field.default is MISSING and field.default_factory is MISSING and field.name not in good
         ]
-        if missing:
+        if missing and default is None:
             for name in missing:
                 if is_dataclass(hints[name]) and name not in given:
                     build(hints[name], {}, problems, f"{path}{name}.")
@@ -90,7 +117,7 @@ def _construct(cls: type, good: dict[str, Any], given: Collection[str], problems
                     problems.append(f"{path}{name} is not set")
             return None
         try:
-            return cls(**good)
+            return cls(**good) if default is None else replace(default, **good)
         except (ValueError, TypeError) as error:
             problems.append(str(error))
             # The message names its field first; without it the others can be judged.

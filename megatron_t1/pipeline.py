@@ -99,7 +99,11 @@ def run_evaluate(cfg: Config, label: str) -> None:
         elif own.endpoint.urls:
             own.endpoint.key()  # refused now, not in the middle
             sampler = EndpointSampler(own.endpoint, stack.enter_context(Scorer(cfg.reward)))
-            settings = {"endpoint": list(own.endpoint.urls), "model": own.endpoint.model}
+            settings = {
+                "endpoint": list(own.endpoint.urls),
+                "model": own.endpoint.model,
+                "extra_body": own.endpoint.extra_body,
+            }
         else:
             if not cfg.model.hf_path:
                 raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
@@ -175,6 +179,11 @@ def run_curate(cfg: Config) -> None:
 
 def run_all(cfg: Config) -> None:
     """SFT, evaluation, RL, evaluation, inference scaling, report. With `resume`, what is finished is not done again."""
+    if cfg.evaluate.sets or cfg.evaluate.endpoint.urls or cfg.evaluate.responses or cfg.scaling.set:
+        raise ValueError(
+            "t1 run measures its own model on data.heldout: leave out evaluate.sets, evaluate.endpoint, "
+            "evaluate.responses and scaling.set, and give them to t1 evaluate and t1 scaling afterwards"
+        )
     began = time.perf_counter() - (time.time() - psutil.Process().create_time())  # Python and the imports included
     run_dir, watch = Path(cfg.run_dir), Stopwatch()
     with trainer_ranks(cfg) as found, ExitStack() as stack:

@@ -17,7 +17,7 @@ set -uo pipefail
 T1_HOME=${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 T1_PYTHON=${T1_PYTHON:-$T1_HOME/.venv/bin/python}
 VLLM_NODES=${VLLM_NODES:-0}
-VLLM_GPUS=${VLLM_GPUS:-4}         # of every node, when VLLM_NODES=0: servers and trainer share the nodes, not the GPUs
+VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0: servers and trainer share nodes, not GPUs; unset: half
 VLLM_TP=${VLLM_TP:-}              # GPUs of one server; unset: rollout.tp of the options or of CONFIG
 RESTARTS=${RESTARTS:-3}
 GRACE_S=${GRACE_S:-270}           # from USR1 to the end, when the trainer does not stop by itself
@@ -64,9 +64,19 @@ t1_sft() {
 
 t1_evaluate() {
   local config=$1
+  local -a options=() label=()
   shift
-  prepare evaluate "$config" ${DATA:+--data.heldout "$DATA/heldout.jsonl"} "$@"
+  while (($#)); do # the label is the evaluation's own: `t1 check` and `t1 serve` have none
+    case $1 in
+      --label) label=(--label "$2") && shift ;;
+      --label=*) label=("$1") ;;
+      *) options+=("$1") ;;
+    esac
+    shift
+  done
+  prepare evaluate "$config" ${DATA:+--data.heldout "$DATA/heldout.jsonl"} ${options[@]+"${options[@]}"}
   start_servers 0 "${NODES[@]}"
+  OPTIONS+=(${label[@]+"${label[@]}"})
   run_trainer evaluate 1 "${NODES[0]}"
 }
 
@@ -80,6 +90,7 @@ prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what w
   LOGS=$RUN_DIR/logs
   GPUS=${SLURM_GPUS_PER_NODE:-8}
   GPUS=${GPUS##*:}
+  VLLM_GPUS=${VLLM_GPUS:-$((GPUS / 2))}
   CPUS=${SLURM_CPUS_PER_TASK:-1}
   if [ -n "${T1_DRY_RUN:-}" ]; then
     read -ra NODES <<<"${T1_NODES:?names of the nodes, with T1_DRY_RUN=1}"
@@ -90,7 +101,7 @@ prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what w
   say "$command on ${NODES[*]}, $VLLM_NODES of them for vLLM alone, logs in $LOGS"
   mkdir -p "$LOGS" || fail 2 "RUN_DIR=$RUN_DIR can't be made: set it to a folder that all nodes share"
   "$T1_PYTHON" -m megatron_t1 check --for "$command" --nodes "${#NODES[@]}" --vllm_nodes "$VLLM_NODES" \
-    --gpus_per_node "$GPUS" ${RANKS:+--ranks_per_node "$RANKS"} "${OPTIONS[@]}" --rollout.tp "$VLLM_TP" ||
+    --gpus_per_node "$GPUS" --vllm_gpus "$VLLM_GPUS" ${RANKS:+--ranks_per_node "$RANKS"} "${OPTIONS[@]}" --rollout.tp "$VLLM_TP" ||
     fail 2 "t1 check refused the configuration: see above"
 }
 
@@ -141,12 +152,13 @@ serve() { # NODE
 keep_serving() { # NODE: its `t1 serve` keeps the servers up; this keeps `t1 serve` up
   local step_pid='' code=0 tries=0
   trap 'kill -USR1 "$step_pid"; wait "$step_pid"; exit 0' TERM # srun would kill its tasks on TERM, it hands on USR1
-  while ((tries++ < RESTARTS)); do
+  while :; do
     serve "$1" &
     step_pid=$!
     wait "$step_pid"
     code=$?
     ((code > 128)) || break # it ended by itself and has said why
+    ((tries++ < RESTARTS)) || break
     say "the servers on $1 were killed (exit code $code) and are started again"
     sleep 2
   done

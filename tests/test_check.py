@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from megatron_t1 import estimate, lenient
+from megatron_t1 import cli, estimate, lenient
 from megatron_t1.check import Findings, Place, check, layout_of
 from megatron_t1.cli import main
 from megatron_t1.config import Config
@@ -66,6 +66,24 @@ def test_a_good_configuration_has_no_problem(task: Path) -> None:
         "time of a step",
     ):
         assert fact in facts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--scaling.sampling.num_samples", "4", "--evaluate.sampling", "{max_new_tokens: 100}"],  # the rest stays
+        ["--rl.optim.warmup_steps", "3", "--resume", "true", "--model.transformer", "{attention_dropout: 0.0}"],
+        ["--data.system_prompt", "Answer: yes", "--run_dir", "123", "--evaluate.instruction", ""],
+        ["--evaluate.sets", "[math500, 'a.jsonl']", "--rollout.max_model_len", "null", "--rollout.urls=[http://x]"],
+        ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--scaling.budgets", "[1, 2]"],
+    ],
+)
+def test_a_config_is_what_the_job_would_make_of_it(task: Path, options: list[str]) -> None:
+    options = ["--model.hf_path", str(task / "model"), *options]
+    job, *_ = cli._read("rl", options, Config)
+    problems: list[str] = []
+    assert lenient.build(Config, lenient.parse(Config, options)[0], problems) == job
+    assert problems == []
 
 
 def test_every_violation_is_told_at_once(task: Path) -> None:
@@ -149,7 +167,7 @@ def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> N
     cfg, place = at(tmp_path, nodes=4, vllm_nodes=2)
     sizes = estimate.Sizes.of(spec_of(tmp_path))
     assert sizes.total == pytest.approx(32.76e9, rel=1e-3)  # as published
-    layout = layout_of(cfg, "rl", place, {"train": 200})
+    layout = layout_of(cfg, spec_of(tmp_path), "rl", place, {"train": 200})
     assert (layout.tensor, layout.pipeline, layout.data) == (8, 2, 1)
     for stage in (0, 1):
         parts = estimate.stage_memory(sizes, layout, stage)

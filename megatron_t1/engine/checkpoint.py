@@ -144,13 +144,14 @@ def save(
             os.rename(final, final.with_suffix(".replaced.tmp"))
         os.rename(building, final)
         sync_folder(folder)
-        _rotate(folder, cfg)
+        _rotate(folder, final, cfg)
     dist.barrier()
     return final
 
 
-def _rotate(folder: Path, cfg: CheckpointConfig) -> None:
-    checkpoints = finished(folder)
+def _rotate(folder: Path, newest: Path, cfg: CheckpointConfig) -> None:
+    # Later ones were damaged and passed over by `resume`: they may not take the place of a good one.
+    checkpoints = [path for path in finished(folder) if path.name <= newest.name]
     by_score = sorted(checkpoints, key=lambda path: (_state(path).get("score", -math.inf), path), reverse=True)
     staying = {*checkpoints[-cfg.keep :], *by_score[: cfg.keep_best]}
     for path in checkpoints:

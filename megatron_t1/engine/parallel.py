@@ -26,8 +26,8 @@ class ParallelConfig:
     """How the trainer's processes share the model and the data. Data parallelism is what is left of the world."""
 
     nproc_per_node: int = 0
-    """Trainer processes on this machine when `t1` starts them itself (0: one a GPU, or one on a CPU). Ignored under
-    torchrun or srun, which have started them already."""
+    """Trainer processes on this machine when `t1` starts them itself (0: one a GPU; on a CPU as few as the layout
+    takes). Ignored under torchrun or srun, which have started them already."""
     tensor: int = 1
     """Tensor-parallel size."""
     pipeline: int = 1

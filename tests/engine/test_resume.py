@@ -162,9 +162,12 @@ def test_the_newest_and_the_best_stay(tmp_path):
         folder = tmp_path / f"step_{step:08d}"
         folder.mkdir()
         (folder / "state.json").write_text(json.dumps({"step": step, "score": score}))
-        _rotate(tmp_path, CheckpointConfig(keep=2, keep_best=1))
+        _rotate(tmp_path, folder, CheckpointConfig(keep=2, keep_best=1))
     assert [int(path.name[5:]) for path in finished(tmp_path)] == [2, 4, 5]
-    _rotate(tmp_path, CheckpointConfig(keep=1, keep_best=0))
+    # After a resume from step 2 (4 and 5 were damaged) the next one is of step 3; the later ones count for nothing.
+    _rotate(tmp_path, tmp_path / "step_00000003", CheckpointConfig(keep=1, keep_best=0))
+    assert [int(path.name[5:]) for path in finished(tmp_path)] == [2, 4, 5]
+    _rotate(tmp_path, folder, CheckpointConfig(keep=1, keep_best=0))
     assert [int(path.name[5:]) for path in finished(tmp_path)] == [5]
     assert len(list(tmp_path.iterdir())) == 1
 
