@@ -30,9 +30,9 @@ from megatron_t1.engine.parallel import ParallelConfig, initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_jsonl
 from megatron_t1.rollout.endpoint import Server, ServerError
+from megatron_t1.rollout.registry import REMOTE_KEY_ENV, read_key
 from megatron_t1.weights.torch_dist import is_torch_dist
 
-KEY_ENV = "T1_SERVER_KEY"
 _REQUEST_TIMEOUT_S = 600.0
 _CONTEXT_TOKENS = 8  # shown before a token
 
@@ -175,7 +175,7 @@ def _by_transformers(engine: ForwardEngine, texts: list[Sequence], device: torch
 
 
 def _server(cfg: LogprobsConfig) -> Server:
-    key = Path(cfg.key_file).read_text().strip() if cfg.key_file else os.environ.get(KEY_ENV, "")
+    key = read_key(Path(cfg.key_file)) if cfg.key_file else os.environ.get(REMOTE_KEY_ENV, "")
     assert cfg.against
     return Server(url=cfg.against.rstrip("/"), key=key)
 

@@ -82,6 +82,7 @@ def test_pp2_against_a_running_server_and_a_wrong_weight_found(tiny_dir, texts, 
         sync.push(version=sync.next_version())
     key_file = tmp_path / "key"
     key_file.write_text(server.all[0].key)
+    key_file.chmod(0o600)
     out = tmp_path / "out.jsonl"
     against = ("--input", texts, "--against", server.all[0].url, "--key_file", key_file)
     output = logprobs(tiny_dir, *against, "--output", out, "--parallel.pipeline", 2)

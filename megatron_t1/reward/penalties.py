@@ -42,7 +42,7 @@ class PenaltyConfig:
     """Repetition: length in tokens of the n-grams counted for `max_ngram_repeats`."""
     max_ngram_repeats: int = 0
     """Repetition: times one n-gram of tokens may occur; 0 switches this off. For tiny models with short answers (3);
-    long honest reasoning repeats n-grams often."""
+    long honest reasoning repeats n-grams often. It counts where token ids are known: samples of our own servers."""
     max_garbled_chars: int = 4
     """Garbled: replacement, control, private or unassigned characters allowed."""
     max_letters_without_space: int = 300

@@ -57,7 +57,6 @@ class RolloutClient:
         *,
         seed: int,
         bank: StepBank | None = None,
-        progress: bool = False,
     ) -> list[Group]:
         """`sampling.num_samples` samples of every prompt, graded by `score` when given; order as asked.
 
@@ -66,7 +65,7 @@ class RolloutClient:
         samples a request carries. Raises ServerError when no server is left, ValueError when a prompt does not fit.
         """
         requests = self._requests(_labelled(prompts), sampling, *_counts_and_seeds(len(prompts), sampling, seed))
-        samples = self._run(self._ask_all(requests, prompts, score, bank, progress))
+        samples = self._run(self._ask_all(requests, prompts, score, bank, show=True))
         return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples, strict=True)]
 
     def complete_tokens(
@@ -75,12 +74,11 @@ class RolloutClient:
         sampling: SamplingConfig,
         *,
         seed: int,
-        progress: bool = False,
     ) -> list[list[Sample]]:
         """`sampling.num_samples` continuations of every token prefix, as they are (no chat template)."""
         labelled = [(f"prefix {i}", [int(t) for t in ids]) for i, ids in enumerate(token_ids)]
         requests = self._requests(labelled, sampling, *_counts_and_seeds(len(labelled), sampling, seed))
-        return self._run(self._ask_all(requests, None, None, None, progress))
+        return self._run(self._ask_all(requests, None, None, None))
 
     def generate_each(
         self,
@@ -97,7 +95,7 @@ class RolloutClient:
         kept here. Raises as `generate` does.
         """
         requests = self._requests(_labelled(prompts), sampling, counts, seeds)
-        self._run(self._ask_all(requests, prompts, score, None, False, on_done))
+        self._run(self._ask_all(requests, prompts, score, None, on_done))
 
     def check_logprob_contract(self, token_ids: Sequence[int] = (0, 1, 2)) -> None:
         """Raises ServerError when a server returns logprobs from before the temperature.
@@ -162,12 +160,13 @@ class RolloutClient:
         prompts: Sequence[Prompt] | None,
         score: Score | None,
         bank: StepBank | None,
-        progress: bool,
         on_done: Callable[[int, int, list[Sample]], None] | None = None,
+        show: bool = False,
     ) -> list[list[Sample]]:
+        """`show`: a progress bar while it lasts, where a person looks on."""
         total = sum(request.count for group in requests for request in group)
         unanswered: list[NoServerLeftError] = []
-        with tqdm(total=total, desc="generate", unit="sample", disable=not progress, leave=False) as bar:
+        with tqdm(total=total, desc="generate", unit="sample", disable=None if show else True, leave=False) as bar:
 
             async def one(i: int, request: Request) -> list[Sample]:
                 samples = bank.find(request.token_ids, request.seed, request.count) if bank else None

@@ -18,6 +18,8 @@ from megatron_t1.files import write_json
 from megatron_t1.rollout.endpoint import ServerError
 
 KEY_FILE = "server_key"
+REMOTE_KEY_ENV = "T1_SERVER_KEY"
+"""Holds the key of servers that were started elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

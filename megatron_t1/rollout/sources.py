@@ -18,9 +18,7 @@ from urllib.parse import urlsplit
 from megatron_t1.rollout.config import RolloutConfig, Transport
 from megatron_t1.rollout.endpoint import Server, ServerError
 from megatron_t1.rollout.process import end_group, launch, own_address, reserve_port, signal_group
-from megatron_t1.rollout.registry import KEY_FILE, Entry, Registry, new_key, read_key, shared_key
-
-REMOTE_KEY_ENV = "T1_SERVER_KEY"
+from megatron_t1.rollout.registry import KEY_FILE, REMOTE_KEY_ENV, Entry, Registry, new_key, read_key, shared_key
 
 
 class Source(Protocol):
