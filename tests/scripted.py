@@ -53,7 +53,7 @@ class ScriptedEndpoint:
         if text == "REFUSE":
             return web.json_response({"error": "this is too long"}, status=400)
         message = {"role": "assistant", "content": text}
-        usage = {"prompt_tokens": len(name) // 4, "completion_tokens": len(text) // 4 + 1}
+        usage = {"prompt_tokens": len(name) // 4, "completion_tokens": len(text) // 4 + 1 if text else 0}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         return web.json_response({"choices": [choice], "usage": usage})
 
