@@ -35,6 +35,8 @@ TASKS_AHEAD = 32
 SUSPECT_CPU_S = 0.05
 """The slowest honest answer known needs 0.015 s."""
 MAX_WAIT_S = 5.0
+QUIET_S = 0.2
+"""So long nothing may have waited before the slow lane runs: who submits may just be slower than the graders."""
 MAX_SUSPECTS = 64
 """More leave no room for the fast lane: each is a process of its own."""
 MIN_STALL_S, STALL_FACTOR = 60.0, 30
@@ -69,6 +71,8 @@ class Pool:
         self._slow: list[Grader] = []
         self._patient: deque[Job] = deque()
         """For the slow lane."""
+        self._busy_at = 0.0
+        """When the fast lane had work last."""
         self._slow_running = 0
         """Graders of the slow lane that may run now."""
         self._failed_starts = 0
@@ -258,10 +262,13 @@ class Pool:
                 job = grader.jobs.popleft()
                 self._retry(grader.jobs)  # those behind it: the grader is dropped before it comes to them
                 grader.jobs.append(job)
-        self._slow_running = self._num_workers
+        now = time.monotonic()
         if self._waiting or any(g.jobs for g in self._fast):
+            self._busy_at = now
+        self._slow_running = self._num_workers
+        if now - self._busy_at < QUIET_S:
             since = [g.started for g in self._slow] + [job.patient_since or 0.0 for job in self._patient]
-            self._slow_running = int(any(time.monotonic() - each > MAX_WAIT_S for each in since))
+            self._slow_running = int(any(now - each > MAX_WAIT_S for each in since))
         self._slow.sort(key=Grader.used_cpu_s)  # so that what ends soon does not wait for bombs
         for i, grader in enumerate(self._slow):
             grader.stop(i >= self._slow_running)
