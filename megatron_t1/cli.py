@@ -80,64 +80,14 @@ def _stop_on_signals() -> None:
         signal.signal(number, signal.default_int_handler)
 
 
-def _parser(command: str) -> Any:
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help
-    parser = ArgumentParser(prog=f"t1 {command}", description=_line_of(command), exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    return parser
-
-
 def _line_of(command: str) -> str:
     return next(line.strip()[len(command) :].strip() for line in USAGE.splitlines() if line.split()[:1] == [command])
 
 
 def _read(command: str, arguments: list[str], cls: Any, *extra: tuple[str, str, str]) -> tuple[Any, Any, str]:
-    """The config object, the namespace with what `extra` (name, default, help) asked for, and all of it as YAML.
+    from megatron_t1.arguments import read
 
-    Raises:
-        ValueError: everything that is wrong with the arguments.
-    """
-    from jsonargparse import ArgumentError
-
-    from megatron_t1 import lenient
-
-    parser = _parser(command)
-    for name, default, text in extra:
-        parser.add_argument(f"--{name}", type=str, default=default, help=text)
-    parser.add_class_arguments(cls)
-    arguments = _resume_in_full(arguments)
-    try:
-        parsed = parser.parse_args(arguments)
-    except ArgumentError as error:  # the first one; a person wants all of them
-        values, problems = lenient.parse(cls, _without([f"--{name}" for name, *_ in extra], arguments))
-        lenient.build(cls, values, problems)
-        raise ValueError("\n".join(problems) or str(error)) from None
-    namespace = parser.instantiate_classes(parsed)
-    fields = {name: getattr(namespace, name) for name in cls.__dataclass_fields__}
-    if "resume" in parsed:
-        parsed.resume = False  # whoever reads this file later says so again
-    return cls(**fields), namespace, parser.dump(parsed)
-
-
-def _resume_in_full(arguments: list[str]) -> list[str]:
-    """`--resume` alone means true."""
-    words: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        words.append("--resume=true" if word == "--resume" and following not in ("true", "false") else word)
-    return words
-
-
-def _without(names: list[str], arguments: list[str]) -> list[str]:
-    """The arguments but these options and their values."""
-    words, rest = iter(arguments), []
-    for word in words:
-        if word in names:
-            next(words, None)
-        elif word.partition("=")[0] not in names:
-            rest.append(word)
-    return rest
+    return read(f"t1 {command}", _line_of(command), arguments, cls, *extra)
 
 
 def _on_ranks(parallel: Any, command: str, arguments: list[str]) -> int:
@@ -221,14 +171,11 @@ def _serve(arguments: list[str]) -> int:
     return 0
 
 
-def _two_words(name: str, option: str) -> list[str]:
-    return [name, option.removeprefix(f"{name}=")] if option.startswith(f"{name}=") else [option]
-
-
 def _check(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
     from megatron_t1 import lenient
+    from megatron_t1.arguments import in_full
     from megatron_t1.check import Findings, Place, check
     from megatron_t1.config import Config
     from megatron_t1.dry_run import dry_run
@@ -248,7 +195,7 @@ def _check(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
     asked, options = parser.parse_known_args(arguments)
-    options = [word for option in _resume_in_full(options) for word in _two_words("--config", option)]
+    options = in_full(options)
     if asked.command == "evaluate":
         options = ["--model.hf_path=", *options]  # as `t1 evaluate` has it
     found = Findings()
