@@ -15,7 +15,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -38,11 +39,11 @@ def measured(client: str, url: str, key_file: str, model: str, num_requests: int
         if count in (num_requests // 5, num_requests):
             rss.append(me.memory_info().rss / 2**20)
 
-    run = {CLIENTS[0]: _servers, CLIENTS[1]: _chat, CLIENTS[2]: _openai}[client](url, key_file, model, num_requests)
-    run(10, lambda count: None)  # connections, imports, the template: once for all
-    before = sum(me.cpu_times()[:2])
-    run(num_requests, done)
-    return {"cpu_s": sum(me.cpu_times()[:2]) - before, "rss_fifth_mb": rss[0], "rss_end_mb": rss[1]}
+    with {CLIENTS[0]: _servers, CLIENTS[1]: _chat, CLIENTS[2]: _openai}[client](url, key_file, model) as run:
+        run(10, lambda count: None)  # connections, imports, the template: once for all
+        before = sum(me.cpu_times()[:2])
+        run(num_requests, done)
+        return {"cpu_s": sum(me.cpu_times()[:2]) - before, "rss_fifth_mb": rss[0], "rss_end_mb": rss[1]}
 
 
 Run = Callable[[int, Callable[[int], None]], None]
@@ -87,31 +88,38 @@ class _NoGrader:
         return Reward(value=0.0, correct=False, outcome="wrong", extracted=None, reason="")
 
 
-def _servers(url: str, key_file: str, model: str, num_requests: int) -> Run:
-    from megatron_t1.actors import Actors
+@contextmanager
+def _servers(url: str, key_file: str, model: str) -> Iterator[Run]:
+    from megatron_t1.actors import Actors, open_actors
+    from megatron_t1.config import Config
     from megatron_t1.data.template import Template
-    from megatron_t1.models import spec_of
-    from megatron_t1.rollout.client import RolloutClient
+    from megatron_t1.engine.model import ModelConfig
     from megatron_t1.rollout.config import RolloutConfig
-    from megatron_t1.rollout.server import Servers
     from megatron_t1.samplers import ServerSampler
 
     template = Template(Path(model))
-    servers = Servers(RolloutConfig(urls=(url,), key_file=key_file), model, tempfile.gettempdir()).start().wait_ready()
-    client = RolloutClient(servers, template.tokenizer, vocab_size=spec_of(Path(model)).vocab_size)
-    return _sampler_run(ServerSampler(Actors(servers, client, _NoGrader()), template))  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as run_dir:
+        rollout = RolloutConfig(urls=(url,), key_file=key_file)
+        cfg = Config(run_dir=run_dir, model=ModelConfig(hf_path=model), rollout=rollout)
+        with open_actors(cfg, template) as actors:
+            actors.servers.wait_ready()
+            yield _sampler_run(ServerSampler(Actors(actors.servers, actors.client, _NoGrader()), template))
 
 
-def _chat(url: str, key_file: str, model: str, num_requests: int) -> Run:
+@contextmanager
+def _chat(url: str, key_file: str, model: str) -> Iterator[Run]:
     from megatron_t1.rollout.chat import EndpointConfig
     from megatron_t1.samplers import EndpointSampler
 
-    return _sampler_run(EndpointSampler(EndpointConfig(urls=(url,), key_file=key_file), _NoGrader()))  # type: ignore[arg-type]
+    yield _sampler_run(EndpointSampler(EndpointConfig(urls=(url,), key_file=key_file), _NoGrader()))
 
 
-def _openai(url: str, key_file: str, model: str, num_requests: int) -> Run:
+@contextmanager
+def _openai(url: str, key_file: str, model: str) -> Iterator[Run]:
     import httpx
     from openai import AsyncOpenAI
+
+    from megatron_t1.rollout.chat import run_workers
 
     async def main(count: int, done: Callable[[int], None]) -> None:
         limits = httpx.Limits(max_connections=1024, max_keepalive_connections=1024)
@@ -128,10 +136,9 @@ def _openai(url: str, key_file: str, model: str, num_requests: int) -> Run:
                     finished += 1
                     done(finished)
 
-            workers: list[Awaitable[None]] = [work() for _ in range(1024)]
-            await asyncio.gather(*workers)
+            await run_workers(1024, work)
 
-    return lambda count, done: asyncio.run(main(count, done))
+    yield lambda count, done: asyncio.run(main(count, done))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.bank import StepBank
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.heap import frozen_heap
 from megatron_t1.rollout.server import Servers
 from megatron_t1.types import Group, Prompt
 
@@ -52,4 +53,5 @@ def open_actors(cfg: Config, template: Template) -> Iterator[Actors]:
         servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir)).start()
         vocab_size = spec_of(model_dir).vocab_size
         client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size))
+        stack.enter_context(frozen_heap())
         yield Actors(servers, client, scorer)

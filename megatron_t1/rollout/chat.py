@@ -27,6 +27,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_t1.rollout.heap import frozen_heap
 from megatron_t1.types import FinishReason
 
 Message = dict[str, str]
@@ -256,9 +257,10 @@ class ChatEndpoint:
 async def run_workers(count: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """`count` workers at the same time; the first error ends the others and is raised as it is."""
     try:
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(count):
-                tasks.create_task(work())
+        with frozen_heap():
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(count):
+                    tasks.create_task(work())
     except BaseExceptionGroup as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):

@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import aiohttp
+import msgspec
 from tqdm import tqdm
 
 from megatron_t1.rollout.bank import StepBank
@@ -205,8 +205,8 @@ class RolloutClient:
             server = await self._take(request.count)
             held = server.version
             try:
-                reply = await self._post(server, _body(request))
-                return samples_of(reply, server, request, held, self.tokenizer, self.vocab_size)
+                raw = await self._post(server, _body(request))
+                return samples_of(raw, server, request, held, self.tokenizer, self.vocab_size)
             except AbortedError:
                 continue  # a push made room for itself; the same seed is asked again
             except RestartedError as error:
@@ -247,12 +247,13 @@ class RolloutClient:
             else:
                 self._room.notify_all()
 
-    async def _post(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, server: Server, body: dict[str, Any]) -> bytes:
         session = self._sessions.get(server.url)
         if session is None or session.closed:
             session = self._sessions[server.url] = aiohttp.ClientSession(
                 headers=server.headers,
                 connector=aiohttp.TCPConnector(limit=0),
+                json_serialize_bytes=msgspec.json.encode,
                 timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s, sock_connect=10),
             )
         async with session.post(server.url + "/inference/v1/generate", json=body) as response:
@@ -260,14 +261,7 @@ class RolloutClient:
                 raise aiohttp.ClientError(f"{response.status}: {(await response.text())[:500]}")
             if response.status != 200:
                 raise ServerError(f"server {server.name} refused: {response.status}: {(await response.text())[:2000]}")
-            raw = await response.read()
-        try:
-            reply = json.loads(raw)
-        except ValueError:
-            raise ServerError(f"server {server.name} answered no JSON: {raw[:200]!r}") from None
-        if not isinstance(reply, dict) or not isinstance(reply.get("choices"), list):
-            raise ServerError(f"server {server.name} answered without choices: {raw[:200]!r}")
-        return reply
+            return await response.read()
 
     async def _check_contract(self, token_ids: list[int]) -> None:
         for server in self.servers.usable():
@@ -276,9 +270,9 @@ class RolloutClient:
                 sampling = SamplingConfig(temperature=temperature, num_samples=1, max_new_tokens=1)
                 body = _body(Request("contract", token_ids, 1, 0, sampling))
                 body["sampling_params"]["logprobs"] = 10
-                reply = await self._post(server, body)
+                raw = await self._post(server, body)
                 try:
-                    top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+                    top = msgspec.json.decode(raw)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
                     found.append({int(entry["token_id"]): float(entry["logprob"]) for entry in top})
                 except (KeyError, IndexError, TypeError, ValueError) as error:
                     raise ServerError(f"server {server.name} returned no top logprobs: {error!r}") from None

@@ -1,10 +1,14 @@
-"""What a server answered, as samples. Replies are other people's data: every type, length and range is checked."""
+"""What a server answered, as samples. Replies are other people's data: every type, length and range is checked.
+
+msgspec reads them: what a sample needs and nothing else, with its types, in a tenth of the time of the json module.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import msgspec
 import numpy as np
 
 from megatron_t1.rollout.config import SamplingConfig
@@ -37,62 +41,90 @@ class RestartedError(Exception):
     """The server answered with older weights than it held when it was asked."""
 
 
+class _TokenLogprob(msgspec.Struct):
+    token_id: int
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_TokenLogprob]
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    finish_reason: Literal["stop", "length", "abort"]
+    token_ids: list[int]
+    logprobs: _Logprobs
+    weight_versions: list[_Span]
+
+
+class _Reply(msgspec.Struct):
+    choices: list[_Choice]
+
+
+_DECODER = msgspec.json.Decoder(_Reply)
+
+
 def samples_of(
-    reply: dict[str, Any], server: Server, request: Request, held: int, tokenizer: Tokenizer, vocab_size: int
+    raw: bytes, server: Server, request: Request, held: int, tokenizer: Tokenizer, vocab_size: int
 ) -> list[Sample]:
-    """The samples in the reply of a server that held version `held` when it was asked.
+    """The samples in the JSON reply of a server that held version `held` when it was asked.
 
     Raises:
         ServerError: a reply that is not what was asked for; it names the server.
         AbortedError: a push cut the request short.
         RestartedError: the server lost its weights meanwhile.
     """
-    choices = reply["choices"]
-    if len(choices) != request.count:
-        raise ServerError(f"server {server.name}: {len(choices)} samples for {request.label}, not {request.count}")
     try:
-        choices = sorted(choices, key=lambda choice: choice["index"])
+        choices = sorted(_DECODER.decode(raw).choices, key=lambda choice: choice.index)
+        if len(choices) != request.count:
+            raise ValueError(f"{len(choices)} samples, not {request.count}")
         return [_sample(choice, server, request, held, tokenizer, vocab_size) for choice in choices]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ServerError(f"server {server.name}: unreadable sample for {request.label}: {error!r}") from None
+    except (ValueError, OverflowError) as error:  # msgspec's are ValueErrors, and name the field
+        raise ServerError(
+            f"server {server.name}: unreadable reply for {request.label}: {error}; it begins {raw[:100]!r}"
+        ) from None
 
 
 def _sample(
-    choice: dict[str, Any], server: Server, request: Request, held: int, tokenizer: Tokenizer, vocab_size: int
+    choice: _Choice, server: Server, request: Request, held: int, tokenizer: Tokenizer, vocab_size: int
 ) -> Sample:
-    if choice["finish_reason"] == "abort":
+    if choice.finish_reason == "abort":
         raise AbortedError
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise ValueError(f"finish_reason is {choice['finish_reason']!r}")
-    content = choice["logprobs"]["content"]
-    token_ids = np.array(choice["token_ids"], dtype=np.int64)
-    logprobs = np.array([entry["logprob"] for entry in content], dtype=np.float32)
-    scored_ids = [entry["token_id"] for entry in content]
+    content = choice.logprobs.content
+    token_ids = np.array(choice.token_ids, dtype=np.int64)
+    logprobs = np.array([entry.logprob for entry in content], dtype=np.float32)
     count = len(token_ids)
-    if token_ids.ndim != 1 or not 0 < count <= request.sampling.max_new_tokens:
-        raise ValueError(f"token_ids has shape {token_ids.shape}, limit {request.sampling.max_new_tokens}")
+    if not 0 < count <= request.sampling.max_new_tokens:
+        raise ValueError(f"{count} tokens, not 1 to {request.sampling.max_new_tokens}")
     if token_ids.min() < 0 or token_ids.max() >= vocab_size:
         raise ValueError(f"a token id is outside the vocabulary of {vocab_size}")
-    if scored_ids != choice["token_ids"]:
+    if [entry.token_id for entry in content] != choice.token_ids:
         raise ValueError(f"{len(content)} logprobs for {count} tokens, or of other tokens")
     if not np.isfinite(logprobs).all() or logprobs.max() > 1e-4:
         raise ValueError("a logprob is not a finite number at or below 0")
     return Sample(
         token_ids=token_ids,
         logprobs=logprobs,
-        text=tokenizer.decode(token_ids.tolist(), skip_special_tokens=True),
-        finish_reason=choice["finish_reason"],
-        weight_versions=_versions(server, choice["weight_versions"], count, held),
+        text=tokenizer.decode(choice.token_ids, skip_special_tokens=True),
+        finish_reason=choice.finish_reason,
+        weight_versions=_versions(server, choice.weight_versions, count, held),
         server=server.url,
     )
 
 
-def _versions(server: Server, spans: list[dict[str, Any]], count: int, held: int) -> tuple[tuple[int, int, int], ...]:
+def _versions(server: Server, spans: list[_Span], count: int, held: int) -> tuple[tuple[int, int, int], ...]:
     """(version, start, end) spans, which must cover all tokens.
 
     The last token must come from the weights that the server held when it was asked, or from a push since.
     """
-    result = tuple((parse_version(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
+    result = tuple((parse_version(span.version), span.start, span.end) for span in spans)
     bounds = [0, *(end for _, _, end in result)]
     if [start for _, start, _ in result] != bounds[:-1] or bounds[-1] != count:
         raise ValueError(f"weight_versions {result} do not cover {count} tokens")
