@@ -26,11 +26,11 @@ def read(
     arguments = in_full(arguments)
     try:
         parsed = parser.parse_args(arguments)
-    except ArgumentError as error:  # the first one; a person wants all of them
+        namespace = parser.instantiate_classes(parsed)
+    except (ArgumentError, ValueError) as error:  # the first one; a person wants all of them
         values, problems = lenient.parse(cls, _without([f"--{name}" for name, *_ in extra], arguments))
         lenient.build(cls, values, problems)
         raise ValueError("\n".join(problems) or str(error)) from None
-    namespace = parser.instantiate_classes(parsed)
     fields = {name: getattr(namespace, name) for name in cls.__dataclass_fields__}
     if "resume" in parsed:
         parsed.resume = False  # whoever reads this file later says so again

@@ -7,6 +7,7 @@ each dataclass is built again without the fields that it complained of.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
@@ -119,12 +120,15 @@ def _construct(
         try:
             return cls(**good) if default is None else replace(default, **good)
         except (ValueError, TypeError) as error:
-            problems.append(str(error))
+            text = str(error)
             # The message names its field first; without it the others can be judged.
-            named = sorted((str(error).find(name), name) for name in good if name in str(error))
-            if not named:
+            place, name = min(((text.find(name), name) for name in good if name in text), default=(-1, ""))
+            if place < 0:
+                problems.append(text)
                 return None
-            del good[named[0][1]]
+            # A class may stand in several sections and does not know in which: the path is put in its place.
+            problems.append(path + text[place:] if re.fullmatch(r"[\w.]*", text[:place]) else text)
+            del good[name]
 
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:

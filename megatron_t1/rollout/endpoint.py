@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_t1.rollout.supervise import ENDED_BY_ITSELF
+
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 65536
 _ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
@@ -52,17 +54,27 @@ class Server:
     def exited(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
+    def was_killed(self) -> bool:
+        """It exited, and not by itself: starting it again may help."""
+        return self.exited() and not "".join(self._log_lines()[-1:]).startswith(ENDED_BY_ITSELF)
+
     def log_tail(self) -> str:
         """Where its log is, the errors in it and its last lines, indented: mostly the last one is the cause."""
         if self.log_path is None or not self.log_path.exists():
             return "    (its log is where it was started)"
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - _LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
+        lines = [line for line in self._log_lines() if not line.startswith(ENDED_BY_ITSELF)]
         # The root cause stands far above the end: the API server prints its own traceback after the engine's.
         early = [line for line in lines[:-_LOG_TAIL_LINES] if _ERROR_LINE.search(line)][:5]
         shown = [*early, "[...]", *lines[-_LOG_TAIL_LINES:]] if early else lines[-_LOG_TAIL_LINES:]
         return "\n".join(f"    {line}" for line in [f"(whole log: {self.log_path})", *shown])
+
+    def _log_lines(self) -> list[str]:
+        """The end of its log."""
+        if self.log_path is None or not self.log_path.exists():
+            return []
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - _LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace").splitlines()
 
     def call(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
         """One blocking call; returns the decoded JSON (None for an empty body).

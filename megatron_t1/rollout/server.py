@@ -10,6 +10,7 @@ import contextlib
 import copy
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ __all__ = ["Server", "ServerError", "Servers", "open_servers", "parse_version"]
 
 _MIN_PATIENCE_S = 120.0
 """For the other servers, once one is there."""
+_MAX_KILLED_STARTS = 3
+"""Times that one server is started again in one wait when something killed it, as a host short of memory would."""
 
 
 class Servers:
@@ -109,6 +112,7 @@ class Servers:
         began = announced = time.monotonic()
         deadline = began + self.cfg.startup_timeout_s
         some_alive = False
+        killed: Counter[int] = Counter()
         while True:
             self.poll()
             if self.cfg.await_servers and self.alive() and not some_alive:
@@ -117,6 +121,11 @@ class Servers:
                 deadline = min(deadline, began + took + max(took, _MIN_PATIENCE_S))
             if len(self.alive()) >= wanted:
                 break
+            for index, server in enumerate(self.all):
+                if server.was_killed() and killed[index] < _MAX_KILLED_STARTS:
+                    killed[index] += 1
+                    print(f"server {server.name} was killed and is started again", file=sys.stderr, flush=True)
+                    self.all[index] = self._source.again(index, server)
             ended = [server for server in self.all if server.exited()]
             if ended and len(self.all) - len(ended) < wanted:
                 raise ServerError(f"server {ended[0].name} ended while starting. Its log ends:\n{ended[0].log_tail()}")

@@ -15,6 +15,8 @@ import sys
 import time
 
 _PR_SET_PDEATHSIG = 1
+ENDED_BY_ITSELF = "supervisor: the server ended by itself, exit code"
+"""Begins the last line of the log of a server that was not killed; a killed supervisor can't write one."""
 
 
 def _die_with_supervisor() -> None:
@@ -32,8 +34,10 @@ def main() -> None:
     code = child.poll()
     if code is None:
         print("supervisor: who started the server is gone, it is ended", flush=True)
-    elif code < 0:  # else it has said why itself
+    elif code < 0:
         print(f"supervisor: the server was killed by signal {-code}", flush=True)
+    else:
+        print(f"{ENDED_BY_ITSELF} {code}", flush=True)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
@@ -102,6 +103,23 @@ def test_a_server_that_does_not_start_shows_why(tmp_path: Path) -> None:
         assert time.monotonic() - began < 2  # starting does not wait
         with pytest.raises(ServerError, match=r"(?s)ended while starting.*whole log: .*server_0.log.*no_such_model"):
             servers.wait_ready()
+    assert (tmp_path / "logs/server_0.log").read_text().count("ended by itself") == 1, "not started again"
+
+
+def test_a_server_that_is_killed_while_it_starts_is_started_again(
+    tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Servers(RolloutConfig(device="cpu", max_model_len=64), tiny_dir, tmp_path) as servers:
+        supervisor = servers.start().all[0].process
+        assert supervisor is not None
+        victims = psutil.Process(supervisor.pid).children()
+        deadline = time.monotonic() + 60
+        while not victims and time.monotonic() < deadline:
+            victims = psutil.Process(supervisor.pid).children()
+        victims[0].kill()
+        servers.wait_ready()
+        assert len(servers.alive()) == 1
+    assert "was killed and is started again" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

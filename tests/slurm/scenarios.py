@@ -131,14 +131,18 @@ def other_nodes(work: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tune_then_evaluate(work: Path) -> dict[str, Any]:
-    """sft.sh on two nodes, then evaluate.sh of what it made."""
+def tune_train_evaluate(work: Path) -> dict[str, Any]:
+    """sft.sh on two nodes, RL of what it made with a server beside the trainer on both, then evaluate.sh."""
     seen = {}
     job = Job(work, "sft.sh", "--sft.max_steps", 3, "--sft.batch_size", 4, nodes="2", env={"RANKS": 1})
     seen["sft"] = {**job.end(), "text": job.text()}
-    tuned = work / "run/sft/hf"
+    options = ["--parallel.tensor", 1, "--parallel.sequence_parallel", "false", "--rl.steps", 2]
+    env: dict[str, object] = {"RANKS": 1, "MODEL": work / "run/sft/hf", "RUN_DIR": work / "trained"}
+    job = Job(work, "t1_qwen32b.sh", *options, nodes="2", env=env)
+    seen["rl"] = {**job.end(), "text": job.text(), "steps": job.steps()}
     options = ["--evaluate.sampling.max_new_tokens", 24, "--rollout.num_servers", 1]
-    job = Job(work, "evaluate.sh", *options, nodes="1", env={"MODEL": tuned, "RUN_DIR": work / "evaluation"})
+    env = {"MODEL": work / "trained/rl/hf", "RUN_DIR": work / "evaluation"}
+    job = Job(work, "evaluate.sh", *options, nodes="1", env=env)
     seen["evaluate"] = {**job.end(), "text": job.text(), "log": job.log.read_text()}
     return seen | {"left": processes("megatron_t1")}
 
@@ -186,7 +190,7 @@ def wait_until(found: Callable[[], Any]) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    scenario = {f.__name__: f for f in (headers, stop_and_go_on, other_nodes, tune_then_evaluate, clear_errors)}[
+    scenario = {f.__name__: f for f in (headers, stop_and_go_on, other_nodes, tune_train_evaluate, clear_errors)}[
         sys.argv[1]
     ]
     (folder / "seen.json").write_text(json.dumps(scenario(folder), indent=1))

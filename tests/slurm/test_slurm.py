@@ -152,11 +152,16 @@ def test_a_failed_node_leaves_a_job_on_fewer_nodes_and_scancel_ends_it(task: Pat
 
 
 @pytest.mark.timeout(3600)
-def test_fine_tuning_and_evaluation_run(task: Path, tmp_path: Path) -> None:
+def test_fine_tuning_colocated_training_and_evaluation_run(task: Path, tmp_path: Path) -> None:
     shutil.copytree(task, tmp_path / "work")
-    seen = try_out("tune_then_evaluate", 2, tmp_path / "work")
+    seen = try_out("tune_train_evaluate", 2, tmp_path / "work")
     assert seen["sft"]["JobState"] == "COMPLETED", seen["sft"]["text"]
     assert "2 trainer processes" in seen["sft"]["text"]
+    assert seen["rl"]["JobState"] == "COMPLETED", seen["rl"]["text"]
+    assert "rl on n1 n2, 0 of them for vLLM alone" in seen["rl"]["text"]
+    assert seen["rl"]["steps"] == [1, 2]
+    logs = (tmp_path / "work/trained/logs").glob("server_*.log")
+    assert sorted(log.name for log in logs) == ["server_n1_0.log", "server_n2_0.log"]
     assert seen["evaluate"]["JobState"] == "COMPLETED", seen["evaluate"]["text"]
     summary = json.loads((tmp_path / "work/evaluation/evaluate/evaluate/heldout/summary.json").read_text())
     assert summary["num_questions"] == 8
