@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-MAX_TOKENS = 64
+MAX_TOKENS = 160  # as the evaluation of the quickstart asks
 CLIENTS = ("evaluate, our servers", "evaluate, chat endpoint", "openai package, same requests")
 
 
@@ -143,7 +143,7 @@ def _openai(url: str, key_file: str, model: str) -> Iterator[Run]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hugging Face folder; default: the quickstart's, with random weights")
+    parser.add_argument("--model", help="Hugging Face folder; default: the quickstart's model, and one of 3 million")
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -153,36 +153,46 @@ def main() -> None:
         return
 
     from megatron_t1.data.quickstart import QuickstartDataConfig, write
+    from tests.tiny import make_tiny_qwen2
+
+    columns = ("model", "client", "client CPU s", "server CPU s", "ratio", "client ms a request", "server ms")
+    columns = (*columns, "RSS MiB after 1/5", "at the end")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model:
+            compare(args.model, Path(folder), args.requests)
+            return
+        write(QuickstartDataConfig(out=Path(folder), num_sft_samples=1))
+        compare(Path(folder) / "model", Path(folder), args.requests)
+        large = make_tiny_qwen2(Path(folder) / "large", hidden_size=256, intermediate_size=1024, num_layers=3)
+        compare(large, Path(folder), args.requests)
+
+
+def compare(model: str | Path, folder: Path, num_requests: int) -> None:
+    """Prints a row of the table for every client."""
     from megatron_t1.rollout.config import RolloutConfig
     from megatron_t1.rollout.registry import KEY_FILE
     from megatron_t1.rollout.server import open_servers
 
-    with tempfile.TemporaryDirectory() as folder:
-        if args.model is None:
-            write(QuickstartDataConfig(out=Path(folder), num_sft_samples=1))
-        model = args.model or str(Path(folder) / "model")
-        cfg = RolloutConfig(device="cpu", dtype="float32", max_model_len=256, startup_timeout_s=1500)
-        print(
-            "| client | client CPU s | server CPU s | client / server | RSS MiB after 1/5 | at the end |\n"
-            + "|---" * 6
-            + "|"
-        )
-        with open_servers(cfg, model, folder) as servers:
-            server = servers.all[0]
-            assert server.process is not None
-            for client in CLIENTS:
-                before = tree_cpu_s(server.process.pid)
-                command = [sys.executable, "-m", "benchmarks.client", "--requests", str(args.requests)]
-                command += ["--one", client, server.url, str(Path(folder) / KEY_FILE), model]
-                found = json.loads(
-                    subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-                )
-                server_s = tree_cpu_s(server.process.pid) - before
-                print(
-                    f"| {client} | {found['cpu_s']:.2f} | {server_s:.1f} | {100 * found['cpu_s'] / server_s:.1f}% "
-                    f"| {found['rss_fifth_mb']:.0f} | {found['rss_end_mb']:.0f} |",
-                    flush=True,
-                )
+    cfg = RolloutConfig(device="cpu", dtype="float32", max_model_len=256, startup_timeout_s=1500)
+    weights_mb = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e6
+    with open_servers(cfg, model, folder) as servers:
+        server = servers.all[0]
+        assert server.process is not None
+        for client in CLIENTS:
+            before = tree_cpu_s(server.process.pid)
+            command = [sys.executable, "-m", "benchmarks.client", "--requests", str(num_requests)]
+            command += ["--one", client, server.url, str(folder / KEY_FILE), str(model)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            server_s, client_s = tree_cpu_s(server.process.pid) - before, found["cpu_s"]
+            per_request = (1000 * seconds / num_requests for seconds in (client_s, server_s))
+            print(
+                f"| {weights_mb:.1f} MB | {client} | {client_s:.2f} | {server_s:.1f} | {client_s / server_s:.1%} | "
+                + " | ".join(f"{ms:.2f}" for ms in per_request)
+                + f" | {found['rss_fifth_mb']:.0f} | {found['rss_end_mb']:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

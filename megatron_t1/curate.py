@@ -32,6 +32,7 @@ from megatron_t1.reward import extract
 from megatron_t1.reward.normalize import compact, exact_number, normalize
 from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.samplers import sample_seed
 from megatron_t1.types import Prompt, Sample
 from megatron_t1.weights.identity import weights_digest
 
@@ -279,13 +280,9 @@ def sample(cfg: CurateConfig, actors: Actors, prompts: list[Prompt], folder: Pat
             append_jsonl(path, [{"id": fitting[i].id, "pass_rate": sum(correct.pop(i)) / len(graded)}])
             bar.update()
 
-    counts, seeds = [cfg.sampling.num_samples] * len(fitting), [_seed_of(seed, prompt) for prompt in fitting]
+    counts, seeds = [cfg.sampling.num_samples] * len(fitting), [sample_seed(seed, prompt.id) for prompt in fitting]
     actors.client.generate_each(fitting, counts, seeds, cfg.sampling, actors.scorer.score, note)
     bar.close()
-
-
-def _seed_of(seed: int, prompt: Prompt) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {prompt.id}".encode(), digest_size=6).digest())
 
 
 def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Path, str]:

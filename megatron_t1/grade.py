@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.reward.score import RewardConfig, Scorer
-from megatron_t1.types import AnswerMode, Prompt, Reward, Sample
+from megatron_t1.types import AnswerMode, Prompt, Reward, Sample, text_sample
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -62,24 +62,15 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
         raise ValueError(f"mode={mode!r} is not one of {', '.join(get_args(AnswerMode))}")
     if finish_reason not in ("stop", "length"):
         raise ValueError(f"finish_reason={finish_reason!r} is neither stop nor length")
-    nothing = np.zeros(0, dtype=np.int64)
     prompt = Prompt(
         id=str(row["id"]),
         text=str(row.get("question") or ""),
-        token_ids=nothing,
+        token_ids=np.zeros(0, np.int64),
         gold=str(row["gold"]),
         mode=mode,
         choices=tuple(map(str, choices)),
     )
-    sample = Sample(
-        token_ids=nothing,
-        logprobs=np.zeros(0, dtype=np.float32),
-        text="" if row["prediction"] is None else str(row["prediction"]),
-        finish_reason=finish_reason,
-        weight_versions=(),
-        server="",
-    )
-    return prompt, sample
+    return prompt, text_sample("" if row["prediction"] is None else str(row["prediction"]), finish_reason)
 
 
 def _read(path: Path) -> Iterator[tuple[Any, Prompt, Sample]]:

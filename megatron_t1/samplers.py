@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from megatron_t1.actors import Actors
 from megatron_t1.data.prompts import Question, parse_rows
 from megatron_t1.data.template import Template
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.chat import ChatEndpoint, EndpointConfig, RefusedError, run_workers
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.types import FinishReason, Reward, Sample
+from megatron_t1.types import FinishReason, Reward, Sample, text_sample
 
 
 @dataclass(frozen=True)
@@ -159,15 +157,3 @@ class StoredSampler:
         for (question, number), row, reward in zip(wanted, rows, self._scorer.score_iter(pairs), strict=True):
             finish = row.get("finish_reason", "stop")
             on_done(question, number, [Response(row["response"], int(row.get("num_tokens", 0)), finish, reward)])
-
-
-def text_sample(text: str, finish_reason: FinishReason) -> Sample:
-    """A sample of which only the text is known, for the grader."""
-    return Sample(
-        token_ids=np.zeros(0, np.int64),
-        logprobs=np.zeros(0, np.float32),
-        text=text,
-        finish_reason=finish_reason,
-        weight_versions=(),
-        server="",
-    )

@@ -78,6 +78,18 @@ class Sample:
     """Leave-one-out advantage (same for every token of the sample)."""
 
 
+def text_sample(text: str, finish_reason: FinishReason) -> Sample:
+    """A sample of which only the text is known, for the grader."""
+    return Sample(
+        token_ids=np.zeros(0, np.int64),
+        logprobs=np.zeros(0, np.float32),
+        text=text,
+        finish_reason=finish_reason,
+        weight_versions=(),
+        server="",
+    )
+
+
 @dataclass(kw_only=True)
 class Group:
     """All samples of one prompt."""

@@ -14,7 +14,6 @@ def frozen_heap() -> Iterator[None]:
     torch and transformers leave about a million objects that never become garbage; thousands of requests in flight make
     Python walk through them again and again, a third of a client's CPU time (benchmarks/client.md).
     """
-    gc.collect()
     gc.freeze()
     try:
         yield

@@ -22,12 +22,11 @@ from megatron_t1.data.prompts import Question
 from megatron_t1.reward import extract
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.chat import ChatEndpoint, RefusedError, Reply
-from megatron_t1.samplers import text_sample
 from megatron_t1.synthesize.config import SynthesizeConfig
 from megatron_t1.synthesize.filters import chain_is_unfit, question_is_unfit
 from megatron_t1.synthesize.prompts import Message, Prompts, Stage
 from megatron_t1.synthesize.store import Store
-from megatron_t1.types import Reward
+from megatron_t1.types import Reward, text_sample
 
 T = TypeVar("T")
 
