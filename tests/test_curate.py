@@ -25,6 +25,7 @@ from megatron_t1.reward.verify import verify
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
+from megatron_t1.samplers import sample_seed
 from megatron_t1.types import Sample
 
 REWARD = RewardConfig(num_workers=1, penalties=PenaltyConfig(enabled=()))
@@ -128,7 +129,7 @@ def test_pass_rates_are_those_of_the_samples(real: Actors, template: Template, t
     _candidates(tmp_path, 12)
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
     said: list[list[Sample]] = [[] for _ in prompts]
-    seeds = [curate._seed_of(5, prompt) for prompt in prompts]
+    seeds = [sample_seed(5, prompt.id) for prompt in prompts]
     real.client.generate_each(prompts, [4] * 12, seeds, SAMPLING, None, lambda i, _, samples: said[i].extend(samples))
     golds = [next((s.text.strip() for s in samples if s.text.strip()), "7") for samples in said]
     rows = _read(tmp_path / "candidates.jsonl")
