@@ -94,6 +94,7 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         *("--parallel.tensor", 3, "--parallel.pipeline", 4, "--sampling.max_new_tokens", 20000),
         *("--data.train", "nowhere.jsonl", "--rollout.tp", 3, "--model.transformer", "{hidden_size: 3}"),
         *("--rollout.vllm_args", "{logprobs-mode: raw_logprobs}", "--sft", 3),
+        *("--evaluate.sampling.temperature", -1, "--rl.optim.lr", -1, "--reward.deadline_s", 0),
     )
     text = "\n".join(found.problems)
     for problem in (
@@ -114,6 +115,9 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "the servers' context of 1024 tokens is too short",
         "does not fit into a microbatch of 16384",
         "sft = 3 must be a section",
+        "evaluate.sampling.temperature=-1.0: must be 0",
+        "rl.optim.lr = -1.0 must not",
+        "reward.deadline_s=0.0 must",
     ):
         assert problem in text, problem
 
