@@ -3,7 +3,7 @@
 Concurrency, as a contract: any number of `ask` may be awaited on one event loop. At most `max_in_flight` of them are at
 the endpoint; a rate limit (429, 503) halves that number, stops new requests until its Retry-After has passed, and
 answers raise it again one by one. Whatever else may pass by itself (connection errors, timeouts, 5xx, replies that are
-no answer) is asked again with doubling, jittered pauses.
+no answer) is asked again with doubling, jittered pauses. The first failure of each kind is said on stderr.
 
 aiohttp instead of the openai package: that takes more than ten times the CPU a request (benchmarks/client.md), and its
 retries know nothing of the other requests. Left out: streaming.
@@ -17,6 +17,7 @@ import json
 import os
 import random
 import resource
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from tqdm import tqdm
 
 from megatron_t1.rollout.heap import frozen_heap
 from megatron_t1.types import FinishReason
@@ -195,11 +197,12 @@ class ChatEndpoint:
             try:
                 await self._wait_for_hold()
                 self.events["requests"] += 1
-                reply = _parse(await self._post(data), prefill)
+                url = min(self._urls, key=self._busy.__getitem__)
+                reply = _parse(await self._post(url, data), prefill)
                 self._gate.answered()
                 return reply
             except _RateLimitedError as limit:
-                self.events["rate limited"] += 1
+                self._count("rate limited", f"{url}: {limit}; waiting, then with fewer requests at a time")
                 self._gate.limited(asked_at)
                 pause_s = limit.retry_after_s
                 self._hold_until = max(self._hold_until, time.monotonic() + pause_s)
@@ -210,25 +213,29 @@ class ChatEndpoint:
                     ) from None
             except (aiohttp.ClientError, TimeoutError, OSError, _GarbageError) as error:
                 kind = "timeout" if isinstance(error, TimeoutError) else type(error).__name__.strip("_")
-                self.events[kind] += 1
+                reason = str(error) or kind
+                self._count(kind, f"{url}: {reason}; asking again, {self.cfg.max_retries} times a request at most")
                 failures += 1
                 if failures > self.cfg.max_retries:
                     raise NoAnswerError(
-                        f"{self.cfg.model} at {self.cfg.urls[0]}: no answer after {failures} attempts, the last one: "
-                        f"{str(error) or kind}"
+                        f"{self.cfg.model} at {url}: no answer after {failures} attempts, the last one: {reason}"
                     ) from None
                 pause_s = min(_MAX_PAUSE_S, 0.5 * 2**failures)
             finally:
                 self._gate.leave()
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # those that failed together come back apart
 
+    def _count(self, kind: str, told: str) -> None:
+        self.events[kind] += 1
+        if self.events[kind] == 1:
+            tqdm.write(f"{self.cfg.model} at {told} (said once)", file=sys.stderr)
+
     async def _wait_for_hold(self) -> None:
         while (left := self._hold_until - time.monotonic()) > 0:
             await asyncio.sleep(left)
 
-    async def _post(self, data: bytes) -> Any:
+    async def _post(self, url: str, data: bytes) -> Any:
         assert self._session is not None
-        url = min(self._urls, key=self._busy.__getitem__)
         self._busy[url] += 1
         headers = {"Content-Type": "application/json"}
         try:
@@ -244,7 +251,7 @@ class ChatEndpoint:
                 raise _GarbageError(f"a reply that is no JSON: {raw[:100]!r}") from None
         said = f"{status}: {raw[:500].decode(errors='replace')}"
         if status in (429, 503):
-            raise _RateLimitedError(_retry_after_s(response.headers.get("Retry-After")))
+            raise _RateLimitedError(said, _retry_after_s(response.headers.get("Retry-After")))
         if status in (401, 402, 403, 404) or 300 <= status < 400:
             raise EndpointError(
                 f"{self.cfg.model} at {url}: refused with {said}; mend the URL, the model's name or the key"
@@ -269,8 +276,8 @@ async def run_workers(count: int, work: Callable[[], Coroutine[Any, Any, None]])
 
 
 class _RateLimitedError(Exception):
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__(retry_after_s)
+    def __init__(self, said: str, retry_after_s: float) -> None:
+        super().__init__(f"rate limited with {said}")
         self.retry_after_s = retry_after_s
 
 

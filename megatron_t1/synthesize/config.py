@@ -77,7 +77,7 @@ class SynthesizeConfig:
     questions_in_flight: int = 512
     """Questions worked on at the same time, each with several requests."""
     max_failures_in_a_row: int = 20
-    """Stop when so many questions in a row got no answer from an endpoint."""
+    """Stop when so many questions in a row, or all of them, got no answer from an endpoint."""
     num_browse: int = 60
     """Questions shown in browse.html."""
     seed: int = 0

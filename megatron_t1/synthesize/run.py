@@ -41,7 +41,7 @@ def synthesize(cfg: SynthesizeConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: bad questions, prompts, keys or config, before anything is asked.
-        EndpointError: an endpoint can't be used, or many questions in a row got no answer. What came is kept.
+        EndpointError: an endpoint can't be used, or many questions in a row, or all, got no answer. What came is kept.
     """
     out = Path(cfg.out)
     questions = load_set(cfg.questions, seed=cfg.seed, instruction=cfg.instruction)
@@ -81,7 +81,7 @@ async def _run(
     scorer: Scorer,
     store: Store,
 ) -> None:
-    failures_in_a_row = 0
+    failures_in_a_row, most_failures = 0, min(cfg.max_failures_in_a_row, len(questions))
     totals: Counter[str] = Counter()
     async with AsyncExitStack() as stack:
         endpoints = {
@@ -99,10 +99,10 @@ async def _run(
                     failures_in_a_row = 0
                 except NoAnswerError as error:
                     failures_in_a_row += 1
-                    if failures_in_a_row >= cfg.max_failures_in_a_row:
+                    if failures_in_a_row >= most_failures:
                         raise NoAnswerError(
-                            f"{failures_in_a_row} questions in a row got no answer; the last error: {error}\nWhat came "
-                            "is kept: the same command goes on"
+                            f"{failures_in_a_row} of {len(questions)} questions got no answer, one after the other; "
+                            f"the last error: {error}\nWhat came is kept: the same command goes on"
                         ) from None
                     row = _failed_row(question, str(error))
                 store.finish(place, row)

@@ -69,6 +69,17 @@ def test_a_request_that_can_not_be_answered_says_why() -> None:
     assert "no answer after 1 attempts" in str(gone)
 
 
+def test_the_first_failure_of_each_kind_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    gone = EndpointConfig(urls=("http://127.0.0.1:9",), model="M", max_retries=1)
+    ask_all(gone, ["x", "y"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("M at http://127.0.0.1:9/v1/chat/completions: Cannot connect to host")
+    assert "asking again, 1 times a request at most" in line
+    with serving(ScriptedEndpoint(echo, delay_s=2.0)) as server:
+        ask_all(EndpointConfig(urls=(server.url,), timeout_s=0.2, max_retries=0), ["x"])
+    assert f"policy at {server.url}/v1/chat/completions: timeout" in capsys.readouterr().err
+
+
 def test_the_key_comes_from_a_private_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "key"
     path.write_text("secret\n")

@@ -190,8 +190,12 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_files(
 def test_a_dead_endpoint_stops_the_run_and_a_wrong_key_at_once(questions: Path, tmp_path: Path) -> None:
     gone = EndpointConfig(urls=("http://127.0.0.1:9",), max_retries=0)
     cfg = config(questions, tmp_path / "out", "http://unused", endpoints={"gone": gone}, max_failures_in_a_row=5)
-    with pytest.raises(EndpointError, match="5 questions in a row got no answer"):
+    with pytest.raises(EndpointError, match=r"^5 of 60 questions got no answer.*Cannot connect"):
         synthesize(cfg)
+    few = replace(cfg, max_failures_in_a_row=61)
+    with pytest.raises(EndpointError, match=r"^60 of 60 questions got no answer.*Cannot connect"):
+        synthesize(few)
+    assert not (tmp_path / "out/sft.jsonl").exists()
     with serving(ScriptedEndpoint(solver, key="secret")) as server:
         with pytest.raises(EndpointError, match="401"):
             synthesize(config(questions, tmp_path / "out", server.url))
