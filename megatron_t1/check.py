@@ -25,6 +25,8 @@ from megatron_t1.engine.model import check_divisible
 from megatron_t1.lengths import context_needs, too_long
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
+from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
+from megatron_t1.weights.torch_dist import is_torch_dist
 
 _LINES_READ = 200
 """Of each data file."""
@@ -102,15 +104,19 @@ def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
     if place.vllm_nodes and command == "run":
         found.problems.append("t1 run starts its servers where it trains: leave out --vllm_nodes, or use t1 rl")
     if command == "evaluate" and not cfg.model.hf_path:
-        if not (cfg.evaluate.endpoint.urls or cfg.evaluate.responses):
-            found.problems.append("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
+        _elsewhere(cfg, found)
         return found
-    model_dir = Path(cfg.model.hf_path)
     try:
+        model_dir = cfg.model.folder()
         spec = spec_of(model_dir)
     except ValueError as error:
         found.problems.append(str(error))
         return found
+    try:
+        if not is_torch_dist(model_dir):
+            HFFolder(model_dir)
+    except CheckpointError as error:
+        found.problems.append(str(error))
     trains, samples = command in ("sft", "rl", "run"), command != "sft"
     template = _tokens(model_dir, spec, found)
     if trains:
@@ -124,6 +130,28 @@ def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
     if trains:
         _needs(cfg, spec, command, place, longest, found)
     return found
+
+
+def _elsewhere(cfg: Config, found: Findings) -> None:
+    """An evaluation without a model folder: of an endpoint or of stored responses."""
+    own = cfg.evaluate
+    try:
+        if own.responses and not Path(own.responses).is_file():
+            raise ValueError(f"evaluate.responses = {own.responses} does not exist")
+        if own.endpoint.urls:
+            own.endpoint.key()
+        elif not own.responses:
+            raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
+        for name, questions in own.load(_sets(cfg, "evaluate"), cfg.seed, cfg.data.system_prompt).items():
+            found.facts.append(f"set {name}: {len(questions)} questions")
+    except (ValueError, OSError) as error:
+        found.problems.append(str(error))
+
+
+def _sets(cfg: Config, command: str) -> tuple[str, ...]:
+    """The question sets of an evaluation or of scaling."""
+    named = cfg.evaluate.sets if command == "evaluate" else (cfg.scaling.set,) if cfg.scaling.set else ()
+    return named or (str(cfg.data.need("heldout")),)
 
 
 def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | None:
@@ -164,10 +192,11 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, place: Place, found: Fin
         world % group == 0,
         f"{world} trainer processes do not divide by parallel.tensor x parallel.pipeline = {group}",
     )
+    on_node = world // place.trainer_nodes(command)
     found.should(
-        parallel.tensor <= place.gpus_per_node,
-        f"parallel.tensor = {parallel.tensor} reaches over nodes of {place.gpus_per_node} GPUs: slow; use "
-        "parallel.pipeline",
+        parallel.tensor <= on_node,
+        f"parallel.tensor = {parallel.tensor} reaches over nodes of {on_node} trainer processes: slow; lower it and "
+        "raise parallel.pipeline",
     )
     if clash := sorted(set(cfg.model.transformer) & set(spec.transformer)):
         found.problems.append(
@@ -222,10 +251,9 @@ def _data(cfg: Config, command: str, template: Template, found: Findings) -> dic
     needed = {"sft": ["sft"], "rl": ["train"], "run": ["sft", "train", "heldout"]}.get(command, [])
     longest: dict[str, int] = {}
     if command in ("evaluate", "scaling"):
-        named = cfg.evaluate.sets if command == "evaluate" else (cfg.scaling.set,) if cfg.scaling.set else ()
         try:
-            sets = named or (str(cfg.data.need("heldout")),)
-            for name, questions in cfg.evaluate.load(sets, cfg.seed, cfg.data.system_prompt).items():
+            sets = cfg.evaluate.load(_sets(cfg, command), cfg.seed, cfg.data.system_prompt)
+            for name, questions in sets.items():
                 tokens = max(len(question.prompt(template).token_ids) for question in questions)
                 longest["heldout"] = max(tokens, longest.get("heldout", 0))
                 found.facts.append(f"set {name}: {len(questions)} questions; the longest: {tokens} tokens")

@@ -105,11 +105,7 @@ def _trainer_job(command: str) -> Callable[[list[str]], int]:
         from megatron_t1.files import write_text
 
         cfg, _, text = _read(command, arguments, Config)
-        if not (Path(cfg.model.hf_path) / "config.json").is_file():
-            raise ValueError(
-                f"model.hf_path = {cfg.model.hf_path}: not a folder with a config.json; a model of the Hugging Face "
-                "hub is brought here by `hf download NAME --local-dir FOLDER`"
-            )
+        cfg.model.folder()  # refused before processes start
         if "RANK" not in os.environ:
             return _on_ranks(cfg.parallel, command, arguments)
         if os.environ["RANK"] == "0":
@@ -142,6 +138,7 @@ def _sync_check(arguments: list[str]) -> int:
     from megatron_t1.config import Config
 
     cfg, *_ = _read("sync-check", arguments, Config)
+    cfg.model.folder()
     if "RANK" not in os.environ:
         return _on_ranks(cfg.parallel, "sync-check", arguments)
     from megatron_t1 import pipeline
@@ -167,7 +164,7 @@ def _serve(arguments: list[str]) -> int:
     _stop_on_signals()
     rollout = replace(cfg.rollout, urls=(), await_servers=0)  # what trainers elsewhere are told
     with contextlib.suppress(KeyboardInterrupt):
-        serve(rollout, Path(cfg.model.hf_path), Path(cfg.run_dir), partial(print, flush=True))
+        serve(rollout, cfg.model.folder(), Path(cfg.run_dir), partial(print, flush=True))
     return 0
 
 
@@ -205,12 +202,8 @@ def _check(arguments: list[str]) -> int:
     if cfg is not None:
         check(cfg, asked.command, place, found)
     print(found.text())
-    if asked.dry_run:
-        print(
-            "the dry run is left out: mend the problems first"
-            if found.problems
-            else dry_run(cfg, asked.command, place, options)
-        )
+    if asked.dry_run and cfg is not None:
+        print(dry_run(cfg, asked.command, place, options))
     return 1 if found.problems else 0
 
 

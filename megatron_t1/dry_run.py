@@ -44,7 +44,7 @@ def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
         raise ValueError(f"slurm/lib.sh refused: {done.stderr or done.stdout}")
     text = done.stdout
     if command != "sft":
-        words = vllm_command(cfg.rollout, Path(cfg.model.hf_path), host="NODE", port=0, device="cuda", transport="nccl")
+        words = vllm_command(cfg.rollout, cfg.model.folder(), host="NODE", port=0, device="cuda", transport="nccl")
         text += (
             "\n# each server that `t1 serve` starts on a node, with the key in its environment:\n"
             + shlex.join(words)

@@ -1,7 +1,8 @@
-"""The jobs behind `t1 sft`, `t1 rl`, `t1 evaluate`, `t1 scaling` and `t1 run`: what they bring up, in which order.
+"""The jobs of the `t1` command: what they bring up, in which order.
 
 `run` is the whole of T1 in one job: SFT while the servers start, evaluation, RL, evaluation, inference scaling, report.
-Every job runs on all trainer ranks; what concerns servers, grading and files is rank 0's.
+SFT, RL, `run` and the sync check run on all trainer ranks, where servers, grading and files are rank 0's; evaluation,
+scaling and curation are one process without Megatron.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
         else:
             if not cfg.model.hf_path:
                 raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
-            folder = Path(cfg.model.hf_path)
+            folder = cfg.model.folder()
             template = Template(folder)
             HFFolder(folder)  # whole, or refused before the servers start
             longest = _longest(question.prompt(template) for questions in sets.values() for question in questions)
@@ -128,7 +129,7 @@ def _sets(cfg: Config, names: tuple[str, ...]) -> dict[str, list[Question]]:
 
 def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
-    folder, other = Path(cfg.model.hf_path), cfg.scaling.answer_model
+    folder, other = cfg.model.folder(), cfg.scaling.answer_model
     template = Template(folder)
     HFFolder(folder)  # whole, or refused before the servers start
     answerer = Template(Path(other)) if other else template

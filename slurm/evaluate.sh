@@ -19,5 +19,5 @@ DATA=${DATA:-/path/to/data}          # folder with heldout.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/evaluate} # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml}
 # shellcheck source=slurm/lib.sh
-source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh"
+source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh" || { echo "submit from the project's folder, or set T1_HOME to it"; exit 2; }
 t1_evaluate "$CONFIG" "$@"

@@ -84,6 +84,7 @@ prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what w
   local command=$1 config=$2
   shift 2
   [[ $config = /* ]] || config=$T1_HOME/$config
+  command -v "$T1_PYTHON" >/dev/null || fail 2 "there is no Python at $T1_PYTHON: set T1_PYTHON to that of the environment with megatron_t1's requirements"
   [ -n "$VLLM_TP" ] || VLLM_TP=$(rollout_tp "$config" "$@")
   OPTIONS=(--config "$config" --run_dir "$RUN_DIR" --model.hf_path "$MODEL" "$@" --resume)
   REGISTRY=$RUN_DIR/servers/$SESSION
@@ -96,7 +97,8 @@ prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what w
     read -ra NODES <<<"${T1_NODES:?names of the nodes, with T1_DRY_RUN=1}"
     return
   fi
-  mapfile -t NODES < <(scontrol show hostnames "${SLURM_JOB_NODELIST:?run this with sbatch}")
+  [ -n "${SLURM_JOB_NODELIST:-}" ] || fail 2 "not in a Slurm job: submit this script with sbatch"
+  mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   trap on_usr1 USR1
   say "$command on ${NODES[*]}, $VLLM_NODES of them for vLLM alone, logs in $LOGS"
   mkdir -p "$LOGS" || fail 2 "RUN_DIR=$RUN_DIR can't be made: set it to a folder that all nodes share"
@@ -191,7 +193,7 @@ run_trainer() { # COMMAND RANKS_PER_NODE NODES...
     ((code == 0)) && finish
     [ -n "$ASKED_TO_STOP" ] && requeue
     ((code == STOPPED)) && fail "$code" "the trainer was stopped from outside (scancel?); submit again to go on"
-    ((code > 128)) || fail "$code" "the trainer ended (exit code $code): $(last_words "$LOGS/trainer.log")"
+    ((code > 128)) || fail "$code" "t1 $what ended (exit code $code): $(last_words "$LOGS/trainer.log")"
     [ "$(steps_done)" = "$done_before" ] || restarts=0
     done_before=$(steps_done)
     ((restarts++ < RESTARTS)) || fail "$code" "the trainer was killed or failed $restarts times without a step between: $(last_words "$LOGS/trainer.log")"

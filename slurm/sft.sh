@@ -19,5 +19,5 @@ DATA=${DATA:-/path/to/data}          # folder with sft.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/sft} # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/qwen2.5-32b/sft.yaml}
 # shellcheck source=slurm/lib.sh
-source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh"
+source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh" || { echo "submit from the project's folder, or set T1_HOME to it"; exit 2; }
 t1_sft "$CONFIG" "$@"

@@ -17,7 +17,7 @@
 MODEL=${MODEL:-/path/to/Qwen2.5-32B-sft}     # Hugging Face folder: the fine-tuned model of slurm/sft.sh (RUN_DIR/sft/hf)
 DATA=${DATA:-/path/to/data}          # folder with rl.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/t1-qwen32b} # on a file system that all nodes share
-VLLM_NODES=${VLLM_NODES:-2}             # nodes for vLLM, the others train; 0: every node does both, half of its GPUs each
+VLLM_NODES=${VLLM_NODES:-2}             # nodes for vLLM, the others train; 0: every node does both, VLLM_GPUS of its GPUs for vLLM (half)
 # shellcheck source=slurm/lib.sh
-source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh"
+source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh" || { echo "submit from the project's folder, or set T1_HOME to it"; exit 2; }
 t1_rl examples/qwen2.5-32b/rl.yaml "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -120,6 +121,25 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "reward.deadline_s=0.0 must",
     ):
         assert problem in text, problem
+
+
+def test_missing_weights_a_layout_across_nodes_and_bad_sets_are_told(task: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(task / "model", model)
+    (model / "model.safetensors").unlink()
+    assert any("safetensors" in problem for problem in found_in(task, "--model.hf_path", model).problems)
+    place = Place(nodes=2, gpus_per_node=4)  # half of them for vLLM
+    found = found_in(task, "--parallel.tensor", 4, place=place)
+    assert any("parallel.tensor = 4 reaches over nodes of 2 trainer" in warning for warning in found.warnings)
+    url = ["--evaluate.endpoint.urls", "[http://127.0.0.1:9/v1]"]
+    for options, problem in (
+        ([*url, "--evaluate.sets", "[math50]"], "set 'math50' is none of"),
+        ([*url, "--evaluate.endpoint.key_env", "NO_SUCH_KEY"], "key_env=NO_SUCH_KEY"),
+        (["--evaluate.responses", tmp_path / "none.jsonl"], "none.jsonl does not exist"),
+        ([], "give model.hf_path, evaluate.endpoint.urls or evaluate.responses"),
+    ):
+        found = found_in(task, "--model.hf_path", "", *options, command="evaluate")
+        assert any(problem in text for text in found.problems), found.problems
 
 
 def test_the_named_set_is_looked_for_in_place_of_held_out_questions(task: Path) -> None:

@@ -79,7 +79,12 @@ def load_set(
         raise ValueError(f"{path}: {len(ids) - len(set(ids))} ids are used twice, for example {_twice(ids)!r}")
     if named and named.subset_of_larger and len(questions) > named.size:
         chosen = sorted(random.Random(500).sample(range(len(questions)), named.size))
-        return [questions[i] for i in chosen]
+        questions = [questions[i] for i in chosen]
+    if named and len(questions) != named.size:
+        raise ValueError(
+            f"{path} has {len(questions)} questions, the set {name} has {named.size}: this is another set; give the "
+            "file's path in place of the name"
+        )
     return questions
 
 

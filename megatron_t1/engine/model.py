@@ -6,6 +6,7 @@ The model ends at the hidden states: the output layer's GEMM belongs to the fuse
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,18 @@ class ModelConfig:
         known = TransformerConfig.__dataclass_fields__
         if unknown := sorted(set(self.transformer) - set(known)):
             raise ValueError(f"model.transformer has {unknown}, which Megatron's TransformerConfig does not know")
+
+    def folder(self) -> Path:
+        """
+        Raises:
+            ValueError: `hf_path` is not the folder of a model.
+        """
+        if not (Path(self.hf_path) / "config.json").is_file():
+            raise ValueError(
+                f"model.hf_path = {self.hf_path}: not a folder with a config.json; a model of the Hugging Face hub is "
+                "brought here by `hf download NAME --local-dir FOLDER`"
+            )
+        return Path(self.hf_path)
 
 
 class T1GPTModel(GPTModel):

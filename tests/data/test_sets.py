@@ -33,16 +33,18 @@ def test_math500_by_name_from_a_local_copy() -> None:
 
 def test_layouts_of_the_other_sets(tmp_path: Path) -> None:
     parquet.write_table(
-        pyarrow.Table.from_pylist([{"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 1,234"}]),
+        pyarrow.Table.from_pylist([{"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 1,234"}] * 1319),
         tmp_path / "gsm8k.parquet",
     )
-    write(tmp_path / "AIME_2024.jsonl", {"ID": "2024-I-1", "Problem": "p", "Solution": "s", "Answer": 204})
+    aimes = ({"ID": f"2024-I-{i}", "Problem": "p", "Solution": "s", "Answer": 204} for i in range(1, 31))
+    write(tmp_path / "AIME_2024.jsonl", *aimes)
     domain = ["Mathematics -> Algebra -> Sequences"]
-    write(tmp_path / "Omni-MATH/test.jsonl", {"problem": "p", "answer": "2", "difficulty": 4.5, "domain": domain})
+    omnis = [{"problem": "p", "answer": "2", "difficulty": 4.5, "domain": domain}] * 500
+    write(tmp_path / "Omni-MATH/test.jsonl", *omnis)
     write(tmp_path / "own.jsonl", {"id": 7, "messages": [{"role": "user", "content": "hi"}], "answer": 3, "level": "x"})
     (tmp_path / "wrapped.json").write_text(json.dumps({"data": [{"question": "q", "answer": "1"}]}))
-    (gsm8k,), (aime,), (omni,), (own,), (wrapped,) = (
-        load_set(name, sets_dir=tmp_path, system_prompt="s")
+    gsm8k, aime, omni, own, wrapped = (
+        load_set(name, sets_dir=tmp_path, system_prompt="s")[0]
         for name in ("gsm8k", "aime2024", "omni_math_500", str(tmp_path / "own.jsonl"), str(tmp_path / "wrapped.json"))
     )
     assert (gsm8k.id, gsm8k.gold) == ("gsm8k-1", "1234")
@@ -71,7 +73,7 @@ def test_gpqa_options_are_shuffled_by_seed_and_the_gold_follows(tmp_path: Path) 
     with (tmp_path / "gpqa_diamond.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(names)
-        rows.writerows([f"rec{i}", f"Which,\n{i}?", "right", "w1", "w2", "w3", "Physics"] for i in range(40))
+        rows.writerows([f"rec{i}", f"Which,\n{i}?", "right", "w1", "w2", "w3", "Physics"] for i in range(198))
     one, again, other = (load_set("gpqa", sets_dir=tmp_path, seed=seed) for seed in (1, 1, 2))
     assert one == again
     assert [question.gold for question in one] != [question.gold for question in other]
@@ -97,6 +99,13 @@ def test_what_is_not_there_is_said_with_the_remedy(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=re.compile(message, re.S)):
         load_set(name, sets_dir=tmp_path)
+
+
+def test_another_set_under_the_name_of_one_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "math500.jsonl", {"problem": "p", "answer": "1"})
+    with pytest.raises(ValueError, match=r"math500.jsonl has 1 questions, the set math500 has 500"):
+        load_set("math500", sets_dir=tmp_path)
+    assert len(load_set(str(path))) == 1
 
 
 def test_bad_rows_are_named_by_line(tmp_path: Path) -> None:
