@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -32,7 +32,8 @@ def parse(cls: type, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
             _merge(values, _read_file(Path(text), problems), cls)
             continue
         try:
-            value: Any = yaml.safe_load(text) if is_dataclass(_hint_of(cls, name)) else _Word(text)
+            hint = _hint_of(cls, name)
+            value: Any = yaml.safe_load(text) if is_dataclass(hint) or _class_of_each(hint) else _Word(text)
         except yaml.YAMLError as error:
             problems.append(f"{name} = {text!r} is not YAML: {error}")
             continue
@@ -49,8 +50,13 @@ class _Word(str):
 def _hint_of(cls: Any, name: str) -> Any:
     """Type of the field with a dotted name; None when there is none."""
     for part in name.split("."):
-        cls = get_type_hints(cls).get(part) if is_dataclass(cls) else None
+        cls = get_type_hints(cls).get(part) if is_dataclass(cls) else _class_of_each(cls)
     return cls
+
+
+def _class_of_each(hint: Any) -> Any:
+    """The dataclass of the sections that a `dict[str, dataclass]` holds; None for other types."""
+    return each if get_origin(hint) is dict and is_dataclass(each := get_args(hint)[1]) else None
 
 
 def build(cls: type, values: dict[str, Any], problems: list[str], path: str = "", default: Any = None) -> Any:
@@ -68,15 +74,23 @@ def build(cls: type, values: dict[str, Any], problems: list[str], path: str = ""
             close = difflib.get_close_matches(name, known, 1)
             problems.append(f"{path}{name} is not a setting" + (f"; did you mean {path}{close[0]}?" if close else ""))
         elif is_dataclass(hints[name]):
-            if isinstance(value, dict):
-                section = build(hints[name], value, problems, f"{path}{name}.", _default_of(known[name], default))
-                if section is not None:
-                    good[name] = section
-            else:
-                problems.append(f"{path}{name} = {value!r} must be a section with settings of its own")
+            section = _section(hints[name], value, problems, path + name, _default_of(known[name], default))
+            if section is not None:
+                good[name] = section
+        elif (each := _class_of_each(hints[name])) and isinstance(value, dict):
+            sections = {key: _section(each, one, problems, f"{path}{name}.{key}") for key, one in value.items()}
+            if None not in sections.values():
+                good[name] = sections
         else:
             _take(good, name, value, hints[name], path, problems)
     return _construct(cls, good, values.keys(), problems, path, default)
+
+
+def _section(cls: type, value: Any, problems: list[str], name: str, default: Any = None) -> Any:
+    if isinstance(value, dict):
+        return build(cls, value, problems, f"{name}.", default)
+    problems.append(f"{name} = {value!r} must be a section with settings of its own")
+    return None
 
 
 def _default_of(known: Field[Any], of: Any) -> Any:
@@ -86,9 +100,17 @@ def _default_of(known: Field[Any], of: Any) -> Any:
     return known.default_factory() if known.default_factory is not MISSING else None
 
 
+_FORMS = {tuple: ("[", "a list: [{}]"), dict: ("{", "values by name: {{name: value}}")}
+"""How values of a type begin on the command line, and what is said to those that don't."""
+
+
 def _take(good: dict[str, Any], name: str, value: Any, hint: Any, path: str, problems: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
+    opening, wanted = _FORMS.get(get_origin(hint), ("", ""))
+    if wanted and isinstance(value, (str, int, float)) and not str(value).lstrip().startswith(opening):
+        problems.append(f"{path}{name} = {value!r} must be {wanted.format(value)}")
+        return
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     from_words = type(value) is _Word
@@ -124,7 +146,9 @@ def _construct(
             # The message names its field first; without it the others can be judged.
             place, name = min(((text.find(name), name) for name in good if name in text), default=(-1, ""))
             if place < 0:
-                problems.append(text)
+                # What was given and refused has its own line: that the class misses it is no news.
+                if not any(re.search(rf"\b{name}\b", text) for name in given if name not in good):
+                    problems.append(text)
                 return None
             # A class may stand in several sections and does not know in which: the path is put in its place.
             problems.append(path + text[place:] if re.fullmatch(r"[\w.]*", text[:place]) else text)

@@ -81,15 +81,13 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"endpoint urls={url!r}: must start with http:// or https://")
-        if self.max_in_flight < 1 or self.max_retries < 0:
-            raise ValueError(
-                f"endpoint max_in_flight={self.max_in_flight} must be at least 1, max_retries={self.max_retries} "
-                "at least 0"
-            )
+                raise ValueError(f"urls={url!r}: must start with http:// or https://")
+        for name, least in (("max_in_flight", 1), ("max_retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         for name in ("timeout_s", "max_rate_limited_s"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"endpoint {name}={getattr(self, name)} must be above 0 seconds")
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 seconds")
 
     def key(self) -> str:
         """The API key; empty when neither variable nor file is named.
