@@ -106,6 +106,7 @@ def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
     if command == "evaluate" and not cfg.model.hf_path:
         _elsewhere(cfg, found)
         return found
+    files = _files(cfg, command, found)
     try:
         model_dir = cfg.model.folder()
         spec = spec_of(model_dir)
@@ -125,7 +126,7 @@ def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
         _sampling(cfg, spec, command, found)
     longest = {}
     if template:
-        longest = _data(cfg, command, template, found)
+        longest = _data(cfg, command, files, template, found)
         _lengths(cfg, spec, command, longest, template, found)
     if trains:
         _needs(cfg, spec, command, place, longest, found)
@@ -246,9 +247,19 @@ def _sampling(cfg: Config, spec: ModelSpec, command: str, found: Findings) -> No
     )
 
 
-def _data(cfg: Config, command: str, template: Template, found: Findings) -> dict[str, int]:
+def _files(cfg: Config, command: str, found: Findings) -> dict[str, Path]:
+    """The files of `data` that the command reads and that are there, by name."""
+    files = {}
+    for name in {"sft": ("sft",), "rl": ("train",), "run": ("sft", "train", "heldout")}.get(command, ()):
+        try:
+            files[name] = cfg.data.need(name)
+        except ValueError as error:
+            found.problems.append(str(error))
+    return files
+
+
+def _data(cfg: Config, command: str, files: dict[str, Path], template: Template, found: Findings) -> dict[str, int]:
     """Reads the first lines of each file that the command needs; the longest prompt (or example) in tokens."""
-    needed = {"sft": ["sft"], "rl": ["train"], "run": ["sft", "train", "heldout"]}.get(command, [])
     longest: dict[str, int] = {}
     if command in ("evaluate", "scaling"):
         try:
@@ -259,9 +270,8 @@ def _data(cfg: Config, command: str, template: Template, found: Findings) -> dic
                 found.facts.append(f"set {name}: {len(questions)} questions; the longest: {tokens} tokens")
         except (ValueError, OSError) as error:
             found.problems.append(str(error))
-    for name in needed:
+    for name, path in files.items():
         try:
-            path = cfg.data.need(name)
             with path.open(encoding="utf-8") as file:
                 head = list(itertools.islice((line for line in file if line.strip()), _LINES_READ))
                 count = len(head) + sum(1 for line in file if line.strip())

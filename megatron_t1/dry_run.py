@@ -43,8 +43,9 @@ def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
     if done.returncode:
         raise ValueError(f"slurm/lib.sh refused: {done.stderr or done.stdout}")
     text = done.stdout
-    if command != "sft":
-        words = vllm_command(cfg.rollout, cfg.model.folder(), host="NODE", port=0, device="cuda", transport="nccl")
+    model_dir = Path(cfg.model.hf_path)
+    if command != "sft" and (model_dir / "config.json").is_file():
+        words = vllm_command(cfg.rollout, model_dir, host="NODE", port=0, device="cuda", transport="nccl")
         text += (
             "\n# each server that `t1 serve` starts on a node, with the key in its environment:\n"
             + shlex.join(words)

@@ -39,10 +39,12 @@ class DataConfig:
     """Put before every question that brings no system message of its own."""
 
     def need(self, name: str) -> Path:
-        """The path of a file that the command can't do without."""
+        """The path of a file that the command can't do without; raises ValueError when it is not there."""
         value = getattr(self, name)
         if not value:
             raise ValueError(f"data.{name} is not set: give it the path of a JSON lines file")
+        if not Path(value).is_file():
+            raise ValueError(f"data.{name} = {value} does not exist")
         return Path(value)
 
 
