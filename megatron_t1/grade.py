@@ -1,9 +1,7 @@
 """`t1 grade IN.jsonl OUT.jsonl`: the reward's grader on its own, for answers from anywhere.
 
-One JSON object a line. In: `id`, `gold`, `prediction`, `mode` (`answer`, `response`, `text` or `mc`; default
-`response`), optionally `choices`, `question` (for the language penalty) and `finish_reason` (`stop` or `length`). Out,
-in the same order: `id`, `correct`, `outcome`, `extracted`, `reason`, `penalties`, `seconds`. A prediction may be null
-(no answer); nothing is graded before every line is known to be readable.
+One JSON object a line; `t1 grade --help` (the fields of GradeConfig) says which keys. Nothing is graded before every
+line is known to be readable.
 """
 
 from __future__ import annotations
@@ -27,26 +25,32 @@ class GradeConfig:
     """What to grade and how."""
 
     input: Path
-    """JSONL file of golds and predictions."""
+    """JSON lines: "id"; "gold", or else "answer" (text or number); "prediction", or else "response" (null: none was
+    given); optionally "mode" (answer, response, text or mc; default response: the answer is looked for in a whole
+    response), "choices" (option texts, for mc), "question" (its language is not penalized) and "finish_reason" (stop or
+    length; default stop)."""
     output: Path
-    """JSONL file of verdicts, one line a prediction, in the same order."""
+    """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
+    "seconds"."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The grader."""
 
     def __post_init__(self) -> None:
         if not Path(self.input).is_file():
-            raise ValueError(f"input={self.input} is not a file: give a JSONL file with id, gold and prediction")
+            raise ValueError(f"input={self.input} is not a file: give JSON lines with id, gold and prediction")
         if Path(self.output).exists() and Path(self.output).samefile(self.input):
             raise ValueError(f"output={self.output} is the input: give another file")
 
 
 def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
-    """The prompt and sample that a line of the input describes; golds may be numbers.
+    """The prompt and sample that a line of the input describes.
 
     Raises:
         ValueError: a key is missing or has a value that is not known.
     """
-    missing = [key for key in ("id", "gold", "prediction") if key not in row]
+    names = {"id": "id", "gold": "answer", "prediction": "response"}  # in evaluations and question files
+    row = {**{name: row[other] for name, other in names.items() if other in row}, **row}
+    missing = [name if name == other else f"{name} (or {other})" for name, other in names.items() if name not in row]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
     for key in ("gold", "prediction", "question"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_t1 import cli
 from megatron_t1.grade import GradeConfig, grade
 from tests.reward.cases import rows
 
@@ -36,7 +37,7 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"id": "a", "gold": "4"}, "prediction missing"),
+        ({"id": "a", "gold": "4"}, r"prediction \(or response\) missing"),
         ({"gold": "4", "prediction": "4"}, "id missing"),
         ({"id": "a", "gold": "4", "prediction": "4", "mode": "x"}, "mode='x'"),
         ({"id": "a", "gold": ["4"], "prediction": "4"}, "gold="),
@@ -50,6 +51,36 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: dict | list, message: str) -> None:
     with pytest.raises(ValueError, match=f"line 1: {message}"):
         grade(GradeConfig(input=_write(tmp_path / "in.jsonl", [line]), output=tmp_path / "out.jsonl"))
+
+
+def test_the_names_of_questions_and_evaluations_are_understood(tmp_path: Path) -> None:
+    lines = [
+        {"id": "a", "answer": 4, "response": "\\boxed{4}"},
+        {"id": "b", "gold": "4", "answer": "5", "response": "\\boxed{4}"},
+        {"id": "c", "answer": "4", "prediction": None, "response": "\\boxed{4}"},
+    ]
+    out = tmp_path / "out.jsonl"
+    grade(GradeConfig(input=_write(tmp_path / "in.jsonl", lines), output=out))
+    assert [json.loads(line)["correct"] for line in out.open()] == [True, True, False]
+
+
+def test_the_help_says_what_the_files_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["grade", "--help"])
+    said = capsys.readouterr().out
+    for name in (
+        "id",
+        "gold",
+        "answer",
+        "prediction",
+        "response",
+        "mode",
+        "choices",
+        "question",
+        "finish_reason",
+        "correct",
+    ):
+        assert f'"{name}"' in said
 
 
 def test_text_quality_is_graded_too(tmp_path: Path) -> None:
