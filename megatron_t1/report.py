@@ -33,12 +33,21 @@ MAX_CHARS = 8000
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path."""
+    """Write `run_dir/report.html` and return its path.
+
+    Raises:
+        ValueError: nothing that a report is made of is there.
+    """
     evals = _evaluations(run_dir)
     responses = {name: run_dir / "evaluate" / s["label"] / s["set"] / "responses.jsonl" for name, s in evals.items()}
     curves = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/points.json"))}
     majorities = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/majority.json"))}
     metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl") for stage in ("sft", "rl")}
+    if not (evals or curves or any(metrics.values())):
+        raise ValueError(
+            f"{run_dir} holds no results of a run: none of sft/metrics.jsonl, rl/metrics.jsonl, "
+            "evaluate/*/*/summary.json, scaling/*/points.json is there; give a run's run_dir"
+        )
     summary = _read_json(run_dir / "summary.json") or {}
     html = render(
         "report.html.j2",

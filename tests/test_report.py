@@ -130,14 +130,19 @@ def test_hostile_text_stays_text_and_nothing_is_loaded(run_dir: Path) -> None:
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
 
 
-def test_missing_parts_are_left_out(run_dir: Path, tmp_path: Path) -> None:
-    assert headings(tmp_path / "nothing") == []
+def test_missing_parts_are_left_out(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "scaling")
     shutil.rmtree(run_dir / "evaluate" / "rl$")
     (run_dir / "summary.json").unlink()
     found = headings(run_dir)
     assert "Accuracy on held-out questions" in found
     assert not {"Accuracy against thinking budget", "Time by stage"} & set(found)
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{tmp_path} holds no results.*rl/metrics.jsonl, evaluate/.*scaling/"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
