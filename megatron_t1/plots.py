@@ -120,11 +120,15 @@ def scaling(curves: dict[str, list[dict[str, Any]]], majorities: dict[str, list[
     """Accuracy against the tokens that were used, with 95% bands: one thinking cut at budgets, and majorities."""
     title = "Accuracy against tokens"
     figure, axes = _figure(title, height=3.6)
+    sets = {
+        label: points[0].get("set", "?") for label, points in curves.items()
+    }  # runs of earlier versions do not say it
     for place, (label, points) in enumerate(curves.items()):
         color = f"C{place % 10}"
-        _band(axes, points, "mean_thinking_tokens", color, "o-", label)
+        name = f"{label} · {sets[label]}" if len(set(sets.values())) > 1 else label
+        _band(axes, points, "mean_thinking_tokens", color, "o-", name)
         if len(majorities.get(label, ())) > 1:
-            _band(axes, majorities[label], "mean_tokens", color, "s--", f"{label}: majority of n")
+            _band(axes, majorities[label], "mean_tokens", color, "s--", f"{name}: majority of n")
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("mean tokens used for a question")

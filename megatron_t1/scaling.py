@@ -23,6 +23,7 @@ from megatron_t1 import stats
 from megatron_t1.actors import Actors
 from megatron_t1.collect import collecting, open_folder
 from megatron_t1.data.prompts import Question
+from megatron_t1.data.sets import set_name
 from megatron_t1.data.template import Template
 from megatron_t1.evaluate import estimate, missing, questions_digest, response_row
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
@@ -39,7 +40,8 @@ class ScalingConfig:
     """Budgets and how an answer is forced."""
 
     set: str = ""
-    """A set by name or a question file, as in evaluate.sets; empty: data.heldout."""
+    """A set by name (its local copy is looked for in evaluate.sets_dir) or a question file, as in evaluate.sets; empty:
+    data.heldout."""
     budgets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     """Thinking tokens after which a response is cut."""
     sampling: SamplingConfig = field(
@@ -68,6 +70,8 @@ class ScalingConfig:
 class Point:
     """Accuracy when thinking may take at most `budget` tokens."""
 
+    set: str
+    """Name of the questions' set."""
     budget: int
     mean_thinking_tokens: float
     """What was really used, thinkings that ended early included."""
@@ -209,6 +213,7 @@ class Scaling:
             mean, low, high = stats.accuracy_interval(list(correct.values()))
             points.append(
                 Point(
+                    set=set_name(self.cfg.set) if self.cfg.set else "held-out questions",
                     budget=budget,
                     mean_thinking_tokens=float(np.mean([min(row["thinking_tokens"], budget) for row in thinkings])),
                     accuracy=mean,

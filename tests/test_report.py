@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from megatron_t1 import plots
 from megatron_t1.evaluate import summarize
 from megatron_t1.files import write_json, write_jsonl, write_text
 from megatron_t1.report import MAX_CHARS, write_report
@@ -143,6 +146,23 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{tmp_path} holds no results.*rl/metrics.jsonl, evaluate/.*scaling/"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_curves_of_several_sets_name_theirs(run_dir: Path) -> None:
+    def said(plot: plots.Plot) -> str:
+        return base64.b64decode(plot.uri.partition(",")[2]).decode()  # the legend's texts are comments beside its paths
+
+    def curve(name: str) -> list[dict[str, Any]]:
+        return [{**point, "set": name} for point in json.loads((run_dir / "scaling/sft/points.json").read_text())]
+
+    one = said(plots.scaling({"a": curve("math500"), "b": curve("math500")}, {}))
+    assert "<!-- a -->" in one
+    two = said(plots.scaling({"a": curve("math500"), "b": curve("aime2024")}, {}))
+    assert "<!-- a · math500 -->" in two
+    assert "<!-- b · aime2024 -->" in two
+    assert "math500" not in read(run_dir).text
+    write_json(run_dir / "scaling/sft/points.json", curve("math500"))
+    assert read(run_dir).text.count("math500") == 3, "in the table's rows: two budgets, one majority"
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")

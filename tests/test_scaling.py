@@ -104,6 +104,7 @@ def test_every_cut_is_forced_from_its_very_tokens(real: Actors, template: Templa
     thinkings = rows(tmp_path / "thinkings.jsonl")
     points = json.loads((tmp_path / "points.json").read_text())
     assert [point["budget"] for point in points] == [16, 200, 300, 420]
+    assert {point["set"] for point in points} == {"held-out questions"}
     assert [point["accuracy"] for point in points] == [point["share_forced"] for point in points]
     assert points[0]["share_forced"] == 1
     used = [point["mean_thinking_tokens"] for point in points]
