@@ -15,6 +15,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+_FORMS = {tuple: ("[", "a list: [{}]"), dict: ("{", "values by name: {{name: value}}")}
+"""How values of a type begin on the command line, and what is said to those that don't."""
+
 
 def parse(cls: type, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Files (`--config`) and dotted overrides, the later in force, as nested dicts for `cls`; and what is wrong."""
@@ -98,10 +101,6 @@ def _default_of(known: Field[Any], of: Any) -> Any:
     if of is not None:
         return getattr(of, known.name)
     return known.default_factory() if known.default_factory is not MISSING else None
-
-
-_FORMS = {tuple: ("[", "a list: [{}]"), dict: ("{", "values by name: {{name: value}}")}
-"""How values of a type begin on the command line, and what is said to those that don't."""
 
 
 def _take(good: dict[str, Any], name: str, value: Any, hint: Any, path: str, problems: list[str]) -> None:

@@ -120,9 +120,7 @@ def scaling(curves: dict[str, list[dict[str, Any]]], majorities: dict[str, list[
     """Accuracy against the tokens that were used, with 95% bands: one thinking cut at budgets, and majorities."""
     title = "Accuracy against tokens"
     figure, axes = _figure(title, height=3.6)
-    sets = {
-        label: points[0].get("set", "?") for label, points in curves.items()
-    }  # runs of earlier versions do not say it
+    sets = {label: points[0]["set"] for label, points in curves.items()}
     for place, (label, points) in enumerate(curves.items()):
         color = f"C{place % 10}"
         name = f"{label} · {sets[label]}" if len(set(sets.values())) > 1 else label

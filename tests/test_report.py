@@ -83,7 +83,8 @@ def run_dir(tmp_path: Path) -> Path:
         folder = tmp_path / "evaluate" / label / "set<b>"
         write_jsonl(folder / "responses.jsonl", rows)
         write_json(folder / "summary.json", asdict(summarize(label, "set<b>", rows, {"step": right})))
-        point = {"budget": 24, "mean_thinking_tokens": 20.0, "accuracy": 0.2, "interval": [0.1, 0.3], "share_forced": 1}
+        point = {"set": "heldout", "budget": 24, "mean_thinking_tokens": 20.0, "accuracy": 0.2, "interval": [0.1, 0.3],
+                 "share_forced": 1}  # fmt: skip
         write_json(tmp_path / "scaling" / label / "points.json", [point, {**point, "budget": 48, "accuracy": 0.8}])
         one = {"num_samples": 1, "mean_tokens": 40.0, "accuracy": 0.2, "interval": [0.1, 0.3]}
         write_json(tmp_path / "scaling" / label / "majority.json", [one, {**one, "num_samples": 2, "accuracy": 0.3}])
