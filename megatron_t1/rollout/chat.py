@@ -256,6 +256,7 @@ class ChatEndpoint:
             )
         if status >= 500 or status in (408, 409, 425):
             raise aiohttp.ClientError(said)
+        self._count("refused", f"{url}: a request was refused with {said}")
         raise RefusedError(said)
 
 

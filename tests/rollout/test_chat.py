@@ -58,11 +58,12 @@ def test_thousands_are_in_flight_and_a_rate_limit_thins_them_out() -> None:
         assert client._gate.limit < 1024
 
 
-def test_a_request_that_can_not_be_answered_says_why() -> None:
+def test_a_request_that_can_not_be_answered_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(ScriptedEndpoint(lambda body: "REFUSE" if "long" in str(body) else "ok")) as server:
         (refused, fine), _ = ask_all(EndpointConfig(urls=(server.url,)), ["long", "short"])
     assert isinstance(refused, RefusedError)
     assert "this is too long" in str(refused)
+    assert "a request was refused with 400: " in capsys.readouterr().err
     assert fine.text == "ok"
     (gone,), _ = ask_all(EndpointConfig(urls=(server.url,), max_retries=0), ["x"])
     assert isinstance(gone, NoAnswerError)
