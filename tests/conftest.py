@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from megatron_t1.rollout.config import RolloutConfig
 from megatron_t1.rollout.server import Servers, open_servers
 from tests.tiny import make_tiny_qwen2
+
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
