@@ -155,8 +155,8 @@ def main() -> None:
     from megatron_t1.data.quickstart import QuickstartDataConfig, write
     from tests.tiny import make_tiny_qwen2
 
-    columns = ("model", "client", "client CPU s", "server CPU s", "ratio", "client ms a request", "server ms")
-    columns = (*columns, "RSS MiB after 1/5", "at the end")
+    columns = ("model", "client", "client CPU s", "server CPU s", "ratio", "client ms a request", "server ms",
+               "RSS MiB after 1/5", "at the end")  # fmt: skip
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     with tempfile.TemporaryDirectory() as folder:
         if args.model:

@@ -126,11 +126,11 @@ QWEN_32B = {
 
 
 def plan() -> None:
-    from megatron_t1.check import Place, layout_of, seconds_of
     from megatron_t1.config import Config
     from megatron_t1.estimate import Sizes, stage_memory
     from megatron_t1.lenient import build, parse
     from megatron_t1.models import spec_of
+    from megatron_t1.place import Place, layout_of, seconds_of
 
     heads = "nodes | train + vLLM | TP x PP x DP | GB | weights | gradients | optimizer | anchor | activations | head"
     print(f"| {heads} | s a step | generate | anchor | train | push |\n" + "|---" * 15 + "|")

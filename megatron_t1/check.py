@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_t1 import estimate
-from megatron_t1.algo.fused_head import CHUNK_LOGITS
 from megatron_t1.config import Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
@@ -25,56 +23,12 @@ from megatron_t1.engine.model import check_divisible
 from megatron_t1.lengths import context_needs, too_long
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
+from megatron_t1.place import Place, layout_of, seconds_of
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
 from megatron_t1.weights.torch_dist import is_torch_dist
 
 _LINES_READ = 200
 """Of each data file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """The machines that the run is checked for."""
-
-    nodes: int = 1
-    """Nodes in all."""
-    vllm_nodes: int = 0
-    """Of them for vLLM alone; 0: every node both trains and serves."""
-    gpus_per_node: int = 8
-    vllm_gpus: int | None = None
-    """Of every node, when `vllm_nodes` is 0; None: half of them."""
-    ranks_per_node: int | None = None
-    """Trainer processes on a node; None: one on each of its GPUs that is not vLLM's."""
-    gpu: str = "H100"
-    """Which one: A100, H100, H200."""
-
-    def __post_init__(self) -> None:
-        if self.gpu not in estimate.GPUS:
-            raise ValueError(f"gpu = {self.gpu!r}: known are {', '.join(estimate.GPUS)}")
-        for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if not 0 <= self.vllm_nodes < self.nodes:
-            raise ValueError(f"vllm_nodes = {self.vllm_nodes} must leave one of the {self.nodes} nodes to train")
-        if not 0 <= self.shared_gpus <= self.gpus_per_node:
-            raise ValueError(f"vllm_gpus = {self.vllm_gpus} of {self.gpus_per_node} GPUs of a node")
-
-    @property
-    def shared_gpus(self) -> int:
-        """GPUs for vLLM on a node that trains too."""
-        return self.gpus_per_node // 2 if self.vllm_gpus is None else self.vllm_gpus
-
-    def trainer_nodes(self, command: str) -> int:
-        return self.nodes - (self.vllm_nodes if command == "rl" else 0)
-
-    def ranks(self, command: str) -> int:
-        shared = command in ("rl", "run") and self.vllm_nodes == 0
-        each = self.ranks_per_node or self.gpus_per_node - (self.shared_gpus if shared else 0)
-        return self.trainer_nodes(command) * each
-
-    def servers(self, tp: int) -> int:
-        on, each = (self.vllm_nodes, self.gpus_per_node) if self.vllm_nodes else (self.nodes, self.shared_gpus)
-        return max(1, on * (each // tp))
 
 
 @dataclass
@@ -143,16 +97,10 @@ def _elsewhere(cfg: Config, found: Findings) -> None:
             own.endpoint.key()
         elif not own.responses:
             raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
-        for name, questions in own.load(_sets(cfg, "evaluate"), cfg.seed, cfg.data.system_prompt).items():
+        for name, questions in cfg.question_sets("evaluate").items():
             found.facts.append(f"set {name}: {len(questions)} questions")
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
-
-
-def _sets(cfg: Config, command: str) -> tuple[str, ...]:
-    """The question sets of an evaluation or of scaling."""
-    named = cfg.evaluate.sets if command == "evaluate" else (cfg.scaling.set,) if cfg.scaling.set else ()
-    return named or (str(cfg.data.need("heldout")),)
 
 
 def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | None:
@@ -263,8 +211,7 @@ def _data(cfg: Config, command: str, files: dict[str, Path], template: Template,
     longest: dict[str, int] = {}
     if command in ("evaluate", "scaling"):
         try:
-            sets = cfg.evaluate.load(_sets(cfg, command), cfg.seed, cfg.data.system_prompt)
-            for name, questions in sets.items():
+            for name, questions in cfg.question_sets(command).items():
                 tokens = max(len(question.prompt(template).token_ids) for question in questions)
                 longest["heldout"] = max(tokens, longest.get("heldout", 0))
                 found.facts.append(f"set {name}: {len(questions)} questions; the longest: {tokens} tokens")
@@ -375,51 +322,4 @@ def _needs(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: di
     found.facts.append(
         f"time of a step: about {sum(seconds.values()):.3g} s ({listed}) on {place.gpu}s, if responses have half of "
         "max_new_tokens on average"
-    )
-
-
-def layout_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> estimate.Layout:
-    pipeline = cfg.parallel.pipeline
-    try:
-        chunks = cfg.parallel.layers_of_stages(spec.transformer["num_layers"])
-    except ValueError:  # a problem that `check_divisible` told
-        chunks = ()
-    data = max(1, place.ranks(command) // (cfg.parallel.tensor * cfg.parallel.pipeline))
-    room = cfg.parallel.max_tokens_per_microbatch
-    if command == "sft":
-        tokens = cfg.sft.batch_size * longest.get("sft", room)
-    else:
-        samples = cfg.rl.prompts_per_step * cfg.sampling.num_samples
-        tokens = samples * (longest.get("train", 0) + cfg.sampling.max_new_tokens // 2)
-    return estimate.Layout(
-        tensor=cfg.parallel.tensor,
-        pipeline=pipeline,
-        stage_layers=tuple(sum(chunks[stage::pipeline]) for stage in range(pipeline)) if chunks else (),
-        data=data,
-        expert=cfg.parallel.expert * (cfg.parallel.expert_tensor or cfg.parallel.tensor),
-        sequence_parallel=cfg.parallel.sequence_parallel,
-        distributed_optimizer=cfg.parallel.distributed_optimizer,
-        dtype=cfg.model.dtype,
-        recompute=cfg.model.transformer.get("recompute_granularity") == "full",
-        local_layers=cfg.model.layers == "local",
-        tokens=min(room, math.ceil(tokens / data)),
-        microbatches=max(1, math.ceil(tokens / data / room)),
-        chunk_logits=CHUNK_LOGITS["cuda"],
-    )
-
-
-def seconds_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> dict[str, float]:
-    return estimate.step_seconds(
-        estimate.Sizes.of(spec),
-        layout_of(cfg, spec, command, place, longest),
-        estimate.GPUS[place.gpu],
-        servers=place.servers(cfg.rollout.tp),
-        server_tp=cfg.rollout.tp,
-        server_dtype=cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype,
-        num_samples=cfg.rl.prompts_per_step * cfg.sampling.num_samples,
-        prompt_tokens=longest.get("train", 200),
-        mean_tokens=cfg.sampling.max_new_tokens / 2,
-        max_tokens=cfg.sampling.max_new_tokens,
-        max_num_seqs=cfg.rollout.max_num_seqs,
-        utilization=cfg.rollout.gpu_memory_utilization,
     )

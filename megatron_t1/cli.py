@@ -173,9 +173,10 @@ def _check(arguments: list[str]) -> int:
 
     from megatron_t1 import lenient
     from megatron_t1.arguments import in_full
-    from megatron_t1.check import Findings, Place, check
+    from megatron_t1.check import Findings, check
     from megatron_t1.config import Config
     from megatron_t1.dry_run import dry_run
+    from megatron_t1.place import Place
 
     parser = ArgumentParser(
         prog="t1 check", usage="t1 check [FILE.yaml] [options]", description=_line_of("check"), allow_abbrev=False

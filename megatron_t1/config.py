@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_t1.algo.loss import LossConfig
 from megatron_t1.curate import CurateConfig
-from megatron_t1.data.prompts import DataConfig
+from megatron_t1.data.prompts import DataConfig, Question
 from megatron_t1.engine.anchor import AnchorConfig
 from megatron_t1.engine.model import ModelConfig
 from megatron_t1.engine.parallel import ParallelConfig
@@ -41,6 +41,15 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
+
+    def question_sets(self, command: str) -> dict[str, list[Question]]:
+        """The questions that `evaluate` or `scaling` asks, by the name of their set: the named ones, or `data.heldout`.
+
+        Raises:
+            ValueError: as `load_set` does, or there is neither.
+        """
+        named = self.evaluate.sets if command == "evaluate" else (self.scaling.set,) if self.scaling.set else ()
+        return self.evaluate.load(named or (str(self.data.need("heldout")),), self.seed, self.data.system_prompt)
 
     def __post_init__(self) -> None:
         if self.sampling.temperature <= 0:

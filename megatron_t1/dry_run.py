@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_t1.check import Place
 from megatron_t1.config import Config
+from megatron_t1.place import Place
 from megatron_t1.rollout.process import command as vllm_command
 
 

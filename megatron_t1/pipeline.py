@@ -87,7 +87,7 @@ def run_rl(cfg: Config) -> None:
 
 def run_evaluate(cfg: Config, label: str) -> None:
     """Evaluate on `evaluate.sets`, or else on `data.heldout`; one process, no Megatron."""
-    own, sets = cfg.evaluate, _sets(cfg, cfg.evaluate.sets)
+    own, sets = cfg.evaluate, cfg.question_sets("evaluate")
     with ExitStack() as stack:
         sampler: Sampler
         settings: dict[str, Any]
@@ -122,18 +122,13 @@ def run_evaluate(cfg: Config, label: str) -> None:
     print(table(read_summaries(Path(cfg.run_dir))))
 
 
-def _sets(cfg: Config, names: tuple[str, ...]) -> dict[str, list[Question]]:
-    """The questions of these sets, or else of `data.heldout`, by the name of their set."""
-    return cfg.evaluate.load(names or (str(cfg.data.need("heldout")),), cfg.seed, cfg.data.system_prompt)
-
-
 def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
     folder, other = cfg.model.folder(), cfg.scaling.answer_model
     template = Template(folder)
     HFFolder(folder)  # whole, or refused before the servers start
     answerer = Template(Path(other)) if other else template
-    (questions,) = _sets(cfg, (cfg.scaling.set,) if cfg.scaling.set else ()).values()
+    (questions,) = cfg.question_sets("scaling").values()
     longest = _longest(question.prompt(template) for question in questions)
     _check_context(cfg, context_needs(cfg, "scaling", {"heldout": longest}, template))
     curve = Scaling(

@@ -11,11 +11,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_t1 import cli, estimate, lenient
-from megatron_t1.check import Findings, Place, check, layout_of
+from megatron_t1.check import Findings, check
 from megatron_t1.cli import main
 from megatron_t1.config import Config
 from megatron_t1.dry_run import dry_run
 from megatron_t1.models import spec_of
+from megatron_t1.place import Place, layout_of
 from tests.launch import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 

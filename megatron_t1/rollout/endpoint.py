@@ -56,22 +56,22 @@ class Server:
 
     def was_killed(self) -> bool:
         """It exited, and not by itself: starting it again may help."""
-        return self.exited() and not "".join(self._log_lines()[-1:]).startswith(ENDED_BY_ITSELF)
+        return self.exited() and not (self._log_lines() or [""])[-1].startswith(ENDED_BY_ITSELF)
 
     def log_tail(self) -> str:
         """Where its log is, the errors in it and its last lines, indented: mostly the last one is the cause."""
-        if self.log_path is None or not self.log_path.exists():
+        if (lines := self._log_lines()) is None:
             return "    (its log is where it was started)"
-        lines = [line for line in self._log_lines() if not line.startswith(ENDED_BY_ITSELF)]
+        lines = [line for line in lines if not line.startswith(ENDED_BY_ITSELF)]
         # The root cause stands far above the end: the API server prints its own traceback after the engine's.
         early = [line for line in lines[:-_LOG_TAIL_LINES] if _ERROR_LINE.search(line)][:5]
         shown = [*early, "[...]", *lines[-_LOG_TAIL_LINES:]] if early else lines[-_LOG_TAIL_LINES:]
         return "\n".join(f"    {line}" for line in [f"(whole log: {self.log_path})", *shown])
 
-    def _log_lines(self) -> list[str]:
-        """The end of its log."""
+    def _log_lines(self) -> list[str] | None:
+        """The end of its log; None when it is not on this host."""
         if self.log_path is None or not self.log_path.exists():
-            return []
+            return None
         with self.log_path.open("rb") as log:
             log.seek(max(0, self.log_path.stat().st_size - _LOG_TAIL_BYTES))
             return log.read().decode(errors="replace").splitlines()

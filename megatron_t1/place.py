@@ -1,0 +1,103 @@
+"""The machines that a run is planned for, and how it is laid out on them: what `estimate.py` puts a price on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_t1 import estimate
+from megatron_t1.algo.fused_head import CHUNK_LOGITS
+from megatron_t1.config import Config
+from megatron_t1.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The machines that the run is checked for."""
+
+    nodes: int = 1
+    """Nodes in all."""
+    vllm_nodes: int = 0
+    """Of them for vLLM alone; 0: every node both trains and serves."""
+    gpus_per_node: int = 8
+    vllm_gpus: int | None = None
+    """Of every node, when `vllm_nodes` is 0; None: half of them."""
+    ranks_per_node: int | None = None
+    """Trainer processes on a node; None: one on each of its GPUs that is not vLLM's."""
+    gpu: str = "H100"
+    """Which one: A100, H100, H200."""
+
+    def __post_init__(self) -> None:
+        if self.gpu not in estimate.GPUS:
+            raise ValueError(f"gpu = {self.gpu!r}: known are {', '.join(estimate.GPUS)}")
+        for name in ("nodes", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0 <= self.vllm_nodes < self.nodes:
+            raise ValueError(f"vllm_nodes = {self.vllm_nodes} must leave one of the {self.nodes} nodes to train")
+        if not 0 <= self.shared_gpus <= self.gpus_per_node:
+            raise ValueError(f"vllm_gpus = {self.vllm_gpus} of {self.gpus_per_node} GPUs of a node")
+
+    @property
+    def shared_gpus(self) -> int:
+        """GPUs for vLLM on a node that trains too."""
+        return self.gpus_per_node // 2 if self.vllm_gpus is None else self.vllm_gpus
+
+    def trainer_nodes(self, command: str) -> int:
+        return self.nodes - (self.vllm_nodes if command == "rl" else 0)
+
+    def ranks(self, command: str) -> int:
+        shared = command in ("rl", "run") and self.vllm_nodes == 0
+        each = self.ranks_per_node or self.gpus_per_node - (self.shared_gpus if shared else 0)
+        return self.trainer_nodes(command) * each
+
+    def servers(self, tp: int) -> int:
+        on, each = (self.vllm_nodes, self.gpus_per_node) if self.vllm_nodes else (self.nodes, self.shared_gpus)
+        return max(1, on * (each // tp))
+
+
+def layout_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> estimate.Layout:
+    pipeline = cfg.parallel.pipeline
+    try:
+        chunks = cfg.parallel.layers_of_stages(spec.transformer["num_layers"])
+    except ValueError:  # a problem that `check_divisible` told
+        chunks = ()
+    data = max(1, place.ranks(command) // (cfg.parallel.tensor * cfg.parallel.pipeline))
+    room = cfg.parallel.max_tokens_per_microbatch
+    if command == "sft":
+        tokens = cfg.sft.batch_size * longest.get("sft", room)
+    else:
+        samples = cfg.rl.prompts_per_step * cfg.sampling.num_samples
+        tokens = samples * (longest.get("train", 0) + cfg.sampling.max_new_tokens // 2)
+    return estimate.Layout(
+        tensor=cfg.parallel.tensor,
+        pipeline=pipeline,
+        stage_layers=tuple(sum(chunks[stage::pipeline]) for stage in range(pipeline)) if chunks else (),
+        data=data,
+        expert=cfg.parallel.expert * (cfg.parallel.expert_tensor or cfg.parallel.tensor),
+        sequence_parallel=cfg.parallel.sequence_parallel,
+        distributed_optimizer=cfg.parallel.distributed_optimizer,
+        dtype=cfg.model.dtype,
+        recompute=cfg.model.transformer.get("recompute_granularity") == "full",
+        local_layers=cfg.model.layers == "local",
+        tokens=min(room, math.ceil(tokens / data)),
+        microbatches=max(1, math.ceil(tokens / data / room)),
+        chunk_logits=CHUNK_LOGITS["cuda"],
+    )
+
+
+def seconds_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> dict[str, float]:
+    return estimate.step_seconds(
+        estimate.Sizes.of(spec),
+        layout_of(cfg, spec, command, place, longest),
+        estimate.GPUS[place.gpu],
+        servers=place.servers(cfg.rollout.tp),
+        server_tp=cfg.rollout.tp,
+        server_dtype=cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype,
+        num_samples=cfg.rl.prompts_per_step * cfg.sampling.num_samples,
+        prompt_tokens=longest.get("train", 200),
+        mean_tokens=cfg.sampling.max_new_tokens / 2,
+        max_tokens=cfg.sampling.max_new_tokens,
+        max_num_seqs=cfg.rollout.max_num_seqs,
+        utilization=cfg.rollout.gpu_memory_utilization,
+    )
