@@ -61,8 +61,8 @@ def _questions(num_requests: int) -> list:
 
 
 def _sampler_run(sampler) -> Run:
+    from megatron_t1.evaluation.samplers import Ask
     from megatron_t1.rollout.config import SamplingConfig
-    from megatron_t1.samplers import Ask
 
     sampling = SamplingConfig(temperature=1.0, num_samples=1, max_new_tokens=MAX_TOKENS)
 
@@ -90,12 +90,12 @@ class _NoGrader:
 
 @contextmanager
 def _servers(url: str, key_file: str, model: str) -> Iterator[Run]:
-    from megatron_t1.actors import Actors, open_actors
     from megatron_t1.config import Config
     from megatron_t1.data.template import Template
     from megatron_t1.engine.model import ModelConfig
+    from megatron_t1.evaluation.samplers import ServerSampler
+    from megatron_t1.rank0 import Actors, open_actors
     from megatron_t1.rollout.config import RolloutConfig
-    from megatron_t1.samplers import ServerSampler
 
     template = Template(Path(model))
     with tempfile.TemporaryDirectory() as run_dir:
@@ -108,8 +108,8 @@ def _servers(url: str, key_file: str, model: str) -> Iterator[Run]:
 
 @contextmanager
 def _chat(url: str, key_file: str, model: str) -> Iterator[Run]:
+    from megatron_t1.evaluation.samplers import EndpointSampler
     from megatron_t1.rollout.chat import EndpointConfig
-    from megatron_t1.samplers import EndpointSampler
 
     yield _sampler_run(EndpointSampler(EndpointConfig(urls=(url,), key_file=key_file), _NoGrader()))
 

@@ -43,13 +43,13 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     from megatron_t1 import platform
     from megatron_t1.algo.fused_head import CHUNK_LOGITS
     from megatron_t1.algo.loss import LossConfig, t1_token_loss
+    from megatron_t1.check.estimate import Layout, Sizes, stage_memory
     from megatron_t1.data.packing import Sequence
     from megatron_t1.engine.anchor import Anchor, AnchorConfig
     from megatron_t1.engine.model import ModelConfig
     from megatron_t1.engine.optimizer import OptimConfig
     from megatron_t1.engine.parallel import ParallelConfig, initialize
     from megatron_t1.engine.step import Engine
-    from megatron_t1.estimate import Layout, Sizes, stage_memory
 
     def step(engine: Engine, anchor: Anchor, length: int) -> None:
         rng = np.random.default_rng(0)
@@ -126,11 +126,11 @@ QWEN_32B = {
 
 
 def plan() -> None:
+    from megatron_t1.check.estimate import Sizes, stage_memory
+    from megatron_t1.check.machines import Place, layout_of, seconds_of
+    from megatron_t1.cli.lenient import build, parse
     from megatron_t1.config import Config
-    from megatron_t1.estimate import Sizes, stage_memory
-    from megatron_t1.lenient import build, parse
     from megatron_t1.models import spec_of
-    from megatron_t1.place import Place, layout_of, seconds_of
 
     heads = "nodes | train + vLLM | TP x PP x DP | GB | weights | gradients | optimizer | anchor | activations | head"
     print(f"| {heads} | s a step | generate | anchor | train | push |\n" + "|---" * 15 + "|")

@@ -1,4 +1,4 @@
-from megatron_t1.cli import main
+from megatron_t1.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,11 +10,11 @@ from megatron_t1.data.prompts import DataConfig, Question
 from megatron_t1.engine.anchor import AnchorConfig
 from megatron_t1.engine.model import ModelConfig
 from megatron_t1.engine.parallel import ParallelConfig
-from megatron_t1.evaluate import EvaluateConfig
+from megatron_t1.evaluation.evaluate import EvaluateConfig
+from megatron_t1.evaluation.scaling import ScalingConfig
 from megatron_t1.reward.score import RewardConfig
 from megatron_t1.rl import RLConfig
 from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
-from megatron_t1.scaling import ScalingConfig
 from megatron_t1.sft import SFTConfig
 
 

@@ -20,27 +20,28 @@ import numpy as np
 import psutil
 import torch.distributed as dist
 
-from megatron_t1 import curate, evaluate, platform, rl, sft
-from megatron_t1.actors import Actors, open_actors
+from megatron_t1 import curate, platform, rl, sft
+from megatron_t1.check.context import context_needs, too_long
+from megatron_t1.cli.doctor import versions
 from megatron_t1.config import Config
 from megatron_t1.data.packing import Sequence
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
-from megatron_t1.doctor import versions
 from megatron_t1.engine.parallel import initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
+from megatron_t1.evaluation import evaluate
+from megatron_t1.evaluation.results import read_summaries, table
+from megatron_t1.evaluation.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
+from megatron_t1.evaluation.scaling import Scaling
 from megatron_t1.files import write_json
-from megatron_t1.lengths import context_needs, too_long
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.models import spec_of
 from megatron_t1.platform import Platform
-from megatron_t1.report import write_report
-from megatron_t1.results import read_summaries, table
+from megatron_t1.rank0 import Actors, open_actors
+from megatron_t1.report.report import write_report
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
-from megatron_t1.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
-from megatron_t1.scaling import Scaling
 from megatron_t1.types import Prompt
 from megatron_t1.weights.hf_folder import HFFolder
 from megatron_t1.weights.identity import weights_digest

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from megatron_t1.actors import Actors
 from megatron_t1.algo import advantage
 from megatron_t1.algo.loss import t1_token_loss
 from megatron_t1.data.packing import sequences_of
@@ -28,6 +27,7 @@ from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
 from megatron_t1.platform import Platform
+from megatron_t1.rank0 import Actors
 from megatron_t1.rollout.bank import Bank
 from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.rollout.server import ServerError

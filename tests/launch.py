@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+WORKERS = ROOT / "tests" / "workers"
+"""Scripts that tests run on ranks."""
 
 
 def run_ranks(script: Path, num_ranks: int, *args: object, timeout_s: float = 600) -> str:

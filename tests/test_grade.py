@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_t1 import cli
+from megatron_t1.cli.main import main
 from megatron_t1.grade import GradeConfig, grade
 from tests.reward.cases import rows
 
@@ -66,7 +66,7 @@ def test_the_names_of_questions_and_evaluations_are_understood(tmp_path: Path) -
 
 def test_the_help_says_what_the_files_hold(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["grade", "--help"])
+        main(["grade", "--help"])
     said = capsys.readouterr().out
     for name in (
         "id",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_t1.files import write_text
-from megatron_t1.page import render
+from megatron_t1.report.html import render
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]], summary: dict[str, Any], num_shown: int) -> None:

@@ -6,7 +6,6 @@ The reference is transformers' model in float64 and a textbook loss on its full 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.engine.batch import ENTROPY_COEF, KL_COEF, LOSSES, TEMPERATURE, make_sequences
-from tests.launch import run_ranks
+from tests.launch import WORKERS, run_ranks
 from tests.tiny import make_tiny_qwen2
 
 VOCAB = 321  # odd: padded to TP in Megatron
-WORKER = Path(__file__).with_name("layout_worker.py")
+WORKER = WORKERS / "layout_worker.py"
 
 LAYOUTS = {
     "one process, one microbatch": (1, {"max_tokens_per_microbatch": 1024, "distributed_optimizer": False}),

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +17,10 @@ from safetensors.torch import load_file
 
 from megatron_t1.convert import to_hf
 from megatron_t1.engine.checkpoint import CheckpointConfig, _rotate, finished
-from tests.launch import ROOT, run_ranks
+from tests.launch import ROOT, WORKERS, run_ranks
 from tests.tiny import make_tiny_qwen2
 
-WORKER = Path(__file__).with_name("resume_worker.py")
+WORKER = WORKERS / "resume_worker.py"
 
 
 def train(run_dir, model_dir, layout, ranks, total, resume="fresh", every=3):
@@ -148,7 +147,7 @@ def test_every_kind_of_damage_is_seen(straight, model_dir, tmp_path):
     for name, spoil in kinds.items():
         shutil.copytree(whole, tmp_path / name)
         spoil(tmp_path / name)
-    output = run_ranks(WORKER.with_name("damage_worker.py"), 2, *(tmp_path / name for name in kinds))
+    output = run_ranks(WORKERS / "damage_worker.py", 2, *(tmp_path / name for name in kinds))
     found = json.loads(output.splitlines()[-1])
     assert found[0] is None
     assert re.fullmatch(r"\S+\.distcp has \d+ bytes, \d+ were written", found[1])

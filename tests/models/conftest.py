@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import run_ranks
+from tests.launch import WORKERS, run_ranks
 from tests.models.families import FAMILIES, reference
 from tests.models.layouts import LAYOUTS
 
-WORKER = Path(__file__).with_name("parity_worker.py")
+WORKER = WORKERS / "parity_worker.py"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_t1.weights.hf_folder import HFFolder
 from tests.models.layouts import LAYOUTS, RESUMED
-from tests.models.parity_worker import ADAM_EPS
+from tests.workers.parity_worker import ADAM_EPS
 
 
 def cases(wanted):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +14,10 @@ from safetensors.torch import load_file
 from megatron_t1.rollout.config import RolloutConfig
 from megatron_t1.rollout.process import environment
 from tests.engine.batch import make_sequences
-from tests.launch import ROOT
+from tests.launch import ROOT, WORKERS
 from tests.models.families import FAMILIES, VOCAB
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
+WORKER = WORKERS / "vllm_worker.py"
 SERVED = [family for family in FAMILIES if not family.endswith((" tied", " dense layer", " bias"))]
 
 

@@ -17,8 +17,8 @@ from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
 from megatron_t1.rollout.server import Server, Servers
 from tests.models.families import FAMILIES, MOE, VOCAB
 from tests.weights import reference
-from tests.weights.family_trainer import Push, Trainers
-from tests.weights.trainer import NoText
+from tests.workers.family_trainer import Push, Trainers
+from tests.workers.trainer import NoText
 
 # Family -> fields of its config.json: vLLM's CPU attention has heads of 32, 64, 80, ... numbers. Tied embeddings, where
 # vLLM's CPU build needs a mend, are pushed in test_sync.py.

@@ -28,7 +28,7 @@ from megatron_t1.weights.ranks import NoServerError
 from megatron_t1.weights.sync import WeightSync, folder_pieces
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 from tests.weights import reference
-from tests.weights.trainer import NoText
+from tests.workers.trainer import NoText
 
 PROMPTS = [[40 + i, 50, 60, 70] for i in range(8)]
 SAMPLING = SamplingConfig(temperature=1.0, num_samples=4, max_new_tokens=8)

@@ -15,7 +15,8 @@ from megatron_t1.rollout.config import RolloutConfig
 from megatron_t1.rollout.server import Servers
 from megatron_t1.weights.sync import WeightSync, folder_pieces
 from tests.tiny import make_tiny_qwen2
-from tests.weights import reference, trainer
+from tests.weights import reference
+from tests.workers import trainer
 
 
 @pytest.fixture(scope="module")

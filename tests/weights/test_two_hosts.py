@@ -21,7 +21,7 @@ from megatron_t1.weights.sync import WeightSync, folder_pieces
 from tests.launch import ROOT
 from tests.tiny import make_tiny_qwen2
 from tests.weights import reference
-from tests.weights.trainer import NoText
+from tests.workers.trainer import NoText
 
 PROMPT = [40, 50, 60, 70]
 SAMPLING = SamplingConfig(temperature=1.2, num_samples=2, max_new_tokens=8)

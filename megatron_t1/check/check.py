@@ -14,16 +14,16 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_t1 import estimate
+from megatron_t1.check import estimate
+from megatron_t1.check.context import context_needs, too_long
+from megatron_t1.check.machines import Place, layout_of, seconds_of
+from megatron_t1.cli.doctor import installed
 from megatron_t1.config import Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
-from megatron_t1.doctor import installed
 from megatron_t1.engine.model import check_divisible
-from megatron_t1.lengths import context_needs, too_long
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
-from megatron_t1.place import Place, layout_of, seconds_of
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
 from megatron_t1.weights.torch_dist import is_torch_dist
 

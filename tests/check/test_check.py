@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from megatron_t1 import cli, estimate, lenient
-from megatron_t1.check import Findings, check
-from megatron_t1.cli import main
+from megatron_t1.check import estimate
+from megatron_t1.check.check import Findings, check
+from megatron_t1.check.dry_run import dry_run
+from megatron_t1.check.machines import Place, layout_of
+from megatron_t1.cli import lenient
+from megatron_t1.cli.main import _read, main
 from megatron_t1.config import Config
-from megatron_t1.dry_run import dry_run
 from megatron_t1.models import spec_of
-from megatron_t1.place import Place, layout_of
 from tests.launch import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 
@@ -82,7 +83,7 @@ def test_a_good_configuration_has_no_problem(task: Path) -> None:
 )
 def test_a_config_is_what_the_job_would_make_of_it(task: Path, options: list[str]) -> None:
     options = ["--model.hf_path", str(task / "model"), *options]
-    job, *_ = cli._read("rl", options, Config)
+    job, *_ = _read("rl", options, Config)
     problems: list[str] = []
     assert lenient.build(Config, lenient.parse(Config, options)[0], problems) == job
     assert problems == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_t1 import lenient
+from megatron_t1.cli import lenient
 
 
 def read(

@@ -85,14 +85,14 @@ def _line_of(command: str) -> str:
 
 
 def _read(command: str, arguments: list[str], cls: Any, *extra: tuple[str, str, str]) -> tuple[Any, Any, str]:
-    from megatron_t1.arguments import read
+    from megatron_t1.cli.options import read
 
     return read(f"t1 {command}", _line_of(command), arguments, cls, *extra)
 
 
 def _on_ranks(parallel: Any, command: str, arguments: list[str]) -> int:
     """Run this command on as many trainer processes of this machine as it takes; nobody has started them yet."""
-    from megatron_t1 import launch
+    from megatron_t1.cli import launch
 
     return launch.start(launch.num_processes(parallel), [command, *arguments])
 
@@ -171,12 +171,12 @@ def _serve(arguments: list[str]) -> int:
 def _check(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
-    from megatron_t1 import lenient
-    from megatron_t1.arguments import in_full
-    from megatron_t1.check import Findings, check
+    from megatron_t1.check.check import Findings, check
+    from megatron_t1.check.dry_run import dry_run
+    from megatron_t1.check.machines import Place
+    from megatron_t1.cli import lenient
+    from megatron_t1.cli.options import in_full
     from megatron_t1.config import Config
-    from megatron_t1.dry_run import dry_run
-    from megatron_t1.place import Place
 
     parser = ArgumentParser(
         prog="t1 check", usage="t1 check [FILE.yaml] [options]", description=_line_of("check"), allow_abbrev=False
@@ -211,7 +211,7 @@ def _check(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     from jsonargparse import ArgumentParser
 
-    from megatron_t1.report import write_report
+    from megatron_t1.report.report import write_report
 
     parser = ArgumentParser(prog="t1 report", description=_line_of("report"))
     parser.add_argument("run_dir", type=str, help="folder of a run")
@@ -225,7 +225,7 @@ def _report(arguments: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     from jsonargparse import ArgumentParser
 
-    from megatron_t1.results import compare, describe
+    from megatron_t1.evaluation.results import compare, describe
 
     parser = ArgumentParser(prog="t1 compare", description=_line_of("compare"))
     parser.add_argument("before", type=str, help="folder of an evaluation: run_dir/evaluate/LABEL, or one of its sets")
@@ -321,7 +321,7 @@ def _quickstart_data(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    from megatron_t1.doctor import diagnose
+    from megatron_t1.cli.doctor import diagnose
 
     table, complete = diagnose()
     print(table)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_t1 import stats
+from megatron_t1.evaluation import stats
 from megatron_t1.files import iter_jsonl
 
 PAPER_NAMES = {

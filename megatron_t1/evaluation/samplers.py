@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from megatron_t1.actors import Actors
 from megatron_t1.data.prompts import Question, parse_rows
 from megatron_t1.data.template import Template
+from megatron_t1.rank0 import Actors
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.chat import ChatEndpoint, EndpointConfig, RefusedError, run_workers
 from megatron_t1.rollout.config import SamplingConfig

@@ -12,9 +12,9 @@ from markupsafe import Markup
 
 
 def render(template: str, **values: Any) -> str:
-    """The page of a template in megatron_t1/templates; what models wrote stays text."""
+    """The page of a template in megatron_t1/report/templates; what models wrote stays text."""
     environment = Environment(
-        loader=PackageLoader("megatron_t1"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("megatron_t1.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"percent": _percent, "seconds": _seconds}
     assert environment.loader is not None

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_t1 import plots
+from megatron_t1.evaluation.results import compare, grid, read_summaries
 from megatron_t1.files import iter_jsonl, read_jsonl, write_text
-from megatron_t1.page import render
-from megatron_t1.results import compare, grid, read_summaries
+from megatron_t1.report import plots
+from megatron_t1.report.html import render
 
 MAX_QUESTIONS = 12
 """Questions whose responses are shown for every evaluation, the first ones of the file."""

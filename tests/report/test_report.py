@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from megatron_t1 import plots
-from megatron_t1.evaluate import summarize
+from megatron_t1.evaluation.evaluate import summarize
 from megatron_t1.files import write_json, write_jsonl, write_text
-from megatron_t1.report import MAX_CHARS, write_report
+from megatron_t1.report import plots
+from megatron_t1.report.report import MAX_CHARS, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\u202e$x^$ {{ 7*7 }} ]]></style>\x00\ud800"
 

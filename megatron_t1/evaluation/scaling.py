@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_t1 import stats
-from megatron_t1.actors import Actors
-from megatron_t1.collect import collecting, open_folder
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import set_name
 from megatron_t1.data.template import Template
-from megatron_t1.evaluate import estimate, missing, questions_digest, response_row
+from megatron_t1.evaluation import stats
+from megatron_t1.evaluation.evaluate import estimate, missing, questions_digest, response_row
+from megatron_t1.evaluation.resume import collecting, open_folder
+from megatron_t1.evaluation.samplers import graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
+from megatron_t1.rank0 import Actors
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.samplers import graded, sample_seed
 from megatron_t1.types import Prompt, Reward, Sample
 
 _WINDOW = 1024

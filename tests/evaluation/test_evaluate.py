@@ -12,18 +12,26 @@ from typing import Any
 
 import pytest
 
-from megatron_t1.actors import Actors
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
 from megatron_t1.data.template import Template
-from megatron_t1.evaluate import EvalResult, EvaluateConfig, evaluate, summarize
-from megatron_t1.results import compare, read_summaries, table
+from megatron_t1.evaluation.evaluate import EvalResult, EvaluateConfig, evaluate, summarize
+from megatron_t1.evaluation.results import compare, read_summaries, table
+from megatron_t1.evaluation.samplers import (
+    Ask,
+    EndpointSampler,
+    OnDone,
+    Response,
+    Sampler,
+    ServerSampler,
+    StoredSampler,
+)
+from megatron_t1.rank0 import Actors
 from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.rollout.chat import EndpointConfig, NoAnswerError
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
-from megatron_t1.samplers import Ask, EndpointSampler, OnDone, Response, Sampler, ServerSampler, StoredSampler
 from tests.launch import ROOT
 from tests.scripted import ScriptedEndpoint, serving
 

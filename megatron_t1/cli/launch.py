@@ -26,7 +26,7 @@ def num_processes(cfg: ParallelConfig) -> int:
 def start(count: int, arguments: list[str]) -> int:
     """Run `t1 <arguments>` on `count` ranks; returns the exit code."""
     if count == 1:
-        from megatron_t1.cli import main
+        from megatron_t1.cli.main import main
 
         os.environ["RANK"] = "0"
         return main(arguments)

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_t1 import stats
-from megatron_t1.collect import collecting, open_folder
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import INSTRUCTION, load_set, set_name
+from megatron_t1.evaluation import stats
+from megatron_t1.evaluation.resume import collecting, open_folder
+from megatron_t1.evaluation.samplers import Ask, Response, Sampler
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rollout.chat import EndpointConfig
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.samplers import Ask, Response, Sampler
 
 
 @dataclass(frozen=True, kw_only=True)

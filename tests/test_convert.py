@@ -22,11 +22,11 @@ from megatron_t1.convert import to_hf, to_megatron, verify
 from megatron_t1.models.spec import FAMILIES as KNOWN
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
 from megatron_t1.weights.torch_dist import TorchDistReader
-from tests.launch import ROOT, run_ranks
+from tests.launch import ROOT, WORKERS, run_ranks
 from tests.models.families import FAMILIES
 from tests.tiny import ARCHITECTURES, make_tiny, make_tiny_qwen2
 
-WORKER = Path(__file__).with_name("megatron_worker.py")
+WORKER = WORKERS / "convert_worker.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 

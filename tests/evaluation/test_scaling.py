@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_t1.actors import Actors
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.template import Template
+from megatron_t1.evaluation.scaling import Scaling, ScalingConfig, _thinking
+from megatron_t1.rank0 import Actors
 from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.server import Servers
-from megatron_t1.scaling import Scaling, ScalingConfig, _thinking
 from megatron_t1.types import Prompt, Sample
 from tests.tiny import make_tiny_tokenizer
 

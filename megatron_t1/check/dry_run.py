@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_t1.check.machines import Place
 from megatron_t1.config import Config
-from megatron_t1.place import Place
 from megatron_t1.rollout.process import command as vllm_command
 
 
 def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
     """The srun commands that the batch scripts would run for these options, and the vLLM command of a server."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     library = root / "slurm" / "lib.sh"
     if not library.is_file():
         raise ValueError(f"--dry-run reads {library}, which is there in a checkout of the project only")

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from megatron_t1 import stats
+from megatron_t1.evaluation import stats
 
 
 @pytest.mark.parametrize(
