@@ -95,7 +95,7 @@ def _servers(url: str, key_file: str, model: str) -> Iterator[Run]:
     from megatron_t1.engine.model import ModelConfig
     from megatron_t1.evaluation.samplers import ServerSampler
     from megatron_t1.rank0 import Actors, open_actors
-    from megatron_t1.rollout.config import RolloutConfig
+    from megatron_t1.servers.config import RolloutConfig
 
     template = Template(Path(model))
     with tempfile.TemporaryDirectory() as run_dir:
@@ -109,7 +109,7 @@ def _servers(url: str, key_file: str, model: str) -> Iterator[Run]:
 @contextmanager
 def _chat(url: str, key_file: str, model: str) -> Iterator[Run]:
     from megatron_t1.evaluation.samplers import EndpointSampler
-    from megatron_t1.rollout.chat import EndpointConfig
+    from megatron_t1.rollout.endpoint import EndpointConfig
 
     yield _sampler_run(EndpointSampler(EndpointConfig(urls=(url,), key_file=key_file), _NoGrader()))
 
@@ -119,7 +119,7 @@ def _openai(url: str, key_file: str, model: str) -> Iterator[Run]:
     import httpx
     from openai import AsyncOpenAI
 
-    from megatron_t1.rollout.chat import run_workers
+    from megatron_t1.rollout.endpoint import run_workers
 
     async def main(count: int, done: Callable[[int], None]) -> None:
         limits = httpx.Limits(max_connections=1024, max_keepalive_connections=1024)
@@ -170,9 +170,9 @@ def main() -> None:
 
 def compare(model: str | Path, folder: Path, num_requests: int) -> None:
     """Prints a row of the table for every client."""
-    from megatron_t1.rollout.config import RolloutConfig
-    from megatron_t1.rollout.registry import KEY_FILE
-    from megatron_t1.rollout.server import open_servers
+    from megatron_t1.servers.config import RolloutConfig
+    from megatron_t1.servers.registry import KEY_FILE
+    from megatron_t1.servers.servers import open_servers
 
     cfg = RolloutConfig(device="cpu", dtype="float32", max_model_len=256, startup_timeout_s=1500)
     weights_mb = sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 1e6

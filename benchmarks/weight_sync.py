@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_t1.rollout.config import RolloutConfig
-from megatron_t1.rollout.server import Servers, open_servers
-from megatron_t1.weights.ops import Piece
-from megatron_t1.weights.sync import WeightSync
+from megatron_t1.models.ops import Piece
+from megatron_t1.push.sync import WeightSync
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.servers import Servers, open_servers
 from tests.tiny import make_tiny_tokenizer
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE, VOCAB = 896, 24, 14, 2, 4864, 151936

@@ -14,7 +14,8 @@ from megatron_t1.evaluation.evaluate import EvaluateConfig
 from megatron_t1.evaluation.scaling import ScalingConfig
 from megatron_t1.reward.score import RewardConfig
 from megatron_t1.rl import RLConfig
-from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.sft import SFTConfig
 
 

@@ -34,7 +34,7 @@ from megatron_t1.reward.normalize import compact, exact_number, normalize
 from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Sample
-from megatron_t1.weights.identity import weights_digest
+from megatron_t1.weights.digest import weights_digest
 
 REASONS = {
     "no_question": "the question is missing or empty",

@@ -29,8 +29,8 @@ from megatron_t1.engine.model import Dtype, ModelConfig
 from megatron_t1.engine.parallel import ParallelConfig, initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_jsonl
-from megatron_t1.rollout.endpoint import Server, ServerError
-from megatron_t1.rollout.registry import REMOTE_KEY_ENV, read_key
+from megatron_t1.servers.registry import REMOTE_KEY_ENV, read_key
+from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.weights.torch_dist import is_torch_dist
 
 _REQUEST_TIMEOUT_S = 600.0

@@ -37,16 +37,16 @@ from megatron_t1.files import write_json
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.models import spec_of
 from megatron_t1.platform import Platform
+from megatron_t1.push.sync import WeightSync, folder_pieces
+from megatron_t1.push.sync_check import TOLERANCE, sync_check
 from megatron_t1.rank0 import Actors, open_actors
 from megatron_t1.report.report import write_report
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.server import Servers
+from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt
+from megatron_t1.weights.digest import weights_digest
 from megatron_t1.weights.hf_folder import HFFolder
-from megatron_t1.weights.identity import weights_digest
-from megatron_t1.weights.sync import WeightSync, folder_pieces
-from megatron_t1.weights.sync_check import TOLERANCE, sync_check
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from megatron_t1.rollout.bank import StepBank
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.heap import frozen_heap
-from megatron_t1.rollout.server import Servers
+from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Group, Prompt
 
 if TYPE_CHECKING:

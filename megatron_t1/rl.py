@@ -27,14 +27,14 @@ from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
 from megatron_t1.platform import Platform
+from megatron_t1.push.ranks import NoServerError
+from megatron_t1.push.sync import WeightSync
 from megatron_t1.rank0 import Actors
 from megatron_t1.rollout.bank import Bank
 from megatron_t1.rollout.client import NoServerLeftError
-from megatron_t1.rollout.server import ServerError
+from megatron_t1.servers.server import ServerError
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.types import Group, Prompt
-from megatron_t1.weights.ranks import NoServerError
-from megatron_t1.weights.sync import WeightSync
 
 if TYPE_CHECKING:
     from megatron_t1.config import Config

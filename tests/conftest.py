@@ -11,8 +11,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from megatron_t1.rollout.config import RolloutConfig
-from megatron_t1.rollout.server import Servers, open_servers
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.servers import Servers, open_servers
 from tests.tiny import make_tiny_qwen2
 
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that; tests press it.

@@ -25,7 +25,7 @@ from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.reward.verify import verify
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.server import Servers
+from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Sample
 
 REWARD = RewardConfig(num_workers=1, penalties=PenaltyConfig(enabled=()))

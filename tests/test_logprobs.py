@@ -19,10 +19,10 @@ from megatron_t1.convert import to_megatron
 from megatron_t1.data.prompts import load_texts
 from megatron_t1.data.template import Template
 from megatron_t1.logprobs import compare
-from megatron_t1.weights.sync import WeightSync, folder_pieces
+from megatron_t1.push.sync import WeightSync, folder_pieces
 from tests.launch import ROOT
+from tests.push import reference
 from tests.tiny import make_tiny_tokenizer
-from tests.weights import reference
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
 ROWS = [

@@ -158,7 +158,7 @@ def _curate(arguments: list[str]) -> int:
 
 def _serve(arguments: list[str]) -> int:
     from megatron_t1.config import Config
-    from megatron_t1.rollout.serve import serve
+    from megatron_t1.servers.serve import serve
 
     cfg, *_ = _read("serve", arguments, Config)
     _stop_on_signals()

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
+from megatron_t1.models.ops import Shard, Shards
 from megatron_t1.platform import Platform
-from megatron_t1.weights.ops import Shard, Shards
 
 T = TypeVar("T")
 

@@ -36,11 +36,11 @@ from megatron_t1.engine.model import (
 from megatron_t1.engine.optimizer import OptimConfig, build_optimizer
 from megatron_t1.engine.parallel import ParallelConfig, shards
 from megatron_t1.models import spec_of
+from megatron_t1.models.ops import Piece
 from megatron_t1.platform import Platform
 from megatron_t1.types import Microbatch
 from megatron_t1.weights import hf_io
-from megatron_t1.weights.ops import Piece
-from megatron_t1.weights.stream import local_pieces
+from megatron_t1.weights.plan import local_pieces
 from megatron_t1.weights.torch_dist import is_torch_dist
 
 

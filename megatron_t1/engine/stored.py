@@ -23,13 +23,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron_t1.engine.model import ModelConfig, T1GPTModel, build_model
 from megatron_t1.engine.parallel import ParallelConfig, initialize, shards
 from megatron_t1.models import spec_of
+from megatron_t1.models.ops import Piece
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform import setup
 from megatron_t1.weights.buffers import TwoBuffers
 from megatron_t1.weights.hf_folder import CheckpointError, TensorInfo
 from megatron_t1.weights.hf_io import CARRIED, Carried
-from megatron_t1.weights.ops import Piece
-from megatron_t1.weights.stream import Named, local_pieces, weights_of
+from megatron_t1.weights.plan import Named, local_pieces, weights_of
 from megatron_t1.weights.torch_dist import Box, TorchDistReader
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

@@ -24,8 +24,8 @@ from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.resume import collecting, open_folder
 from megatron_t1.evaluation.samplers import Ask, Response, Sampler
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
-from megatron_t1.rollout.chat import EndpointConfig
 from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.endpoint import EndpointConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from megatron_t1.rollout.bank import StepBank
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.reply import AbortedError, Request, RestartedError, Tokenizer, samples_of
-from megatron_t1.rollout.server import Server, ServerError, Servers
+from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Group, Prompt, Reward, Sample
 
 T = TypeVar("T")

@@ -1,143 +1,376 @@
-"""One vLLM server as the trainer sees it: its address and key, the weights it holds, whether it may be asked."""
+"""Asks OpenAI-compatible chat endpoints (vLLM's own, or anybody's): messages in, text and token counts out.
+
+Concurrency, as a contract: any number of `ask` may be awaited on one event loop. At most `max_in_flight` of them are at
+the endpoint; a rate limit (429, 503) halves that number, stops new requests until its Retry-After has passed, and
+answers raise it again one by one. Whatever else may pass by itself (connection errors, timeouts, 5xx, replies that are
+no answer) is asked again with doubling, jittered pauses. The first failure of each kind is said on stderr.
+
+aiohttp instead of the openai package: that takes more than ten times the CPU a request (benchmarks/client.md), and its
+retries know nothing of the other requests. Left out: streaming.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-import re
-import subprocess
+import os
+import random
+import resource
+import sys
 import time
-import urllib.error
-import urllib.request
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_t1.rollout.supervise import ENDED_BY_ITSELF
+import aiohttp
+from tqdm import tqdm
 
-_LOG_TAIL_LINES = 20
-_LOG_TAIL_BYTES = 65536
-_ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
+from megatron_t1.rollout.heap import frozen_heap
+from megatron_t1.types import FinishReason
+
+Message = dict[str, str]
+
+_MAX_REPLY_BYTES = 64 << 20
+_MAX_PAUSE_S = 60.0
+_MAX_RETRY_AFTER_S = 900.0
 
 
-class ServerError(RuntimeError):
-    """A server did not come up, died, answered nonsense or not in time. The message names it and says what to do."""
+class EndpointError(RuntimeError):
+    """The endpoint can't be used: wrong URL, model or key. The message says what to do."""
 
 
-@dataclass(eq=False)
-class Server:
-    """One vLLM server. `version` and `unusable` decide whether it may be asked for samples."""
+class NoAnswerError(EndpointError):
+    """One request got no answer after all retries; others may."""
 
-    url: str
-    key: str = field(repr=False)
-    process: subprocess.Popen[bytes] | None = None
-    """The group's leader when this process started it; None for a server given by URL."""
-    log_path: Path | None = None
-    version: int = 0
-    """Weight version it holds, as far as we know; 0: the weights it started with."""
-    max_model_len: int = 0
-    """Longest prompt + response, tokens; known once it is ready."""
-    unusable: str | None = None
-    """Why no samples may be asked of it any more: a failed push left unknown weights. None: fine."""
-    ready: bool = False
-    """It answered /health once."""
-    started_at: float = field(default_factory=time.monotonic)
-    """When it was started, or first looked at; time.monotonic()."""
 
-    @property
-    def name(self) -> str:
-        return self.url.removeprefix("http://")
+class RefusedError(ValueError):
+    """The endpoint refuses this one request (too long, not allowed); others may be fine."""
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.key}"}
 
-    def exited(self) -> bool:
-        return self.process is not None and self.process.poll() is not None
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """An OpenAI-compatible chat endpoint and how hard it may be asked."""
 
-    def was_killed(self) -> bool:
-        """It exited, and not by itself: starting it again may help."""
-        return self.exited() and not (self._log_lines() or [""])[-1].startswith(ENDED_BY_ITSELF)
+    urls: tuple[str, ...] = ()
+    """Base URLs ("https://host/v1"), all of one model; requests go to the least busy one. `t1 serve` prints its own."""
+    model: str = "policy"
+    """Name of the model at the endpoint; servers of `t1 serve` call theirs `policy`."""
+    key_env: str = ""
+    """Environment variable that holds the API key."""
+    key_file: str | None = None
+    """File that holds the API key, readable by its owner alone."""
+    max_in_flight: int = 1024
+    """Requests at the endpoint at the same time."""
+    timeout_s: float = 1800.0
+    """Deadline for one request; a stalled one is asked again."""
+    max_retries: int = 8
+    """Times one request is asked again after failures other than a rate limit."""
+    max_rate_limited_s: float = 7200.0
+    """How long one request may be kept waiting by rate limits alone."""
+    price_in: float = 0.0
+    """Price of a million prompt tokens, in any currency."""
+    price_out: float = 0.0
+    """Price of a million generated tokens."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """More fields of every request: {"reasoning_effort": "high"}."""
 
-    def log_tail(self) -> str:
-        """Where its log is, the errors in it and its last lines, indented: mostly the last one is the cause."""
-        if (lines := self._log_lines()) is None:
-            return "    (its log is where it was started)"
-        lines = [line for line in lines if not line.startswith(ENDED_BY_ITSELF)]
-        # The root cause stands far above the end: the API server prints its own traceback after the engine's.
-        early = [line for line in lines[:-_LOG_TAIL_LINES] if _ERROR_LINE.search(line)][:5]
-        shown = [*early, "[...]", *lines[-_LOG_TAIL_LINES:]] if early else lines[-_LOG_TAIL_LINES:]
-        return "\n".join(f"    {line}" for line in [f"(whole log: {self.log_path})", *shown])
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"urls={url!r}: must start with http:// or https://")
+        for name, least in (("max_in_flight", 1), ("max_retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("timeout_s", "max_rate_limited_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 seconds")
 
-    def _log_lines(self) -> list[str] | None:
-        """The end of its log; None when it is not on this host."""
-        if self.log_path is None or not self.log_path.exists():
-            return None
-        with self.log_path.open("rb") as log:
-            log.seek(max(0, self.log_path.stat().st_size - _LOG_TAIL_BYTES))
-            return log.read().decode(errors="replace").splitlines()
-
-    def call(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
-        """One blocking call; returns the decoded JSON (None for an empty body).
-
-        Raises ServerError on a refused, late or broken answer, with the server's own message.
-        """
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, method=method, headers=dict(self.headers))
-        if data is not None:
-            request.add_header("Content-Type", "application/json")
-        try:
-            with _OPENER.open(request, timeout=timeout_s) as response:
-                raw = response.read()
-        except urllib.error.HTTPError as error:
-            text = error.read(4000).decode(errors="replace")
-            raise ServerError(f"server {self.name}: {path} answered {error.code}: {text.strip()}") from None
-        except TimeoutError:
-            raise ServerError(f"server {self.name}: {path} did not answer within {timeout_s:g} s") from None
-        except (urllib.error.URLError, OSError) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise ServerError(f"server {self.name}: {path} did not answer within {timeout_s:g} s") from None
-            raise ServerError(f"server {self.name}: {path}: {reason}\n{self.log_tail()}") from None
-        try:
-            return json.loads(raw) if raw else None
-        except ValueError:
-            raise ServerError(f"server {self.name}: {path} answered no JSON: {raw[:200]!r}") from None
-
-    def healthy(self, timeout_s: float = 5.0) -> bool:
-        try:
-            with _OPENER.open(self.url + "/health", timeout=timeout_s) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def hangs(self, timeout_s: float) -> bool:
-        """Whether it takes connections but answers nothing: stopped or stuck, not ended."""
-        try:
-            _OPENER.open(self.url + "/health", timeout=timeout_s).close()
-        except TimeoutError:
-            return True
-        except (urllib.error.URLError, OSError) as error:
-            return isinstance(getattr(error, "reason", None), TimeoutError)
-        return False
-
-    def introduce(self) -> None:
-        """Learns what it serves, once it is healthy, and frees it from the pause of a trainer that died in a push.
+    def key(self) -> str:
+        """The API key; empty when neither variable nor file is named.
 
         Raises:
-            ServerError: the key is wrong.
+            ValueError: a variable that is not set, a file that is missing or that others may read.
         """
-        models = self.call("GET", "/v1/models", timeout_s=30)
-        self.max_model_len = int(models["data"][0]["max_model_len"])
-        self.version = parse_version(self.call("GET", "/weight_info", timeout_s=30)["weight_version"])
-        if self.call("GET", "/is_paused", timeout_s=30)["is_paused"]:
-            self.call("POST", "/resume", timeout_s=30)
-        self.ready = True
+        if self.key_file:
+            path = Path(self.key_file)
+            if not path.is_file():
+                raise ValueError(f"endpoint key_file={path}: no such file")
+            if path.stat().st_mode & 0o077:
+                raise ValueError(f"endpoint key_file={path}: readable by others; chmod 600 it")
+            return path.read_text().strip()
+        if self.key_env and not os.environ.get(self.key_env):
+            raise ValueError(f"endpoint key_env={self.key_env}: the environment has no such variable")
+        return os.environ.get(self.key_env, "") if self.key_env else ""
 
 
-def parse_version(text: str) -> int:
-    """vLLM's weight version as a number; `default` is what a server starts with."""
-    return 0 if text == "default" else int(text)
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """One answer."""
+
+    text: str
+    """With the thinking in <think> tags when the endpoint returned it apart."""
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    """As the endpoint counts; 0 when it does not say."""
+    num_tokens: int
+    """Generated tokens, as the endpoint counts; 0 when it does not say."""
 
 
-# Servers are on this host or named by the user: a proxy of the environment must not see their traffic.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+class ChatEndpoint:
+    """A client of one endpoint. Use as an async context manager, on one event loop."""
+
+    def __init__(self, cfg: EndpointConfig, key: str | None = None) -> None:
+        """`key`: in place of the one that the config names."""
+        if not cfg.urls:
+            raise ValueError("endpoint urls is empty: give the base URL of the endpoint")
+        self.cfg = cfg
+        self.events: Counter[str] = Counter()
+        """Requests, rate limits and failures by kind."""
+        self._urls = [_chat_url(url) for url in cfg.urls]
+        self._busy = Counter(dict.fromkeys(self._urls, 0))
+        self._key = cfg.key() if key is None else key
+        self._gate = _Gate(cfg.max_in_flight)
+        self._hold_until = 0.0
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> ChatEndpoint:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection a request; the usual limit is 1024
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self.cfg.timeout_s, sock_connect=30),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Reply:
+        """One answer. A last message of the assistant is continued, and is part of the reply's text.
+
+        Raises:
+            RefusedError: this request is refused.
+            NoAnswerError: no answer after all retries.
+            EndpointError: the endpoint can't be used.
+        """
+        body: dict[str, Any] = {
+            "model": self.cfg.model,
+            "messages": list(messages),
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            **self.cfg.extra_body,
+        }
+        optional: dict[str, Any] = {
+            "top_p": (top_p, 1.0),
+            "min_p": (min_p, 0.0),
+            "seed": (seed, None),
+            "stop": (list(stop), []),
+        }
+        body |= {name: value for name, (value, default) in optional.items() if value != default}
+        prefill = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        if prefill:
+            body |= {"add_generation_prompt": False, "continue_final_message": True}
+        data = json.dumps(body).encode()
+        failures, limited_since = 0, None
+        while True:
+            await self._gate.enter()
+            asked_at = time.monotonic()
+            pause_s = 0.0
+            try:
+                await self._wait_for_hold()
+                self.events["requests"] += 1
+                url = min(self._urls, key=self._busy.__getitem__)
+                reply = _parse(await self._post(url, data), prefill)
+                self._gate.answered()
+                return reply
+            except _RateLimitedError as limit:
+                self._count("rate limited", f"{url}: {limit}; waiting, then with fewer requests at a time")
+                self._gate.limited(asked_at)
+                pause_s = limit.retry_after_s
+                self._hold_until = max(self._hold_until, time.monotonic() + pause_s)
+                limited_since = limited_since or asked_at
+                if time.monotonic() + pause_s - limited_since > self.cfg.max_rate_limited_s:
+                    raise NoAnswerError(
+                        f"{self.cfg.model}: rate limited for max_rate_limited_s={self.cfg.max_rate_limited_s:g} s"
+                    ) from None
+            except (aiohttp.ClientError, TimeoutError, OSError, _GarbageError) as error:
+                kind = "timeout" if isinstance(error, TimeoutError) else type(error).__name__.strip("_")
+                reason = str(error) or kind
+                self._count(kind, f"{url}: {reason}; asking again, {self.cfg.max_retries} times a request at most")
+                failures += 1
+                if failures > self.cfg.max_retries:
+                    raise NoAnswerError(
+                        f"{self.cfg.model} at {url}: no answer after {failures} attempts, the last one: {reason}"
+                    ) from None
+                pause_s = min(_MAX_PAUSE_S, 0.5 * 2**failures)
+            finally:
+                self._gate.leave()
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # those that failed together come back apart
+
+    def _count(self, kind: str, told: str) -> None:
+        self.events[kind] += 1
+        if self.events[kind] == 1:
+            tqdm.write(f"{self.cfg.model} at {told} (said once)", file=sys.stderr)
+
+    async def _wait_for_hold(self) -> None:
+        while (left := self._hold_until - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+
+    async def _post(self, url: str, data: bytes) -> Any:
+        assert self._session is not None
+        self._busy[url] += 1
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:
+                raw = await _bounded(response)
+        finally:
+            self._busy[url] -= 1
+        status = response.status
+        if status == 200:
+            try:
+                return json.loads(raw)
+            except ValueError:
+                raise _GarbageError(f"a reply that is no JSON: {raw[:100]!r}") from None
+        said = f"{status}: {raw[:500].decode(errors='replace')}"
+        if status in (429, 503):
+            raise _RateLimitedError(said, _retry_after_s(response.headers.get("Retry-After")))
+        if status in (401, 402, 403, 404) or 300 <= status < 400:
+            raise EndpointError(
+                f"{self.cfg.model} at {url}: refused with {said}; mend the URL, the model's name or the key"
+            )
+        if status >= 500 or status in (408, 409, 425):
+            raise aiohttp.ClientError(said)
+        self._count("refused", f"{url}: a request was refused with {said}")
+        raise RefusedError(said)
+
+
+async def run_workers(count: int, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """`count` workers at the same time; the first error ends the others and is raised as it is."""
+    try:
+        with frozen_heap():
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(count):
+                    tasks.create_task(work())
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+
+
+class _RateLimitedError(Exception):
+    def __init__(self, said: str, retry_after_s: float) -> None:
+        super().__init__(f"rate limited with {said}")
+        self.retry_after_s = retry_after_s
+
+
+class _GarbageError(Exception):
+    """A reply with status 200 that holds no answer."""
+
+
+class _Gate:
+    """How many requests may be at the endpoint: halved by a rate limit, raised by one per round of answers."""
+
+    def __init__(self, most: int) -> None:
+        self.limit = float(most)
+        self._most, self._inside, self._halved_at = most, 0, 0.0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        if not self._waiting and self._inside < int(self.limit):
+            self._inside += 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # the turn came, and nobody takes it
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        self._inside -= 1
+        while self._waiting and self._inside < int(self.limit):
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._inside += 1
+                turn.set_result(None)
+
+    def answered(self) -> None:
+        self.limit = min(self._most, self.limit + 1 / self.limit)
+
+    def limited(self, asked_at: float) -> None:
+        """Once for all requests that were under way at the same time."""
+        if asked_at >= self._halved_at:
+            self.limit = max(1.0, self.limit / 2)
+            self._halved_at = time.monotonic()
+
+
+def _chat_url(base: str) -> str:
+    base = base.rstrip("/")
+    if base.count("/") == 2:  # nothing but a host
+        base += "/v1"
+    return base + "/chat/completions"
+
+
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    parts, size = [], 0
+    async for part in response.content.iter_any():
+        size += len(part)
+        if size > _MAX_REPLY_BYTES:
+            raise _GarbageError(f"a reply of more than {_MAX_REPLY_BYTES >> 20} MiB")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _retry_after_s(header: str | None) -> float:
+    """Seconds or an HTTP date; one second when absent or unreadable."""
+    wait_s = 1.0
+    if header:
+        try:
+            wait_s = float(header)
+        except ValueError:
+            with contextlib.suppress(ValueError, TypeError):
+                wait_s = parsedate_to_datetime(header).timestamp() - time.time()
+    return min(_MAX_RETRY_AFTER_S, max(0.1, wait_s)) if wait_s == wait_s else 1.0
+
+
+def _parse(reply: Any, prefill: str) -> Reply:
+    """Replies are other people's data: everything is checked before use."""
+    try:
+        choice = reply["choices"][0]
+        message, finish = choice["message"], choice["finish_reason"]
+        text = message.get("content") or ""
+        thinking = message.get("reasoning_content") or message.get("reasoning") or ""
+        usage = reply.get("usage") or {}
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _GarbageError(f"a reply without an answer ({error!r}): {str(reply)[:100]}") from None
+    if not isinstance(text, str) or not isinstance(thinking, str):
+        raise _GarbageError("a reply whose content is no text")
+    num_prompt, num_generated = (count if type(count) is int and count >= 0 else 0 for count in counts)
+    if not (text or thinking or num_generated):  # a model may end at once; then it has generated its end token
+        raise _GarbageError("a reply without text")
+    if finish not in ("stop", "length"):
+        raise _GarbageError(f"finish_reason is {finish!r}")
+    if thinking:
+        text = f"<think>{thinking}</think>{text}"
+    text = (prefill + text).encode("utf-8", "replace").decode()  # half of a surrogate pair can't be stored
+    return Reply(text=text, finish_reason=finish, num_prompt_tokens=num_prompt, num_tokens=num_generated)

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.endpoint import Server, ServerError, parse_version
+from megatron_t1.servers.server import Server, ServerError, parse_version
 from megatron_t1.types import Sample
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from megatron_t1.data.sets import INSTRUCTION
 from megatron_t1.reward.score import RewardConfig
-from megatron_t1.rollout.chat import EndpointConfig
-from megatron_t1.rollout.config import RolloutConfig
+from megatron_t1.rollout.endpoint import EndpointConfig
+from megatron_t1.servers.config import RolloutConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,13 @@ from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
 from megatron_t1.files import write_json, write_jsonl
 from megatron_t1.reward.score import Scorer
-from megatron_t1.rollout.chat import ChatEndpoint, EndpointConfig, NoAnswerError, run_workers
-from megatron_t1.rollout.server import open_servers
+from megatron_t1.rollout.endpoint import ChatEndpoint, EndpointConfig, NoAnswerError, run_workers
+from megatron_t1.servers.servers import open_servers
 from megatron_t1.synthesize import browse, prompts
 from megatron_t1.synthesize.chain import Workshop
 from megatron_t1.synthesize.config import SynthesizeConfig
 from megatron_t1.synthesize.store import Store
-from megatron_t1.weights.identity import weights_digest
+from megatron_t1.weights.digest import weights_digest
 
 STAGES = (*prompts.STAGES, "filter")
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from megatron_t1.models.ops import Piece
 from megatron_t1.weights.hf_folder import (
     CheckpointError,
     HFFolder,
@@ -24,8 +25,7 @@ from megatron_t1.weights.hf_folder import (
     copy_beside,
     name_dtype,
 )
-from megatron_t1.weights.ops import Piece
-from megatron_t1.weights.stream import Plan
+from megatron_t1.weights.plan import Plan
 from megatron_t1.weights.torch_dist import is_torch_dist
 
 MAX_SHARD_BYTES = 4 << 30

@@ -28,10 +28,10 @@ from megatron_t1.evaluation.samplers import (
 )
 from megatron_t1.rank0 import Actors
 from megatron_t1.reward.score import RewardConfig, Scorer
-from megatron_t1.rollout.chat import EndpointConfig, NoAnswerError
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.server import Servers
+from megatron_t1.rollout.endpoint import EndpointConfig, NoAnswerError
+from megatron_t1.servers.servers import Servers
 from tests.launch import ROOT
 from tests.scripted import ScriptedEndpoint, serving
 

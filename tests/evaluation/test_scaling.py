@@ -22,7 +22,7 @@ from megatron_t1.rank0 import Actors
 from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.server import Servers
+from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt, Sample
 from tests.tiny import make_tiny_tokenizer
 

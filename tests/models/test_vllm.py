@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_t1.rollout.config import RolloutConfig
-from megatron_t1.rollout.process import environment
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.process import environment
 from tests.engine.batch import make_sequences
 from tests.launch import ROOT, WORKERS
 from tests.models.families import FAMILIES, VOCAB

@@ -13,14 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.rollout.bank import Bank
 from megatron_t1.rollout.client import NoServerLeftError, RolloutClient
-from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
-from megatron_t1.rollout.server import ServerError, Servers
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.server import ServerError
+from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt, Reward, Sample
-from megatron_t1.weights.sync import WeightSync, folder_pieces
+from tests.push import reference
 from tests.rollout.hostile import good_reply, serving
-from tests.weights import reference
 
 SAMPLING = SamplingConfig(temperature=1.2, num_samples=5, max_new_tokens=12)
 

@@ -20,8 +20,8 @@ import pytest
 from megatron_t1.data.prompts import DataConfig, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.reward.score import RewardConfig
-from megatron_t1.rollout import chat
-from megatron_t1.rollout.chat import EndpointConfig, EndpointError
+from megatron_t1.rollout import endpoint
+from megatron_t1.rollout.endpoint import EndpointConfig, EndpointError
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
 from megatron_t1.synthesize.run import describe, synthesize
@@ -121,7 +121,7 @@ def test_chains_come_out_and_every_reason_counts(questions: Path, tmp_path: Path
 def test_trouble_changes_nothing_and_a_second_run_asks_nothing(
     questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "_MAX_PAUSE_S", 0.2)
+    monkeypatch.setattr(endpoint, "_MAX_PAUSE_S", 0.2)
     with serving(ScriptedEndpoint(solver)) as server:
         synthesize(config(questions, tmp_path / "calm", server.url))
     with serving(ScriptedEndpoint(solver, trouble=0.3)) as server:

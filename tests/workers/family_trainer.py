@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_t1.rollout.config import RolloutConfig
+from megatron_t1.servers.config import RolloutConfig
 
 NUM_RANKS = 4
 
@@ -75,8 +75,8 @@ def _push(push: Push, platform: Any) -> None:
     from megatron_t1.engine.model import ModelConfig
     from megatron_t1.engine.parallel import ParallelConfig, initialize, is_main
     from megatron_t1.engine.step import ForwardEngine
-    from megatron_t1.rollout.server import Servers
-    from megatron_t1.weights.sync import WeightSync
+    from megatron_t1.push.sync import WeightSync
+    from megatron_t1.servers.servers import Servers
 
     parallel = ParallelConfig(**push.fields)
     initialize(parallel, platform, 0)

@@ -27,7 +27,7 @@ def main() -> None:
     from megatron_t1.engine.parallel import ParallelConfig, initialize
     from megatron_t1.engine.step import Engine
     from megatron_t1.weights import hf_io
-    from megatron_t1.weights.stream import Plan
+    from megatron_t1.weights.plan import Plan
 
     parallel = ParallelConfig(**layout)
     initialize(parallel, platform, 0)

@@ -56,7 +56,7 @@ def main() -> None:
     from megatron_t1.engine.optimizer import OptimConfig
     from megatron_t1.engine.parallel import ParallelConfig, initialize
     from megatron_t1.engine.step import Engine
-    from megatron_t1.weights.stream import Plan
+    from megatron_t1.weights.plan import Plan
 
     for layout, (fields, families) in layouts.items():
         resumed = fields.pop("checkpoint_of", None)

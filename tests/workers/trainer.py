@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megatron_t1.models.ops import Piece
+from megatron_t1.push import tcp
+from megatron_t1.push.ranks import SyncError
+from megatron_t1.push.sync import WeightSync
 from megatron_t1.rollout.client import RolloutClient
-from megatron_t1.rollout.config import RolloutConfig, SamplingConfig
-from megatron_t1.rollout.server import Servers
-from megatron_t1.rollout.vllm_plugin import tcp
-from megatron_t1.weights.ops import Piece
-from megatron_t1.weights.ranks import SyncError
-from megatron_t1.weights.sync import WeightSync
-from tests.weights import reference
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.servers import Servers
+from tests.push import reference
 
 PROMPT = [40, 50, 60, 70]
 SAMPLING = SamplingConfig(temperature=1.2, num_samples=2, max_new_tokens=8)

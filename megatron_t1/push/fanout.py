@@ -1,0 +1,163 @@
+"""vLLM's weight-update calls, made on all servers at once, with a deadline and a record of what became of each.
+
+A server that fails is dropped from the push and the others go on; the push fails when none is left. What a failure
+leaves behind is known by phase: until the load begins the server holds the weights it held, after that nobody knows. A
+server on unknown weights is marked unusable, and never asked again before it was started anew.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from megatron_t1.push.ranks import NoServerError
+from megatron_t1.servers.server import Server, ServerError, parse_version
+from megatron_t1.servers.servers import Servers
+
+
+class Fanout:
+    """Has the four methods of vLLM's `VLLMWeightSyncClient`, so that its own trainer engines can drive it too."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.targets: list[Server] = []
+        self.version = 0
+        self._introduced: set[Server] = set()
+        self._offsets: dict[Server, int] = {}
+        self.failed: dict[str, str] = {}
+        """Server name -> why it was dropped from the current push."""
+        self.seconds: dict[str, float] = {}
+        """Phase -> wall seconds of the current push."""
+
+    def open(self, version: int, targets: list[Server]) -> None:
+        """Begins a push into `targets`: from here on no server is asked for samples before it holds `version`."""
+        self.version = version
+        self.servers.required_version = version
+        self.targets = list(targets)
+        self.failed = {}
+        self.seconds = {}
+        if not targets:
+            raise NoServerError(f"push of version {version}: no server is alive:\n{self.servers.describe_failures()}")
+
+    def pause(self) -> None:
+        """Deals with the requests in flight by the stated rule (`rollout.pause_mode`) and holds new ones back."""
+        mode = self.servers.cfg.pause_mode
+        self.each("pause", lambda server: self._post(server, f"/pause?mode={mode}"), spoils=False)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Tells the servers that have not heard it yet where the weights will come from."""
+
+        def introduce(server: Server) -> None:
+            if server not in self._introduced:
+                self._post(server, "/init_weight_transfer_engine", {"init_info": self._for(server, init_info)})
+                self._introduced.add(server)
+
+        self.each("init", introduce, spoils=False)
+
+    def receive(self, update_info: dict[str, Any]) -> None:
+        """Our own engine: has every server bring the bytes in and verify them. No weight is touched yet."""
+        self.each("start", self._start, spoils=False)
+        update = {"update_info": {"step": "receive", **update_info}}
+        self.each("receive", lambda server: self._post(server, "/update_weights", update), spoils=False)
+
+    def load(self) -> None:
+        """Our own engine: pauses the servers and has them load what they received."""
+        self.pause()
+        self.each("load", lambda server: self._post(server, "/update_weights", {"update_info": {"step": "load"}}))
+
+    def start_weight_update(self) -> None:
+        self.each("start", self._start)
+
+    def update_weights(self, update_info: Any) -> None:
+        self.each("update", lambda server: self._post(server, "/update_weights", {"update_info": update_info}))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Puts the weights in force under this push's version, forgets the prefix cache, and lets requests go on."""
+        body = {"weight_version": weight_version or str(self.version)}
+        self.each("finish", lambda server: self._post(server, "/finish_weight_update", body))
+        self.each("cache", self._reset_cache)
+        self.each("check", self._check_version)
+        self.each("resume", lambda server: self._post(server, "/resume"))
+
+    def count_workers(self) -> int:
+        """Workers of all servers in the push; from here on a `rank_offset` in an info is shifted for each server."""
+        self._offsets, total = {}, 0
+        for server in self.targets:
+            self._offsets[server] = total
+            total += int(self._get(server, "/get_world_size")["world_size"])
+        return total
+
+    def forget(self) -> None:
+        """The next `init_weight_transfer_engine` reaches every server again."""
+        self._introduced.clear()
+
+    def each(self, phase: str, call: Callable[[Server], None], *, spoils: bool = True) -> None:
+        """Runs `call` on all servers still in the push at once; drops those where it raises ServerError.
+
+        `spoils`: a failure leaves unknown weights. Raises NoServerError when none is left.
+        """
+        began = time.monotonic()
+        with ThreadPoolExecutor(len(self.targets)) as pool:
+            errors = list(pool.map(lambda server: _error_of(call, server), self.targets))
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
+        for server, error in zip(list(self.targets), errors, strict=True):
+            if error is not None:
+                self._drop(server, phase, error, spoils)
+        if not self.targets:
+            reasons = "\n".join(self.failed.values())
+            raise NoServerError(f"push of version {self.version} reached no server:\n{reasons}")
+
+    def _drop(self, server: Server, phase: str, error: ServerError, spoils: bool) -> None:
+        message = f"push of version {self.version}, phase {phase}: {error}"
+        self.targets.remove(server)
+        if spoils:
+            server.unusable = f"unknown weights: {message}"
+        else:
+            message += f"; it keeps version {server.version}"
+            if phase == "pause" and not server.exited():
+                _error_of(lambda s: s.call("POST", "/resume", timeout_s=2), server)
+        self.failed[server.name] = message
+        print(f"warning: server {server.name} left out: {message}", file=sys.stderr, flush=True)
+
+    def _start(self, server: Server) -> None:
+        try:
+            self._post(server, "/start_weight_update")
+        except ServerError as error:
+            if "already active" not in str(error):
+                raise
+            # A trainer died in its push, or one of this server's workers refused what another one took.
+            _error_of(lambda s: self._post(s, "/update_weights", {"update_info": {"step": "cancel"}}), server)
+            self._post(server, "/start_weight_update")
+
+    def _for(self, server: Server, info: dict[str, Any]) -> dict[str, Any]:
+        if "rank_offset" not in info:
+            return info
+        return info | {"rank_offset": info["rank_offset"] + self._offsets[server]}
+
+    def _post(self, server: Server, path: str, body: Any = None) -> Any:
+        return server.call("POST", path, body, timeout_s=self.servers.cfg.sync_timeout_s)
+
+    def _get(self, server: Server, path: str) -> Any:
+        return server.call("GET", path, timeout_s=self.servers.cfg.sync_timeout_s)
+
+    def _reset_cache(self, server: Server) -> None:
+        reply = self._post(server, "/reset_prefix_cache?reset_running_requests=true")
+        if not reply["success"]:
+            raise ServerError(f"server {server.name}: the prefix cache of the old weights could not be reset")
+
+    def _check_version(self, server: Server) -> None:
+        held = self._get(server, "/weight_info")["weight_version"]
+        if parse_version(held) != self.version:
+            raise ServerError(f"server {server.name} says that it holds version {held}")
+        server.version = self.version
+
+
+def _error_of(call: Callable[[Server], Any], server: Server) -> ServerError | None:
+    try:
+        call(server)
+    except ServerError as error:
+        return error
+    return None

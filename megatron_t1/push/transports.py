@@ -1,0 +1,239 @@
+"""How the bytes of a push travel: one class a transport, all behind the same two calls of `WeightSync`.
+
+`prepare` runs on every rank and returns the digests of this rank's pieces; `deliver` brings the weights into the
+servers through the `Fanout` that rank 0 holds, and says when it reads the trainer's parameters no more.
+
+| transport | bytes travel                                    | proof before loading | the trainer stalls      |
+|-----------|-------------------------------------------------|----------------------|-------------------------|
+| shm       | one file of the host, written by all ranks      | a digest per piece   | while it writes         |
+| tcp       | from each rank what it owns, to every worker    | a digest per piece   | until they have arrived |
+| nccl      | vLLM's NCCL broadcast from rank 0's GPU         | none but vLLM's own  | until all answered      |
+
+shm and tcp serve CUDA servers too, through host memory. `nccl` stands on vLLM's own trainer engine and has not been
+run: there was no GPU where it was written; its messages are checked against vLLM's classes. Left out: CUDA IPC, which
+needs trainer and server on the same GPU (we place them on different ones) and travels over HTTP as a pickle; and NCCL
+M2N, whose placements can't express pipeline or expert parallelism, and whose worker takes the ranks after the trainer's
+for one server's, so that it can't serve several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+
+from megatron_t1.push.fanout import Fanout
+from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
+from megatron_t1.push.shm import SharedFile, init_info, layout
+from megatron_t1.push.tcp import PieceServer, address_towards
+from megatron_t1.push.wire import digest, digest_kind
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.server import Server
+from megatron_t1.servers.servers import Servers
+from megatron_t1.weights.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """What is brought, and to whom; on rank 0 complete, on the others without targets and digests."""
+
+    version: int
+    targets: list[Server]
+    digests: list[str]
+    """Of every piece of the plan, in its order."""
+    weights_free: Callable[[], None]
+    """To be called once this rank's parameters are read no more."""
+
+
+class Transport(Protocol):
+    def prepare(self) -> list[str]: ...
+
+    def deliver(self, fanout: Fanout | None, push: Push) -> None:
+        """On every rank, on a thread beside the training; `ranks` must not be used after `push.weights_free`."""
+
+    def close(self) -> None: ...
+
+
+def open_transport(plan: Plan, ranks: Ranks, cfg: RolloutConfig, servers: Servers | None) -> Transport:
+    """The transport of the configuration, the same on all ranks.
+
+    Raises:
+        ValueError: shm was asked for, and the trainer's ranks are on several hosts.
+    """
+    name = ranks.from_0("set-up", servers and servers.transport)
+    if name == "nccl":
+        return NcclTransport(plan, ranks)
+    if name == "shm" and not ranks.on_one_host:
+        if cfg.transport == "shm":
+            raise ValueError("rollout.transport=shm: the trainer's ranks are on several hosts; use tcp")
+        name = "tcp"
+    return ShmTransport(plan, ranks) if name == "shm" else TcpTransport(plan, ranks)
+
+
+class ShmTransport:
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+        tensors, pieces, num_bytes = layout(plan)
+        self._mine = plan.mine()
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        created = SharedFile(num_bytes) if ranks.rank == 0 else None
+        path = ranks.from_0("set-up", created.path if created else None)
+        self.file = created or SharedFile(num_bytes, path)
+        self._init_info = {"path": path, **init_info(tensors, pieces, num_bytes)}
+
+    def prepare(self) -> list[str]:
+        return list(self.file.write(self._mine, self._tensors))
+
+    def deliver(self, fanout: Fanout | None, push: Push) -> None:
+        push.weights_free()
+        if fanout is not None:
+            fanout.open(push.version, push.targets)
+            fanout.init_weight_transfer_engine(self._init_info)
+            fanout.receive({"digests": push.digests})
+            fanout.load()
+            fanout.finish_weight_update()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TcpTransport:
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+        self._plan = plan
+        self._ranks = ranks
+        tensors, pieces, num_bytes = layout(plan)
+        self._init_info = {"timeout_s": ranks.timeout_s, **init_info(tensors, pieces, num_bytes)}
+
+    def prepare(self) -> list[str]:
+        shapes = {tensor.name: tensor.shape for tensor in self._plan.tensors}
+        return [digest(piece.view, digest_kind(piece.view, shapes[piece.name])) for piece in self._plan.mine()]
+
+    def deliver(self, fanout: Fanout | None, push: Push) -> None:
+        begun = None
+        try:
+            if fanout is not None:
+                fanout.open(push.version, push.targets)
+                fanout.init_weight_transfer_engine(self._init_info)
+                begun = [secrets.token_urlsafe(32), [_host(server) for server in fanout.targets]]
+        finally:
+            begun = self._ranks.from_0("start", begun)
+        if begun is None:
+            return
+        token, hosts = begun
+        mine = [(piece.view, tuple(s.stop - s.start for s in piece.index)) for piece in self._plan.mine()]
+        with PieceServer(mine, self._own_address(hosts), token, self._ranks.timeout_s) as server:
+            addresses = self._ranks.to_0("listen", server.address)
+            try:
+                if fanout is not None:
+                    sources = [[rank, *address] for rank, address in enumerate(addresses)]
+                    fanout.receive({"digests": push.digests, "sources": sources, "token": token})
+            except NoServerError:
+                with contextlib.suppress(SyncError):  # the servers' reason says more than a rank that is gone
+                    self._ranks.from_0("sent", None)
+                raise
+            self._ranks.from_0("sent", None)
+        push.weights_free()
+        if fanout is not None:
+            fanout.load()
+            fanout.finish_weight_update()
+
+    def close(self) -> None:
+        pass
+
+    def _own_address(self, server_hosts: list[str]) -> str:
+        """Where this rank listens: the loopback address, unless servers or ranks are on other hosts."""
+        others = list(server_hosts)
+        if not self._ranks.on_one_host:
+            others.append(os.environ["MASTER_ADDR"])
+        towards = [address_towards(host) for host in others]
+        return next((address for address in towards if not address.startswith("127.")), towards[0])
+
+
+class NcclTransport:
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+        self._plan = plan
+        self._ranks = ranks
+        self._engine: Any = None
+        self._members: list[Server] = []
+
+    def prepare(self) -> list[str]:
+        return []
+
+    def deliver(self, fanout: Fanout | None, push: Push) -> None:
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        meeting: Any = "failed"
+        try:
+            if fanout is not None:
+                fanout.open(push.version, push.targets)
+                fanout.pause()
+                # The group of the first push stays, until a server joined or left.
+                meeting = None if fanout.targets == self._members else self._new_meeting(fanout)
+        finally:
+            meeting = self._ranks.from_0("start", meeting)
+        if meeting == "failed":
+            return
+        if meeting is not None:
+            self.close()
+            host, port, world_size = meeting
+            self._engine = WeightTransferTrainerFactory.trainer_init(
+                NCCLTrainerInitInfo(master_address=host, master_port=port, world_size=world_size, rank=self._plan.rank),
+                client=fanout,  # type: ignore[arg-type]
+                source=_nccl_source(self._plan),
+            )
+            self._members = list(fanout.targets) if fanout is not None else []
+        # NCCL itself waits for a dead worker without end; aborting the group lets the broadcast return.
+        watchdog = threading.Timer(self._ranks.timeout_s, self.close)
+        watchdog.start()
+        try:
+            self._engine.send_weights()
+        except SyncError:
+            self.close()
+            raise
+        except Exception as error:
+            self.close()
+            raise SyncError(f"push of version {push.version}, NCCL broadcast: {error!r}") from error
+        finally:
+            watchdog.cancel()
+
+    def close(self) -> None:
+        self._members = []
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    def _new_meeting(self, fanout: Fanout) -> tuple[str, int, int]:
+        """Rendezvous address and size of a new group: trainer rank 0 and every worker of every server."""
+        fanout.forget()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return address_towards(_host(fanout.targets[0])), port, 1 + fanout.count_workers()
+
+
+def _nccl_source(plan: Plan) -> Any:
+    """The plan as vLLM's WeightSource: whole tensors on rank 0's device, one after the other."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class PlanSource(WeightSource):
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from plan.gather(device=torch.accelerator.current_accelerator() or "cpu")
+
+    return PlanSource()
+
+
+def _host(server: Server) -> str:
+    host = urlsplit(server.url).hostname
+    if host is None:
+        raise ValueError(f"server {server.url} has no host in its URL")
+    return host

@@ -1,0 +1,111 @@
+"""What a user says about the vLLM servers: how many, where, how they are asked and fed.
+
+Left out: everything vLLM decides well by itself. What it takes beyond these fields goes through `vllm_args` verbatim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Transport = Literal["shm", "tcp", "nccl"]
+HOST_BACKEND = "t1_host"
+"""Name, inside vLLM, of our own weight-transfer backend: what carries `shm` and `tcp`."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class RolloutConfig:
+    """vLLM servers: how many to start here, or the URLs of running ones."""
+
+    urls: tuple[str, ...] = ()
+    """Base URLs of servers that already run (`t1 serve` prints one). Empty: start `num_servers` here."""
+    key_file: str | None = None
+    """File with the servers' key (mode 0600), made when there is none. None: run_dir/server_key; for `urls` the
+    environment variable T1_SERVER_KEY."""
+    await_servers: int = 0
+    """Servers that other hosts start (`t1 serve --rollout.host auto`, same run_dir on a shared file system): wait for
+    so many, start none here."""
+    registry: str | None = None
+    """Folder in which servers on other hosts are announced; None: run_dir/servers."""
+    num_servers: int = 1
+    """Servers to start on this host."""
+    host: str = "127.0.0.1"
+    """Address that the servers of this host listen on, behind the key: a loopback address keeps them to this host;
+    `auto` is this host's address as others see it."""
+    ports: tuple[int, ...] = ()
+    """A fixed port for every server; empty: free ones are taken."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda when torch finds a GPU."""
+    gpu_ids: tuple[int, ...] = ()
+    """GPUs of the servers, `tp` of them for each in order, counted along CUDA_VISIBLE_DEVICES; empty: 0, 1, 2, ..."""
+    gpu_memory_utilization: float = 0.85
+    """Share of a GPU's memory that a server may fill (GPU only)."""
+    tp: int = 1
+    """Tensor parallelism of each server."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    """Compute type of the server. Give the trainer's own: a difference shows as train/rollout mismatch."""
+    max_model_len: int | None = None
+    """Longest prompt + response, tokens; None: what the model's config allows."""
+    max_num_seqs: int = 256
+    """Samples that one server generates at the same time; also the most that one request may ask for."""
+    kv_cache_bytes: int = 64 * 2**20
+    """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
+    transport: Literal["auto"] | Transport = "auto"
+    """How new weights reach the servers. auto: nccl on CUDA; on CPU shm, or tcp when trainer or servers span hosts. See
+    `megatron_t1.push.transports`."""
+    pause_mode: Literal["abort", "wait", "keep"] = "wait"
+    """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
+    going on the new weights (their tokens then carry both versions)."""
+    samples_per_request: int = 16
+    """Samples of one prompt asked for in one request: fewer spread better over servers, more cost less overhead."""
+    startup_timeout_s: float = 600.0
+    """Deadline for a server to become healthy."""
+    request_timeout_s: float = 3600.0
+    """Deadline for one generation request, queueing included."""
+    health_timeout_s: float = 60.0
+    """A busy server that answers no /health for so long counts as stuck; its requests are asked elsewhere."""
+    sync_timeout_s: float = 600.0
+    """Deadline for each phase of a weight push, and for a trainer rank to come to where the others are in it."""
+    connect_retries: int = 3
+    """Attempts of one request at a server before connection errors make it count as dead."""
+    seed: int = 0
+    """Seed of the server's engine; samples are seeded one by one by the client."""
+    vllm_args: dict[str, Any] = field(default_factory=dict)
+    """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}."""
+    vllm_env: dict[str, str] = field(default_factory=dict)
+    """More environment variables of the servers: {"VLLM_ATTENTION_BACKEND": "..."}."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_servers", "tp", "max_num_seqs", "samples_per_request", "connect_retries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("startup_timeout_s", "request_timeout_s", "health_timeout_s", "sync_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be above 0 seconds")
+        if self.ports and not self.urls and len(self.ports) != self.num_servers:
+            raise ValueError(
+                f"rollout.ports={self.ports}: give one port for each of the {self.num_servers} servers, or none"
+            )
+        if self.gpu_ids and len(self.gpu_ids) != self.num_servers * self.tp:
+            raise ValueError(
+                f"rollout.gpu_ids={self.gpu_ids}: {self.num_servers} servers of tp {self.tp} need "
+                f"{self.num_servers * self.tp} GPUs"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
+        if self.await_servers < 0:
+            raise ValueError(f"rollout.await_servers={self.await_servers}: must be 0 (start servers here) or more")
+        if self.await_servers and self.urls:
+            raise ValueError(f"rollout.await_servers={self.await_servers} and rollout.urls exclude each other")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"rollout.urls={url!r}: must start with http:// or https://")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether the servers started here are for this host alone."""
+        return self.host == "localhost" or self.host.startswith("127.")
+
+    def registry_folder(self, run_dir: Path) -> Path:
+        return Path(self.registry) if self.registry else run_dir / "servers"

@@ -1,0 +1,192 @@
+"""Starting one vLLM server process: its command line, its environment, its port, and the end of its process group."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_t1.servers.config import HOST_BACKEND, RolloutConfig
+from megatron_t1.servers.guard import KEY_ENV
+from megatron_t1.servers.server import ServerError
+
+_COMMON_ENV = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the weight routes; `KeyGuard` keeps them to holders of the key
+    "VLLM_NO_USAGE_STATS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONUNBUFFERED": "1",
+}
+# Without them the start takes longer, the first request compiles for seconds, and a push spends 0.4 s a GB on page
+# faults.
+_CPU_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+}
+# torchrun's variables would make vLLM join the trainer's process group.
+_TRAINER_VARIABLES = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+}
+
+
+def launch(
+    cfg: RolloutConfig,
+    model_dir: Path,
+    *,
+    index: int,
+    host: str,
+    port: int,
+    key: str,
+    device: str,
+    transport: str,
+    log: Path,
+) -> subprocess.Popen[bytes]:
+    """Starts server `index` as a process group of its own that ends when this process does; appends to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    supervisor = [sys.executable, "-m", "megatron_t1.servers.supervise", str(os.getpid())]
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [*supervisor, *command(cfg, model_dir, host=host, port=port, device=device, transport=transport)],
+            env=environment(cfg, index=index, key=key, device=device),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device: str, transport: str) -> list[str]:
+    """The vLLM command line. The key is not on it: it is in the environment."""
+    options: dict[str, Any] = {
+        "model": str(model_dir),
+        "served-model-name": "policy",
+        "host": host,
+        "port": port,
+        "dtype": cfg.dtype,
+        "seed": cfg.seed,
+        "tensor-parallel-size": cfg.tp,
+        "max-model-len": cfg.max_model_len,
+        "max-num-seqs": cfg.max_num_seqs,
+        "logprobs-mode": "processed_logprobs",
+        "enable-prefix-caching": True,
+        "enable-scale-out": True,
+        "generation-config": "vllm",
+        "weight-transfer-config": {"backend": HOST_BACKEND if transport in ("shm", "tcp") else transport},
+        "middleware": "megatron_t1.servers.guard.KeyGuard",
+        "disable-uvicorn-access-log": True,
+    }
+    if device == "cpu":
+        longest = cfg.max_model_len or json.loads((model_dir / "config.json").read_text())["max_position_embeddings"]
+        options |= {
+            "enforce-eager": True,
+            "kv-cache-memory-bytes": cfg.kv_cache_bytes,
+            # A seeded request whose prefill is cut in two kills the CPU engine: "CPU Generator does not use offset".
+            "enable-chunked-prefill": False,
+            "max-num-batched-tokens": max(2048, cfg.max_num_seqs, longest),
+        }
+    else:
+        options["gpu-memory-utilization"] = cfg.gpu_memory_utilization
+    if not has_weights(model_dir):
+        options["load-format"] = "dummy"  # a Megatron checkpoint: the trainer pushes before it asks
+    options |= {name.replace("_", "-"): value for name, value in cfg.vllm_args.items()}
+    words = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict | list):
+            words += [f"--{name}", json.dumps(value)]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def has_weights(model_dir: Path) -> bool:
+    """Whether vLLM finds weights that it can read."""
+    return any(model_dir.glob("*.safetensors"))
+
+
+def environment(cfg: RolloutConfig, *, index: int, key: str, device: str) -> dict[str, str]:
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TRAINER_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    env |= _COMMON_ENV | {KEY_ENV: key}
+    if device == "cpu":
+        env |= _CPU_ENV
+        env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_bytes
+    else:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(cfg, env.get("CUDA_VISIBLE_DEVICES"), index))
+    return env | cfg.vllm_env
+
+
+def gpus(cfg: RolloutConfig, visible: str | None, index: int) -> list[str]:
+    """The GPUs of server `index`, as CUDA_VISIBLE_DEVICES spells them: `rollout.gpu_ids` count along `visible`.
+
+    Raises:
+        ServerError: fewer GPUs are visible to this process than the servers need.
+    """
+    numbers = (cfg.gpu_ids or tuple(range(cfg.num_servers * cfg.tp)))[index * cfg.tp : (index + 1) * cfg.tp]
+    if visible is None:
+        return [str(number) for number in numbers]
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if max(numbers) >= len(names):
+        raise ServerError(
+            f"server {index} needs GPU number {max(numbers)} and CUDA_VISIBLE_DEVICES={visible} shows {len(names)}: "
+            "lower rollout.num_servers or rollout.tp, or set rollout.gpu_ids (they count along CUDA_VISIBLE_DEVICES)"
+        )
+    return [names[number] for number in numbers]
+
+
+def own_address() -> str:
+    """This host's IPv4 address as other hosts see it: of its name, or, where that is an alias of loopback, of its
+    default route."""
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        if not address.startswith("127."):
+            return address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # reserved for documentation; connecting a UDP socket sends nothing
+        except OSError:
+            raise ServerError(
+                "rollout.host = auto: this host's address for other hosts can't be told; give it by number"
+            ) from None
+        return str(probe.getsockname()[0])
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """Holds `port` of `host` (0: any free one) until the returned socket is closed; raises OSError when it is taken.
+
+    A socket that is bound but does not listen lets vLLM's own bind pass (both set SO_REUSEADDR), while the kernel gives
+    the port to nobody who asks for a free one.
+    """
+    holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        holder.bind((host, port))
+    except OSError:
+        holder.close()
+        raise
+    return holder
+
+
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILLs the whole group, its engine processes included even when the leader is gone, and reaps the leader."""
+    signal_group(process, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,143 @@
+"""One vLLM server as the trainer sees it: its address and key, the weights it holds, whether it may be asked."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_t1.servers.supervise import ENDED_BY_ITSELF
+
+_LOG_TAIL_LINES = 20
+_LOG_TAIL_BYTES = 65536
+_ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
+
+
+class ServerError(RuntimeError):
+    """A server did not come up, died, answered nonsense or not in time. The message names it and says what to do."""
+
+
+@dataclass(eq=False)
+class Server:
+    """One vLLM server. `version` and `unusable` decide whether it may be asked for samples."""
+
+    url: str
+    key: str = field(repr=False)
+    process: subprocess.Popen[bytes] | None = None
+    """The group's leader when this process started it; None for a server given by URL."""
+    log_path: Path | None = None
+    version: int = 0
+    """Weight version it holds, as far as we know; 0: the weights it started with."""
+    max_model_len: int = 0
+    """Longest prompt + response, tokens; known once it is ready."""
+    unusable: str | None = None
+    """Why no samples may be asked of it any more: a failed push left unknown weights. None: fine."""
+    ready: bool = False
+    """It answered /health once."""
+    started_at: float = field(default_factory=time.monotonic)
+    """When it was started, or first looked at; time.monotonic()."""
+
+    @property
+    def name(self) -> str:
+        return self.url.removeprefix("http://")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def exited(self) -> bool:
+        return self.process is not None and self.process.poll() is not None
+
+    def was_killed(self) -> bool:
+        """It exited, and not by itself: starting it again may help."""
+        return self.exited() and not (self._log_lines() or [""])[-1].startswith(ENDED_BY_ITSELF)
+
+    def log_tail(self) -> str:
+        """Where its log is, the errors in it and its last lines, indented: mostly the last one is the cause."""
+        if (lines := self._log_lines()) is None:
+            return "    (its log is where it was started)"
+        lines = [line for line in lines if not line.startswith(ENDED_BY_ITSELF)]
+        # The root cause stands far above the end: the API server prints its own traceback after the engine's.
+        early = [line for line in lines[:-_LOG_TAIL_LINES] if _ERROR_LINE.search(line)][:5]
+        shown = [*early, "[...]", *lines[-_LOG_TAIL_LINES:]] if early else lines[-_LOG_TAIL_LINES:]
+        return "\n".join(f"    {line}" for line in [f"(whole log: {self.log_path})", *shown])
+
+    def _log_lines(self) -> list[str] | None:
+        """The end of its log; None when it is not on this host."""
+        if self.log_path is None or not self.log_path.exists():
+            return None
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - _LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace").splitlines()
+
+    def call(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
+        """One blocking call; returns the decoded JSON (None for an empty body).
+
+        Raises ServerError on a refused, late or broken answer, with the server's own message.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, method=method, headers=dict(self.headers))
+        if data is not None:
+            request.add_header("Content-Type", "application/json")
+        try:
+            with _OPENER.open(request, timeout=timeout_s) as response:
+                raw = response.read()
+        except urllib.error.HTTPError as error:
+            text = error.read(4000).decode(errors="replace")
+            raise ServerError(f"server {self.name}: {path} answered {error.code}: {text.strip()}") from None
+        except TimeoutError:
+            raise ServerError(f"server {self.name}: {path} did not answer within {timeout_s:g} s") from None
+        except (urllib.error.URLError, OSError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise ServerError(f"server {self.name}: {path} did not answer within {timeout_s:g} s") from None
+            raise ServerError(f"server {self.name}: {path}: {reason}\n{self.log_tail()}") from None
+        try:
+            return json.loads(raw) if raw else None
+        except ValueError:
+            raise ServerError(f"server {self.name}: {path} answered no JSON: {raw[:200]!r}") from None
+
+    def healthy(self, timeout_s: float = 5.0) -> bool:
+        try:
+            with _OPENER.open(self.url + "/health", timeout=timeout_s) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def hangs(self, timeout_s: float) -> bool:
+        """Whether it takes connections but answers nothing: stopped or stuck, not ended."""
+        try:
+            _OPENER.open(self.url + "/health", timeout=timeout_s).close()
+        except TimeoutError:
+            return True
+        except (urllib.error.URLError, OSError) as error:
+            return isinstance(getattr(error, "reason", None), TimeoutError)
+        return False
+
+    def introduce(self) -> None:
+        """Learns what it serves, once it is healthy, and frees it from the pause of a trainer that died in a push.
+
+        Raises:
+            ServerError: the key is wrong.
+        """
+        models = self.call("GET", "/v1/models", timeout_s=30)
+        self.max_model_len = int(models["data"][0]["max_model_len"])
+        self.version = parse_version(self.call("GET", "/weight_info", timeout_s=30)["weight_version"])
+        if self.call("GET", "/is_paused", timeout_s=30)["is_paused"]:
+            self.call("POST", "/resume", timeout_s=30)
+        self.ready = True
+
+
+def parse_version(text: str) -> int:
+    """vLLM's weight version as a number; `default` is what a server starts with."""
+    return 0 if text == "default" else int(text)
+
+
+# Servers are on this host or named by the user: a proxy of the environment must not see their traffic.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -1,0 +1,203 @@
+"""The vLLM servers of a run: awaited, watched, brought back, asked for by the client and the weight sync.
+
+The servers are unmodified vLLM processes behind a key; where they come from is a `sources.Source`: started here on
+loopback, given by URL, or announced by `t1 serve` on other hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_t1.servers.config import RolloutConfig, Transport
+from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.sources import all_on_this_host, source_of
+
+_MIN_PATIENCE_S = 120.0
+"""For the other servers, once one is there."""
+_MAX_KILLED_STARTS = 3
+"""Times that one server is started again in one wait when something killed it, as a host short of memory would."""
+
+
+class Servers:
+    """All servers of a run. `start` returns at once; `wait_ready` blocks until they are healthy; `close` ends them."""
+
+    def __init__(self, cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str) -> None:
+        self.cfg = cfg
+        self.model_dir = Path(model_dir)
+        self.run_dir = Path(run_dir)
+        self.device = _device(cfg)
+        self.all: list[Server] = []
+        self.required_version: int | None = None
+        """Version that a server must hold to be asked; None: the newest that any holds. Set by every weight push."""
+        self.pushing = False
+        """A weight push is under way: no server is usable until it ends, and whoever asks should wait."""
+        self._source = source_of(cfg, self.model_dir, self.run_dir, self.device, self.transport)
+
+    @property
+    def transport(self) -> Transport:
+        if self.cfg.transport != "auto":
+            return self.cfg.transport
+        if self.device == "cuda":
+            return "nccl"
+        return "shm" if all_on_this_host(self.cfg) else "tcp"
+
+    def start(self) -> Servers:
+        """Starts the processes (or notes where they are) and returns without waiting for them."""
+        self.all = self._source.open()
+        return self
+
+    def revive(self) -> list[Server]:
+        """Starts the dead and unusable servers of this host anew, on the weights of `model_dir`, and looks at others
+        again; returns these servers at once, not ready.
+
+        None is asked for samples before a push has brought it to the current version.
+        """
+        revived = self._source.look(self.all)
+        for server in self.all:
+            # Of a process on another host nobody tells us that it ended: a push that failed may be the only sign.
+            left_behind = server.ready and self.required_version not in (None, server.version)
+            if left_behind and not server.exited() and not server.healthy():
+                server.unusable = "it does not answer /health"
+        for index, server in enumerate(self.all):
+            if server.exited() or server.unusable:
+                self.all[index] = self._source.again(index, server)
+                revived.append(self.all[index])
+        return revived
+
+    def poll(self) -> None:
+        """Marks the servers that have become healthy as ready, without waiting.
+
+        Raises:
+            ServerError: one refuses our key; the others have been looked at.
+        """
+        self._source.look(self.all)
+        refused = None
+        for server in self.all:
+            if not server.ready and not server.exited() and server.healthy(timeout_s=2.0):
+                try:
+                    server.introduce()
+                except ServerError as error:
+                    refused = error
+        if refused:
+            raise refused
+
+    def alive(self) -> list[Server]:
+        """Servers that answered and have not been lost since, whatever weights they hold."""
+        return [s for s in self.all if s.ready and s.unusable is None and not s.exited()]
+
+    def only(self, server: Server) -> Servers:
+        """A view on one of the servers, to ask it alone, whatever weights it holds."""
+        view = copy.copy(self)
+        view.all, view.required_version = [server], server.version
+        return view
+
+    def wait_ready(self, minimum: int | None = None) -> Servers:
+        """Blocks until `minimum` servers are alive (None: all that the run begins with), `startup_timeout_s` at most.
+
+        Of servers on other hosts, those that are there by then are enough, and the first that is there ends the wait
+        soon: the others get as long as it took, `_MIN_PATIENCE_S` at least. Who comes later is used from then on.
+
+        Raises:
+            ServerError: too few, with the end of the log of one that is missing.
+        """
+        wanted = minimum or self._source.awaited
+        began = announced = time.monotonic()
+        deadline = began + self.cfg.startup_timeout_s
+        some_alive = False
+        killed: Counter[int] = Counter()
+        while True:
+            self.poll()
+            if self.cfg.await_servers and self.alive() and not some_alive:
+                some_alive = True
+                took = time.monotonic() - began
+                deadline = min(deadline, began + took + max(took, _MIN_PATIENCE_S))
+            if len(self.alive()) >= wanted:
+                break
+            for index, server in enumerate(self.all):
+                if server.was_killed() and killed[index] < _MAX_KILLED_STARTS:
+                    killed[index] += 1
+                    print(f"server {server.name} was killed and is started again", file=sys.stderr, flush=True)
+                    self.all[index] = self._source.again(index, server)
+            ended = [server for server in self.all if server.exited()]
+            if ended and len(self.all) - len(ended) < wanted:
+                raise ServerError(f"server {ended[0].name} ended while starting. Its log ends:\n{ended[0].log_tail()}")
+            now = time.monotonic()
+            if now > deadline:
+                if self.cfg.await_servers and self.alive():
+                    print(f"warning: {len(self.alive())} of {wanted} servers are there; going on", file=sys.stderr)
+                    break
+                raise ServerError(self._describe_missing(wanted))
+            if now - announced > 10:
+                announced = now
+                missing = ", ".join(s.name for s in self.all if not s.ready) or f"{wanted - len(self.alive())} servers"
+                print(f"waiting for vLLM: {missing} ({now - began:.0f} s)", file=sys.stderr, flush=True)
+            time.sleep(0.1)
+        if len(self.alive()) >= len(self.all):
+            self._source.settled()
+        return self
+
+    def usable(self) -> list[Server]:
+        """Servers that may be asked for samples: alive, and on the weights that they should have."""
+        alive = self.alive()
+        required = self.required_version
+        if required is None:
+            required = max((server.version for server in alive), default=0)
+        return [server for server in alive if server.version == required]
+
+    def describe_failures(self) -> str:
+        """One paragraph for every server that is not usable, with the end of its log."""
+        lines = []
+        for server in self.all:
+            if server.exited():
+                lines.append(f"server {server.name} ended. Its log ends:\n{server.log_tail()}")
+            elif server.unusable:
+                lines.append(f"server {server.name} is unusable: {server.unusable}")
+            elif self.required_version not in (None, server.version):
+                lines.append(f"server {server.name} holds weights of version {server.version}, not the current ones")
+            elif not server.healthy():
+                lines.append(f"server {server.name} does not answer /health. Its log ends:\n{server.log_tail()}")
+        return "\n".join(lines) or "every server answers /health"
+
+    def close(self) -> None:
+        """Ends every process that was started here."""
+        self._source.close(self.all)
+        for server in self.all:
+            server.ready = False
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _describe_missing(self, wanted: int) -> str:
+        deadline = f"within {self.cfg.startup_timeout_s:g} s (rollout.startup_timeout_s)"
+        late = next((server for server in self.all if not server.ready), None)
+        if late is not None:
+            return f"server {late.name} was not healthy {deadline}. Its log ends:\n{late.log_tail()}"
+        folder = self.cfg.registry_folder(self.run_dir)
+        return (
+            f"{len(self.all)} of {wanted} awaited servers announced themselves in {folder} {deadline}: is `t1 serve "
+            f"--rollout.host auto` running with run_dir {self.run_dir}? Its output says why not"
+        )
+
+
+@contextlib.contextmanager
+def open_servers(cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str) -> Iterator[Servers]:
+    """Servers of `model_dir`, started and healthy; ended when the block is left. Logs go to `run_dir`/logs."""
+    with Servers(cfg, model_dir, run_dir) as servers:
+        yield servers.start().wait_ready()
+
+
+def _device(cfg: RolloutConfig) -> str:
+    if cfg.device != "auto":
+        return cfg.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

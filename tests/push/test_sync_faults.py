@@ -1,0 +1,192 @@
+"""Two real servers of a mixture-of-experts model that are killed, stopped and started anew around weight pushes.
+
+They return raw logprobs, so that the check of the temperature contract has a real server to refuse; the samples that
+are held against transformers are drawn at temperature 1, where raw and processed are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_t1.push.ranks import NoServerError
+from megatron_t1.push.sync import WeightSync, folder_pieces
+from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.registry import Registry
+from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.servers import Servers, open_servers
+from tests.push import reference
+from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
+from tests.workers.trainer import NoText
+
+PROMPTS = [[40 + i, 50, 60, 70] for i in range(8)]
+SAMPLING = SamplingConfig(temperature=1.0, num_samples=4, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [make_tiny_qwen3_moe(tmp_path_factory.mktemp(f"moe{seed}"), seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def pair(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    cfg = RolloutConfig(
+        device="cpu",
+        num_servers=2,
+        dtype="float32",
+        max_model_len=512,
+        samples_per_request=2,
+        sync_timeout_s=30,
+        health_timeout_s=3,
+        connect_retries=2,
+        vllm_args={"logprobs-mode": "raw_logprobs"},
+    )
+    with open_servers(cfg, folders[0], tmp_path_factory.mktemp("pair")) as servers:
+        yield servers
+
+
+@pytest.fixture
+def client(pair: Servers) -> Iterator[RolloutClient]:
+    with RolloutClient(pair, NoText(), vocab_size=320) as client:
+        yield client
+
+
+def assert_serve(client: RolloutClient, folder: Path, version: int, servers: list[Server]) -> None:
+    """Exactly `servers` answer, and what they sample has the weights of `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    results = client.complete_tokens(PROMPTS, SAMPLING, seed=version)
+    assert {s.server for samples in results for s in samples} == {server.url for server in servers}
+    for prompt, samples in zip(PROMPTS, results, strict=True):
+        for sample in samples:
+            expected = reference.logprobs(model, prompt, sample.token_ids.tolist(), SAMPLING.temperature)
+            np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+            assert sample.weight_versions == ((version, 0, len(sample.token_ids)),)
+
+
+def group_signal(server: Server, number: int) -> None:
+    os.killpg(server.process.pid, number)
+
+
+@contextlib.contextmanager
+def before(phase: str, sync: WeightSync, act: Callable[[], None]) -> Iterator[None]:
+    """`act` happens just before the servers are called for `phase`."""
+    fanout, each = sync._fanout, sync._fanout.each
+
+    def act_then_call(name: str, call: Callable[[Server], None], **options: bool) -> None:
+        if name == phase:
+            act()
+        each(name, call, **options)
+
+    fanout.each = act_then_call
+    yield
+    del fanout.each
+
+
+def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutClient, folders: list[Path]) -> None:
+    """One story, because starting servers is what costs time."""
+    first, second = pair.all
+    with pytest.raises(ServerError, match=r"ignore the temperature.*--logprobs-mode processed_logprobs"):
+        client.check_logprob_contract()
+
+    with WeightSync(folder_pieces(folders[1]), pair.cfg, pair) as sync:
+        # Experts are packed anew at the first push and at the second.
+        assert sync.push(1).failed == {}
+        assert_serve(client, folders[1], 1, [first, second])
+    with WeightSync(folder_pieces(folders[0]), pair.cfg, pair) as sync:
+        assert sync.push(2).failed == {}
+        assert_serve(client, folders[0], 2, [first, second])
+
+        # Stopped while it generates: its requests are asked elsewhere.
+        group_signal(second, signal.SIGSTOP)
+        assert_serve(client, folders[0], 2, [first])
+        assert "/health did not answer" in second.unusable
+
+        # Stopped before it received anything: left out at the deadline, on the weights that it had; when it goes on it
+        # is not asked before it is brought up, although it begins the old update by then.
+        second.unusable = None
+        patient, pair.cfg = pair.cfg, dataclasses.replace(pair.cfg, sync_timeout_s=8)
+        report = sync.push(3)
+        assert list(report.failed) == [second.name]
+        assert "phase start" in report.failed[second.name]
+        assert "did not answer within 8 s; it keeps version 2" in report.failed[second.name]
+        group_signal(second, signal.SIGCONT)
+        assert_serve(client, folders[0], 3, [first])
+        assert sync.bring_up() == [second.name]
+        assert_serve(client, folders[0], 3, [first, second])
+
+        # Stopped while it loads: nobody knows what it holds, and it is never asked again, though it goes on.
+        with before("load", sync, lambda: group_signal(second, signal.SIGSTOP)):
+            report = sync.push(4)
+        pair.cfg = patient
+        assert "phase load" in report.failed[second.name]
+        group_signal(second, signal.SIGCONT)
+        assert sync.bring_up() == []
+        assert "unknown weights" in second.unusable
+        assert_serve(client, folders[0], 4, [first])
+
+        # Killed before a push, which goes to the one that is left; started anew, and brought up before it is asked.
+        group_signal(second, signal.SIGKILL)
+        second.process.wait()
+        assert sync.push(5).failed == {}
+        (second,) = pair.revive()
+        assert pair.usable() == [first]
+        pair.wait_ready()
+        assert_serve(client, folders[0], 5, [first])
+        assert sync.bring_up() == [second.name]
+        assert_serve(client, folders[0], 5, [first, second])
+
+        # Killed in a push, between receiving and loading: the other one goes on.
+        with before("load", sync, lambda: group_signal(first, signal.SIGKILL)):
+            report = sync.push(6)
+        assert "phase load" in report.failed[first.name]
+        assert_serve(client, folders[0], 6, [second])
+
+        # Killed after a push, while it generates, and nobody is left: errors that say so, with the end of the log.
+        with ThreadPoolExecutor(1) as pool:
+            long = dataclasses.replace(SAMPLING, max_new_tokens=400)
+            running = pool.submit(client.complete_tokens, PROMPTS, long, seed=0)
+            time.sleep(0.2)
+            group_signal(second, signal.SIGKILL)
+            with pytest.raises(ServerError, match="no server is left to generate"):
+                running.result()
+        with pytest.raises(NoServerError, match=r"push of version 7(?s:.*)whole log: "):
+            sync.push(7)
+
+
+def test_a_server_announced_in_the_middle_is_brought_up_before_it_is_asked(
+    server: Servers, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """The trainer's list of servers grows while it runs: here by one that runs already, and holds other weights."""
+    cfg = RolloutConfig(await_servers=1, key_file=str(server.run_dir / "server_key"), device="cpu", transport="shm")
+    other = make_tiny_qwen2(tmp_path / "other", seed=77)
+    registry = Registry(cfg.registry_folder(tmp_path))
+    joined = Servers(cfg, tiny_dir, tmp_path).start()
+    with WeightSync(folder_pieces(other), cfg, joined) as sync:
+        with pytest.raises(NoServerError, match="no server is alive"):
+            sync.push(401)
+        registry.announce("late", server.all[0].url, server.all[0].log_path)
+        joined.poll()
+        assert [one.url for one in joined.alive()] == [server.all[0].url]
+        assert joined.usable() == []
+        assert sync.bring_up() == [server.all[0].name]
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
+    with RolloutClient(joined, NoText(), vocab_size=320) as client:
+        ((sample,),) = client.complete_tokens(PROMPTS[:1], dataclasses.replace(SAMPLING, num_samples=1), seed=0)
+    expected = reference.logprobs(model, PROMPTS[0], sample.token_ids.tolist(), SAMPLING.temperature)
+    np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
+    assert sample.weight_versions == ((401, 0, len(sample.token_ids)),)
+    server.all[0].introduce()  # another list pushed into it
+    server.required_version = 401

@@ -1,0 +1,73 @@
+"""A trainer rank that dies in a push, by both host transports, after pushes that went well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_t1.push.sync import WeightSync, folder_pieces
+from megatron_t1.rollout.client import RolloutClient
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.servers import Servers
+from tests.push import reference
+from tests.tiny import make_tiny_qwen2
+from tests.workers import trainer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [make_tiny_qwen2(tmp_path_factory.mktemp(f"weights{seed}"), seed=seed) for seed in (101, 102)]
+
+
+def run_trainer(server: Servers, tmp_path: Path, pushes: list[tuple[str, Path, int]]) -> list[dict]:
+    """Two ranks, the last push of which one of them does not survive; what the server said after those before it."""
+    cfg = RolloutConfig(
+        urls=(server.all[0].url,), key_file=str(server.run_dir / "server_key"), device="cpu", sync_timeout_s=20
+    )
+    args = (2, tmp_path / "store", cfg, pushes, tmp_path / "out.json")
+    context = torch.multiprocessing.spawn(trainer.train, args, nprocs=2, join=False)
+    for process in context.processes:  # spawn's own join would kill the rank that is left
+        process.join(timeout=200)
+    server.all[0].introduce()  # pushed by others than this fixture's owner
+    server.required_version = server.all[0].version
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def assert_says(samples: list[list], folder: Path, version: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for token_ids, logprobs, versions in samples:
+        expected = reference.logprobs(model, trainer.PROMPT, token_ids, trainer.SAMPLING.temperature)
+        np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+        assert [list(span) for span in versions] == [[version, 0, len(token_ids)]]
+
+
+def test_a_rank_killed_before_it_has_written(server: Servers, tmp_path: Path, folders: list[Path]) -> None:
+    pushes = [("tp2", folders[0], 201), ("pp2", folders[1], 202), ("killed", folders[0], 203)]
+    results = run_trainer(server, tmp_path, pushes)
+    for result, (_, folder, version) in zip(results, pushes[:2], strict=True):
+        assert_says(result["samples"], folder, version)
+    assert "phase write: trainer rank 1" in (tmp_path / "out.error").read_text()
+    # No server was touched by the push that lost its rank.
+    assert server.all[0].version == 202
+
+
+def test_a_rank_killed_while_it_sends(server: Servers, tmp_path: Path, folders: list[Path]) -> None:
+    pushes = [("tp2 tcp", folders[0], 211), ("pp2 tcp", folders[1], 212), ("killed in tcp", folders[0], 213)]
+    results = run_trainer(server, tmp_path, pushes)
+    for result, (_, folder, version) in zip(results, pushes[:2], strict=True):
+        assert_says(result["samples"], folder, version)
+    message = (tmp_path / "out.error").read_text()
+    assert "phase receive" in message
+    assert "trainer rank 1 at 127.0.0.1:" in message
+    assert "it keeps version 212" in message
+    # So it does, is not paused, and takes the next push.
+    with RolloutClient(server, trainer.NoText(), vocab_size=320) as client:
+        (samples,) = client.complete_tokens([trainer.PROMPT], trainer.SAMPLING, seed=0)
+        assert_says([[s.token_ids.tolist(), s.logprobs, s.weight_versions] for s in samples], folders[1], 212)
+    with WeightSync(folder_pieces(folders[0]), server.cfg, server) as sync:
+        assert sync.push(214).failed == {}

@@ -1,0 +1,77 @@
+"""Digests, the shared file and its leftovers: what can be held without a server."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_t1.push.shm import SHM_DIR, SharedFile
+from megatron_t1.push.wire import digest, digest_kind
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(6, 8), (6, 7), (12,), (), (3, 4, 8)])
+def test_a_digest_sees_every_changed_byte(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    kind = digest_kind(tensor, shape)
+    expected = digest(tensor, kind)
+    data = tensor.view(-1).view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+    for i in range(len(data)):
+        for bit in (1, 128):
+            data[i] ^= bit
+            assert digest(tensor, kind) != expected
+            data[i] ^= bit
+    assert digest(tensor, kind) == expected
+
+
+@pytest.mark.parametrize(("columns", "kind"), [(8, "rows"), (6, "crc32")])
+def test_a_digest_does_not_depend_on_strides_or_split_dimensions(columns: int, kind: str) -> None:
+    whole = torch.randn(12, 2 * columns).bfloat16()
+    cut = whole[2:10, columns:]  # as the server sees a piece in the file
+    split = cut.clone().view(2, 4, columns)  # as Megatron holds it
+    assert digest_kind(split, cut.shape) == kind
+    assert digest(cut, kind) == digest(split, kind) == digest(split.transpose(0, 1).contiguous().transpose(0, 1), kind)
+    assert digest(cut, kind) != digest(whole[3:11, columns:], kind)
+
+
+def test_swapped_rows_are_seen() -> None:
+    tensor = torch.randn(4, 8)
+    assert digest(tensor, "rows") != digest(tensor[[1, 0, 2, 3]], "rows")
+
+
+def test_the_shared_file_is_private_and_goes_with_its_owner() -> None:
+    file = SharedFile(4096)
+    mode = Path(file.path).stat().st_mode
+    assert stat.S_IMODE(mode) == 0o600
+    other = SharedFile(4096, file.path)
+    other.buffer.fill_(7)
+    assert file.buffer.eq(7).all()
+    other.close()
+    assert Path(file.path).exists()
+    file.close()
+    assert not Path(file.path).exists()
+
+
+def test_the_file_of_a_killed_trainer_is_removed_by_the_next_one() -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = SHM_DIR / f"t1-weights-{dead.pid}-0123"
+    living = SHM_DIR / f"t1-weights-{os.getpid()}-0123"
+    left.touch()
+    living.touch()
+    try:
+        SharedFile(4096).close()
+        assert not left.exists()
+        assert living.exists()
+    finally:
+        living.unlink()
+
+
+def test_a_model_larger_than_the_memory_is_an_error_not_a_crash() -> None:
+    with pytest.raises(RuntimeError, match=r"the weights need \d+ bytes in /dev/shm, \d+ are free"):
+        SharedFile(2**50)

@@ -1,0 +1,132 @@
+"""Servers on other hosts: announced, found, replaced; the key that hosts agree on; the GPUs that a server gets."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.process import gpus
+from megatron_t1.servers.registry import Registry, shared_key
+from megatron_t1.servers.serve import _lost
+from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.servers import Servers
+from tests.rollout.hostile import good_reply, serving
+
+
+def awaiting(run_dir: Path, count: int, **options) -> Servers:
+    shared_key(run_dir / "server_key")
+    return Servers(RolloutConfig(await_servers=count, device="cpu", **options), "", run_dir)
+
+
+def test_announced_servers_are_awaited_and_found(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "servers")
+    with serving(good_reply) as one, serving(good_reply) as two, awaiting(tmp_path, 2) as servers:
+        assert servers.transport == "tcp", "shared memory does not reach other hosts"
+        registry.announce("a_0", one, tmp_path / "a.log")
+        late = threading.Timer(0.3, registry.announce, ("b_0", two, tmp_path / "b.log"))
+        late.start()
+        servers.start().wait_ready()
+        assert {server.url for server in servers.usable()} == {one, two}
+
+
+def test_a_server_that_came_back_elsewhere_replaces_itself(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "servers")
+    with serving(good_reply) as old, serving(good_reply) as new, awaiting(tmp_path, 1) as servers:
+        registry.announce("a_0", old, tmp_path / "a.log")
+        servers.start().wait_ready()
+        (before,) = servers.all
+        before.version = 7
+        registry.announce("a_0", new, tmp_path / "a.log")
+        (after,) = servers.revive()
+        assert servers.all == [after]
+        assert (after.url, after.version, after.ready) == (new, 0, False)
+        registry.announce("a_0", new, tmp_path / "a.log")  # at the same place, started again
+        (again,) = servers.revive()
+        assert again is not after
+        assert servers.all == [again]
+        assert servers.revive() == []
+
+
+def test_a_server_that_a_push_left_behind_and_that_is_gone_is_awaited_anew(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "servers")
+    with awaiting(tmp_path, 1, startup_timeout_s=5) as servers:
+        with serving(good_reply) as url:
+            registry.announce("a_0", url, tmp_path / "a.log")
+            servers.start().wait_ready()
+            servers.required_version = 3
+            assert servers.revive() == [], "it answers: the next push may reach it"
+        (again,) = servers.revive()
+        assert not again.ready
+        with pytest.raises(ServerError, match="was not healthy"):
+            servers.wait_ready(minimum=1)
+
+
+def test_too_few_are_enough_after_the_deadline_none_is_an_error(tmp_path: Path, capsys) -> None:
+    with serving(good_reply) as url, awaiting(tmp_path, 2, startup_timeout_s=0.5) as servers:
+        with pytest.raises(ServerError, match=r"0 of 2 awaited servers .*t1 serve --rollout.host auto"):
+            servers.start().wait_ready()
+        Registry(tmp_path / "servers").announce("a_0", url, tmp_path / "a.log")
+        assert len(servers.wait_ready().usable()) == 1
+        assert "1 of 2 servers are there; going on" in capsys.readouterr().err
+
+
+def test_a_trainer_started_again_does_not_wait_long_for_a_server_that_is_gone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_t1.servers.servers._MIN_PATIENCE_S", 0.5)
+    with serving(good_reply) as url, awaiting(tmp_path, 2, startup_timeout_s=1e6) as servers:
+        Registry(tmp_path / "servers").announce("a_0", url, tmp_path / "a.log")
+        assert len(servers.start().wait_ready().usable()) == 1
+
+
+def test_hosts_that_start_together_agree_on_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "server_key"
+    keys: list[str] = []
+    threads = [threading.Thread(target=lambda: keys.append(shared_key(path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(keys)) == 1
+    assert len(keys) == 8
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(path.parent.iterdir()) == [path]
+    path.chmod(0o644)
+    with pytest.raises(ServerError, match="readable by others"):
+        shared_key(path)
+
+
+def test_a_server_that_refuses_connections_is_lost_though_its_process_lives() -> None:
+    cfg = RolloutConfig(health_timeout_s=5)
+    with serving(good_reply) as url:
+        server = Server(url=url, key="k", ready=True)
+        assert _lost(server, cfg) is None
+    assert "no good answer to /health" in (_lost(server, cfg) or "")
+
+
+def test_a_file_that_announces_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"url": 1}')
+    Registry(tmp_path / "other").announce("a_0", "http://h:1", None)
+    (tmp_path / "other" / ".b_0.json.tmp.json").write_text("")  # an announcement that is being written
+    assert list(Registry(tmp_path / "other").entries()) == ["a_0"]
+    with pytest.raises(ServerError, match=r"x.json does not announce a server"):
+        Registry(tmp_path).entries()
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpu_ids", "index", "expected"),
+    [
+        (None, (), 1, ["2", "3"]),
+        ("4,5,6,7", (), 1, ["6", "7"]),
+        ("4,5,6,7", (2, 3, 0, 1), 0, ["6", "7"]),
+        ("GPU-a,GPU-b,GPU-c,GPU-d", (), 0, ["GPU-a", "GPU-b"]),
+    ],
+)
+def test_gpus_count_along_the_visible_ones(visible, gpu_ids, index, expected) -> None:
+    assert gpus(RolloutConfig(num_servers=2, tp=2, gpu_ids=gpu_ids), visible, index) == expected
+
+
+def test_too_few_visible_gpus_are_said() -> None:
+    with pytest.raises(ServerError, match="needs GPU number 3 and CUDA_VISIBLE_DEVICES=0,1 shows 2"):
+        gpus(RolloutConfig(num_servers=2, tp=2), "0,1", 1)
