@@ -29,8 +29,8 @@ from megatron_t1.data.sets import INSTRUCTION
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Actors
-from megatron_t1.reward import extract
-from megatron_t1.reward.normalize import compact, exact_number, normalize
+from megatron_t1.reward.answers import extract
+from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
 from megatron_t1.reward.score import RewardConfig, Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Sample

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_t1.reward import extract
+from megatron_t1.reward.answers import extract
 from megatron_t1.types import FinishReason
 
 

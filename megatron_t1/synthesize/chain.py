@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from megatron_t1.data.prompts import Question
-from megatron_t1.reward import extract
+from megatron_t1.reward.answers import extract
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.endpoint import ChatEndpoint, RefusedError, Reply
 from megatron_t1.synthesize.config import SynthesizeConfig

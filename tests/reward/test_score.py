@@ -17,7 +17,7 @@ import time
 import pytest
 
 from megatron_t1.reward.penalties import PenaltyConfig
-from megatron_t1.reward.processes import Zygote
+from megatron_t1.reward.processes.grader import Zygote
 from megatron_t1.reward.score import RewardConfig, Scorer
 from tests.reward.cases import BOMB, BOMB_GOLD, pair, rows
 
@@ -167,7 +167,7 @@ def test_a_grader_can_open_nothing() -> None:
     """The same calls a grader makes before its first task, then the things hostile text would want."""
     code = (
         "import ctypes, socket, sys\n"
-        "from megatron_t1.reward import worker\n"
+        "from megatron_t1.reward.processes import worker\n"
         "worker.leave_the_network(ctypes.CDLL(None)); worker.lock_down(1 << 30)\n"
         "def refused(action):\n"
         "    try: action()\n"

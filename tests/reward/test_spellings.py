@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_t1.reward.verify import verify
+from megatron_t1.reward.answers.verify import verify
 
 RIGHT = [
     ("12", "12.0"), ("12", "+12"), ("1200", "1,200"), ("1200", "1 200"), ("1200", "1.2e3"),

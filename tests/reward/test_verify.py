@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_t1.reward.answers.verify import verify
 from megatron_t1.reward.score import RewardConfig, Scorer
-from megatron_t1.reward.verify import verify
 from tests.reward.cases import pair, rows
 
 
@@ -86,9 +86,10 @@ def test_nothing_is_imported_after_the_warm_up() -> None:
     """A locked-down grader cannot open files, so a late import would change verdicts."""
     code = (
         "import sys\n"
-        "from megatron_t1.reward import score, verify\n"
+        "from megatron_t1.reward import grading\n"
+        "from megatron_t1.reward.answers import verify\n"
         "from tests.reward.cases import rows\n"
-        "score.warm_up(); before = set(sys.modules)\n"
+        "grading.warm_up(); before = set(sys.modules)\n"
         "for c in rows('cases'): verify.verify(str(c['gold']), c['prediction'], c['mode'])\n"
         "late = set(sys.modules) - before\n"
         "assert not late, late\n"

@@ -64,7 +64,7 @@ BLOWS: dict[str, tuple[int, tuple[str, ...], int]] = {
     "trainer rank": (3, ("python", "megatron_t1 rl"), signal.SIGKILL),
     "server": (2, ("python", "vllm.entrypoints", "--port"), signal.SIGKILL),
     "frozen server": (1, ("python", "vllm.entrypoints", "--port"), signal.SIGSTOP),
-    "grader": (3, ("python", "megatron_t1.reward.worker"), signal.SIGKILL),
+    "grader": (3, ("python", "megatron_t1.reward.processes.worker"), signal.SIGKILL),
     "t1 serve": (1, ("python", "megatron_t1 serve"), signal.SIGKILL),
     "requeue": (1, (), 0),
     "stop": (1, (), signal.SIGUSR1),

@@ -12,9 +12,9 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 
-from megatron_t1.reward.brackets import split_top, unwrap
-from megatron_t1.reward.latex import UndecidableError, parse_latex
-from megatron_t1.reward.normalize import Exact, compact, exact_number
+from megatron_t1.reward.answers.brackets import split_top, unwrap
+from megatron_t1.reward.answers.latex import UndecidableError, parse_latex
+from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
 
 _UNIT_WORDS = {
     "h": "hour hours hr hrs h", "min": "minute minutes min mins", "s": "second seconds sec secs s",
@@ -196,21 +196,21 @@ def _values_equal(gold: str, answer: str) -> bool:
 
 def _value_equals_number(number: Exact, expression: str) -> bool:
     """Whether an expression has the value of a number, or rounds to it."""
-    from megatron_t1.reward import symbolic
+    from megatron_t1.reward.answers import expressions
 
     plain = exact_number(expression)
     if plain is not None:
         return numbers_equal(number, plain)
-    value = symbolic.decimal_value(expression)
+    value = expressions.decimal_value(expression)
     return value is not None and abs(value) < 10**30 and _rounds_to(Fraction(str(value)), number, 3)
 
 
 def _expressions_equal(gold: str, answer: str) -> bool:
-    from megatron_t1.reward import symbolic  # heavy, and only allowed inside a worker
+    from megatron_t1.reward.answers import expressions  # heavy, and only allowed inside a worker
 
     if not gold or not answer or _foreign_words(gold, answer):
         return False
-    return symbolic.expressions_equal(gold, answer)
+    return expressions.expressions_equal(gold, answer)
 
 
 def _foreign_words(gold: str, answer: str) -> bool:

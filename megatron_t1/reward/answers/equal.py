@@ -1,5 +1,5 @@
 r"""Whether an answer says the same as the gold: what structures.py takes apart is compared here part by part, its
-leaves by leaves.py, and expressions by symbolic.py.
+leaves by leaves.py, and expressions by expressions.py.
 
 `equal_cheaply` decides what strings and exact numbers can decide; `equal` decides everything and must run where it can
 be killed. Strict in the direction that pays: a longer list, another bracket, another variable, a relation that does not
@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from megatron_t1.reward.brackets import unwrap
-from megatron_t1.reward.latex import UndecidableError
-from megatron_t1.reward.leaves import check_readable_leaf, is_text, leaves_equal, numbers_equal, words
-from megatron_t1.reward.normalize import compact, exact_number
-from megatron_t1.reward.structures import (
+from megatron_t1.reward.answers.brackets import unwrap
+from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.normalize import compact, exact_number
+from megatron_t1.reward.answers.quantities import check_readable_leaf, is_text, leaves_equal, numbers_equal, words
+from megatron_t1.reward.answers.structures import (
     CUP,
     MAX_ITEMS,
     MIRRORED,
@@ -88,7 +88,7 @@ def _once(items: list[str]) -> list[str]:
 
 def _relations_equal(gold: str, answer: str) -> bool:
     """When at least one side is a relation."""
-    from megatron_t1.reward import symbolic  # heavy, and only allowed inside a worker
+    from megatron_t1.reward.answers import expressions  # heavy, and only allowed inside a worker
 
     g_sides, g_ops = split_relation(gold)
     a_sides, a_ops = split_relation(answer)
@@ -109,12 +109,12 @@ def _relations_equal(gold: str, answer: str) -> bool:
     if not g_ops:  # an equation where a value was asked: all its sides must be that value, or leave it open
         if not set(a_ops) <= {"=", "\\approx"} or not _item(gold, a_sides[-1]):
             return False
-        return all(_item(gold, side) or (compact(gold) != "0" and symbolic.is_open(side)) for side in a_sides[:-1])
+        return all(_item(gold, side) or (compact(gold) != "0" and expressions.is_open(side)) for side in a_sides[:-1])
     if g_ops == ["="] and (not a_ops or a_name):
-        return symbolic.solves(g_sides[0], g_sides[1], compact(a_name), a_value)
+        return expressions.solves(g_sides[0], g_sides[1], compact(a_name), a_value)
     comparable = {*MIRRORED, "=", "\\ne"}
     if len(g_ops) == len(a_ops) == 1 and g_ops[0] in comparable and a_ops[0] in comparable:
-        return symbolic.relations_equal((g_sides[0], g_ops[0], g_sides[1]), (a_sides[0], a_ops[0], a_sides[1]))
+        return expressions.relations_equal((g_sides[0], g_ops[0], g_sides[1]), (a_sides[0], a_ops[0], a_sides[1]))
     return g_ops == a_ops and _same_sequence(g_sides, a_sides)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import sympy
 
-from megatron_t1.reward.trees import Fraction, bind, determinant, negated, quotient
+from megatron_t1.reward.answers.trees import Fraction, bind, determinant, negated, quotient
 
 MAX_DEPTH = 30
 MAX_TOKENS = 600

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from megatron_t1.reward import extract
-from megatron_t1.reward.equality import equal, equal_cheaply
-from megatron_t1.reward.normalize import normalize
+from megatron_t1.reward.answers import extract
+from megatron_t1.reward.answers.equal import equal, equal_cheaply
+from megatron_t1.reward.answers.normalize import normalize
 from megatron_t1.types import AnswerMode, Outcome
 
 MAX_GOLD_CHARS = 200
@@ -81,12 +81,12 @@ def verify_fully(gold: str, answer: str, mode: AnswerMode, *, patient: bool = Tr
 
     None when `patient` is False and only the parser that has no limit of its own can tell.
     """
-    from megatron_t1.reward import symbolic
-    from megatron_t1.reward.latex import PatienceError, UndecidableError
-    from megatron_t1.reward.values import start_meter
+    from megatron_t1.reward.answers import expressions
+    from megatron_t1.reward.answers.latex import PatienceError, UndecidableError
+    from megatron_t1.reward.answers.numeric import start_meter
 
     start_meter()
-    symbolic.patient = patient
+    expressions.patient = patient
     try:
         same = equal(_gold(gold, mode), normalize(answer))
     except PatienceError:
@@ -111,8 +111,8 @@ def verify(gold: str, text: str, mode: AnswerMode = "response", choices: tuple[s
 
 def gold_problem(gold: str) -> str | None:
     """Why an answer cannot serve as a gold; None when it can. For workers."""
-    from megatron_t1.reward.equality import check_readable
-    from megatron_t1.reward.latex import UndecidableError
+    from megatron_t1.reward.answers.equal import check_readable
+    from megatron_t1.reward.answers.latex import UndecidableError
 
     if len(gold) > MAX_GOLD_CHARS:
         return f"longer than {MAX_GOLD_CHARS} characters"

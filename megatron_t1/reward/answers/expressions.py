@@ -26,9 +26,9 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from sympy.core.function import AppliedUndef
 from sympy.matrices import MatrixBase
 
-from megatron_t1.reward.latex import PatienceError, UndecidableError, parse_latex
-from megatron_t1.reward.trees import Binder
-from megatron_t1.reward.values import Values, evaluate, magnitude
+from megatron_t1.reward.answers.latex import PatienceError, UndecidableError, parse_latex
+from megatron_t1.reward.answers.numeric import Values, evaluate, magnitude
+from megatron_t1.reward.answers.trees import Binder
 
 patient = True
 """Whether ANTLR may be asked; otherwise `PatienceError` is raised in its place. Set by `verify_fully`."""

@@ -27,8 +27,8 @@ from collections import deque
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from megatron_t1.reward.processes import Graded, Grader, Job, Zygote
-from megatron_t1.reward.worker import encode
+from megatron_t1.reward.processes.grader import Graded, Grader, Job, Zygote
+from megatron_t1.reward.processes.worker import encode
 
 TASKS_AHEAD = 32
 """Tasks that a grader of the fast lane holds at most; it gets more once it has half of that."""
@@ -291,7 +291,9 @@ class Pool:
         self._drop(grader)
         if self._failed_starts >= MAX_FAILED_STARTS * self._num_workers:
             self._failed_starts = 0
-            self._fail(RuntimeError("graders do not start: `python -m megatron_t1.reward.worker 0` may show why"))
+            self._fail(
+                RuntimeError("graders do not start: `python -m megatron_t1.reward.processes.worker 0` may show why")
+            )
 
     def _fail(self, error: Exception) -> None:
         for job in (*self._waiting, *self._patient):

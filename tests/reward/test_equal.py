@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_t1.reward.verify import verify
+from megatron_t1.reward.answers.verify import verify
 
 RIGHT = [
     # numbers

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_t1.reward.worker import Frames, encode
+from megatron_t1.reward.processes.worker import Frames, encode
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Zygote:
         }
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_t1.reward.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "megatron_t1.reward.processes.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 env=environment | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
             )  # fmt: skip

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import re
 
-from megatron_t1.reward.brackets import closing, split_at, split_top
-from megatron_t1.reward.leaves import NEGATION
-from megatron_t1.reward.normalize import compact, exact_number
+from megatron_t1.reward.answers.brackets import closing, split_at, split_top
+from megatron_t1.reward.answers.normalize import compact, exact_number
+from megatron_t1.reward.answers.quantities import NEGATION
 
 MAX_ITEMS = 64
 """Longest list compared item by item."""

@@ -1,9 +1,9 @@
 """The process side of the pool: a small zygote that forks graders, and the grader's loop.
 
-`python -m megatron_t1.reward.worker FD` is the zygote: it imports and warms the parser once, then forks one grader for
-every socket it is handed. It is a fresh process (never a fork of the trainer: threads, CUDA and process groups do not
-survive a fork) and imports neither torch nor Megatron. A grader cannot open files, start processes or reach a network,
-and dies with the zygote.
+`python -m megatron_t1.reward.processes.worker FD` is the zygote: it imports and warms the parser once, then forks one
+grader for every socket it is handed. It is a fresh process (never a fork of the trainer: threads, CUDA and process
+groups do not survive a fork) and imports neither torch nor Megatron. A grader cannot open files, start processes or
+reach a network, and dies with the zygote.
 
 Frames are a 4-byte length and JSON, in both directions: nothing a grader sends is ever executed or unpickled.
 """
@@ -82,7 +82,7 @@ def lock_down(memory_bytes: int) -> None:
 
 
 def _grader(connection: socket.socket, parent: int, memory_bytes: int) -> None:
-    from megatron_t1.reward import score
+    from megatron_t1.reward import grading
 
     os.setsid()
     libc = ctypes.CDLL(None)
@@ -106,7 +106,7 @@ def _grader(connection: socket.socket, parent: int, memory_bytes: int) -> None:
                 # What takes long is not to be blamed on the tasks before it: their replies go out first.
                 if len(task.get("text", "")) > SHORT_CHARS or "gold_to_check" in task:
                     send()
-                for message in score.grade_task(task):
+                for message in grading.grade_task(task):
                     replies += encode(message)
                     if not message["done"]:
                         send()
@@ -115,9 +115,9 @@ def _grader(connection: socket.socket, parent: int, memory_bytes: int) -> None:
 
 def zygote(control: socket.socket) -> None:
     """Warm up, then fork a grader for every socket received until the control socket closes."""
-    from megatron_t1.reward import score
+    from megatron_t1.reward import grading
 
-    score.warm_up()
+    grading.warm_up()
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps

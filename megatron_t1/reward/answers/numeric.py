@@ -20,8 +20,8 @@ from typing import Any
 import mpmath
 import sympy
 
-from megatron_t1.reward.latex import UndecidableError
-from megatron_t1.reward.trees import INDEX, Binder
+from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.trees import INDEX, Binder
 
 Values = dict[str, Any]
 MAX_MAGNITUDE = 10**5

@@ -1,0 +1,77 @@
+"""What a grader process does with one task: penalties, the cheap verdict, then the full one; and its warm-up."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from megatron_t1.reward.answers.verify import gold_problem, verify_cheaply, verify_fully
+from megatron_t1.reward.penalties import PenaltyConfig, Response, find_penalties
+from megatron_t1.reward.processes.worker import NEEDS_PATIENCE
+
+
+@functools.lru_cache(maxsize=8)
+def _penalty_config(as_json: str) -> PenaltyConfig:
+    fields = json.loads(as_json)
+    return PenaltyConfig(**{**fields, "enabled": tuple(fields["enabled"])})
+
+
+def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Grader side: penalties and the cheap verdict first, so that a timeout loses only the full comparison."""
+    if "gold_to_check" in task:
+        yield {"problem": gold_problem(task["gold_to_check"]), "done": True}
+        return
+    found = find_penalties(
+        _penalty_config(task["penalties"]),
+        Response(
+            text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
+        ),
+    )
+    verdict, answer = verify_cheaply(task["gold"], task["text"], task["mode"], tuple(task["choices"]))
+    done = verdict is not None or answer is None
+    yield {"penalties": found, "answer": answer, "verdict": asdict(verdict) if verdict else None, "done": done}
+    if not done:
+        assert answer is not None
+        verdict = verify_fully(task["gold"], answer, task["mode"], patient=task.get("patient", False))
+        yield {"verdict": asdict(verdict), "done": True} if verdict else NEEDS_PATIENCE
+
+
+_LAZY_IMPORTS = (
+    "heapq",
+    "sympy.tensor.tensor",
+    "sympy.sets.setexpr",
+    "sympy.sets.handlers.add",
+    "sympy.sets.handlers.functions",
+    "sympy.sets.handlers.mul",
+    "sympy.sets.handlers.power",
+    "sympy.sets.handlers.issubset",
+    "sympy.combinatorics",
+    "sympy.matrices.expressions.applyfunc",
+    "sympy.simplify.traversaltools",
+    "sympy.assumptions.wrapper",
+)
+"""What `Counter` and SymPy import in the middle of their work; a locked-down grader cannot open files any more."""
+
+
+_WARM_UP = (
+    r"-\frac{3\sqrt{2}}{5}+6i ~ \log_2(8)+\binom{5}{2}\cdot 3!-|y|",
+    r"\sum_{k=1}^{10}\frac{k}{2} ~ \sum_{k=0}^{n-1} F_k F_{n-k-1}",
+    r"\lim_{x\to 0}\frac{\sin x}{x} ~ \int_0^1 x^{2} dx",
+    r"\begin{vmatrix}2&1\\1&2\end{vmatrix} ~ \prod_{k=1}^{10}k",
+    r"\sum_{i=1}^{n} a_i b_{n-i+1}+\frac{1}{2^{i}} ~ \sum_{n=1}^{\infty}\frac{1}{n^2}-\frac{(-1)^{k}}{k!}",
+    r"\int_{0}^{\pi}\sin^{2}(x)e^{-x}\,dx ~ \lim_{n\to\infty}\left(1+\frac{1}{n}\right)^{n}",
+    r"x+y=1 ~ y=1-x",
+)
+
+
+def warm_up() -> None:
+    """Grader side, before the first fork: import the parser and fill its tables."""
+    for module in _LAZY_IMPORTS:
+        importlib.import_module(module)
+    for pair in _WARM_UP:
+        gold, answer = pair.rsplit(" ~ ", 1)
+        verify_fully(gold, answer, "answer")
