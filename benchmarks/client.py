@@ -92,7 +92,7 @@ class _NoGrader:
 def _servers(url: str, key_file: str, model: str) -> Iterator[Run]:
     from megatron_t1.config import Config
     from megatron_t1.data.template import Template
-    from megatron_t1.engine.model import ModelConfig
+    from megatron_t1.engine.config import ModelConfig
     from megatron_t1.evaluation.samplers import ServerSampler
     from megatron_t1.rank0 import Actors, open_actors
     from megatron_t1.servers.config import RolloutConfig
@@ -109,7 +109,7 @@ def _servers(url: str, key_file: str, model: str) -> Iterator[Run]:
 @contextmanager
 def _chat(url: str, key_file: str, model: str) -> Iterator[Run]:
     from megatron_t1.evaluation.samplers import EndpointSampler
-    from megatron_t1.rollout.endpoint import EndpointConfig
+    from megatron_t1.rollout.config import EndpointConfig
 
     yield _sampler_run(EndpointSampler(EndpointConfig(urls=(url,), key_file=key_file), _NoGrader()))
 

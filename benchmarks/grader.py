@@ -25,7 +25,8 @@ from typing import Any
 import psutil
 
 from megatron_t1.grade import pair_from_row
-from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.reward.config import RewardConfig
+from megatron_t1.reward.score import Scorer
 from megatron_t1.types import Prompt, Reward, Sample
 from tests.reward.cases import BOMB, BOMB_GOLD, rows
 

@@ -41,14 +41,14 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     from megatron.core import parallel_state as mpu
 
     from megatron_t1 import platform
+    from megatron_t1.algo.config import LossConfig
     from megatron_t1.algo.fused_head import CHUNK_LOGITS
-    from megatron_t1.algo.loss import LossConfig, t1_token_loss
+    from megatron_t1.algo.loss import t1_token_loss
     from megatron_t1.check.estimate import Layout, Sizes, stage_memory
     from megatron_t1.data.packing import Sequence
-    from megatron_t1.engine.anchor import Anchor, AnchorConfig
-    from megatron_t1.engine.model import ModelConfig
-    from megatron_t1.engine.optimizer import OptimConfig
-    from megatron_t1.engine.parallel import ParallelConfig, initialize
+    from megatron_t1.engine.anchor import Anchor
+    from megatron_t1.engine.config import AnchorConfig, ModelConfig, OptimConfig, ParallelConfig
+    from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
 
     def step(engine: Engine, anchor: Anchor, length: int) -> None:

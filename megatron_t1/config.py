@@ -1,22 +1,103 @@
-"""The whole configuration: every part's own config, composed. Read by jsonargparse from YAML and dotted overrides."""
+"""What a user may say to each job: one class a job, made of the rooms' own configs.
+
+Read by `cli.options` from YAML and dotted overrides. Neither torch nor Megatron is imported here, so that the command
+line answers at once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
-from megatron_t1.algo.loss import LossConfig
-from megatron_t1.curate import CurateConfig
-from megatron_t1.data.prompts import DataConfig, Question
-from megatron_t1.engine.anchor import AnchorConfig
-from megatron_t1.engine.model import ModelConfig
-from megatron_t1.engine.parallel import ParallelConfig
-from megatron_t1.evaluation.evaluate import EvaluateConfig
-from megatron_t1.evaluation.scaling import ScalingConfig
-from megatron_t1.reward.score import RewardConfig
-from megatron_t1.rl import RLConfig
+from megatron_t1.algo.config import LossConfig
+from megatron_t1.data.config import INSTRUCTION, DataConfig
+from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, Dtype, ModelConfig, OptimConfig, ParallelConfig
+from megatron_t1.evaluation.config import EvaluateConfig, ScalingConfig
+from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.sft import SFTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """Reinforcement learning: one optimizer step a batch of prompts_per_step x sampling.num_samples."""
+
+    steps: int = 500
+    """Optimizer steps of the whole run; a resumed run goes on to the same number."""
+    prompts_per_step: int = 32
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rl.{name} = {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning. The paper: 3 epochs at 1e-5, cosine."""
+
+    batch_size: int = 64
+    """Examples an optimizer step, over all ranks."""
+    epochs: int = 3
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop (and end the schedule) here even if the epochs go on."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine"))
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every_steps=500))
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sft.{name} = {getattr(self, name)} must be at least 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"sft.max_steps = {self.max_steps} must be at least 1, or null for all epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateConfig:
+    """What becomes a prompt for RL."""
+
+    inputs: tuple[str, ...] = ()
+    """Raw questions, JSON lines."""
+    output: str = ""
+    """File of prompts to write, for data.train; empty: run_dir/curate/prompts.jsonl."""
+    evaluation: tuple[str, ...] = ()
+    """Files of questions that may not come back in the output, JSON lines."""
+    id_field: str = "id"
+    """Field of a question's name; where it is missing, file and line are its name."""
+    question_field: str = "problem"
+    """Field of the question in `inputs` and `evaluation`; `prompt` and `question` are tried next."""
+    answer_field: str = "answer"
+    """Field of the answer; where it is missing or empty, the last box of the solution is the answer."""
+    solution_field: str = "solution"
+    """Field of the worked solution."""
+    prompt_suffix: str = f"\n\n{INSTRUCTION}"
+    """Put after every question."""
+    keep_multiple_choice: bool = False
+    """Keep questions with options to choose from."""
+    min_evaluation_share: float = 0.6
+    """Share of an evaluation question's trigrams of words in a question from which on the two overlap."""
+    min_duplicate_similarity: float = 0.8
+    """Jaccard similarity of trigrams from which on two questions with the same answer are one."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=16))
+    """How pass rates are measured: as RL will sample. T1 takes 16 samples."""
+    max_pass_rate: float = 0.3
+    """Questions solved more often are dropped."""
+    drop_never_solved: bool = False
+    """Drop questions that no sample solved: they teach nothing now, and hide wrong answers."""
+    clean_only: bool = False
+    """Stop before asking any server: all that is clean is kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_evaluation_share", "min_duplicate_similarity", "max_pass_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"curate.{name} = {getattr(self, name)} must lie in [0, 1]")
+        for name in ("inputs", "evaluation"):
+            if missing := [path for path in getattr(self, name) if not Path(path).is_file()]:
+                raise ValueError(f"curate.{name}: {', '.join(missing)}: no such file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +124,59 @@ class Config:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
 
-    def question_sets(self, command: str) -> dict[str, list[Question]]:
-        """The questions that `evaluate` or `scaling` asks, by the name of their set: the named ones, or `data.heldout`.
-
-        Raises:
-            ValueError: as `load_set` does, or there is neither.
-        """
-        named = self.evaluate.sets if command == "evaluate" else (self.scaling.set,) if self.scaling.set else ()
-        return self.evaluate.load(named or (str(self.data.need("heldout")),), self.seed, self.data.system_prompt)
-
     def __post_init__(self) -> None:
         if self.sampling.temperature <= 0:
             raise ValueError(
                 f"sampling.temperature = {self.sampling.temperature}: RL samples, so it must be above 0; "
                 "evaluation has its own (evaluate.sampling.temperature)"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobsConfig:
+    """Texts to score, the model, and what to compare it with."""
+
+    model: str
+    """Hugging Face folder, or Megatron checkpoint with config and tokenizer beside."""
+    input: str
+    """JSON lines: {"prompt" or "messages", "response"}, {"messages"} that end with the assistant, {"text"}, or
+    {"token_ids", "num_prompt_tokens"}."""
+    output: str | None = None
+    """JSON lines to write: token_ids, num_prompt_tokens, logprobs and, when compared, against."""
+    against: str | None = None
+    """`transformers`, or the URL of a running vLLM server."""
+    key_file: str | None = None
+    """File with that server's key; otherwise the environment variable T1_SERVER_KEY."""
+    num_shown: int = 10
+    """The worst tokens that are printed."""
+    dtype: Dtype = "bfloat16"
+    """Precision of weights and activations; transformers gets the same."""
+    layers: Literal["auto", "local"] = "auto"
+    """`auto` takes Transformer Engine's layers when installed; `local` never does."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.against not in (None, "transformers") and not self.against.startswith(("http://", "https://")):
+            raise ValueError(f"against = {self.against!r}: say transformers, or the server's http:// URL")
+
+
+@dataclass(kw_only=True, frozen=True)
+class GradeConfig:
+    """What to grade and how."""
+
+    input: Path
+    """JSON lines: "id"; "gold", or else "answer" (text or number); "prediction", or else "response" (null: none was
+    given); optionally "mode" (answer, response, text or mc; default response: the answer is looked for in a whole
+    response), "choices" (option texts, for mc), "question" (its language is not penalized) and "finish_reason" (stop or
+    length; default stop)."""
+    output: Path
+    """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
+    "seconds"."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The grader."""
+
+    def __post_init__(self) -> None:
+        if not Path(self.input).is_file():
+            raise ValueError(f"input={self.input} is not a file: give JSON lines with id, gold and prediction")
+        if Path(self.output).exists() and Path(self.output).samefile(self.input):
+            raise ValueError(f"output={self.output} is the input: give another file")

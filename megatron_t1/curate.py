@@ -17,22 +17,22 @@ import hashlib
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_t1.config import CurateConfig
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
 from megatron_t1.data.prompts import parse_rows
-from megatron_t1.data.sets import INSTRUCTION
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Actors
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
-from megatron_t1.reward.score import RewardConfig, Scorer
-from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.reward.config import RewardConfig
+from megatron_t1.reward.score import Scorer
 from megatron_t1.types import Prompt, Sample
 from megatron_t1.weights.digest import weights_digest
 
@@ -61,50 +61,6 @@ _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.S)
 _IMAGE = re.compile(r"!\[[^\]]*\]\(|\\includegraphics|<img\b|https?://\S+\.(?:png|jpe?g|gif|svg)", re.I)
 _GSM8K_ANSWER = re.compile(r"####\s*(\S.*?)\s*$")
 _SHOWN = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurateConfig:
-    """What becomes a prompt for RL."""
-
-    inputs: tuple[str, ...] = ()
-    """Raw questions, JSON lines."""
-    output: str = ""
-    """File of prompts to write, for data.train; empty: run_dir/curate/prompts.jsonl."""
-    evaluation: tuple[str, ...] = ()
-    """Files of questions that may not come back in the output, JSON lines."""
-    id_field: str = "id"
-    """Field of a question's name; where it is missing, file and line are its name."""
-    question_field: str = "problem"
-    """Field of the question in `inputs` and `evaluation`; `prompt` and `question` are tried next."""
-    answer_field: str = "answer"
-    """Field of the answer; where it is missing or empty, the last box of the solution is the answer."""
-    solution_field: str = "solution"
-    """Field of the worked solution."""
-    prompt_suffix: str = f"\n\n{INSTRUCTION}"
-    """Put after every question."""
-    keep_multiple_choice: bool = False
-    """Keep questions with options to choose from."""
-    min_evaluation_share: float = 0.6
-    """Share of an evaluation question's trigrams of words in a question from which on the two overlap."""
-    min_duplicate_similarity: float = 0.8
-    """Jaccard similarity of trigrams from which on two questions with the same answer are one."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=16))
-    """How pass rates are measured: as RL will sample. T1 takes 16 samples."""
-    max_pass_rate: float = 0.3
-    """Questions solved more often are dropped."""
-    drop_never_solved: bool = False
-    """Drop questions that no sample solved: they teach nothing now, and hide wrong answers."""
-    clean_only: bool = False
-    """Stop before asking any server: all that is clean is kept."""
-
-    def __post_init__(self) -> None:
-        for name in ("min_evaluation_share", "min_duplicate_similarity", "max_pass_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"curate.{name} = {getattr(self, name)} must lie in [0, 1]")
-        for name in ("inputs", "evaluation"):
-            if missing := [path for path in getattr(self, name) if not Path(path).is_file()]:
-                raise ValueError(f"curate.{name}: {', '.join(missing)}: no such file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,37 +9,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.config import GradeConfig
+from megatron_t1.reward.score import Scorer
 from megatron_t1.types import AnswerMode, Prompt, Reward, Sample, text_sample
-
-
-@dataclass(kw_only=True, frozen=True)
-class GradeConfig:
-    """What to grade and how."""
-
-    input: Path
-    """JSON lines: "id"; "gold", or else "answer" (text or number); "prediction", or else "response" (null: none was
-    given); optionally "mode" (answer, response, text or mc; default response: the answer is looked for in a whole
-    response), "choices" (option texts, for mc), "question" (its language is not penalized) and "finish_reason" (stop or
-    length; default stop)."""
-    output: Path
-    """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
-    "seconds"."""
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    """The grader."""
-
-    def __post_init__(self) -> None:
-        if not Path(self.input).is_file():
-            raise ValueError(f"input={self.input} is not a file: give JSON lines with id, gold and prediction")
-        if Path(self.output).exists() and Path(self.output).samefile(self.input):
-            raise ValueError(f"output={self.output} is the input: give another file")
 
 
 def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:

@@ -12,9 +12,9 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_t1 import platform
+from megatron_t1.config import LogprobsConfig
 from megatron_t1.data.packing import Sequence
 from megatron_t1.data.prompts import load_texts
 from megatron_t1.data.tokenizer import load_tokenizer
-from megatron_t1.engine.model import Dtype, ModelConfig
-from megatron_t1.engine.parallel import ParallelConfig, initialize, is_main
+from megatron_t1.engine.config import ModelConfig
+from megatron_t1.engine.parallel import initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_jsonl
 from megatron_t1.servers.registry import REMOTE_KEY_ENV, read_key
@@ -35,34 +36,6 @@ from megatron_t1.weights.torch_dist import is_torch_dist
 
 _REQUEST_TIMEOUT_S = 600.0
 _CONTEXT_TOKENS = 8  # shown before a token
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogprobsConfig:
-    """Texts to score, the model, and what to compare it with."""
-
-    model: str
-    """Hugging Face folder, or Megatron checkpoint with config and tokenizer beside."""
-    input: str
-    """JSON lines: {"prompt" or "messages", "response"}, {"messages"} that end with the assistant, {"text"}, or
-    {"token_ids", "num_prompt_tokens"}."""
-    output: str | None = None
-    """JSON lines to write: token_ids, num_prompt_tokens, logprobs and, when compared, against."""
-    against: str | None = None
-    """`transformers`, or the URL of a running vLLM server."""
-    key_file: str | None = None
-    """File with that server's key; otherwise the environment variable T1_SERVER_KEY."""
-    num_shown: int = 10
-    """The worst tokens that are printed."""
-    dtype: Dtype = "bfloat16"
-    """Precision of weights and activations; transformers gets the same."""
-    layers: Literal["auto", "local"] = "auto"
-    """`auto` takes Transformer Engine's layers when installed; `local` never does."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-    def __post_init__(self) -> None:
-        if self.against not in (None, "transformers") and not self.against.startswith(("http://", "https://")):
-            raise ValueError(f"against = {self.against!r}: say transformers, or the server's http:// URL")
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def run_rl(cfg: Config) -> None:
 
 def run_evaluate(cfg: Config, label: str) -> None:
     """Evaluate on `evaluate.sets`, or else on `data.heldout`; one process, no Megatron."""
-    own, sets = cfg.evaluate, cfg.question_sets("evaluate")
+    own, sets = cfg.evaluate, evaluate.question_sets(cfg, cfg.evaluate.sets)
     with ExitStack() as stack:
         sampler: Sampler
         settings: dict[str, Any]
@@ -129,7 +129,7 @@ def run_scaling(cfg: Config, label: str) -> None:
     template = Template(folder)
     HFFolder(folder)  # whole, or refused before the servers start
     answerer = Template(Path(other)) if other else template
-    (questions,) = cfg.question_sets("scaling").values()
+    (questions,) = evaluate.question_sets(cfg, [cfg.scaling.set]).values()
     longest = _longest(question.prompt(template) for question in questions)
     _check_context(cfg, context_needs(cfg, "scaling", {"heldout": longest}, template))
     curve = Scaling(

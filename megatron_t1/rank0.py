@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from megatron_t1.config import Config
 from megatron_t1.data.template import Template
 from megatron_t1.models import spec_of
 from megatron_t1.reward.score import Scorer
@@ -21,9 +21,6 @@ from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.heap import frozen_heap
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Group, Prompt
-
-if TYPE_CHECKING:
-    from megatron_t1.config import Config
 
 
 @dataclass(frozen=True)

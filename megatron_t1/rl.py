@@ -8,21 +8,20 @@ with entropy bonus and KL to the EMA anchor, push the new weights with their ver
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.algo import advantage
 from megatron_t1.algo.loss import t1_token_loss
+from megatron_t1.config import Config
 from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.anchor import Anchor
-from megatron_t1.engine.checkpoint import CheckpointConfig
-from megatron_t1.engine.optimizer import OptimConfig
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
@@ -36,29 +35,10 @@ from megatron_t1.servers.server import ServerError
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.types import Group, Prompt
 
-if TYPE_CHECKING:
-    from megatron_t1.config import Config
-
 T = TypeVar("T")
 
 _MAX_OUTAGES = 5
 """Times that all servers may be lost in one step before the run ends."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RLConfig:
-    """Reinforcement learning: one optimizer step a batch of prompts_per_step x sampling.num_samples."""
-
-    steps: int = 500
-    """Optimizer steps of the whole run; a resumed run goes on to the same number."""
-    prompts_per_step: int = 32
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rl.{name} = {getattr(self, name)} must be at least 1")
 
 
 def check(cfg: Config, prompts: list[Prompt]) -> None:

@@ -8,47 +8,20 @@ The order of the examples is a function of (seed, epoch) alone, so a resumed run
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.algo.loss import sft_token_loss
+from megatron_t1.config import Config
 from megatron_t1.data.packing import Sequence
 from megatron_t1.engine import checkpoint
-from megatron_t1.engine.checkpoint import CheckpointConfig
-from megatron_t1.engine.optimizer import OptimConfig
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch
 from megatron_t1.platform import Platform
 from megatron_t1.stop import STOP, Stopped
-
-if TYPE_CHECKING:
-    from megatron_t1.config import Config
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """Supervised fine-tuning. The paper: 3 epochs at 1e-5, cosine."""
-
-    batch_size: int = 64
-    """Examples an optimizer step, over all ranks."""
-    epochs: int = 3
-    """Passes over the data."""
-    max_steps: int | None = None
-    """Stop (and end the schedule) here even if the epochs go on."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine"))
-    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every_steps=500))
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name} = {getattr(self, name)} must be at least 1")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"sft.max_steps = {self.max_steps} must be at least 1, or null for all epochs")
 
 
 def batches(examples: list[Sequence], batch_size: int, seed: int, start: int) -> Iterator[list[Sequence]]:

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from megatron_t1 import curate
-from megatron_t1.curate import CurateConfig
-from megatron_t1.data.prompts import DataConfig, load_prompts
+from megatron_t1.config import CurateConfig
+from megatron_t1.data.config import DataConfig
+from megatron_t1.data.prompts import load_prompts
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.rank0 import Actors
 from megatron_t1.reward.answers.verify import verify
-from megatron_t1.reward.penalties import PenaltyConfig
-from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.reward.config import PenaltyConfig, RewardConfig
+from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_t1.cli.main import main
-from megatron_t1.grade import GradeConfig, grade
+from megatron_t1.config import GradeConfig
+from megatron_t1.grade import grade
 from tests.reward.cases import rows
 
 

@@ -26,57 +26,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from megatron_t1.algo.config import LossConfig
 from megatron_t1.types import Microbatch
-
-KlEstimator = Literal["centered", "k1", "k2", "k3", "k3_score", "full"]
 
 MAX_EXPONENT = 20.0
 """Log-ratios are cut here before exp: a token that the anchor finds e^100 times likelier must not overflow."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Coefficients of the T1 loss."""
-
-    entropy_coef: float = 1e-3
-    """alpha, the weight of the token entropy bonus; our choice, no published value is known to us."""
-    kl_coef: float = 2e-4
-    """beta, the weight of the KL to the anchor."""
-    kl_estimator: KlEstimator = "centered"
-    """How KL is estimated: centered (T1), k1, k2, k3, k3_score, or full (over the whole vocabulary)."""
-    clip_ratio_low: float | None = None
-    """PPO clipping below 1 - clip_ratio_low; null switches it off."""
-    clip_ratio_high: float | None = None
-    """PPO clipping above 1 + clip_ratio_high; null switches it off."""
-    tis_cap: float | None = None
-    """Truncated importance sampling: each token weighted by policy/rollout, cut at this value; null switches it off."""
-
-    def __post_init__(self) -> None:
-        for name in ("entropy_coef", "kl_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name} = {getattr(self, name)} is negative; use 0 to switch the term off")
-        for name in ("clip_ratio_low", "clip_ratio_high", "tis_cap"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"loss.{name} = {value} must be positive; use null to switch it off")
-        if self.kl_estimator not in get_args(KlEstimator):
-            raise ValueError(
-                f"loss.kl_estimator = {self.kl_estimator!r}; use one of {', '.join(get_args(KlEstimator))}"
-            )
-        if self.clips and self.tis_cap is not None:
-            raise ValueError(
-                f"loss.clip_ratio_low/high = {self.clip_ratio_low}/{self.clip_ratio_high} and loss.tis_cap ="
-                f" {self.tis_cap} would both weight by policy/rollout; set one of them to null"
-            )
-
-    @property
-    def clips(self) -> bool:
-        return self.clip_ratio_low is not None or self.clip_ratio_high is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from megatron_t1.cli.doctor import installed
 from megatron_t1.config import Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
-from megatron_t1.engine.model import check_divisible
+from megatron_t1.engine.config import check_divisible
+from megatron_t1.evaluation.evaluate import question_sets
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
@@ -97,7 +98,7 @@ def _elsewhere(cfg: Config, found: Findings) -> None:
             own.endpoint.key()
         elif not own.responses:
             raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
-        for name, questions in cfg.question_sets("evaluate").items():
+        for name, questions in question_sets(cfg, cfg.evaluate.sets).items():
             found.facts.append(f"set {name}: {len(questions)} questions")
     except (ValueError, OSError) as error:
         found.problems.append(str(error))
@@ -211,7 +212,8 @@ def _data(cfg: Config, command: str, files: dict[str, Path], template: Template,
     longest: dict[str, int] = {}
     if command in ("evaluate", "scaling"):
         try:
-            for name, questions in cfg.question_sets(command).items():
+            named = cfg.evaluate.sets if command == "evaluate" else [cfg.scaling.set]
+            for name, questions in question_sets(cfg, named).items():
                 tokens = max(len(question.prompt(template).token_ids) for question in questions)
                 longest["heldout"] = max(tokens, longest.get("heldout", 0))
                 found.facts.append(f"set {name}: {len(questions)} questions; the longest: {tokens} tokens")

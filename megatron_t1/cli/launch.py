@@ -15,7 +15,7 @@ import uuid
 import psutil
 import torch
 
-from megatron_t1.engine.parallel import ParallelConfig
+from megatron_t1.engine.config import ParallelConfig
 
 
 def num_processes(cfg: ParallelConfig) -> int:

@@ -236,7 +236,8 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _grade(arguments: list[str]) -> int:
-    from megatron_t1.grade import GradeConfig, grade
+    from megatron_t1.config import GradeConfig
+    from megatron_t1.grade import grade
 
     if len(arguments) >= 2 and not any(argument.startswith("-") for argument in arguments[:2]):
         arguments = ["--input", arguments[0], "--output", arguments[1], *arguments[2:]]
@@ -300,7 +301,8 @@ def _synthesize(arguments: list[str]) -> int:
 
 
 def _logprobs(arguments: list[str]) -> int:
-    from megatron_t1.logprobs import LogprobsConfig, run
+    from megatron_t1.config import LogprobsConfig
+    from megatron_t1.logprobs import run
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args
 
 import numpy as np
 
+from megatron_t1.data.config import DataConfig
 from megatron_t1.data.packing import Sequence
 from megatron_t1.data.template import Message, Template
 from megatron_t1.data.tokenizer import load_tokenizer
@@ -23,29 +24,6 @@ T = TypeVar("T")
 Q = TypeVar("Q", "Question", Prompt)
 _MAX_SHOWN = 10
 _ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Files of questions and examples, JSON lines."""
-
-    sft: str | None = None
-    """SFT examples: {"prompt" or "messages", "response"}."""
-    train: str | None = None
-    """Questions that RL trains on: {"id", "prompt" or "messages", "answer"}."""
-    heldout: str | None = None
-    """Questions for evaluation; none of them may be in `train`."""
-    system_prompt: str | None = None
-    """Put before every question that brings no system message of its own."""
-
-    def need(self, name: str) -> Path:
-        """The path of a file that the command can't do without; raises ValueError when it is not there."""
-        value = getattr(self, name)
-        if not value:
-            raise ValueError(f"data.{name} is not set: give it the path of a JSON lines file")
-        if not Path(value).is_file():
-            raise ValueError(f"data.{name} = {value} does not exist")
-        return Path(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_t1.data.config import INSTRUCTION
 from megatron_t1.data.prompts import Question, parse_rows, question_of
 
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 

@@ -9,28 +9,15 @@ batch's mean. `fill` writes both onto the microbatches, before the first backwar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
 from megatron_t1.algo.fused_head import Head, logprob_entropy_nograd
+from megatron_t1.engine.config import AnchorConfig
 from megatron_t1.engine.model import build_model
 from megatron_t1.engine.step import Engine
 from megatron_t1.types import Microbatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnchorConfig:
-    """The EMA anchor."""
-
-    decay: float = 0.99
-    """Share of the old anchor that a step keeps; 1 keeps the starting policy, 0 follows the policy at once."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"anchor.decay = {self.decay} must lie in [0, 1]")
 
 
 class Anchor:

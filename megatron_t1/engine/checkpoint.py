@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_t1.engine.anchor import Anchor
+from megatron_t1.engine.config import CheckpointConfig
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.files import sync_folder, write_json
@@ -41,29 +41,6 @@ _STEP = re.compile(r"^step_(\d{8})$")
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
-
-    every_steps: int = 50
-    """Steps between checkpoints; 0 writes only the last one."""
-    keep: int = 2
-    """How many of the newest stay on disk."""
-    keep_best: int = 1
-    """How many of the best stay besides: by mean reward of the steps since the one before (RL), by loss (SFT)."""
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise ValueError(f"checkpoint.every_steps = {self.every_steps} must be 0 or more")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep = {self.keep} must be at least 1: the newest is what a run resumes from")
-        if self.keep_best < 0:
-            raise ValueError(f"checkpoint.keep_best = {self.keep_best} must be 0 or more")
-
-    def due(self, step: int, last_step: int) -> bool:
-        return step == last_step or (self.every_steps > 0 and step % self.every_steps == 0)
 
 
 def finished(folder: Path) -> list[Path]:

@@ -5,9 +5,7 @@ The model ends at the hidden states: the output layer's GEMM belongs to the fuse
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,45 +16,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_t1.algo.fused_head import Head
+from megatron_t1.engine.config import ModelConfig, ParallelConfig, check_divisible
 from megatron_t1.engine.layers import LocalPackedSeqParams, local_block_spec, te_block_spec
-from megatron_t1.engine.parallel import ParallelConfig, shards
+from megatron_t1.engine.parallel import shards
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform import Platform
 from megatron_t1.types import Microbatch
-
-Dtype = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which model is trained and in what precision."""
-
-    hf_path: str
-    """Folder of the model: config.json, tokenizer, and safetensors (Hugging Face) or a Megatron checkpoint (from
-    `t1 convert`, or a run's checkpoints/step_N). Training starts from either, evaluation needs safetensors."""
-    dtype: Dtype = "bfloat16"
-    """Precision of weights and activations; gradients and optimizer state are float32."""
-    layers: Literal["auto", "local"] = "auto"
-    """`auto` takes Transformer Engine's layers when installed; `local` never does."""
-    transformer: dict[str, Any] = field(default_factory=dict)
-    """Further fields of Megatron's TransformerConfig, for example {fp8: hybrid, recompute_granularity: full}."""
-
-    def __post_init__(self) -> None:
-        known = TransformerConfig.__dataclass_fields__
-        if unknown := sorted(set(self.transformer) - set(known)):
-            raise ValueError(f"model.transformer has {unknown}, which Megatron's TransformerConfig does not know")
-
-    def folder(self) -> Path:
-        """
-        Raises:
-            ValueError: `hf_path` is not the folder of a model.
-        """
-        if not (Path(self.hf_path) / "config.json").is_file():
-            raise ValueError(
-                f"model.hf_path = {self.hf_path}: not a folder with a config.json; a model of the Hugging Face hub is "
-                "brought here by `hf download NAME --local-dir FOLDER`"
-            )
-        return Path(self.hf_path)
 
 
 class T1GPTModel(GPTModel):
@@ -119,11 +84,6 @@ def transformer_config(
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         **_moe_defaults(spec, platform, cfg),
     }
-    if clash := sorted(set(cfg.transformer) & set(spec.transformer)):
-        raise ValueError(
-            f"model.transformer sets {clash}, which the checkpoint's config.json decides; remove them "
-            f"(config.json says { {name: spec.transformer[name] for name in clash} })"
-        )
     return TransformerConfig(**{**fields, **cfg.transformer})
 
 
@@ -139,54 +99,12 @@ def _moe_defaults(spec: ModelSpec, platform: Platform, cfg: ModelConfig) -> dict
     """How a mixture of experts is trained: no loss but T1's, and routing biases stay what the checkpoint says."""
     if "num_moe_experts" not in spec.transformer:
         return {}
-    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
-        if cfg.transformer.get(name):
-            raise ValueError(
-                f"model.transformer.{name} = {cfg.transformer[name]} is not supported: Megatron scales the router's "
-                "losses by its own token count, which T1's loss does not use; remove it"
-            )
     return {
         "moe_router_load_balancing_type": "none",
         "moe_router_bias_update_rate": 0.0,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": platform.transformer_engine is not None and cfg.layers == "auto",
     }
-
-
-def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """Refuse, with the numbers, a layout that the model's sizes do not divide by."""
-    sizes = spec.transformer
-    tensor, kv_heads = parallel.tensor, sizes["num_query_groups"]
-    cuts = [
-        ("num_attention_heads", "tensor", tensor),
-        ("ffn_hidden_size", "tensor", tensor),
-        ("moe_shared_expert_intermediate_size", "tensor", tensor),
-        ("moe_ffn_hidden_size", "expert_tensor", parallel.expert_tensor or tensor),
-        ("num_moe_experts", "expert", parallel.expert),
-    ]
-    problems = [
-        f"{what} = {sizes[what]} does not divide by parallel.{group} = {size}"
-        for what, group, size in cuts
-        if sizes.get(what) and sizes[what] % size
-    ]
-    if kv_heads % tensor and tensor % kv_heads:
-        problems.append(f"num_query_groups = {kv_heads} neither divides parallel.tensor = {tensor} nor is a multiple")
-    rows = (sizes["num_attention_heads"] + 2 * kv_heads) * sizes["kv_channels"]
-    if rows % tensor:
-        problems.append(f"the {rows} rows of the QKV projection do not divide by parallel.tensor = {tensor}")
-    try:
-        parallel.layers_of_stages(sizes["num_layers"])
-    except ValueError as error:
-        problems.append(str(error))
-    if "num_moe_experts" not in sizes:
-        if parallel.expert > 1:
-            problems.append(f"it has no experts to spread over parallel.expert = {parallel.expert} ranks")
-    elif tensor > 1 and not parallel.sequence_parallel:
-        problems.append(
-            f"a mixture of experts with parallel.tensor = {tensor} needs parallel.sequence_parallel = true (Megatron)"
-        )
-    if problems:
-        raise ValueError(f"{spec.architecture}: " + "; ".join(problems))
 
 
 def build_model(

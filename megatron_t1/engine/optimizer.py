@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_t1.engine.parallel import ParallelConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its schedule. The paper: SFT at 1e-5 with a cosine, RL at 1.5e-6 constant."""
-
-    lr: float
-    """Peak learning rate."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate goes on after the warm-up."""
-    min_lr_ratio: float = 0.0
-    """The schedule ends at this share of `lr`."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    """Global gradient norm limit; 0 turns clipping off."""
-
-    def __post_init__(self) -> None:
-        if self.lr < 0:
-            raise ValueError(f"optim.lr = {self.lr} must not be negative")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optim.min_lr_ratio = {self.min_lr_ratio} must lie in [0, 1]: it is a share of lr")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps = {self.warmup_steps} must be 0 or more")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
+from megatron_t1.engine.config import OptimConfig, ParallelConfig
 
 
 def build_optimizer(

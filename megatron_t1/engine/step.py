@@ -25,16 +25,10 @@ from megatron_t1.algo.fused_head import AnchorHead, Head, TokenLoss, fused_loss,
 from megatron_t1.algo.loss import Metrics, TokenFields
 from megatron_t1.data.packing import Sequence, pack
 from megatron_t1.engine import stored
-from megatron_t1.engine.model import (
-    ModelConfig,
-    T1GPTModel,
-    build_model,
-    output_head,
-    packed_seq_params,
-    wrap_ddp,
-)
-from megatron_t1.engine.optimizer import OptimConfig, build_optimizer
-from megatron_t1.engine.parallel import ParallelConfig, shards
+from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
+from megatron_t1.engine.model import T1GPTModel, build_model, output_head, packed_seq_params, wrap_ddp
+from megatron_t1.engine.optimizer import build_optimizer
+from megatron_t1.engine.parallel import shards
 from megatron_t1.models import spec_of
 from megatron_t1.models.ops import Piece
 from megatron_t1.platform import Platform

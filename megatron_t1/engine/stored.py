@@ -20,8 +20,9 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_t1.engine.model import ModelConfig, T1GPTModel, build_model
-from megatron_t1.engine.parallel import ParallelConfig, initialize, shards
+from megatron_t1.engine.config import ModelConfig, ParallelConfig
+from megatron_t1.engine.model import T1GPTModel, build_model
+from megatron_t1.engine.parallel import initialize, shards
 from megatron_t1.models import spec_of
 from megatron_t1.models.ops import Piece
 from megatron_t1.models.spec import ModelSpec

@@ -12,59 +12,42 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_t1.config import Config
 from megatron_t1.data.prompts import Question
-from megatron_t1.data.sets import INSTRUCTION, load_set, set_name
+from megatron_t1.data.sets import load_set, set_name
 from megatron_t1.evaluation import stats
+from megatron_t1.evaluation.config import EvaluateConfig
 from megatron_t1.evaluation.resume import collecting, open_folder
 from megatron_t1.evaluation.samplers import Ask, Response, Sampler
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
-from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.endpoint import EndpointConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """What a checkpoint or endpoint is asked, and how."""
+def question_sets(cfg: Config, named: Sequence[str]) -> dict[str, list[Question]]:
+    """The questions of the sets and files in `named` (empty names count as none) or of `data.heldout`, by set name.
 
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.95, num_samples=1))
-    """Its own sampling: `num_samples` is k, and k > 1 averages over them; temperature 0 is greedy."""
-    sets: tuple[str, ...] = ()
-    """Sets by name (math500, aime2024, omni_math_500, gpqa, gsm8k) or question files; empty: data.heldout."""
-    sets_dir: str | None = None
-    """Folder with local copies of the named sets; what it lacks is fetched from the Hugging Face hub."""
-    num_samples: dict[str, int] = field(default_factory=lambda: {"aime2024": 32})
-    """Samples a question for single sets, in place of sampling.num_samples."""
-    instruction: str = INSTRUCTION
-    """Put under every question of the named sets (files with "prompt" or "messages" are asked as they are)."""
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    """Ask this OpenAI-compatible endpoint instead of model.hf_path."""
-    responses: str | None = None
-    """Grade the responses of this JSON lines file ({"id", "response"}) instead of asking a model."""
-
-    def sampling_of(self, name: str) -> SamplingConfig:
-        """The sampling of one set."""
-        return replace(self.sampling, num_samples=self.num_samples.get(name, self.sampling.num_samples))
-
-    def load(self, names: Sequence[str], seed: int, system_prompt: str | None) -> dict[str, list[Question]]:
-        """The questions of sets (names or files) by the name of their set; raises ValueError as `load_set` does."""
-        if twice := [name for name, count in Counter(map(set_name, names)).items() if count > 1]:
-            raise ValueError(f"several of {list(names)} would be called {', '.join(twice)}: give the files other names")
-        return {
-            set_name(name): load_set(
-                name,
-                sets_dir=Path(self.sets_dir) if self.sets_dir else None,
-                seed=seed,
-                instruction=self.instruction,
-                system_prompt=system_prompt,
-            )
-            for name in names
-        }
+    Raises:
+        ValueError: as `load_set` does, or there is neither, or two would have the same name.
+    """
+    names = [name for name in named if name] or [str(cfg.data.need("heldout"))]
+    if twice := [name for name, count in Counter(map(set_name, names)).items() if count > 1]:
+        raise ValueError(f"several of {names} would be called {', '.join(twice)}: give the files other names")
+    sets_dir = Path(cfg.evaluate.sets_dir) if cfg.evaluate.sets_dir else None
+    return {
+        set_name(name): load_set(
+            name,
+            sets_dir=sets_dir,
+            seed=cfg.seed,
+            instruction=cfg.evaluate.instruction,
+            system_prompt=cfg.data.system_prompt,
+        )
+        for name in names
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

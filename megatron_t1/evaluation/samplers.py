@@ -19,8 +19,8 @@ from megatron_t1.data.prompts import Question, parse_rows
 from megatron_t1.data.template import Template
 from megatron_t1.rank0 import Actors
 from megatron_t1.reward.score import Scorer
-from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.endpoint import ChatEndpoint, EndpointConfig, RefusedError, run_workers
+from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
+from megatron_t1.rollout.endpoint import ChatEndpoint, RefusedError, run_workers
 from megatron_t1.types import FinishReason, Reward, Sample, text_sample
 
 

@@ -12,7 +12,7 @@ keeps its own answer; one that the length limit cut has none and is forced at ev
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import set_name
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation import stats
+from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.evaluate import estimate, missing, questions_digest, response_row
 from megatron_t1.evaluation.resume import collecting, open_folder
 from megatron_t1.evaluation.samplers import graded, sample_seed
@@ -33,37 +34,6 @@ from megatron_t1.types import Prompt, Reward, Sample
 
 _WINDOW = 1024
 """Cuts asked for at a time: each carries the whole thinking before it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScalingConfig:
-    """Budgets and how an answer is forced."""
-
-    set: str = ""
-    """A set by name (its local copy is looked for in evaluate.sets_dir) or a question file, as in evaluate.sets; empty:
-    data.heldout."""
-    budgets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
-    """Thinking tokens after which a response is cut."""
-    sampling: SamplingConfig = field(
-        default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.95, num_samples=1, max_new_tokens=16384)
-    )
-    """Of the long thinking; the forced answer is greedy."""
-    end_of_thinking: str = "</think>"
-    """Text that ends a thinking."""
-    answer_opening: str = "</think>\\boxed{"
-    """Put after a cut thinking, to force the answer."""
-    max_answer_tokens: int = 64
-    """Limit of a forced answer."""
-    answer_model: str | None = None
-    """Hugging Face folder of another model that gives the forced answers; null: the model that thought."""
-
-    def __post_init__(self) -> None:
-        if not self.budgets or any(budget < 1 for budget in self.budgets):
-            raise ValueError(f"scaling.budgets = {self.budgets} must be positive numbers of tokens")
-        if tuple(sorted(set(self.budgets))) != tuple(self.budgets):
-            raise ValueError(f"scaling.budgets = {self.budgets} must rise")
-        if self.max_answer_tokens < 1:
-            raise ValueError(f"scaling.max_answer_tokens = {self.max_answer_tokens} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

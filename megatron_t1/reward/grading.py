@@ -10,7 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_t1.reward.answers.verify import gold_problem, verify_cheaply, verify_fully
-from megatron_t1.reward.penalties import PenaltyConfig, Response, find_penalties
+from megatron_t1.reward.config import PenaltyConfig
+from megatron_t1.reward.penalties import Response, find_penalties
 from megatron_t1.reward.processes.worker import NEEDS_PATIENCE
 
 

@@ -14,21 +14,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import resource
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 from tqdm import tqdm
 
+from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.rollout.heap import frozen_heap
 from megatron_t1.types import FinishReason
 
@@ -49,62 +48,6 @@ class NoAnswerError(EndpointError):
 
 class RefusedError(ValueError):
     """The endpoint refuses this one request (too long, not allowed); others may be fine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndpointConfig:
-    """An OpenAI-compatible chat endpoint and how hard it may be asked."""
-
-    urls: tuple[str, ...] = ()
-    """Base URLs ("https://host/v1"), all of one model; requests go to the least busy one. `t1 serve` prints its own."""
-    model: str = "policy"
-    """Name of the model at the endpoint; servers of `t1 serve` call theirs `policy`."""
-    key_env: str = ""
-    """Environment variable that holds the API key."""
-    key_file: str | None = None
-    """File that holds the API key, readable by its owner alone."""
-    max_in_flight: int = 1024
-    """Requests at the endpoint at the same time."""
-    timeout_s: float = 1800.0
-    """Deadline for one request; a stalled one is asked again."""
-    max_retries: int = 8
-    """Times one request is asked again after failures other than a rate limit."""
-    max_rate_limited_s: float = 7200.0
-    """How long one request may be kept waiting by rate limits alone."""
-    price_in: float = 0.0
-    """Price of a million prompt tokens, in any currency."""
-    price_out: float = 0.0
-    """Price of a million generated tokens."""
-    extra_body: dict[str, Any] = field(default_factory=dict)
-    """More fields of every request: {"reasoning_effort": "high"}."""
-
-    def __post_init__(self) -> None:
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"urls={url!r}: must start with http:// or https://")
-        for name, least in (("max_in_flight", 1), ("max_retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("timeout_s", "max_rate_limited_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0 seconds")
-
-    def key(self) -> str:
-        """The API key; empty when neither variable nor file is named.
-
-        Raises:
-            ValueError: a variable that is not set, a file that is missing or that others may read.
-        """
-        if self.key_file:
-            path = Path(self.key_file)
-            if not path.is_file():
-                raise ValueError(f"endpoint key_file={path}: no such file")
-            if path.stat().st_mode & 0o077:
-                raise ValueError(f"endpoint key_file={path}: readable by others; chmod 600 it")
-            return path.read_text().strip()
-        if self.key_env and not os.environ.get(self.key_env):
-            raise ValueError(f"endpoint key_env={self.key_env}: the environment has no such variable")
-        return os.environ.get(self.key_env, "") if self.key_env else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_t1.data.sets import INSTRUCTION
-from megatron_t1.reward.score import RewardConfig
-from megatron_t1.rollout.endpoint import EndpointConfig
+from megatron_t1.data.config import INSTRUCTION
+from megatron_t1.reward.config import RewardConfig
+from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.servers.config import RolloutConfig
 
 

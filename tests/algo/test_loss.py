@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_t1.algo.loss import LossConfig, Metrics, TokenFields, sft_token_loss, t1_token_loss
+from megatron_t1.algo.config import LossConfig
+from megatron_t1.algo.loss import Metrics, TokenFields, sft_token_loss, t1_token_loss
 
 
 def _fields(n: int, **given: torch.Tensor) -> TokenFields:

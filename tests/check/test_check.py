@@ -75,7 +75,7 @@ def test_a_good_configuration_has_no_problem(task: Path) -> None:
     "options",
     [
         ["--scaling.sampling.num_samples", "4", "--evaluate.sampling", "{max_new_tokens: 100}"],  # the rest stays
-        ["--rl.optim.warmup_steps", "3", "--resume", "true", "--model.transformer", "{attention_dropout: 0.0}"],
+        ["--rl.optim.warmup_steps", "3", "--resume", "true", "--model.transformer", "{recompute_granularity: full}"],
         ["--data.system_prompt", "Answer: yes", "--run_dir", "123", "--evaluate.instruction", ""],
         ["--evaluate.sets", "[math500, 'a.jsonl']", "--rollout.max_model_len", "null", "--rollout.urls=[http://x]"],
         ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--scaling.budgets", "[1, 2]"],

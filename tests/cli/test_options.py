@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_t1.cli.options import read
-from megatron_t1.evaluation.evaluate import EvaluateConfig
+from megatron_t1.evaluation.config import EvaluateConfig
 from megatron_t1.synthesize.config import SynthesizeConfig
 
 NO_URL = "endpoints.big.url is not a setting; did you mean endpoints.big.urls?"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_t1.data.prompts import DataConfig, load_prompts, load_sft
+from megatron_t1.data.config import DataConfig
+from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.quickstart import build_tokenizer
 from megatron_t1.data.template import Template
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from megatron_t1.data.prompts import DataConfig, load_sft
+from megatron_t1.data.config import DataConfig
+from megatron_t1.data.prompts import load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.data.tokenizer import load_tokenizer
 from tests.tiny import make_tiny_tokenizer

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_t1.convert import to_hf
-from megatron_t1.engine.checkpoint import CheckpointConfig, _rotate, finished
+from megatron_t1.engine.checkpoint import _rotate, finished
+from megatron_t1.engine.config import CheckpointConfig
 from tests.launch import ROOT, WORKERS, run_ranks
 from tests.tiny import make_tiny_qwen2
 

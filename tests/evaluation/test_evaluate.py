@@ -15,7 +15,8 @@ import pytest
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
 from megatron_t1.data.template import Template
-from megatron_t1.evaluation.evaluate import EvalResult, EvaluateConfig, evaluate, summarize
+from megatron_t1.evaluation.config import EvaluateConfig
+from megatron_t1.evaluation.evaluate import EvalResult, evaluate, summarize
 from megatron_t1.evaluation.results import compare, read_summaries, table
 from megatron_t1.evaluation.samplers import (
     Ask,
@@ -27,10 +28,11 @@ from megatron_t1.evaluation.samplers import (
     StoredSampler,
 )
 from megatron_t1.rank0 import Actors
-from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.reward.config import RewardConfig
+from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
-from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.endpoint import EndpointConfig, NoAnswerError
+from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
+from megatron_t1.rollout.endpoint import NoAnswerError
 from megatron_t1.servers.servers import Servers
 from tests.launch import ROOT
 from tests.scripted import ScriptedEndpoint, serving

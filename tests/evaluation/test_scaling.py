@@ -17,9 +17,11 @@ import pytest
 
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.template import Template
-from megatron_t1.evaluation.scaling import Scaling, ScalingConfig, _thinking
+from megatron_t1.evaluation.config import ScalingConfig
+from megatron_t1.evaluation.scaling import Scaling, _thinking
 from megatron_t1.rank0 import Actors
-from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.reward.config import RewardConfig
+from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers

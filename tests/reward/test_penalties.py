@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from megatron_t1.reward.penalties import PENALTIES, PenaltyConfig, Response, find_penalties, longest_periodic_run, np
+from megatron_t1.reward.config import PenaltyConfig
+from megatron_t1.reward.penalties import PENALTIES, Response, find_penalties, longest_periodic_run, np
 from tests.reward.cases import rows
 
 CONFIG = PenaltyConfig()

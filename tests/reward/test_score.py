@@ -16,9 +16,9 @@ import time
 
 import pytest
 
-from megatron_t1.reward.penalties import PenaltyConfig
+from megatron_t1.reward.config import PenaltyConfig, RewardConfig
 from megatron_t1.reward.processes.grader import Zygote
-from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.reward.score import Scorer
 from tests.reward.cases import BOMB, BOMB_GOLD, pair, rows
 
 

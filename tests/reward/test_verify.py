@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_t1.reward.answers.verify import verify
-from megatron_t1.reward.score import RewardConfig, Scorer
+from megatron_t1.reward.config import RewardConfig
+from megatron_t1.reward.score import Scorer
 from tests.reward.cases import pair, rows
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_t1.rollout import endpoint
-from megatron_t1.rollout.endpoint import ChatEndpoint, EndpointConfig, EndpointError, NoAnswerError, RefusedError, Reply
+from megatron_t1.rollout.config import EndpointConfig
+from megatron_t1.rollout.endpoint import ChatEndpoint, EndpointError, NoAnswerError, RefusedError, Reply
 from tests.scripted import TROUBLES, ScriptedEndpoint, serving
 
 

@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
-from megatron_t1.data.prompts import DataConfig, load_sft
+from megatron_t1.data.config import DataConfig
+from megatron_t1.data.prompts import load_sft
 from megatron_t1.data.template import Template
-from megatron_t1.reward.score import RewardConfig
+from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout import endpoint
-from megatron_t1.rollout.endpoint import EndpointConfig, EndpointError
+from megatron_t1.rollout.config import EndpointConfig
+from megatron_t1.rollout.endpoint import EndpointError
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
 from megatron_t1.synthesize.run import describe, synthesize

@@ -23,8 +23,8 @@ def main() -> None:
     from megatron.core import parallel_state as mpu
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    from megatron_t1.engine.model import ModelConfig
-    from megatron_t1.engine.parallel import ParallelConfig, initialize, is_main
+    from megatron_t1.engine.config import ModelConfig, ParallelConfig
+    from megatron_t1.engine.parallel import initialize, is_main
     from megatron_t1.engine.step import ForwardEngine
 
     for layout, (fields, families) in layouts.items():

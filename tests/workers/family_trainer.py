@@ -72,8 +72,8 @@ def _work(rank: int, port: int, inboxes: list[Any], answers: Any) -> None:
 
 
 def _push(push: Push, platform: Any) -> None:
-    from megatron_t1.engine.model import ModelConfig
-    from megatron_t1.engine.parallel import ParallelConfig, initialize, is_main
+    from megatron_t1.engine.config import ModelConfig, ParallelConfig
+    from megatron_t1.engine.parallel import initialize, is_main
     from megatron_t1.engine.step import ForwardEngine
     from megatron_t1.push.sync import WeightSync
     from megatron_t1.servers.servers import Servers

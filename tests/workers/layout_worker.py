@@ -20,11 +20,11 @@ from tests.engine.gradients import gradient_pieces
 def main() -> None:
     model_dir, out, layout = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     platform = setup()
-    from megatron_t1.algo.loss import LossConfig, TokenFields, sft_token_loss, t1_token_loss
-    from megatron_t1.engine.anchor import Anchor, AnchorConfig
-    from megatron_t1.engine.model import ModelConfig
-    from megatron_t1.engine.optimizer import OptimConfig
-    from megatron_t1.engine.parallel import ParallelConfig, initialize
+    from megatron_t1.algo.config import LossConfig
+    from megatron_t1.algo.loss import TokenFields, sft_token_loss, t1_token_loss
+    from megatron_t1.engine.anchor import Anchor
+    from megatron_t1.engine.config import AnchorConfig, ModelConfig, OptimConfig, ParallelConfig
+    from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
     from megatron_t1.weights import hf_io
     from megatron_t1.weights.plan import Plan

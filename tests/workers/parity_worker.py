@@ -52,9 +52,8 @@ def main() -> None:
 
     from megatron_t1.algo.loss import sft_token_loss
     from megatron_t1.engine import checkpoint
-    from megatron_t1.engine.model import ModelConfig
-    from megatron_t1.engine.optimizer import OptimConfig
-    from megatron_t1.engine.parallel import ParallelConfig, initialize
+    from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
+    from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
     from megatron_t1.weights.plan import Plan
 

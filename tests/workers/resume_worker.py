@@ -10,12 +10,9 @@ from pathlib import Path
 def main() -> None:
     run_dir, model_dir, layout, total, every, resume = sys.argv[1:]
     from megatron_t1 import platform, sft
-    from megatron_t1.config import Config
-    from megatron_t1.engine.checkpoint import CheckpointConfig
-    from megatron_t1.engine.model import ModelConfig
-    from megatron_t1.engine.optimizer import OptimConfig
-    from megatron_t1.engine.parallel import ParallelConfig, initialize
-    from megatron_t1.sft import SFTConfig
+    from megatron_t1.config import Config, SFTConfig
+    from megatron_t1.engine.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
+    from megatron_t1.engine.parallel import initialize
     from tests.engine.batch import make_sequences
 
     found = platform.setup()

@@ -1,0 +1,263 @@
+"""What a user says about the model, its layout, the optimizer, the anchor and the checkpoints.
+
+Read by the command line before anything heavy is: neither torch nor Megatron is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from megatron_t1.models.spec import ModelSpec
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+TRANSFORMER_FIELDS = (
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("distribute_saved_activations", "cpu_offloading", "cpu_offloading_num_layers", "cpu_offloading_activations"),
+    *("cpu_offloading_weights", "cpu_offloading_double_buffering", "fine_grained_activation_offloading"),
+    *("offload_modules", "min_offloaded_tensor_size", "deallocate_pipeline_outputs"),
+    *("fp8", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
+    *("fp8_dot_product_attention", "fp8_multi_head_attention", "tp_only_amax_red", "first_last_layers_bf16"),
+    *("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "fp32_residual_connection"),
+    *("disable_bf16_reduced_precision_matmul", "deterministic_mode", "attention_backend"),
+    *("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion"),
+    *("persist_layer_norm", "memory_efficient_layer_norm"),
+    *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_dtype", "moe_router_fusion"),
+    *("moe_router_padding_for_fp8", "moe_shared_expert_overlap", "moe_flex_dispatcher_backend", "moe_deepep_num_sms"),
+)
+"""What `model.transformer` may set: speed and memory. The other fields of Megatron's config change what is computed or
+how it is laid out; config.json, `parallel` and T1's loss decide those."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained and in what precision."""
+
+    hf_path: str
+    """Folder of the model: config.json, tokenizer, and safetensors (Hugging Face) or a Megatron checkpoint (from
+    `t1 convert`, or a run's checkpoints/step_N). Training starts from either, evaluation needs safetensors."""
+    dtype: Dtype = "bfloat16"
+    """Precision of weights and activations; gradients and optimizer state are float32."""
+    layers: Literal["auto", "local"] = "auto"
+    """`auto` takes Transformer Engine's layers when installed; `local` never does."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Fields of Megatron's TransformerConfig for speed and memory (TRANSFORMER_FIELDS): {fp8: hybrid}."""
+
+    def __post_init__(self) -> None:
+        if refused := sorted(set(self.transformer) - set(TRANSFORMER_FIELDS)):
+            raise ValueError(
+                f"model.transformer sets {refused}, which the checkpoint's config.json decides, or parallel, or T1's "
+                f"loss, or which Megatron does not know; it may set {', '.join(TRANSFORMER_FIELDS)}"
+            )
+
+    def folder(self) -> Path:
+        """
+        Raises:
+            ValueError: `hf_path` is not the folder of a model.
+        """
+        if not (Path(self.hf_path) / "config.json").is_file():
+            raise ValueError(
+                f"model.hf_path = {self.hf_path}: not a folder with a config.json; a model of the Hugging Face hub is "
+                "brought here by `hf download NAME --local-dir FOLDER`"
+            )
+        return Path(self.hf_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the trainer's processes share the model and the data. Data parallelism is what is left of the world."""
+
+    nproc_per_node: int = 0
+    """Trainer processes on this machine when `t1` starts them itself (0: one a GPU; on a CPU as few as the layout
+    takes). Ignored under torchrun or srun, which have started them already."""
+    tensor: int = 1
+    """Tensor-parallel size."""
+    pipeline: int = 1
+    """Pipeline-parallel size (stages)."""
+    virtual_pipeline: int = 1
+    """Chunks of the model that each stage holds, for the interleaved schedule; 1 is the plain one."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Layers of each of the pipeline x virtual_pipeline chunks in the model's order; empty spreads them evenly, and
+    what is left over to the middle first: the first chunk has the embedding too, the last one the head."""
+    expert: int = 1
+    """Expert-parallel size: the experts of a layer are spread over so many ranks, which for everything else are
+    data-parallel ones (or tensor-parallel ones, as far as expert_tensor < tensor)."""
+    expert_tensor: int = 0
+    """Tensor-parallel size inside an expert; 0 is that of the rest."""
+    sequence_parallel: bool = False
+    """Shard norms and residuals over the tensor-parallel group too; needs tensor > 1."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks bucket by bucket during the last backward, not after it."""
+    max_tokens_per_microbatch: int = 16384
+    """Packing limit: tokens in one forward pass of one data-parallel rank, prompts and padding included."""
+    timeout_s: float = 21600.0
+    """Deadline of a collective within the trainer. The other ranks wait in one while rank 0 generates or evaluates: it
+    must exceed the longest of these. (A rank that dies is noticed at once.)"""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "max_tokens_per_microbatch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} = {getattr(self, name)} must be at least 1")
+        for name in ("nproc_per_node", "expert_tensor"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"parallel.{name} = {getattr(self, name)} must be 0 or more")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1")
+        if self.pipeline_layers and (
+            len(self.pipeline_layers) != self.num_stages or min(self.pipeline_layers, default=0) < 1
+        ):
+            raise ValueError(
+                f"parallel.pipeline_layers = {list(self.pipeline_layers)} must be {self.num_stages} numbers above 0: "
+                f"one for each of pipeline x virtual_pipeline = {self.pipeline} x {self.virtual_pipeline} chunks"
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("parallel.sequence_parallel = true needs parallel.tensor > 1; turn it off")
+        if self.timeout_s <= 0:
+            raise ValueError(f"parallel.timeout_s = {self.timeout_s} must be positive")
+
+    @property
+    def num_stages(self) -> int:
+        """Chunks that the layers are cut into, over all ranks of a pipeline."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def num_ranks(self) -> int:
+        """The fewest processes that this layout takes."""
+        return self.pipeline * math.lcm(self.tensor, (self.expert_tensor or self.tensor) * self.expert)
+
+    def layers_of_stages(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each chunk, in the model's order. Raises ValueError when they can't be cut so."""
+        if self.pipeline_layers:
+            if sum(self.pipeline_layers) != num_layers:
+                raise ValueError(
+                    f"parallel.pipeline_layers = {list(self.pipeline_layers)} are {sum(self.pipeline_layers)} layers, "
+                    f"the model has {num_layers}"
+                )
+            return self.pipeline_layers
+        each, left = divmod(num_layers, self.num_stages)
+        if each == 0:
+            raise ValueError(
+                f"{num_layers} layers are too few for parallel.pipeline x parallel.virtual_pipeline = "
+                f"{self.pipeline} x {self.virtual_pipeline} chunks"
+            )
+        last = self.num_stages - 1
+        roomiest = sorted(range(self.num_stages), key=lambda stage: (stage == last, stage == 0))[:left]
+        return tuple(each + (stage in roomiest) for stage in range(self.num_stages))
+
+    def check_fits(self, num_tokens: int) -> None:
+        """Raise ValueError, before any step, when the longest sequence of a run has no room in a microbatch."""
+        multiple = 16 * self.tensor  # what a microbatch's length may be rounded down to (FP8)
+        if num_tokens > self.max_tokens_per_microbatch // multiple * multiple:
+            raise ValueError(
+                f"the longest sequence has up to {num_tokens} tokens and does not fit into a microbatch of "
+                f"{self.max_tokens_per_microbatch}; raise parallel.max_tokens_per_microbatch"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule. The paper: SFT at 1e-5 with a cosine, RL at 1.5e-6 constant."""
+
+    lr: float
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes on after the warm-up."""
+    min_lr_ratio: float = 0.0
+    """The schedule ends at this share of `lr`."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    """Global gradient norm limit; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.lr < 0:
+            raise ValueError(f"optim.lr = {self.lr} must not be negative")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optim.min_lr_ratio = {self.min_lr_ratio} must lie in [0, 1]: it is a share of lr")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps = {self.warmup_steps} must be 0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """The EMA anchor."""
+
+    decay: float = 0.99
+    """Share of the old anchor that a step keeps; 1 keeps the starting policy, 0 follows the policy at once."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"anchor.decay = {self.decay} must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int = 50
+    """Steps between checkpoints; 0 writes only the last one."""
+    keep: int = 2
+    """How many of the newest stay on disk."""
+    keep_best: int = 1
+    """How many of the best stay besides: by mean reward of the steps since the one before (RL), by loss (SFT)."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ValueError(f"checkpoint.every_steps = {self.every_steps} must be 0 or more")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep = {self.keep} must be at least 1: the newest is what a run resumes from")
+        if self.keep_best < 0:
+            raise ValueError(f"checkpoint.keep_best = {self.keep_best} must be 0 or more")
+
+    def due(self, step: int, last_step: int) -> bool:
+        return step == last_step or (self.every_steps > 0 and step % self.every_steps == 0)
+
+
+def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
+    """Refuse, with the numbers, a layout that the model's sizes do not divide by."""
+    sizes = spec.transformer
+    tensor, kv_heads = parallel.tensor, sizes["num_query_groups"]
+    cuts = [
+        ("num_attention_heads", "tensor", tensor),
+        ("ffn_hidden_size", "tensor", tensor),
+        ("moe_shared_expert_intermediate_size", "tensor", tensor),
+        ("moe_ffn_hidden_size", "expert_tensor", parallel.expert_tensor or tensor),
+        ("num_moe_experts", "expert", parallel.expert),
+    ]
+    problems = [
+        f"{what} = {sizes[what]} does not divide by parallel.{group} = {size}"
+        for what, group, size in cuts
+        if sizes.get(what) and sizes[what] % size
+    ]
+    if kv_heads % tensor and tensor % kv_heads:
+        problems.append(f"num_query_groups = {kv_heads} neither divides parallel.tensor = {tensor} nor is a multiple")
+    rows = (sizes["num_attention_heads"] + 2 * kv_heads) * sizes["kv_channels"]
+    if rows % tensor:
+        problems.append(f"the {rows} rows of the QKV projection do not divide by parallel.tensor = {tensor}")
+    try:
+        parallel.layers_of_stages(sizes["num_layers"])
+    except ValueError as error:
+        problems.append(str(error))
+    if "num_moe_experts" not in sizes:
+        if parallel.expert > 1:
+            problems.append(f"it has no experts to spread over parallel.expert = {parallel.expert} ranks")
+    elif tensor > 1 and not parallel.sequence_parallel:
+        problems.append(
+            f"a mixture of experts with parallel.tensor = {tensor} needs parallel.sequence_parallel = true (Megatron)"
+        )
+    if problems:
+        raise ValueError(f"{spec.architecture}: " + "; ".join(problems))

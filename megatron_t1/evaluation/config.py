@@ -1,0 +1,63 @@
+"""What a user says about evaluation and inference scaling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from megatron_t1.data.config import INSTRUCTION
+from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What a checkpoint or endpoint is asked, and how."""
+
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.95, num_samples=1))
+    """Its own sampling: `num_samples` is k, and k > 1 averages over them; temperature 0 is greedy."""
+    sets: tuple[str, ...] = ()
+    """Sets by name (math500, aime2024, omni_math_500, gpqa, gsm8k) or question files; empty: data.heldout."""
+    sets_dir: str | None = None
+    """Folder with local copies of the named sets; what it lacks is fetched from the Hugging Face hub."""
+    num_samples: dict[str, int] = field(default_factory=lambda: {"aime2024": 32})
+    """Samples a question for single sets, in place of sampling.num_samples."""
+    instruction: str = INSTRUCTION
+    """Put under every question of the named sets (files with "prompt" or "messages" are asked as they are)."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """Ask this OpenAI-compatible endpoint instead of model.hf_path."""
+    responses: str | None = None
+    """Grade the responses of this JSON lines file ({"id", "response"}) instead of asking a model."""
+
+    def sampling_of(self, name: str) -> SamplingConfig:
+        """The sampling of one set."""
+        return replace(self.sampling, num_samples=self.num_samples.get(name, self.sampling.num_samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """Budgets and how an answer is forced."""
+
+    set: str = ""
+    """A set by name (its local copy is looked for in evaluate.sets_dir) or a question file, as in evaluate.sets; empty:
+    data.heldout."""
+    budgets: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
+    """Thinking tokens after which a response is cut."""
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.95, num_samples=1, max_new_tokens=16384)
+    )
+    """Of the long thinking; the forced answer is greedy."""
+    end_of_thinking: str = "</think>"
+    """Text that ends a thinking."""
+    answer_opening: str = "</think>\\boxed{"
+    """Put after a cut thinking, to force the answer."""
+    max_answer_tokens: int = 64
+    """Limit of a forced answer."""
+    answer_model: str | None = None
+    """Hugging Face folder of another model that gives the forced answers; null: the model that thought."""
+
+    def __post_init__(self) -> None:
+        if not self.budgets or any(budget < 1 for budget in self.budgets):
+            raise ValueError(f"scaling.budgets = {self.budgets} must be positive numbers of tokens")
+        if tuple(sorted(set(self.budgets))) != tuple(self.budgets):
+            raise ValueError(f"scaling.budgets = {self.budgets} must rise")
+        if self.max_answer_tokens < 1:
+            raise ValueError(f"scaling.max_answer_tokens = {self.max_answer_tokens} must be at least 1")
