@@ -94,16 +94,16 @@ def _servers(url: str, key_file: str, model: str) -> Iterator[Run]:
     from megatron_t1.data.template import Template
     from megatron_t1.engine.config import ModelConfig
     from megatron_t1.evaluation.samplers import ServerSampler
-    from megatron_t1.rank0 import Actors, open_actors
+    from megatron_t1.rank0 import Rank0, open_rank0
     from megatron_t1.servers.config import RolloutConfig
 
     template = Template(Path(model))
     with tempfile.TemporaryDirectory() as run_dir:
         rollout = RolloutConfig(urls=(url,), key_file=key_file)
         cfg = Config(run_dir=run_dir, model=ModelConfig(hf_path=model), rollout=rollout)
-        with open_actors(cfg, template) as actors:
-            actors.servers.wait_ready()
-            yield _sampler_run(ServerSampler(Actors(actors.servers, actors.client, _NoGrader()), template))
+        with open_rank0(cfg, template) as rank0:
+            rank0.servers.wait_ready()
+            yield _sampler_run(ServerSampler(Rank0(rank0.servers, rank0.client, _NoGrader()), template))
 
 
 @contextmanager

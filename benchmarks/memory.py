@@ -40,7 +40,6 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
-    from megatron_t1 import platform
     from megatron_t1.algo.config import LossConfig
     from megatron_t1.algo.fused_head import CHUNK_LOGITS
     from megatron_t1.algo.loss import t1_token_loss
@@ -50,6 +49,7 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     from megatron_t1.engine.config import AnchorConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
+    from megatron_t1.platform.detect import setup
 
     def step(engine: Engine, anchor: Anchor, length: int) -> None:
         rng = np.random.default_rng(0)
@@ -63,9 +63,9 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
         engine.step(microbatches, MICROBATCHES * TOKENS, lambda *a: t1_token_loss(*a, cfg=LossConfig()))
         anchor.update()
 
-    found = platform.setup()
+    platform = setup()
     parallel = ParallelConfig(max_tokens_per_microbatch=TOKENS, **layout)
-    initialize(parallel, found, 0)
+    initialize(parallel, platform, 0)
     torch.set_num_threads(1)
     dist.barrier()
 
@@ -76,7 +76,9 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     optim = OptimConfig(lr=1e-3)
-    engine = Engine(ModelConfig(hf_path=model_dir, dtype=dtype), parallel, optim, found, total_steps=9, temperature=1.2)
+    engine = Engine(
+        ModelConfig(hf_path=model_dir, dtype=dtype), parallel, optim, platform, total_steps=9, temperature=1.2
+    )
     anchor = Anchor(engine, AnchorConfig())
     for _ in range(2):
         step(engine, anchor, 256)
@@ -127,8 +129,8 @@ QWEN_32B = {
 
 def plan() -> None:
     from megatron_t1.check.estimate import Sizes, stage_memory
-    from megatron_t1.check.machines import Place, layout_of, seconds_of
-    from megatron_t1.cli.lenient import build, parse
+    from megatron_t1.check.machines import Machines, layout_of, seconds_of
+    from megatron_t1.cli.options import read
     from megatron_t1.config import Config
     from megatron_t1.models import spec_of
 
@@ -139,13 +141,13 @@ def plan() -> None:
         spec = spec_of(Path(folder))
         for nodes, vllm_nodes, pipeline in ((2, 1, 1), (4, 2, 2), (8, 4, 2), (8, 4, 4)):
             options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", folder]
-            cfg = build(Config, parse(Config, [*options, "--parallel.pipeline", str(pipeline)])[0], [])
-            place = Place(nodes=nodes, vllm_nodes=vllm_nodes)
-            layout = layout_of(cfg, spec, "rl", place, {"train": 200})
+            cfg = read(Config, [*options, "--parallel.pipeline", str(pipeline)])
+            machines = Machines(nodes=nodes, vllm_nodes=vllm_nodes)
+            layout = layout_of(cfg, spec, "rl", machines, {"train": 200})
             stages = [stage_memory(Sizes.of(spec), layout, stage) for stage in range(pipeline)]
             parts = max(stages, key=lambda parts: sum(parts.values()))
             total = sum(parts.values()) / 1e9
-            seconds = seconds_of(cfg, spec, "rl", place, {"train": 200})
+            seconds = seconds_of(cfg, spec, "rl", machines, {"train": 200})
             parts.pop("update")
             memory = " | ".join(f"{value / 1e9:.1f}" for value in parts.values())
             times = " | ".join(f"{value:.0f}" for value in seconds.values())
@@ -177,12 +179,12 @@ def main() -> None:
             model_dir = make(Path(folder), MODELS[name])
             for label in args.layouts:
                 for dtype in args.dtypes:
-                    for number, found in enumerate(measure(model_dir, LAYOUTS[label], dtype)):
-                        estimate = sum(found["parts"].values())
-                        parts = ", ".join(f"{part} {value / 1e6:.0f}" for part, value in found["parts"].items())
+                    for number, measured in enumerate(measure(model_dir, LAYOUTS[label], dtype)):
+                        estimate = sum(measured["parts"].values())
+                        parts = ", ".join(f"{part} {value / 1e6:.0f}" for part, value in measured["parts"].items())
                         print(
-                            f"| {name} | {label} | {dtype} | {number} | {found['measured'] / 1e6:.0f} | "
-                            f"{estimate / 1e6:.0f} | {estimate / found['measured']:.2f} | {parts} |",
+                            f"| {name} | {label} | {dtype} | {number} | {measured['measured'] / 1e6:.0f} | "
+                            f"{estimate / 1e6:.0f} | {estimate / measured['measured']:.2f} | {parts} |",
                             flush=True,
                         )
 

@@ -14,6 +14,7 @@ from megatron_t1.algo.config import LossConfig
 from megatron_t1.data.config import INSTRUCTION, DataConfig
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, Dtype, ModelConfig, OptimConfig, ParallelConfig
 from megatron_t1.evaluation.config import EvaluateConfig, ScalingConfig
+from megatron_t1.fields import FieldError, at_least, within
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
@@ -30,9 +31,7 @@ class RLConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rl.{name} = {getattr(self, name)} must be at least 1")
+        at_least(self, 1, "steps", "prompts_per_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +48,9 @@ class SFTConfig:
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every_steps=500))
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name} = {getattr(self, name)} must be at least 1")
+        at_least(self, 1, "batch_size", "epochs")
         if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"sft.max_steps = {self.max_steps} must be at least 1, or null for all epochs")
+            raise FieldError("max_steps", self.max_steps, "must be at least 1, or null for all epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +89,23 @@ class CurateConfig:
     """Stop before asking any server: all that is clean is kept."""
 
     def __post_init__(self) -> None:
-        for name in ("min_evaluation_share", "min_duplicate_similarity", "max_pass_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"curate.{name} = {getattr(self, name)} must lie in [0, 1]")
+        within(self, 0, 1, "min_evaluation_share", "min_duplicate_similarity", "max_pass_rate")
         for name in ("inputs", "evaluation"):
             if missing := [path for path in getattr(self, name) if not Path(path).is_file()]:
-                raise ValueError(f"curate.{name}: {', '.join(missing)}: no such file")
+                raise FieldError(name, missing, "must be files that are there")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a job of megatron_t1 is told."""
 
-    model: ModelConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
     run_dir: str = "runs/default"
     """Where this run's files go: metrics, checkpoints, exports, logs, report."""
     seed: int = 0
     """Data order and sampling seeds are functions of (seed, step)."""
+    label: str = ""
+    """Name of the result of `t1 evaluate` or `t1 scaling` in run_dir; empty: the command's."""
     resume: bool = False
     """Go on from the newest checkpoint in run_dir; without it a run_dir that has one is refused."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -126,9 +123,10 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.sampling.temperature <= 0:
-            raise ValueError(
-                f"sampling.temperature = {self.sampling.temperature}: RL samples, so it must be above 0; "
-                "evaluation has its own (evaluate.sampling.temperature)"
+            raise FieldError(
+                "sampling.temperature",
+                self.sampling.temperature,
+                "must be above 0, RL samples; evaluation has its own (evaluate.sampling.temperature)",
             )
 
 
@@ -157,7 +155,7 @@ class LogprobsConfig:
 
     def __post_init__(self) -> None:
         if self.against not in (None, "transformers") and not self.against.startswith(("http://", "https://")):
-            raise ValueError(f"against = {self.against!r}: say transformers, or the server's http:// URL")
+            raise FieldError("against", self.against, "must be `transformers`, or the server's http:// URL")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -177,6 +175,6 @@ class GradeConfig:
 
     def __post_init__(self) -> None:
         if not Path(self.input).is_file():
-            raise ValueError(f"input={self.input} is not a file: give JSON lines with id, gold and prediction")
+            raise FieldError("input", str(self.input), "must be a file of JSON lines with id, gold and prediction")
         if Path(self.output).exists() and Path(self.output).samefile(self.input):
-            raise ValueError(f"output={self.output} is the input: give another file")
+            raise FieldError("output", str(self.output), "must be another file than the input")

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_t1.engine.config import ParallelConfig, check_divisible
+from megatron_t1.engine.config import ParallelConfig
+from megatron_t1.engine.layout import check_divisible
 from megatron_t1.engine.stored import MegatronCheckpoint, StoredParam, meta_params
 from megatron_t1.files import new_folder, write_json
 from megatron_t1.models import spec_of

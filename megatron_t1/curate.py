@@ -26,9 +26,10 @@ from tqdm import tqdm
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
 from megatron_t1.data.prompts import parse_rows
+from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
-from megatron_t1.rank0 import Actors
+from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
 from megatron_t1.reward.config import RewardConfig
@@ -178,21 +179,16 @@ def prepare(cfg: CurateConfig, reward: RewardConfig, folder: Path, *, resume: bo
     Raises:
         ValueError: see `clean`; or the folder holds a curation that was not asked to go on, or of something else.
     """
-    settings_path, counts_path = folder / "settings.json", folder / "cleaned.json"
+    counts_path = folder / "cleaned.json"
     settings = {
         "files": {path: _digest(Path(path)) for path in (*cfg.inputs, *cfg.evaluation)},
         **{name: value for name, value in asdict(cfg).items() if name not in _MAY_CHANGE},
     }
-    settings = json.loads(json.dumps(settings))
-    if settings_path.exists():
-        stored = json.loads(settings_path.read_text())
-        if not resume:
-            raise ValueError(f"{folder} holds a curation: give --resume to go on with it, or another run_dir")
-        if changed := [name for name in settings if settings[name] != stored.get(name)]:
-            raise ValueError(f"{folder} was made with other curate.{', curate.'.join(changed)}: give another run_dir")
-    if not counts_path.exists():
+    if counts_path.exists():
+        check_settings(folder / "settings.json", settings, resume=resume, elsewhere="another run_dir")
+    else:
         counts = clean(cfg, reward, folder)
-        write_json(settings_path, settings)
+        write_json(folder / "settings.json", settings)
         write_json(counts_path, counts)
     return json.loads(counts_path.read_text())
 
@@ -205,24 +201,20 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sample(cfg: CurateConfig, actors: Actors, prompts: list[Prompt], folder: Path, seed: int) -> None:
+def sample(cfg: CurateConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
     """Measure the pass rate of every prompt that sampled.jsonl does not have yet; None for those that are too long.
 
     Raises:
         ValueError: sampled.jsonl is of another model, sampling or seed.
     """
-    path, settings_path = folder / "sampled.jsonl", folder / "sampling.json"
-    weights = weights_digest(Path(actors.servers.model_dir))
+    path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
     settings = {"weights": weights, "sampling": asdict(cfg.sampling), "seed": seed}
-    settings = json.loads(json.dumps(settings))
-    if settings_path.exists() and (stored := json.loads(settings_path.read_text())) != settings:
-        raise ValueError(f"{path} was sampled with {stored}, not with {settings}: give another run_dir")
-    write_json(settings_path, settings)
+    check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
     rows = read_jsonl(path)
     write_jsonl(path, rows)  # without a last line that was cut
     done = {row["id"] for row in rows}
     left = [prompt for prompt in prompts if prompt.id not in done]
-    max_tokens = min(server.max_model_len for server in actors.servers.usable())
+    max_tokens = min(server.max_model_len for server in rank0.servers.usable())
     fitting = [p for p in left if len(p.token_ids) + cfg.sampling.max_new_tokens <= max_tokens]
     fits = {prompt.id for prompt in fitting}
     append_jsonl(path, ({"id": p.id, "pass_rate": None} for p in left if p.id not in fits))
@@ -237,7 +229,7 @@ def sample(cfg: CurateConfig, actors: Actors, prompts: list[Prompt], folder: Pat
             bar.update()
 
     counts, seeds = [cfg.sampling.num_samples] * len(fitting), [sample_seed(seed, prompt.id) for prompt in fitting]
-    actors.client.generate_each(fitting, counts, seeds, cfg.sampling, actors.scorer.score, note)
+    rank0.client.generate_each(fitting, counts, seeds, cfg.sampling, rank0.scorer.score, note)
     bar.close()
 
 

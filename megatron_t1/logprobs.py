@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_t1 import platform
 from megatron_t1.config import LogprobsConfig
 from megatron_t1.data.packing import Sequence
 from megatron_t1.data.prompts import load_texts
@@ -30,6 +29,7 @@ from megatron_t1.engine.config import ModelConfig
 from megatron_t1.engine.parallel import initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_jsonl
+from megatron_t1.platform.detect import setup
 from megatron_t1.servers.registry import REMOTE_KEY_ENV, read_key
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.weights.torch_dist import is_torch_dist
@@ -54,17 +54,17 @@ def run(cfg: LogprobsConfig) -> Comparison | None:
         ValueError: malformed texts, or a text that is too long for a microbatch.
         ServerError: the server can't be reached, or answers nonsense.
     """
-    found, model_dir = platform.setup(), Path(cfg.model)
-    initialize(cfg.parallel, found, seed=0)
+    platform, model_dir = setup(), Path(cfg.model)
+    initialize(cfg.parallel, platform, seed=0)
     texts = load_texts(Path(cfg.input), model_dir)
     cfg.parallel.check_fits(max(text.num_tokens for text in texts))
     model = ModelConfig(hf_path=cfg.model, dtype=cfg.dtype, layers=cfg.layers)
-    engine = ForwardEngine(model, cfg.parallel, found, temperature=1.0)
+    engine = ForwardEngine(model, cfg.parallel, platform, temperature=1.0)
     engine.load_weights(model_dir)
     ours = engine.logprobs(texts)
     theirs: list[np.ndarray] | None = None
     if cfg.against == "transformers":
-        theirs = _by_transformers(engine, texts, found.device)
+        theirs = _by_transformers(engine, texts, platform.device)
     elif cfg.against and is_main():
         theirs = [_by_server(_server(cfg), text) for text in tqdm(texts, desc=cfg.against, unit="text")]
     comparison = None
@@ -161,7 +161,7 @@ def _by_server(server: Server, text: Sequence) -> np.ndarray:
         body = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
         reply = server.call("POST", "/v1/completions", body, timeout_s=_REQUEST_TIMEOUT_S)
         entries = reply["choices"][0]["prompt_logprobs"]
-        found = [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
-        return np.array(found[len(text.prompt_ids) - 1 :], np.float32)
+        logprobs = [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
+        return np.array(logprobs[len(text.prompt_ids) - 1 :], np.float32)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ServerError(f"server {server.name} returned no prompt logprobs: {json.dumps(str(error))}") from None

@@ -20,26 +20,27 @@ import numpy as np
 import psutil
 import torch.distributed as dist
 
-from megatron_t1 import curate, platform, rl, sft
+from megatron_t1 import curate, rl, sft
 from megatron_t1.check.context import context_needs, too_long
-from megatron_t1.cli.doctor import versions
 from megatron_t1.config import Config
 from megatron_t1.data.packing import Sequence
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.parallel import initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
-from megatron_t1.evaluation import evaluate
+from megatron_t1.evaluation.evaluate import evaluate
+from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.evaluation.results import read_summaries, table
 from megatron_t1.evaluation.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
 from megatron_t1.evaluation.scaling import Scaling
 from megatron_t1.files import write_json
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.models import spec_of
-from megatron_t1.platform import Platform
+from megatron_t1.platform.detect import Platform, setup
+from megatron_t1.platform.installed import versions
 from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.push.sync_check import TOLERANCE, sync_check
-from megatron_t1.rank0 import Actors, open_actors
+from megatron_t1.rank0 import Rank0, open_rank0
 from megatron_t1.report.report import write_report
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
@@ -52,43 +53,43 @@ from megatron_t1.weights.hf_folder import HFFolder
 @contextmanager
 def trainer_ranks(cfg: Config) -> Iterator[Platform]:
     """Platform and process groups; says on rank 0 what was found."""
-    found = platform.setup()
-    initialize(cfg.parallel, found, cfg.seed)
+    platform = setup()
+    initialize(cfg.parallel, platform, cfg.seed)
     if is_main():
-        print(f"{found.describe()}; {dist.get_world_size()} trainer processes", flush=True)
-    yield found
+        print(f"{platform.describe()}; {dist.get_world_size()} trainer processes", flush=True)
+    yield platform
     # Left out when a rank raises: the others may be waiting in a collective, and the launcher ends them.
     dist.barrier()
     dist.destroy_process_group()
 
 
 def run_sft(cfg: Config) -> None:
-    with trainer_ranks(cfg) as found:
+    with trainer_ranks(cfg) as platform:
         template = Template(Path(cfg.model.hf_path))
-        hf_dir = sft.train(cfg, found, load_sft(cfg.data.need("sft"), template, cfg.data))
+        hf_dir = sft.train(cfg, platform, load_sft(cfg.data.need("sft"), template, cfg.data))
         _say(f"fine-tuned model: {hf_dir}")
 
 
 def run_rl(cfg: Config) -> None:
-    with trainer_ranks(cfg) as found, ExitStack() as stack:
+    with trainer_ranks(cfg) as platform, ExitStack() as stack:
         template = Template(Path(cfg.model.hf_path))
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
         if cfg.data.heldout:
             _refuse_overlap(prompts, load_prompts(cfg.data.need("heldout"), template, cfg.data))
         rl.check(cfg, prompts)
         _check_context(cfg, context_needs(cfg, "rl", {"train": _longest(prompts)}, template))
-        actors = stack.enter_context(open_actors(cfg, template)) if is_main() else None
-        trainer = rl.Trainer(cfg, found, prompts, actors)
+        rank0 = stack.enter_context(open_rank0(cfg, template)) if is_main() else None
+        trainer = rl.Trainer(cfg, platform, prompts, rank0)
         stack.callback(trainer.close)
-        if actors:
-            actors.ready(prompts[0])
+        if rank0:
+            rank0.ready(prompts[0])
         trainer.push()
         _say(f"trained model: {trainer.train()}")
 
 
 def run_evaluate(cfg: Config, label: str) -> None:
     """Evaluate on `evaluate.sets`, or else on `data.heldout`; one process, no Megatron."""
-    own, sets = cfg.evaluate, evaluate.question_sets(cfg, cfg.evaluate.sets)
+    own, sets = cfg.evaluate, question_sets(cfg, cfg.evaluate.sets)
     with ExitStack() as stack:
         sampler: Sampler
         settings: dict[str, Any]
@@ -115,9 +116,9 @@ def run_evaluate(cfg: Config, label: str) -> None:
             longest = _longest(question.prompt(template) for questions in sets.values() for question in questions)
             _check_context(cfg, context_needs(cfg, "evaluate", {"heldout": longest}, template))
             settings = {"weights": weights_digest(folder)}
-            actors = stack.enter_context(open_actors(cfg, template))
-            _serve_folder(cfg, actors)
-            sampler = ServerSampler(actors, template)
+            rank0 = stack.enter_context(open_rank0(cfg, template))
+            _serve_folder(cfg, rank0)
+            sampler = ServerSampler(rank0, template)
         for name, questions in sets.items():
             _evaluate(replace(cfg, evaluate=own), sampler, questions, label, name, settings)
     print(table(read_summaries(Path(cfg.run_dir))))
@@ -129,7 +130,7 @@ def run_scaling(cfg: Config, label: str) -> None:
     template = Template(folder)
     HFFolder(folder)  # whole, or refused before the servers start
     answerer = Template(Path(other)) if other else template
-    (questions,) = evaluate.question_sets(cfg, [cfg.scaling.set]).values()
+    (questions,) = question_sets(cfg, [cfg.scaling.set]).values()
     longest = _longest(question.prompt(template) for question in questions)
     _check_context(cfg, context_needs(cfg, "scaling", {"heldout": longest}, template))
     curve = Scaling(
@@ -140,17 +141,17 @@ def run_scaling(cfg: Config, label: str) -> None:
         cfg.seed,
         resume=cfg.resume,
     )
-    with open_actors(cfg, template) as actors:
-        _serve_folder(cfg, actors)
-        curve.think(actors, template)
+    with open_rank0(cfg, template) as rank0:
+        _serve_folder(cfg, rank0)
+        curve.think(rank0, template)
         if not other:
-            curve.answer(actors, template, template)
+            curve.answer(rank0, template, template)
     if other:
         # Servers given by URL serve the model that thought.
         own = replace(cfg, model=replace(cfg.model, hf_path=other), rollout=replace(cfg.rollout, urls=()))
-        with open_actors(own, answerer) as actors:
-            actors.servers.wait_ready()
-            curve.answer(actors, answerer, template)
+        with open_rank0(own, answerer) as rank0:
+            rank0.servers.wait_ready()
+            curve.answer(rank0, answerer, template)
     for point in curve.curve():
         low, high = point.interval
         print(
@@ -168,9 +169,9 @@ def run_curate(cfg: Config) -> None:
     if not cfg.curate.clean_only:
         template = Template(Path(cfg.model.hf_path))
         prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
-        with open_actors(cfg, template) as actors:
-            _serve_folder(cfg, actors)
-            curate.sample(cfg.curate, actors, prompts, folder, cfg.seed)
+        with open_rank0(cfg, template) as rank0:
+            _serve_folder(cfg, rank0)
+            curate.sample(cfg.curate, rank0, prompts, folder, cfg.seed)
     print(curate.select(cfg.curate, folder, counts)[1])
 
 
@@ -183,7 +184,7 @@ def run_all(cfg: Config) -> None:
         )
     began = time.perf_counter() - (time.time() - psutil.Process().create_time())  # Python and the imports included
     run_dir, watch = Path(cfg.run_dir), Stopwatch()
-    with trainer_ranks(cfg) as found, ExitStack() as stack:
+    with trainer_ranks(cfg) as platform, ExitStack() as stack:
         template = Template(Path(cfg.model.hf_path))
         train = load_prompts(cfg.data.need("train"), template, cfg.data)
         questions = load_questions(cfg.data.need("heldout"), cfg.data.system_prompt)
@@ -192,7 +193,7 @@ def run_all(cfg: Config) -> None:
         rl.check(cfg, train)
         longest = {"train": _longest(train), "heldout": _longest(heldout)}
         _check_context(cfg, context_needs(cfg, "run", longest, template))
-        actors = stack.enter_context(open_actors(cfg, template)) if is_main() else None
+        rank0 = stack.enter_context(open_rank0(cfg, template)) if is_main() else None
         watch.add("start", time.perf_counter() - began)
 
         hf_dir = run_dir / "sft" / "hf"
@@ -200,17 +201,17 @@ def run_all(cfg: Config) -> None:
             with watch("data"):
                 examples = load_sft(cfg.data.need("sft"), template, cfg.data)
             with watch("sft"):
-                hf_dir = sft.train(cfg, found, examples)
+                hf_dir = sft.train(cfg, platform, examples)
         tuned = replace(cfg, model=replace(cfg.model, hf_path=str(hf_dir)))
         with watch("start"):
-            trainer = rl.Trainer(tuned, found, train, actors)
+            trainer = rl.Trainer(tuned, platform, train, rank0)
             stack.callback(trainer.close)
-            if actors:
-                actors.ready(train[0])
+            if rank0:
+                rank0.ready(train[0])
             trainer.push()
 
         set_of = cfg.data.need("heldout").stem
-        sampler = ServerSampler(actors, template) if actors else None
+        sampler = ServerSampler(rank0, template) if rank0 else None
         settings: dict[str, Any] = {"weights": weights_digest(hf_dir)}
         with watch("evaluate"):
             if sampler and trainer.steps_done == 0:
@@ -222,13 +223,13 @@ def run_all(cfg: Config) -> None:
                 settings |= {"step": trainer.steps_done}
                 _evaluate(cfg, sampler, questions, "rl", set_of, settings, replace_other=True)
         with watch("scaling"):
-            if actors:
+            if rank0:
                 folder = run_dir / "scaling" / "rl"
                 curve = Scaling(
                     cfg.scaling, questions, folder, settings, cfg.seed, resume=cfg.resume, replace_other=True
                 )
-                curve.think(actors, template)
-                curve.answer(actors, template, template)
+                curve.think(rank0, template)
+                curve.answer(rank0, template, template)
                 curve.curve()
         with watch("stop"):
             stack.close()
@@ -248,10 +249,10 @@ def run_sync_check(cfg: Config) -> bool:
 
     Returns whether every server held, took and keeps the trainer's weights. Not while a training uses the servers.
     """
-    with trainer_ranks(cfg) as found, ExitStack() as stack:
+    with trainer_ranks(cfg) as platform, ExitStack() as stack:
         model_dir = Path(cfg.model.hf_path)
         servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir)).start() if is_main() else None
-        engine = ForwardEngine(cfg.model, cfg.parallel, found, temperature=1.0)
+        engine = ForwardEngine(cfg.model, cfg.parallel, platform, temperature=1.0)
         engine.load_weights(model_dir)
         if servers:
             servers.wait_ready()
@@ -270,11 +271,11 @@ def _sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
     return Sequence(prompt_ids=np.array(prompt_ids), response_ids=np.array(response_ids))
 
 
-def _serve_folder(cfg: Config, actors: Actors) -> None:
+def _serve_folder(cfg: Config, rank0: Rank0) -> None:
     """Wait for the servers; those given by URL may hold other weights and get those of `model.hf_path`."""
-    actors.servers.wait_ready()
+    rank0.servers.wait_ready()
     if cfg.rollout.urls:
-        with WeightSync(folder_pieces(Path(cfg.model.hf_path)), cfg.rollout, actors.servers) as sync:
+        with WeightSync(folder_pieces(Path(cfg.model.hf_path)), cfg.rollout, rank0.servers) as sync:
             sync.push(version=sync.next_version())
 
 
@@ -331,11 +332,16 @@ def _evaluate(
     replace_other: bool = False,
 ) -> None:
     settings = {**settings, "reward": asdict(cfg.reward.penalties)}
-    folder = Path(cfg.run_dir) / "evaluate"
-    result = evaluate.evaluate(
-        cfg.evaluate, sampler, questions, folder, label, set_of, settings, cfg.seed,
-        resume=cfg.resume, replace_other=replace_other,
-    )  # fmt: skip
+    result = evaluate(
+        sampler,
+        questions,
+        Path(cfg.run_dir) / "evaluate" / label / set_of,
+        cfg.evaluate.sampling_of(set_of),
+        settings,
+        cfg.seed,
+        resume=cfg.resume,
+        replace_other=replace_other,
+    )
     low, high = result.interval
     print(
         f"{label}: pass@1 {result.pass_at_1:.3f} (95%: {low:.3f} to {high:.3f}) on {result.num_questions} questions "

@@ -24,7 +24,7 @@ from megatron_t1.types import Group, Prompt
 
 
 @dataclass(frozen=True)
-class Actors:
+class Rank0:
     servers: Servers
     client: RolloutClient
     scorer: Scorer
@@ -42,7 +42,7 @@ class Actors:
 
 
 @contextmanager
-def open_actors(cfg: Config, template: Template) -> Iterator[Actors]:
+def open_rank0(cfg: Config, template: Template) -> Iterator[Rank0]:
     """Start servers (or take those of `rollout.urls`), client and grader; end all of them on the way out."""
     model_dir = Path(cfg.model.hf_path)
     with ExitStack() as stack:
@@ -51,4 +51,4 @@ def open_actors(cfg: Config, template: Template) -> Iterator[Actors]:
         vocab_size = spec_of(model_dir).vocab_size
         client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size))
         stack.enter_context(frozen_heap())
-        yield Actors(servers, client, scorer)
+        yield Rank0(servers, client, scorer)

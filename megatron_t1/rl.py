@@ -25,10 +25,10 @@ from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
-from megatron_t1.platform import Platform
+from megatron_t1.platform.detect import Platform
 from megatron_t1.push.ranks import NoServerError
 from megatron_t1.push.sync import WeightSync
-from megatron_t1.rank0 import Actors
+from megatron_t1.rank0 import Rank0
 from megatron_t1.rollout.bank import Bank
 from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.servers.server import ServerError
@@ -55,15 +55,15 @@ def check(cfg: Config, prompts: list[Prompt]) -> None:
 
 
 class Trainer:
-    """Policy, anchor and weight sync. Collective over the trainer's ranks; `actors` are rank 0's alone."""
+    """Policy, anchor and weight sync. Collective over the trainer's ranks; `rank0` are rank 0's alone."""
 
-    def __init__(self, cfg: Config, platform: Platform, prompts: list[Prompt], actors: Actors | None) -> None:
+    def __init__(self, cfg: Config, platform: Platform, prompts: list[Prompt], rank0: Rank0 | None) -> None:
         """
         Raises:
             ValueError: what `check` refuses; a begun run in run_dir without `resume`.
         """
         check(cfg, prompts)
-        self.cfg, self.prompts, self.actors = cfg, prompts, actors
+        self.cfg, self.prompts, self.rank0 = cfg, prompts, rank0
         self.folder = Path(cfg.run_dir) / "rl"
         self.engine = Engine(
             cfg.model,
@@ -76,7 +76,7 @@ class Trainer:
         self.engine.load_weights(Path(cfg.model.hf_path))
         self.anchor = Anchor(self.engine, cfg.anchor)
         self.steps_done = checkpoint.resume(self.folder / "checkpoints", self.engine, self.anchor, allowed=cfg.resume)
-        self.sync = WeightSync(self.engine.pieces(), cfg.rollout, actors.servers if actors else None)
+        self.sync = WeightSync(self.engine.pieces(), cfg.rollout, rank0.servers if rank0 else None)
         self.bank = Bank(self.folder / "bank")
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
         self.watch = Stopwatch()
@@ -202,7 +202,7 @@ class Trainer:
     def _on_main(self, job: Callable[[], T]) -> T:
         """What `job` returns on rank 0, on every rank; Stopped on all of them when rank 0 was asked to stop in it."""
         outcome: tuple[str, Any] | None = None
-        if self.actors:
+        if self.rank0:
             try:
                 with STOP.interruptible():
                     outcome = ("done", job())
@@ -215,8 +215,8 @@ class Trainer:
 
     def _await_servers(self) -> None:
         """Rank 0: starts lost servers anew, and waits when none is left. They have no weights yet: `bring_up` does."""
-        assert self.actors is not None
-        servers = self.actors.servers
+        assert self.rank0 is not None
+        servers = self.rank0.servers
         for server in servers.revive():
             print(
                 f"server {server.name} is new, or was lost and is started again: it gets the current weights first",
@@ -227,12 +227,12 @@ class Trainer:
 
     def _generate(self, weights: str) -> list[Group] | None:
         """Rank 0: the groups; None when all servers were lost."""
-        assert self.actors is not None
+        assert self.rank0 is not None
         cfg = self.cfg
         seed = cfg.seed * 1_000_003 + self.steps_done
         bank = self.bank.step(self.steps_done, weights, asdict(cfg.sampling), asdict(cfg.reward))
         try:
-            return self.actors.generate(self.batch(self.steps_done), cfg.sampling, seed, bank)
+            return self.rank0.generate(self.batch(self.steps_done), cfg.sampling, seed, bank)
         except NoServerLeftError as error:
             print(f"{error}\nThey are started again; the samples that were finished are kept.", flush=True)
             return None

@@ -20,7 +20,7 @@ from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch
-from megatron_t1.platform import Platform
+from megatron_t1.platform.detect import Platform
 from megatron_t1.stop import STOP, Stopped
 
 

@@ -20,7 +20,7 @@ from megatron_t1.data.config import DataConfig
 from megatron_t1.data.prompts import load_prompts
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation.samplers import sample_seed
-from megatron_t1.rank0 import Actors
+from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers.verify import verify
 from megatron_t1.reward.config import PenaltyConfig, RewardConfig
 from megatron_t1.reward.score import Scorer
@@ -114,9 +114,9 @@ def template(tiny_dir: Path) -> Template:
 
 
 @pytest.fixture(scope="module")
-def real(server: Servers, template: Template) -> Iterator[Actors]:
+def real(server: Servers, template: Template) -> Iterator[Rank0]:
     with Scorer(REWARD) as scorer, RolloutClient(server, template.tokenizer, vocab_size=320) as client:
-        yield Actors(server, client, scorer)
+        yield Rank0(server, client, scorer)
 
 
 def _candidates(folder: Path, count: int) -> None:
@@ -125,7 +125,7 @@ def _candidates(folder: Path, count: int) -> None:
     _write(folder / "candidates.jsonl", rows)
 
 
-def test_pass_rates_are_those_of_the_samples(real: Actors, template: Template, tmp_path: Path) -> None:
+def test_pass_rates_are_those_of_the_samples(real: Rank0, template: Template, tmp_path: Path) -> None:
     """Golds are made from what the model says, so that some questions are solved sometimes."""
     _candidates(tmp_path, 12)
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
@@ -155,7 +155,7 @@ def test_pass_rates_are_those_of_the_samples(real: Actors, template: Template, t
 
 
 def test_what_is_done_is_not_asked_again(
-    real: Actors, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real: Rank0, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _candidates(tmp_path, 5)
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
@@ -174,7 +174,7 @@ def test_what_is_done_is_not_asked_again(
         curate.sample(cfg, real, prompts, tmp_path, seed=2)
 
 
-def test_a_prompt_that_does_not_fit_is_counted(real: Actors, template: Template, tmp_path: Path) -> None:
+def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, tmp_path: Path) -> None:
     _candidates(tmp_path, 1)
     rows = _read(tmp_path / "candidates.jsonl")
     _write(tmp_path / "candidates.jsonl", [*rows, {**rows[0], "id": "long", "prompt": "x" * 600}])
@@ -188,7 +188,7 @@ def test_a_prompt_that_does_not_fit_is_counted(real: Actors, template: Template,
 
 @pytest.mark.timeout(900)
 def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
-    real: Actors, server: Servers, template: Template, tiny_dir: Path, tmp_path: Path
+    real: Rank0, server: Servers, template: Template, tiny_dir: Path, tmp_path: Path
 ) -> None:
     raw = _write(tmp_path / "raw.jsonl", [{"id": f"q{i}", "problem": f"{i}?", "answer": i} for i in range(40)])
     folder = tmp_path / "run/curate"

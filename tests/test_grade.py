@@ -101,5 +101,5 @@ def test_text_quality_is_graded_too(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="input="):
+    with pytest.raises(ValueError, match="input ="):
         GradeConfig(input=tmp_path / "nothing.jsonl", output=tmp_path / "out.jsonl")

@@ -1,62 +1,108 @@
-"""The package's imports go one way, and only engine/ and platform/ import Megatron at module level."""
+"""The package's imports go one way, lazy ones and those for type checkers included; configs are light."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1] / "megatron_t1"
-# What each part may import of ours; itself and the plain modules `types` and `files` always.
-ALLOWED = {
-    "types": set(),
-    "files": set(),
-    "stats": set(),
-    "platform": set(),
-    "data": set(),
-    "reward": set(),
-    "algo": set(),
-    "rollout": set(),
-    "models": {"weights"},
-    "weights": {"models", "rollout"},
-    "engine": {"algo", "data", "models", "platform", "weights"},
-}
-MEGATRON = {"engine", "platform"}
+import pytest
+
+from tests.launch import ROOT
+
+PACKAGE = ROOT / "megatron_t1"
+# From the ground up: a part may import what stands on a line above its own. A room's config.py is a part of its own,
+# called "config of a room": configs are what the command line reads before anything else.
+FLOORS = [
+    {"types", "files", "fields", "stop", "warn"},
+    {"platform", "algo", "data", "models", "servers", "reward", "metrics"},
+    {"weights", "rollout"},
+    {"engine", "push"},
+    {"config"},
+    {"rank0", "convert", "logprobs", "grade"},
+    {"evaluation"},
+    {"report", "curate", "rl", "sft", "check"},
+    {"synthesize", "pipeline"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+CONFIGS = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGE.rglob("config.py"))
+USES_MEGATRON = {"engine", "platform"}
 
 
-def module_level_imports(path: Path) -> set[str]:
-    """Imported module names, those under `if TYPE_CHECKING` and inside functions left out."""
-    found: set[str] = set()
-
-    def visit(body: list[ast.stmt]) -> None:
-        for node in body:
-            if isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                base = node.module or ""
-                found.update(f"{base}.{alias.name}" for alias in node.names)
-            elif isinstance(node, ast.Try) or (
-                isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test)
-            ):
-                visit(node.body)
-
-    visit(ast.parse(path.read_text()).body)
-    return found
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
-def test_imports_go_one_way():
-    wrong = []
-    for path in PACKAGE.rglob("*.py"):
-        part = part_of(path)
-        for name in module_level_imports(path):
-            root, _, rest = name.partition(".")
-            if root == "megatron" and part not in MEGATRON:
-                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
-            if root == "megatron_t1" and part in ALLOWED:
-                other = rest.split(".")[0]
-                if other not in ALLOWED[part] | {part, "types", "files"}:
-                    wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
-    assert not wrong, "\n".join(wrong)
+def imports_of(path: Path) -> set[str]:
+    """Modules that the file imports anywhere; of ours the deepest that exists, so that a package is not its modules."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.add(full if full in MODULES else str(node.module))
+    return names
+
+
+GRAPH = {module: imports_of(path) for module, path in MODULES.items()}
+
+
+def part_of(module: str) -> str:
+    _, _, rest = module.partition(".")
+    return rest.split(".")[0] or "__init__"
+
+
+def floor_of(module: str) -> int:
+    """Configs of rooms stand right above the ground, below every room."""
+    if module in CONFIGS and module.count(".") > 1:
+        return 0
+    return FLOOR_OF[part_of(module)]
+
+
+def test_every_part_has_a_floor() -> None:
+    assert {part_of(module) for module in MODULES} == set(FLOOR_OF)
+
+
+def test_imports_go_one_way() -> None:
+    backwards = [
+        f"{module} imports {other}"
+        for module, others in GRAPH.items()
+        for other in others & MODULES.keys()
+        if part_of(module) != part_of(other)
+        and floor_of(module) <= floor_of(other)
+        and not (module in CONFIGS and other in CONFIGS)
+        and not (module in CONFIGS and part_of(other) == "fields")
+    ]
+    assert not backwards, "\n".join(backwards)
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    try:
+        TopologicalSorter({module: others & MODULES.keys() for module, others in GRAPH.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_only_the_engine_and_the_platform_import_megatron() -> None:
+    users = {module for module, others in GRAPH.items() if any(name.split(".")[0] == "megatron" for name in others)}
+    assert {part_of(module) for module in users} <= USES_MEGATRON
+
+
+def test_configs_and_the_command_line_are_light() -> None:
+    """`t1 --help`, `t1 rl --help` and a refused option cost no import of torch, Megatron, SymPy or transformers."""
+    code = (
+        f"import sys, {', '.join(CONFIGS)}, megatron_t1.cli.main, megatron_t1.cli.help\n"
+        "heavy = {'torch', 'megatron', 'sympy', 'transformers', 'scipy', 'aiohttp', 'vllm'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_t1.fields import FieldError
+
 KlEstimator = Literal["centered", "k1", "k2", "k3", "k3_score", "full"]
 
 
@@ -28,19 +30,19 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("entropy_coef", "kl_coef"):
             if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name} = {getattr(self, name)} is negative; use 0 to switch the term off")
+                raise FieldError(name, getattr(self, name), "is negative; use 0 to switch the term off")
         for name in ("clip_ratio_low", "clip_ratio_high", "tis_cap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"loss.{name} = {value} must be positive; use null to switch it off")
+                raise FieldError(name, value, "must be positive; use null to switch it off")
         if self.kl_estimator not in get_args(KlEstimator):
-            raise ValueError(
-                f"loss.kl_estimator = {self.kl_estimator!r}; use one of {', '.join(get_args(KlEstimator))}"
-            )
+            raise FieldError("kl_estimator", self.kl_estimator, f"must be one of {', '.join(get_args(KlEstimator))}")
         if self.clips and self.tis_cap is not None:
-            raise ValueError(
-                f"loss.clip_ratio_low/high = {self.clip_ratio_low}/{self.clip_ratio_high} and loss.tis_cap ="
-                f" {self.tis_cap} would both weight by policy/rollout; set one of them to null"
+            raise FieldError(
+                "tis_cap",
+                self.tis_cap,
+                f"and loss.clip_ratio_low/high = {self.clip_ratio_low}/{self.clip_ratio_high} would both weight by "
+                "policy/rollout; set one of them to null",
             )
 
     @property

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from megatron_t1.check import estimate
 from megatron_t1.check.context import context_needs, too_long
-from megatron_t1.check.machines import Place, layout_of, seconds_of
-from megatron_t1.cli.doctor import installed
+from megatron_t1.check.machines import Machines, layout_of, seconds_of
 from megatron_t1.config import Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
-from megatron_t1.engine.config import check_divisible
-from megatron_t1.evaluation.evaluate import question_sets
+from megatron_t1.engine.layout import check_divisible
+from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
+from megatron_t1.platform.installed import installed
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
 from megatron_t1.weights.torch_dist import is_torch_dist
 
@@ -54,9 +54,9 @@ class Findings:
         return "\n".join(lines)
 
 
-def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
-    """Adds what is found for `t1 <command>` at `place`: sft, rl, evaluate, scaling, run or serve."""
-    if place.vllm_nodes and command == "run":
+def check(cfg: Config, command: str, machines: Machines, found: Findings) -> Findings:
+    """Adds what is found for `t1 <command>` at `machines`: sft, rl, evaluate, scaling, run or serve."""
+    if machines.vllm_nodes and command == "run":
         found.problems.append("t1 run starts its servers where it trains: leave out --vllm_nodes, or use t1 rl")
     if command == "evaluate" and not cfg.model.hf_path:
         _elsewhere(cfg, found)
@@ -76,7 +76,7 @@ def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
     trains, samples = command in ("sft", "rl", "run"), command != "sft"
     template = _tokens(model_dir, spec, found)
     if trains:
-        _layout(cfg, spec, command, place, found)
+        _layout(cfg, spec, command, machines, found)
     if samples:
         _sampling(cfg, spec, command, found)
     longest = {}
@@ -84,7 +84,7 @@ def check(cfg: Config, command: str, place: Place, found: Findings) -> Findings:
         longest = _data(cfg, command, files, template, found)
         _lengths(cfg, spec, command, longest, template, found)
     if trains:
-        _needs(cfg, spec, command, place, longest, found)
+        _needs(cfg, spec, command, machines, longest, found)
     return found
 
 
@@ -131,8 +131,8 @@ def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | Non
     return template
 
 
-def _layout(cfg: Config, spec: ModelSpec, command: str, place: Place, found: Findings) -> None:
-    parallel, world = cfg.parallel, place.ranks(command)
+def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, found: Findings) -> None:
+    parallel, world = cfg.parallel, machines.ranks(command)
     try:
         check_divisible(spec, parallel)
     except ValueError as error:
@@ -142,7 +142,7 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, place: Place, found: Fin
         world % group == 0,
         f"{world} trainer processes do not divide by parallel.tensor x parallel.pipeline = {group}",
     )
-    on_node = world // place.trainer_nodes(command)
+    on_node = world // machines.trainer_nodes(command)
     found.should(
         parallel.tensor <= on_node,
         f"parallel.tensor = {parallel.tensor} reaches over nodes of {on_node} trainer processes: slow; lower it and "
@@ -271,11 +271,13 @@ def _lengths(
             found.problems.append(str(error))
 
 
-def _needs(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int], found: Findings) -> None:
+def _needs(
+    cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int], found: Findings
+) -> None:
     """Memory by part, time by stage, disk."""
-    sizes, gpu = estimate.Sizes.of(spec), estimate.GPUS[place.gpu]
+    sizes, gpu = estimate.Sizes.of(spec), estimate.GPUS[machines.gpu]
     stage = cfg.sft if command == "sft" else cfg.rl
-    layout = layout_of(cfg, spec, command, place, longest)
+    layout = layout_of(cfg, spec, command, machines, longest)
     worst: dict[str, float] = {}
     for number in range(layout.pipeline):
         parts = estimate.stage_memory(sizes, layout, number)
@@ -319,9 +321,9 @@ def _needs(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: di
         holds >= full,
         f"a vLLM server of TP {cfg.rollout.tp} has no room for one sample of {full} tokens: raise rollout.tp",
     )
-    seconds = seconds_of(cfg, spec, command, place, longest)
+    seconds = seconds_of(cfg, spec, command, machines, longest)
     listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
     found.facts.append(
-        f"time of a step: about {sum(seconds.values()):.3g} s ({listed}) on {place.gpu}s, if responses have half of "
+        f"time of a step: about {sum(seconds.values()):.3g} s ({listed}) on {machines.gpu}s, if responses have half of "
         "max_new_tokens on average"
     )

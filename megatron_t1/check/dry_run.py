@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_t1.check.machines import Place
+from megatron_t1.check.machines import Machines
 from megatron_t1.config import Config
 from megatron_t1.servers.process import command as vllm_command
 
 
-def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
+def dry_run(cfg: Config, command: str, machines: Machines, options: list[str]) -> str:
     """The srun commands that the batch scripts would run for these options, and the vLLM command of a server."""
     root = Path(__file__).resolve().parents[2]
     library = root / "slurm" / "lib.sh"
@@ -27,14 +27,14 @@ def dry_run(cfg: Config, command: str, place: Place, options: list[str]) -> str:
         "T1_DRY_RUN": "1",
         "T1_HOME": str(root),
         "T1_PYTHON": sys.executable,
-        "T1_NODES": " ".join(f"node{i + 1}" for i in range(place.nodes)),
-        "SLURM_GPUS_PER_NODE": str(place.gpus_per_node),
-        "VLLM_NODES": str(place.vllm_nodes),
-        "VLLM_GPUS": str(place.shared_gpus),
+        "T1_NODES": " ".join(f"node{i + 1}" for i in range(machines.nodes)),
+        "SLURM_GPUS_PER_NODE": str(machines.gpus_per_node),
+        "VLLM_NODES": str(machines.vllm_nodes),
+        "VLLM_GPUS": str(machines.shared_gpus),
         "VLLM_TP": str(cfg.rollout.tp),
         "MODEL": cfg.model.hf_path,
         "RUN_DIR": cfg.run_dir,
-        "RANKS": str(place.ranks_per_node or ""),
+        "RANKS": str(machines.ranks_per_node or ""),
     }
     if command not in ("rl", "sft", "evaluate"):
         raise ValueError(f"--dry-run is for rl, sft and evaluate; there is no batch script for {command}")

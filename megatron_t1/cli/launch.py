@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -23,13 +24,11 @@ def num_processes(cfg: ParallelConfig) -> int:
     return cfg.nproc_per_node or torch.cuda.device_count() or cfg.num_ranks
 
 
-def start(count: int, arguments: list[str]) -> int:
-    """Run `t1 <arguments>` on `count` ranks; returns the exit code."""
+def start(count: int, arguments: list[str], *, alone: Callable[[list[str]], int]) -> int:
+    """Run `t1 <arguments>` on `count` ranks (a single one is this process: `alone`); returns the exit code."""
     if count == 1:
-        from megatron_t1.cli.main import main
-
         os.environ["RANK"] = "0"
-        return main(arguments)
+        return alone(arguments)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_t1.stop import EXIT_STOPPED, STOP, Stopped
+
+T = TypeVar("T")
 
 USAGE = """\
 usage: t1 COMMAND [--config FILE.yaml] [--section.field VALUE ...]
@@ -84,32 +86,56 @@ def _line_of(command: str) -> str:
     return next(line.strip()[len(command) :].strip() for line in USAGE.splitlines() if line.split()[:1] == [command])
 
 
-def _read(command: str, arguments: list[str], cls: Any, *extra: tuple[str, str, str]) -> tuple[Any, Any, str]:
-    from megatron_t1.cli.options import read
+_SECTIONS = {
+    "sft": ("model", "parallel", "data", "sft"),
+    "rl": ("model", "parallel", "data", "rollout", "sampling", "reward", "loss", "anchor", "rl"),
+    "curate": ("model", "data", "rollout", "reward", "curate"),
+    "evaluate": ("model", "data", "rollout", "reward", "evaluate"),
+    "scaling": ("model", "data", "rollout", "reward", "evaluate", "scaling"),
+    "serve": ("model", "rollout"),
+    "sync-check": ("model", "parallel", "rollout"),
+}
+"""What a command reads of the whole configuration; `run` reads all of it."""
 
-    return read(f"t1 {command}", _line_of(command), arguments, cls, *extra)
+
+def _read(command: str, arguments: list[str], cls: type[T]) -> T:
+    """The command's config; `--help` and `--print_config` end here."""
+    from megatron_t1.cli import options
+
+    if {"-h", "--help"} & set(arguments):
+        from megatron_t1.cli.help import help_of
+
+        print(help_of(command, _line_of(command), cls, _SECTIONS.get(command, ())), end="")
+        raise SystemExit(0)
+    config = options.read(cls, [word for word in arguments if word != "--print_config"])
+    if "--print_config" in arguments:
+        print(options.dump(config), end="")
+        raise SystemExit(0)
+    return config
 
 
 def _on_ranks(parallel: Any, command: str, arguments: list[str]) -> int:
     """Run this command on as many trainer processes of this machine as it takes; nobody has started them yet."""
     from megatron_t1.cli import launch
 
-    return launch.start(launch.num_processes(parallel), [command, *arguments])
+    return launch.start(launch.num_processes(parallel), [command, *arguments], alone=main)
 
 
 def _trainer_job(command: str) -> Callable[[list[str]], int]:
     """A job on all trainer ranks: starts them when nobody has, keeps the config it was told, runs."""
 
     def job(arguments: list[str]) -> int:
+        from megatron_t1.cli.options import dump
         from megatron_t1.config import Config
         from megatron_t1.files import write_text
 
-        cfg, _, text = _read(command, arguments, Config)
+        cfg = _read(command, arguments, Config)
         cfg.model.folder()  # refused before processes start
         if "RANK" not in os.environ:
             return _on_ranks(cfg.parallel, command, arguments)
         if os.environ["RANK"] == "0":
-            write_text(Path(cfg.run_dir) / "config.yaml", text)
+            # Whoever reads this file later says `--resume` again.
+            write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False)))
         from megatron_t1 import pipeline
 
         STOP.install()
@@ -121,14 +147,13 @@ def _trainer_job(command: str) -> Callable[[list[str]], int]:
 
 def _labelled_job(command: str) -> Callable[[list[str]], int]:
     def job(arguments: list[str]) -> int:
-        from megatron_t1 import pipeline
         from megatron_t1.config import Config
 
+        cfg = _read(command, arguments, Config)
+        from megatron_t1 import pipeline
+
         _stop_on_signals()
-        if command == "evaluate":  # an endpoint or stored responses need no model folder; what comes later wins
-            arguments = ["--model.hf_path=", *arguments]
-        cfg, namespace, _ = _read(command, arguments, Config, ("label", command, "name of the result in run_dir"))
-        {"evaluate": pipeline.run_evaluate, "scaling": pipeline.run_scaling}[command](cfg, namespace.label)
+        {"evaluate": pipeline.run_evaluate, "scaling": pipeline.run_scaling}[command](cfg, cfg.label or command)
         return 0
 
     return job
@@ -137,7 +162,7 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
 def _sync_check(arguments: list[str]) -> int:
     from megatron_t1.config import Config
 
-    cfg, *_ = _read("sync-check", arguments, Config)
+    cfg = _read("sync-check", arguments, Config)
     cfg.model.folder()
     if "RANK" not in os.environ:
         return _on_ranks(cfg.parallel, "sync-check", arguments)
@@ -147,20 +172,21 @@ def _sync_check(arguments: list[str]) -> int:
 
 
 def _curate(arguments: list[str]) -> int:
-    from megatron_t1 import pipeline
     from megatron_t1.config import Config
 
-    # Cleaning needs no model; what comes later wins.
-    cfg, *_ = _read("curate", ["--model.hf_path=", *arguments], Config)
+    cfg = _read("curate", arguments, Config)
+    from megatron_t1 import pipeline
+
     pipeline.run_curate(cfg)
     return 0
 
 
 def _serve(arguments: list[str]) -> int:
     from megatron_t1.config import Config
+
+    cfg = _read("serve", arguments, Config)
     from megatron_t1.servers.serve import serve
 
-    cfg, *_ = _read("serve", arguments, Config)
     _stop_on_signals()
     rollout = replace(cfg.rollout, urls=(), await_servers=0)  # what trainers elsewhere are told
     with contextlib.suppress(KeyboardInterrupt):
@@ -173,9 +199,8 @@ def _check(arguments: list[str]) -> int:
 
     from megatron_t1.check.check import Findings, check
     from megatron_t1.check.dry_run import dry_run
-    from megatron_t1.check.machines import Place
-    from megatron_t1.cli import lenient
-    from megatron_t1.cli.options import in_full
+    from megatron_t1.check.machines import Machines
+    from megatron_t1.cli import options
     from megatron_t1.config import Config
 
     parser = ArgumentParser(
@@ -192,24 +217,20 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the srun and vLLM commands that would run")
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
-    asked, options = parser.parse_known_args(arguments)
-    options = in_full(options)
-    if asked.command == "evaluate":
-        options = ["--model.hf_path=", *options]  # as `t1 evaluate` has it
-    found = Findings()
-    values, found.problems = lenient.parse(Config, options)
-    cfg = lenient.build(Config, values, found.problems)
-    place = Place(**{name: getattr(asked, name) for name in Place.__dataclass_fields__})
+    asked, rest = parser.parse_known_args(arguments)
+    cfg, problems = options.parse(Config, rest)
+    findings = Findings(problems=problems)
+    machines = Machines(**{name: getattr(asked, name) for name in Machines.__dataclass_fields__})
     if cfg is not None:
-        check(cfg, asked.command, place, found)
-    print(found.text())
+        check(cfg, asked.command, machines, findings)
+    print(findings.text())
     if asked.dry_run and cfg is not None:
-        print(dry_run(cfg, asked.command, place, options))
-    return 1 if found.problems else 0
+        print(dry_run(cfg, asked.command, machines, rest))
+    return 1 if findings.problems else 0
 
 
 def _report(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from argparse import ArgumentParser
 
     from megatron_t1.report.report import write_report
 
@@ -223,7 +244,7 @@ def _report(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from argparse import ArgumentParser
 
     from megatron_t1.evaluation.results import compare, describe
 
@@ -237,47 +258,44 @@ def _compare(arguments: list[str]) -> int:
 
 def _grade(arguments: list[str]) -> int:
     from megatron_t1.config import GradeConfig
-    from megatron_t1.grade import grade
 
     if len(arguments) >= 2 and not any(argument.startswith("-") for argument in arguments[:2]):
         arguments = ["--input", arguments[0], "--output", arguments[1], *arguments[2:]]
-    cfg, *_ = _read("grade", arguments, GradeConfig)
+    cfg = _read("grade", arguments, GradeConfig)
+    from megatron_t1.grade import grade
+
     grade(cfg)
     return 0
 
 
 def _convert(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+    from argparse import ArgumentParser
 
     parser = ArgumentParser(prog="t1 convert", description=_line_of("convert"))
-    jobs = parser.add_subcommands(dest="job")
-    job = ArgumentParser(description="Write a Hugging Face folder as a Megatron checkpoint; it loads at any layout.")
+    jobs = parser.add_subparsers(dest="job", required=True)
+    job = jobs.add_parser("to-megatron", help="Hugging Face folder -> Megatron checkpoint; it loads at any layout")
     job.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="config.json, tokenizer and safetensors")
     job.add_argument("out", type=Path, metavar="OUT", help="folder to make; model.hf_path may name it")
     job.add_argument("--tp", type=int, default=1, help="tensor-parallel size that the files are cut for")
     job.add_argument("--pp", type=int, default=1, help="pipeline-parallel size that the files are cut for")
-    jobs.add_subcommand("to-megatron", job, help="Hugging Face folder -> Megatron checkpoint")
-    job = ArgumentParser(description="Write a Megatron checkpoint, converted or of a run, as a Hugging Face folder.")
+    job = jobs.add_parser("to-hf", help="Megatron checkpoint, converted or of a run -> Hugging Face folder")
     job.add_argument("checkpoint", type=Path, metavar="CKPT", help="from to-megatron, or a run's checkpoints/step_N")
     job.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     job.add_argument("--hf", type=Path, help="folder with config.json and tokenizer, for a checkpoint without them")
     job.add_argument("--max_shard_gb", type=float, default=4.0, help="largest safetensors file")
-    jobs.add_subcommand("to-hf", job, help="Megatron checkpoint -> Hugging Face folder")
-    job = ArgumentParser(description="Compare two checkpoints of either kind; the exit code is 1 when they differ.")
+    job = jobs.add_parser("verify", help="compare two checkpoints of either kind; exit code 1 when they differ")
     job.add_argument("a", type=Path, metavar="A", help="Hugging Face folder or Megatron checkpoint")
     job.add_argument("b", type=Path, metavar="B", help="Hugging Face folder or Megatron checkpoint")
     job.add_argument("--hf", type=Path, help="folder with config.json, for a Megatron checkpoint without it")
-    jobs.add_subcommand("verify", job, help="compare two checkpoints tensor by tensor")
-    parsed = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("one process converts: start it alone, not under torchrun or as several tasks")
     from megatron_t1 import convert
 
-    options = parsed[parsed.job]
     try:
-        if parsed.job == "to-megatron":
+        if options.job == "to-megatron":
             print(convert.to_megatron(options.hf_dir, options.out, tp=options.tp, pp=options.pp).describe())
-        elif parsed.job == "to-hf":
+        elif options.job == "to-hf":
             shard = round(options.max_shard_gb * 1e9)
             done = convert.to_hf(options.checkpoint, options.out, hf_dir=options.hf, max_shard_bytes=shard)
             print(done.describe())
@@ -291,10 +309,11 @@ def _convert(arguments: list[str]) -> int:
 
 def _synthesize(arguments: list[str]) -> int:
     from megatron_t1.synthesize.config import SynthesizeConfig
+
+    cfg = _read("synthesize", arguments, SynthesizeConfig)
     from megatron_t1.synthesize.run import describe, synthesize
 
     _stop_on_signals()
-    cfg, *_ = _read("synthesize", arguments, SynthesizeConfig)
     print(describe(synthesize(cfg)))
     print(f"wrote {cfg.out}/sft.jsonl, chains.jsonl, summary.json, browse.html")
     return 0
@@ -302,13 +321,14 @@ def _synthesize(arguments: list[str]) -> int:
 
 def _logprobs(arguments: list[str]) -> int:
     from megatron_t1.config import LogprobsConfig
-    from megatron_t1.logprobs import run
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
-    cfg, *_ = _read("logprobs", arguments, LogprobsConfig)
+    cfg = _read("logprobs", arguments, LogprobsConfig)
     if "RANK" not in os.environ:
         return _on_ranks(cfg.parallel, "logprobs", arguments)
+    from megatron_t1.logprobs import run
+
     run(cfg)
     return 0
 
@@ -316,7 +336,7 @@ def _logprobs(arguments: list[str]) -> int:
 def _quickstart_data(arguments: list[str]) -> int:
     from megatron_t1.data.quickstart import QuickstartDataConfig, write
 
-    cfg, *_ = _read("quickstart-data", arguments, QuickstartDataConfig)
+    cfg = _read("quickstart-data", arguments, QuickstartDataConfig)
     write(cfg)
     print(f"wrote {cfg.out}/model, sft.jsonl, rl.jsonl, heldout.jsonl")
     return 0

@@ -1,61 +1,227 @@
-"""The arguments of a job: one YAML file and dotted overrides, read into the job's config class by jsonargparse."""
+"""The options of a job: one YAML file and dotted overrides, read into the job's config class. The only such reader.
+
+    words and files -> settings by name (`_collect`) -> the config, section by section (`_build`)
+
+It goes on after an error, so that a person is told everything at once; an error carries its field (`FieldError`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from megatron_t1.cli import lenient
+import msgspec
+import yaml
+
+from megatron_t1.fields import FieldError
+
+T = TypeVar("T")
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
-def read(
-    program: str, description: str, arguments: list[str], cls: Any, *extra: tuple[str, str, str]
-) -> tuple[Any, Any, str]:
-    """The config object, the namespace with what `extra` (name, default, help) asked for, and all of it as YAML.
+def read(cls: type[T], arguments: Sequence[str]) -> T:
+    """The config that the options make.
 
     Raises:
-        ValueError: everything that is wrong with the arguments.
+        ValueError: everything that is wrong with them, a line each.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    config, problems = parse(cls, arguments)
+    if config is None or problems:
+        raise ValueError("\n".join(problems))
+    return config
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # each field's docstring is its help
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file; options after it override it")
-    for name, default, text in extra:
-        parser.add_argument(f"--{name}", type=str, default=default, help=text)
-    parser.add_class_arguments(cls)
-    arguments = in_full(arguments)
+
+def parse(cls: type[T], arguments: Sequence[str]) -> tuple[T | None, list[str]]:
+    """The config with every faulty field at its default (None when one is needed), and a line for each fault."""
+    problems: list[str] = []
+    return _build(cls, _collect(cls, arguments, problems), problems), problems
+
+
+def dump(config: Any) -> str:
+    """The config as YAML that `--config` reads again."""
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True, width=110)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+class _Word(str):
+    """A value from the command line: what it means depends on the type of its field."""
+
+
+def _collect(cls: type, arguments: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """Files (`--config`) and overrides, the later in force, as nested dicts."""
+    settings: dict[str, Any] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"{word!r} is not an option")
+            continue
+        name, separator, text = word[2:].partition("=")
+        hint = _hint_of(cls, name)
+        if not separator:
+            if hint is bool and (not words or words[0] not in ("true", "false")):
+                text = "true"
+            elif not words:
+                problems.append(f"--{name} needs a value")
+                continue
+            else:
+                text = words.pop(0)
+        if name == "config":
+            _merge(settings, _read_file(Path(text), problems), cls)
+            continue
+        try:
+            value: Any = yaml.safe_load(text) if is_dataclass(hint) or class_of_each(hint) else _Word(text)
+        except yaml.YAMLError as error:
+            problems.append(f"{name} = {text!r} is not YAML: {error}")
+            continue
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        _merge(settings, value, cls)
+    return settings
+
+
+def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        parsed = parser.parse_args(arguments)
-        namespace = parser.instantiate_classes(parsed)
-    except (ArgumentError, ValueError) as error:  # the first one; a person wants all of them
-        values, problems = lenient.parse(cls, _without([f"--{name}" for name, *_ in extra], arguments))
-        lenient.build(cls, values, problems)
-        raise ValueError("\n".join(problems) or str(error)) from None
-    fields = {name: getattr(namespace, name) for name in cls.__dataclass_fields__}
-    if "resume" in parsed:
-        parsed.resume = False  # whoever reads this file later says so again
-    return cls(**fields), namespace, parser.dump(parsed)
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        problems.append(f"{path} can't be read: {error.strerror}")
+    except yaml.YAMLError as error:
+        problems.append(f"{path} is not YAML: {error}")
+    else:
+        if settings is None or isinstance(settings, dict):
+            return settings or {}
+        problems.append(f"{path} must hold settings by name, it is a {type(settings).__name__}")
+    return {}
 
 
-def in_full(arguments: list[str]) -> list[str]:
-    """`--resume` alone as `--resume=true`, `--config=FILE` as two words."""
-    words: list[str] = []
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if word == "--resume" and following not in ("true", "false"):
-            words.append("--resume=true")
-        elif word.startswith("--config="):
-            words += word.split("=", 1)
+def _merge(into: dict[str, Any], new: dict[str, Any], cls: Any) -> None:
+    """Sections are merged; a dict that is a setting's value replaces the one before."""
+    hints = get_type_hints(cls)
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict) and is_dataclass(hints.get(name)):
+            _merge(into[name], value, hints[name])
         else:
-            words.append(word)
-    return words
+            into[name] = value
 
 
-def _without(names: list[str], arguments: list[str]) -> list[str]:
-    """The arguments but these options and their values."""
-    words, rest = iter(arguments), []
-    for word in words:
-        if word in names:
-            next(words, None)
-        elif word.partition("=")[0] not in names:
-            rest.append(word)
-    return rest
+def _hint_of(cls: Any, name: str) -> Any:
+    """Type of the field with a dotted name; None when there is none."""
+    for part in name.split("."):
+        cls = get_type_hints(cls).get(part) if is_dataclass(cls) else class_of_each(cls)
+    return cls
+
+
+def class_of_each(hint: Any) -> Any:
+    """The dataclass of the sections that a `dict[str, dataclass]` holds; None for other types."""
+    return each if get_origin(hint) is dict and is_dataclass(each := get_args(hint)[1]) else None
+
+
+def _build(cls: Any, settings: dict[str, Any], problems: list[str], path: str = "", default: Any = None) -> Any:
+    """An object of the dataclass without its faulty fields; None when a needed one is missing.
+
+    Args:
+        default: the object that the fields which are not given are taken from, in place of the class's defaults.
+
+    Adds a line to `problems` for every unknown name and every value that is refused.
+    """
+    hints, known = get_type_hints(cls), {field.name: field for field in fields(cls)}
+    good: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            problems.append(f"{path}{name} is not a setting" + (f"; did you mean {path}{close[0]}?" if close else ""))
+        elif is_dataclass(hints[name]):
+            section = _section(hints[name], value, problems, path + name, default_of(known[name], default))
+            if section is not None:
+                good[name] = section
+        elif (each := class_of_each(hints[name])) and isinstance(value, dict):
+            sections = {key: _section(each, one, problems, f"{path}{name}.{key}") for key, one in value.items()}
+            if None not in sections.values():
+                good[name] = sections
+        else:
+            try:
+                good[name] = _convert(value, hints[name])
+            except msgspec.ValidationError as error:
+                problems.append(f"{path}{name} = {value!r} must be {_wanted(hints[name], value, str(error))}")
+    return _construct(cls, good, settings.keys(), problems, path, default)
+
+
+def _section(cls: type, value: Any, problems: list[str], name: str, default: Any = None) -> Any:
+    if isinstance(value, dict):
+        return _build(cls, value, problems, f"{name}.", default)
+    problems.append(f"{name} = {value!r} must be a section with settings of its own")
+    return None
+
+
+def default_of(field: Field[Any], parent: Any) -> Any:
+    """What a section is when nothing of it is given; None when it must be given."""
+    if parent is not None:
+        return getattr(parent, field.name)
+    return field.default_factory() if field.default_factory is not MISSING else None
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    if not isinstance(value, _Word):
+        return msgspec.convert(value, hint, strict=False, dec_hook=_path_of)
+    if value == "null" and NoneType in get_args(hint):
+        return None
+    try:
+        return msgspec.convert(str(value), hint, dec_hook=_path_of)  # a field of text takes the word as it is
+    except msgspec.ValidationError:
+        try:
+            return msgspec.convert(yaml.safe_load(value), hint, strict=False, dec_hook=_path_of)
+        except yaml.YAMLError as error:
+            raise msgspec.ValidationError(f"not YAML: {error}") from None
+
+
+def _path_of(kind: type, value: Any) -> Path:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise msgspec.ValidationError(f"Expected a path, got `{type(value).__name__}`")
+
+
+def _wanted(hint: Any, value: Any, reason: str) -> str:
+    """What a value of the type is, in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_wanted(each, value, reason) for each in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (tuple, dict):
+        opening, form = ("[", f"a list: [{value}]") if origin is tuple else ("{", "values by name: {name: value}")
+        return form if not str(value).lstrip().startswith(opening) else f"{form[: form.index(':')]} ({reason})"
+    return "null" if hint is NoneType else _KINDS.get(hint, reason)
+
+
+def _construct(
+    cls: Any, good: dict[str, Any], given: Collection[str], problems: list[str], path: str, default: Any
+) -> Any:
+    if default is None:
+        missing = [field.name for field in fields(cls) if _is_needed(field) and field.name not in good]
+        problems += [f"{path}{name} is not set" for name in missing if name not in given]
+        if missing:
+            return None
+    while True:
+        try:
+            return cls(**good) if default is None else replace(default, **good)
+        except FieldError as error:
+            field = error.field.partition(".")[0]
+            if field not in good:
+                if field not in given:  # what was given and refused has a line of its own
+                    problems.append(f"{path}{error}")
+                return None
+            problems.append(f"{path}{error}")
+            del good[field]
+
+
+def _is_needed(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_t1.fields import at_least
 from megatron_t1.files import write_jsonl
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ class QuickstartDataConfig:
     """Same seed, same files."""
 
     def __post_init__(self) -> None:
-        if self.num_sft_samples < 1:
-            raise ValueError(f"num_sft_samples is {self.num_sft_samples}: give at least 1")
+        at_least(self, 1, "num_sft_samples")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from megatron_t1.models.spec import ModelSpec
+from megatron_t1.fields import FieldError, above, at_least, within
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -38,7 +37,7 @@ how it is laid out; config.json, `parallel` and T1's loss decide those."""
 class ModelConfig:
     """Which model is trained and in what precision."""
 
-    hf_path: str
+    hf_path: str = ""
     """Folder of the model: config.json, tokenizer, and safetensors (Hugging Face) or a Megatron checkpoint (from
     `t1 convert`, or a run's checkpoints/step_N). Training starts from either, evaluation needs safetensors."""
     dtype: Dtype = "bfloat16"
@@ -50,9 +49,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if refused := sorted(set(self.transformer) - set(TRANSFORMER_FIELDS)):
-            raise ValueError(
-                f"model.transformer sets {refused}, which the checkpoint's config.json decides, or parallel, or T1's "
-                f"loss, or which Megatron does not know; it may set {', '.join(TRANSFORMER_FIELDS)}"
+            raise FieldError(
+                "transformer",
+                self.transformer,
+                f"sets {refused}, which the checkpoint's config.json decides, or parallel, or T1's loss, or which "
+                f"Megatron does not know; it may set {', '.join(TRANSFORMER_FIELDS)}",
             )
 
     def folder(self) -> Path:
@@ -61,9 +62,11 @@ class ModelConfig:
             ValueError: `hf_path` is not the folder of a model.
         """
         if not (Path(self.hf_path) / "config.json").is_file():
-            raise ValueError(
-                f"model.hf_path = {self.hf_path}: not a folder with a config.json; a model of the Hugging Face hub is "
-                "brought here by `hf download NAME --local-dir FOLDER`"
+            raise FieldError(
+                "model.hf_path",
+                self.hf_path,
+                "must be a folder with a config.json; a model of the Hugging Face hub is brought here by "
+                "`hf download NAME --local-dir FOLDER`",
             )
         return Path(self.hf_path)
 
@@ -102,25 +105,22 @@ class ParallelConfig:
     must exceed the longest of these. (A rank that dies is noticed at once.)"""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual_pipeline", "expert", "max_tokens_per_microbatch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"parallel.{name} = {getattr(self, name)} must be at least 1")
-        for name in ("nproc_per_node", "expert_tensor"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"parallel.{name} = {getattr(self, name)} must be 0 or more")
+        at_least(self, 1, "tensor", "pipeline", "virtual_pipeline", "expert", "max_tokens_per_microbatch")
+        at_least(self, 0, "nproc_per_node", "expert_tensor")
+        above(self, 0, "timeout_s")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise ValueError(f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1")
+            raise FieldError("virtual_pipeline", self.virtual_pipeline, "needs parallel.pipeline > 1")
         if self.pipeline_layers and (
             len(self.pipeline_layers) != self.num_stages or min(self.pipeline_layers, default=0) < 1
         ):
-            raise ValueError(
-                f"parallel.pipeline_layers = {list(self.pipeline_layers)} must be {self.num_stages} numbers above 0: "
-                f"one for each of pipeline x virtual_pipeline = {self.pipeline} x {self.virtual_pipeline} chunks"
+            raise FieldError(
+                "pipeline_layers",
+                self.pipeline_layers,
+                f"must be {self.num_stages} numbers above 0: one for each of pipeline x virtual_pipeline = "
+                f"{self.pipeline} x {self.virtual_pipeline} chunks",
             )
         if self.sequence_parallel and self.tensor == 1:
-            raise ValueError("parallel.sequence_parallel = true needs parallel.tensor > 1; turn it off")
-        if self.timeout_s <= 0:
-            raise ValueError(f"parallel.timeout_s = {self.timeout_s} must be positive")
+            raise FieldError("sequence_parallel", True, "needs parallel.tensor > 1; turn it off")
 
     @property
     def num_stages(self) -> int:
@@ -181,15 +181,11 @@ class OptimConfig:
     """Global gradient norm limit; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        if self.lr < 0:
-            raise ValueError(f"optim.lr = {self.lr} must not be negative")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optim.min_lr_ratio = {self.min_lr_ratio} must lie in [0, 1]: it is a share of lr")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps = {self.warmup_steps} must be 0 or more")
+        at_least(self, 0, "lr", "warmup_steps", "weight_decay", "clip_grad")
+        within(self, 0, 1, "min_lr_ratio")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
+                raise FieldError(name, getattr(self, name), "must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +196,7 @@ class AnchorConfig:
     """Share of the old anchor that a step keeps; 1 keeps the starting policy, 0 follows the policy at once."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"anchor.decay = {self.decay} must lie in [0, 1]")
+        within(self, 0, 1, "decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,48 +211,8 @@ class CheckpointConfig:
     """How many of the best stay besides: by mean reward of the steps since the one before (RL), by loss (SFT)."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise ValueError(f"checkpoint.every_steps = {self.every_steps} must be 0 or more")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep = {self.keep} must be at least 1: the newest is what a run resumes from")
-        if self.keep_best < 0:
-            raise ValueError(f"checkpoint.keep_best = {self.keep_best} must be 0 or more")
+        at_least(self, 0, "every_steps", "keep_best")
+        at_least(self, 1, "keep")  # the newest is what a run resumes from
 
     def due(self, step: int, last_step: int) -> bool:
         return step == last_step or (self.every_steps > 0 and step % self.every_steps == 0)
-
-
-def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """Refuse, with the numbers, a layout that the model's sizes do not divide by."""
-    sizes = spec.transformer
-    tensor, kv_heads = parallel.tensor, sizes["num_query_groups"]
-    cuts = [
-        ("num_attention_heads", "tensor", tensor),
-        ("ffn_hidden_size", "tensor", tensor),
-        ("moe_shared_expert_intermediate_size", "tensor", tensor),
-        ("moe_ffn_hidden_size", "expert_tensor", parallel.expert_tensor or tensor),
-        ("num_moe_experts", "expert", parallel.expert),
-    ]
-    problems = [
-        f"{what} = {sizes[what]} does not divide by parallel.{group} = {size}"
-        for what, group, size in cuts
-        if sizes.get(what) and sizes[what] % size
-    ]
-    if kv_heads % tensor and tensor % kv_heads:
-        problems.append(f"num_query_groups = {kv_heads} neither divides parallel.tensor = {tensor} nor is a multiple")
-    rows = (sizes["num_attention_heads"] + 2 * kv_heads) * sizes["kv_channels"]
-    if rows % tensor:
-        problems.append(f"the {rows} rows of the QKV projection do not divide by parallel.tensor = {tensor}")
-    try:
-        parallel.layers_of_stages(sizes["num_layers"])
-    except ValueError as error:
-        problems.append(str(error))
-    if "num_moe_experts" not in sizes:
-        if parallel.expert > 1:
-            problems.append(f"it has no experts to spread over parallel.expert = {parallel.expert} ranks")
-    elif tensor > 1 and not parallel.sequence_parallel:
-        problems.append(
-            f"a mixture of experts with parallel.tensor = {tensor} needs parallel.sequence_parallel = true (Megatron)"
-        )
-    if problems:
-        raise ValueError(f"{spec.architecture}: " + "; ".join(problems))

@@ -16,11 +16,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_t1.algo.fused_head import Head
-from megatron_t1.engine.config import ModelConfig, ParallelConfig, check_divisible
+from megatron_t1.engine.config import ModelConfig, ParallelConfig
 from megatron_t1.engine.layers import LocalPackedSeqParams, local_block_spec, te_block_spec
+from megatron_t1.engine.layout import check_divisible
 from megatron_t1.engine.parallel import shards
 from megatron_t1.models.spec import ModelSpec
-from megatron_t1.platform import Platform
+from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch
 
 

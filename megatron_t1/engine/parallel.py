@@ -15,7 +15,7 @@ from megatron.core import tensor_parallel
 
 from megatron_t1.engine.config import ParallelConfig
 from megatron_t1.models.ops import Shard, Shards
-from megatron_t1.platform import Platform
+from megatron_t1.platform.detect import Platform
 
 T = TypeVar("T")
 

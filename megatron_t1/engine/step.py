@@ -31,7 +31,7 @@ from megatron_t1.engine.optimizer import build_optimizer
 from megatron_t1.engine.parallel import shards
 from megatron_t1.models import spec_of
 from megatron_t1.models.ops import Piece
-from megatron_t1.platform import Platform
+from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch
 from megatron_t1.weights import hf_io
 from megatron_t1.weights.plan import local_pieces
@@ -122,13 +122,7 @@ class ForwardEngine:
             )
             return output, partial(loss_func, microbatch)
 
-        # Megatron's schedule calls `no_sync` and `finalize` of the config that all models share; forward only has
-        # nothing to synchronise.
-        no_sync, self.config.no_sync_func = (
-            self.config.no_sync_func,
-            (contextlib.nullcontext if forward_only else self.config.no_sync_func),
-        )
-        try:
+        with self._without_sync() if forward_only else contextlib.nullcontext():
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[iter(microbatches) for _ in chunks],
@@ -139,6 +133,14 @@ class ForwardEngine:
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
             )
+
+    @contextlib.contextmanager
+    def _without_sync(self) -> Iterator[None]:
+        """Megatron's schedule calls `no_sync_func` of the config that policy and anchor share; a forward pass alone
+        has no gradients to hold back."""
+        no_sync, self.config.no_sync_func = self.config.no_sync_func, contextlib.nullcontext
+        try:
+            yield
         finally:
             self.config.no_sync_func = no_sync
 
@@ -225,8 +227,8 @@ class Engine(ForwardEngine):
             metrics.sums["loss"] = total.detach().clone()
             return total / num_targets, counted, metrics
 
-        stored = self._run(self.ddp, microbatches, loss_func, forward_only=False)
-        metrics = self._reduce(stored, num_targets)
+        per_microbatch = self._run(self.ddp, microbatches, loss_func, forward_only=False)
+        metrics = self._reduce(per_microbatch, num_targets)
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"the loss is {metrics['loss']}; no step was taken")
         self.scheduler.step(increment=1)
@@ -237,9 +239,9 @@ class Engine(ForwardEngine):
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         return metrics
 
-    def _reduce(self, stored: list[Metrics], num_targets: int) -> dict[str, float]:
+    def _reduce(self, per_microbatch: list[Metrics], num_targets: int) -> dict[str, float]:
         """Token sums and maxima of the last stage's ranks -> global means and maxima, the same on every rank."""
-        merged = Metrics.merge(stored if mpu.get_tensor_model_parallel_rank() == 0 else [])
+        merged = Metrics.merge(per_microbatch if mpu.get_tensor_model_parallel_rank() == 0 else [])
         local = tuple({name: float(value) for name, value in part.items()} for part in (merged.sums, merged.maxima))
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, local)

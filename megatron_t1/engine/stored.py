@@ -26,7 +26,7 @@ from megatron_t1.engine.parallel import initialize, shards
 from megatron_t1.models import spec_of
 from megatron_t1.models.ops import Piece
 from megatron_t1.models.spec import ModelSpec
-from megatron_t1.platform import setup
+from megatron_t1.platform.detect import setup
 from megatron_t1.weights.buffers import TwoBuffers
 from megatron_t1.weights.hf_folder import CheckpointError, TensorInfo
 from megatron_t1.weights.hf_io import CARRIED, Carried

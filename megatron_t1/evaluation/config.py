@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from megatron_t1.data.config import INSTRUCTION
+from megatron_t1.fields import FieldError, at_least
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 
 
@@ -55,9 +56,6 @@ class ScalingConfig:
     """Hugging Face folder of another model that gives the forced answers; null: the model that thought."""
 
     def __post_init__(self) -> None:
-        if not self.budgets or any(budget < 1 for budget in self.budgets):
-            raise ValueError(f"scaling.budgets = {self.budgets} must be positive numbers of tokens")
-        if tuple(sorted(set(self.budgets))) != tuple(self.budgets):
-            raise ValueError(f"scaling.budgets = {self.budgets} must rise")
-        if self.max_answer_tokens < 1:
-            raise ValueError(f"scaling.max_answer_tokens = {self.max_answer_tokens} must be at least 1")
+        if not self.budgets or self.budgets[0] < 1 or tuple(sorted(set(self.budgets))) != tuple(self.budgets):
+            raise FieldError("budgets", self.budgets, "must be numbers of tokens, at least 1, that rise")
+        at_least(self, 1, "max_answer_tokens")

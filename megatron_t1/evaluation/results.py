@@ -76,8 +76,15 @@ def compare(before: Path, after: Path) -> list[dict[str, Any]]:
         result = stats.paired_difference([one[i] for i in shared], [other[i] for i in shared])
         accuracy = [sum(sum(run[i]) / len(run[i]) for i in shared) / len(shared) for run in (one, other)]
         left_out = len(one) + len(other) - 2 * len(shared)
-        rows.append({"set": name, "num_questions": len(shared), "left_out": left_out, "accuracy": accuracy}
-                    | {"result": result})  # fmt: skip
+        rows.append(
+            {
+                "set": name,
+                "num_questions": len(shared),
+                "left_out": left_out,
+                "accuracy": accuracy,
+                "result": result,
+            }
+        )
     if not rows:
         raise ValueError(f"{before} and {after} have no set with the same questions")
     return rows
@@ -107,7 +114,7 @@ def _by_set(folder: Path) -> dict[str, dict[str, list[bool]]]:
 
 
 def _verdicts(path: Path) -> Iterator[tuple[str, list[bool]]]:
-    found: dict[str, list[bool]] = {}
+    correct: dict[str, list[bool]] = {}
     for row in iter_jsonl(path):
-        found.setdefault(row["id"], []).append(row["reward"]["correct"])
-    yield from found.items()
+        correct.setdefault(row["id"], []).append(row["reward"]["correct"])
+    yield from correct.items()

@@ -1,4 +1,4 @@
-"""What evaluation and scaling share: settings that must agree on resume, and rows written down as they come."""
+"""What evaluation, scaling and curation share: settings that must agree on resume, and rows kept as they come."""
 
 from __future__ import annotations
 
@@ -13,30 +13,47 @@ from tqdm import tqdm
 from megatron_t1.files import Journal, write_json
 
 
+def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewhere: str) -> bool:
+    """Keeps `settings`, all that decides the results beside them, in `path`; returns whether they were there already.
+
+    Args:
+        settings: as JSON values.
+        resume: results of the same settings may be gone on with.
+        elsewhere: the remedy for other results: where else these may go.
+
+    Raises:
+        ValueError: results of other settings are there, or of these and `resume` is not given.
+    """
+    stored = json.loads(path.read_text()) if path.exists() else None
+    if stored is None:
+        write_json(path, settings)
+        return False
+    if different := _differences(stored, settings):
+        raise ValueError(f"{path.parent} holds results with other {', '.join(different)}: give {elsewhere}")
+    if not resume:
+        raise ValueError(f"{path.parent} holds these results: --resume completes them; or give {elsewhere}")
+    return True
+
+
+def _differences(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    settings = json.loads(json.dumps(settings))
+    return sorted(name for name in stored.keys() | settings.keys() if stored.get(name) != settings.get(name))
+
+
 def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool, replace_other: bool) -> None:
     """Make `folder` ready for results of `settings`: what it holds of the same settings stays when `resume` is given.
 
     Args:
-        settings: all that decides the results, as JSON values; kept as settings.json.
-        replace_other: remove results of other settings; otherwise they are an error.
+        replace_other: remove results of other settings (and of these without `resume`); otherwise they are an error.
 
     Raises:
-        ValueError: the folder holds other results, or these and `resume` is not given.
+        ValueError: as `check_settings`.
     """
-    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
-    if path.exists():
-        stored = json.loads(path.read_text())
-        different = sorted(name for name in stored.keys() | settings.keys() if stored.get(name) != settings.get(name))
-        if different and not replace_other:
-            raise ValueError(
-                f"{folder} holds results with other {', '.join(different)}: give another --label, or remove it"
-            )
-        if not different and not (resume or replace_other):
-            raise ValueError(f"{folder} holds these results: --resume completes them, another --label starts anew")
-        if different or not resume:
-            for file in [*folder.glob("*.jsonl"), *folder.glob("*.json")]:
-                file.unlink()
-    write_json(path, settings)
+    path = folder / "settings.json"
+    if replace_other and path.exists() and not (resume and not _differences(json.loads(path.read_text()), settings)):
+        for file in [*folder.glob("*.jsonl"), *folder.glob("*.json")]:
+            file.unlink()
+    check_settings(path, settings, resume=resume, elsewhere="another --label, or remove it")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from megatron_t1.data.prompts import Question, parse_rows
 from megatron_t1.data.template import Template
-from megatron_t1.rank0 import Actors
+from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 from megatron_t1.rollout.endpoint import ChatEndpoint, RefusedError, run_workers
@@ -62,16 +62,16 @@ def graded(sample: Sample) -> Response:
 class ServerSampler:
     """vLLM servers of ours: token ids go in, so the chat template is the trainer's."""
 
-    def __init__(self, actors: Actors, template: Template) -> None:
-        self._actors, self._template = actors, template
+    def __init__(self, rank0: Rank0, template: Template) -> None:
+        self._rank0, self._template = rank0, template
 
     def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None:
-        self._actors.client.generate_each(
+        self._rank0.client.generate_each(
             [ask.question.prompt(self._template) for ask in asks],
             [ask.count for ask in asks],
             [sample_seed(seed, ask.question.id) + ask.first for ask in asks],
             sampling,
-            self._actors.scorer.score,
+            self._rank0.scorer.score,
             lambda i, j, samples: on_done(asks[i].question, asks[i].first + j, [graded(s) for s in samples]),
         )
 

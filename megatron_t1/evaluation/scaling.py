@@ -24,11 +24,12 @@ from megatron_t1.data.sets import set_name
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
-from megatron_t1.evaluation.evaluate import estimate, missing, questions_digest, response_row
+from megatron_t1.evaluation.evaluate import missing, questions_digest, response_row
+from megatron_t1.evaluation.figures import RIGHT_ANSWER, majority_at_k
 from megatron_t1.evaluation.resume import collecting, open_folder
 from megatron_t1.evaluation.samplers import graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
-from megatron_t1.rank0 import Actors
+from megatron_t1.rank0 import Rank0
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Reward, Sample
 
@@ -96,7 +97,7 @@ class Scaling:
         open_folder(folder, settings, resume=resume, replace_other=replace_other)
         self._place = {question.id: i for i, question in enumerate(questions)}
 
-    def think(self, actors: Actors, template: Template) -> None:
+    def think(self, rank0: Rank0, template: Template) -> None:
         """Generate the long thinkings that are not there yet; token ids and verdicts go to thinkings.jsonl."""
         path, part = self.folder / "thinkings.jsonl", self.folder / "thinkings.part.jsonl"
         if path.exists():
@@ -113,12 +114,12 @@ class Scaling:
         num_missing = sum(ask.count for ask in asks)
         name = f"think {self.folder.name}"
         with collecting(part, name, unit="thinking", num_kept=len(have), num_missing=num_missing) as add:
-            actors.client.generate_each(
+            rank0.client.generate_each(
                 [ask.question.prompt(template) for ask in asks],
                 [ask.count for ask in asks],
                 [sample_seed(self.seed, ask.question.id) + ask.first for ask in asks],
                 sampling,
-                actors.scorer.score,
+                rank0.scorer.score,
                 lambda i, j, samples: add(
                     [row(asks[i].question, asks[i].first + j + n, sample) for n, sample in enumerate(samples)],
                     sum(len(sample.token_ids) for sample in samples),
@@ -127,7 +128,7 @@ class Scaling:
         sort_jsonl(part, path, key=lambda row: (self._place[row["id"]], row["sample"]))
         part.unlink()
 
-    def answer(self, actors: Actors, template: Template, thinker: Template) -> None:
+    def answer(self, rank0: Rank0, template: Template, thinker: Template) -> None:
         """Force the answers that are not there yet; they go to forced.jsonl.
 
         Args:
@@ -148,13 +149,13 @@ class Scaling:
             return replace(prompt, token_ids=np.concatenate([prompt.token_ids, *tail]), meta={"before": before})
 
         async def score(prompt: Prompt, sample: Sample) -> Reward:
-            return await actors.scorer.score(prompt, replace(sample, text=prompt.meta["before"] + sample.text))
+            return await rank0.scorer.score(prompt, replace(sample, text=prompt.meta["before"] + sample.text))
 
         name = f"answer {self.folder.name}"
         with collecting(path, name, unit="answer", num_kept=len(have), num_missing=len(cuts)) as add:
 
             def force(window: list[_Cut]) -> None:
-                actors.client.generate_each(
+                rank0.client.generate_each(
                     [forced(cut) for cut in window],
                     [1] * len(window),
                     [0] * len(window),
@@ -226,16 +227,19 @@ def _forced_row(cut: _Cut, sample: Sample) -> dict[str, Any]:
 
 
 def _majority(thinkings: Sequence[dict[str, Any]]) -> Iterator[MajorityPoint]:
-    right = "\0right"
     answers: dict[str, list[str | None]] = {}
     for row in thinkings:
-        answers.setdefault(row["id"], []).append(right if row["reward"]["correct"] else row["reward"]["extracted"])
+        answer = RIGHT_ANSWER if row["reward"]["correct"] else row["reward"]["extracted"]
+        answers.setdefault(row["id"], []).append(answer)
     most = min(map(len, answers.values()))
     mean_tokens = float(np.mean([row["num_tokens"] for row in thinkings]))
     for n in islice((2**i for i in range(10) if 2**i <= most), 10):
-        found = estimate([stats.majority_at_k(own, right, n) for own in answers.values()])
+        majority = majority_at_k(answers, n)
         yield MajorityPoint(
-            num_samples=n, mean_tokens=n * mean_tokens, accuracy=found.value, interval=(found.low, found.high)
+            num_samples=n,
+            mean_tokens=n * mean_tokens,
+            accuracy=majority.value,
+            interval=(majority.low, majority.high),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_t1.fields import above, at_least
 from megatron_t1.reward.penalties import PenaltyConfig
 
 
@@ -25,12 +26,7 @@ class RewardConfig:
     """Warn when this many samples in a row have no answer, time out or crash: the format or the grader is broken."""
 
     def __post_init__(self) -> None:
-        if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s={self.deadline_s} must be positive CPU seconds (0.5 is a good value)")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must be 0 (one a core) or more")
-        if self.memory_mb < 512:
-            raise ValueError(f"memory_mb={self.memory_mb} is too small for the parser: use at least 512")
-        for name in ("tasks_per_worker", "alarm_after"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        above(self, 0, "deadline_s")
+        at_least(self, 0, "num_workers")
+        at_least(self, 512, "memory_mb")
+        at_least(self, 1, "tasks_per_worker", "alarm_after")

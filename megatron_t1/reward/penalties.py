@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_t1.fields import FieldError, at_least, within
 from megatron_t1.reward.answers import extract
 from megatron_t1.types import FinishReason
 
@@ -55,14 +56,10 @@ class PenaltyConfig:
     def __post_init__(self) -> None:
         unknown = set(self.enabled) - set(PENALTIES)
         if unknown:
-            raise ValueError(f"enabled: unknown penalties {sorted(unknown)}; choose from {sorted(PENALTIES)}")
-        for name in ("max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_ngram_repeats < 0:
-            raise ValueError(f"max_ngram_repeats={self.max_ngram_repeats} must be 0 (off) or more")
-        if not 0 <= self.max_foreign_share <= 1:
-            raise ValueError(f"max_foreign_share={self.max_foreign_share} must lie in [0, 1]")
+            raise FieldError("enabled", self.enabled, f"has {sorted(unknown)}; choose from {sorted(PENALTIES)}")
+        at_least(self, 1, "max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size")
+        at_least(self, 0, "max_ngram_repeats")
+        within(self, 0, 1, "max_foreign_share")
 
 
 @dataclass(frozen=True, kw_only=True)

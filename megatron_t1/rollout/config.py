@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_t1.fields import FieldError, above, at_least, http_only
+
 
 @dataclass(kw_only=True, frozen=True)
 class SamplingConfig:
@@ -29,18 +31,14 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or above")
+            raise FieldError("temperature", self.temperature, "must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p={self.top_p}: must be in (0, 1]")
+            raise FieldError("top_p", self.top_p, "must lie in (0, 1]")
         if not 0 <= self.min_p < 1:
-            raise ValueError(f"sampling.min_p={self.min_p}: must be in [0, 1)")
+            raise FieldError("min_p", self.min_p, "must lie in [0, 1)")
+        at_least(self, 1, "num_samples", "max_new_tokens")
         if self.temperature == 0 and self.num_samples > 1:
-            raise ValueError(
-                f"sampling.num_samples={self.num_samples} at temperature 0: greedy samples are all the same; use 1"
-            )
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name}={getattr(self, name)}: must be at least 1")
+            raise FieldError("num_samples", self.num_samples, "must be 1 at temperature 0: greedy samples are the same")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +69,10 @@ class EndpointConfig:
     """More fields of every request: {"reasoning_effort": "high"}."""
 
     def __post_init__(self) -> None:
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"urls={url!r}: must start with http:// or https://")
-        for name, least in (("max_in_flight", 1), ("max_retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        for name in ("timeout_s", "max_rate_limited_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0 seconds")
+        http_only(self, "urls")
+        at_least(self, 1, "max_in_flight")
+        at_least(self, 0, "max_retries")
+        above(self, 0, "timeout_s", "max_rate_limited_s")
 
     def key(self) -> str:
         """The API key; empty when neither variable nor file is named.

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_t1.fields import FieldError, above, at_least, http_only
+
 Transport = Literal["shm", "tcp", "nccl"]
 HOST_BACKEND = "t1_host"
 """Name, inside vLLM, of our own weight-transfer backend: what carries `shm` and `tcp`."""
@@ -77,30 +79,22 @@ class RolloutConfig:
     """More environment variables of the servers: {"VLLM_ATTENTION_BACKEND": "..."}."""
 
     def __post_init__(self) -> None:
-        for name in ("num_servers", "tp", "max_num_seqs", "samples_per_request", "connect_retries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("startup_timeout_s", "request_timeout_s", "health_timeout_s", "sync_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be above 0 seconds")
+        at_least(self, 1, "num_servers", "tp", "max_num_seqs", "samples_per_request", "connect_retries")
+        at_least(self, 0, "await_servers")
+        above(self, 0, "startup_timeout_s", "request_timeout_s", "health_timeout_s", "sync_timeout_s")
         if self.ports and not self.urls and len(self.ports) != self.num_servers:
-            raise ValueError(
-                f"rollout.ports={self.ports}: give one port for each of the {self.num_servers} servers, or none"
-            )
+            raise FieldError("ports", self.ports, f"must be one for each of the {self.num_servers} servers, or none")
         if self.gpu_ids and len(self.gpu_ids) != self.num_servers * self.tp:
-            raise ValueError(
-                f"rollout.gpu_ids={self.gpu_ids}: {self.num_servers} servers of tp {self.tp} need "
-                f"{self.num_servers * self.tp} GPUs"
+            raise FieldError(
+                "gpu_ids",
+                self.gpu_ids,
+                f"must be {self.num_servers * self.tp} GPUs: rollout.num_servers x rollout.tp",
             )
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
-        if self.await_servers < 0:
-            raise ValueError(f"rollout.await_servers={self.await_servers}: must be 0 (start servers here) or more")
+            raise FieldError("gpu_memory_utilization", self.gpu_memory_utilization, "must lie in (0, 1]")
         if self.await_servers and self.urls:
-            raise ValueError(f"rollout.await_servers={self.await_servers} and rollout.urls exclude each other")
-        for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"rollout.urls={url!r}: must start with http:// or https://")
+            raise FieldError("await_servers", self.await_servers, "and rollout.urls exclude each other")
+        http_only(self, "urls")
 
     @property
     def on_loopback(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_t1.data.config import INSTRUCTION
+from megatron_t1.fields import FieldError, at_least, within
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.servers.config import RolloutConfig
@@ -30,9 +31,8 @@ class FilterConfig:
     def __post_init__(self) -> None:
         for name in ("max_pass_rate", "max_agreement_on_wrong"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"filter.{name}={getattr(self, name)} must lie in (0, 1]")
-        if not 0 <= self.min_chars <= self.max_chars:
-            raise ValueError(f"filter.min_chars={self.min_chars} must lie in [0, max_chars={self.max_chars}]")
+                raise FieldError(name, getattr(self, name), "must lie in (0, 1]")
+        within(self, 0, self.max_chars, "min_chars")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +84,17 @@ class SynthesizeConfig:
     """Decides the sampling seeds and the order of multiple-choice options."""
 
     def __post_init__(self) -> None:
-        for name in ("num_attempts", "questions_in_flight", "max_failures_in_a_row"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_wrong < 0:
-            raise ValueError(f"max_wrong={self.max_wrong} must be 0 or more")
+        at_least(self, 1, "num_attempts", "questions_in_flight", "max_failures_in_a_row")
+        at_least(self, 0, "max_wrong")
         if not self.endpoints and not self.model:
-            raise ValueError("give endpoints, or a model folder to serve here")
+            raise FieldError("endpoints", self.endpoints, "must name one, or give `model`, a folder to serve here")
         if "model" in self.endpoints and self.model:
-            raise ValueError("an endpoint may not be called `model` when `model` is served here")
-        named = [*self.attempt_with, self.critique_with, self.integrate_with, self.rewrite_with]
-        if unknown := sorted({name for name in named if name} - set(self.names())):
-            raise ValueError(f"unknown endpoints {unknown}; there are {list(self.names())}")
+            raise FieldError("endpoints", list(self.endpoints), "can't call one `model` when `model` is served here")
+        for name in ("attempt_with", "critique_with", "integrate_with", "rewrite_with"):
+            value = getattr(self, name)
+            chosen = value if name == "attempt_with" else [value]
+            if set(filter(None, chosen)) - set(self.names()):
+                raise FieldError(name, value, f"must be of the endpoints {list(self.names())}")
 
     def names(self) -> tuple[str, ...]:
         """All endpoints, the model served here first."""

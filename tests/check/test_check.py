@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from megatron_t1.check import estimate
 from megatron_t1.check.check import Findings, check
 from megatron_t1.check.dry_run import dry_run
-from megatron_t1.check.machines import Place, layout_of
-from megatron_t1.cli import lenient
-from megatron_t1.cli.main import _read, main
+from megatron_t1.check.machines import Machines, layout_of
+from megatron_t1.cli.main import main
+from megatron_t1.cli.options import dump, parse, read
 from megatron_t1.config import Config
 from megatron_t1.models import spec_of
 from tests.launch import ROOT
@@ -46,15 +46,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def found_in(task: Path, *options: object, command: str = "rl", place: Place | None = None) -> Findings:
+def found_in(task: Path, *options: object, command: str = "rl", machines: Machines | None = None) -> Findings:
     fixed = {"model.hf_path": task / "model", "run_dir": task / "run", "data.train": task / "rl.jsonl",
              "data.sft": task / "sft.jsonl", "data.heldout": task / "heldout.jsonl", "model.dtype": "float32",
              "sampling.max_new_tokens": 64, "evaluate.sampling.max_new_tokens": 64}  # fmt: skip
     words = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
-    found = Findings()
-    values, found.problems = lenient.parse(Config, [*words, *map(str, options)])
-    cfg = lenient.build(Config, values, found.problems)
-    return check(cfg, command, place or Place(ranks_per_node=1), found) if cfg else found
+    cfg, problems = parse(Config, [*words, *map(str, options)])
+    found = Findings(problems=problems)
+    return check(cfg, command, machines or Machines(ranks_per_node=1), found) if cfg else found
 
 
 def test_a_good_configuration_has_no_problem(task: Path) -> None:
@@ -81,12 +80,12 @@ def test_a_good_configuration_has_no_problem(task: Path) -> None:
         ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--scaling.budgets", "[1, 2]"],
     ],
 )
-def test_a_config_is_what_the_job_would_make_of_it(task: Path, options: list[str]) -> None:
+def test_what_is_dumped_reads_the_same(task: Path, options: list[str]) -> None:
     options = ["--model.hf_path", str(task / "model"), *options]
-    job, *_ = _read("rl", options, Config)
-    problems: list[str] = []
-    assert lenient.build(Config, lenient.parse(Config, options)[0], problems) == job
-    assert problems == []
+    job = read(Config, options)
+    file = task / "config.yaml"
+    file.write_text(dump(job))
+    assert read(Config, ["--config", str(file)]) == job
 
 
 def test_every_violation_is_told_at_once(task: Path) -> None:
@@ -113,14 +112,14 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "1 trainer processes do not divide by parallel.tensor x parallel.pipeline = 12",
         "nowhere.jsonl",
         "rollout.tp = 3 does not divide the 4 attention heads",
-        "model.transformer sets ['hidden_size']",
+        "model.transformer = {'hidden_size': 3} sets ['hidden_size']",
         "logprobs-mode = raw_logprobs",
         "the servers' context of 1024 tokens is too short",
         "does not fit into a microbatch of 16384",
         "sft = 3 must be a section",
-        "evaluate.sampling.temperature=-1.0: must be 0",
-        "rl.optim.lr = -1.0 must not",
-        "reward.deadline_s=0.0 must",
+        "evaluate.sampling.temperature = -1.0 must be 0",
+        "rl.optim.lr = -1.0 must be at least 0",
+        "reward.deadline_s = 0.0 must",
     ):
         assert problem in text, problem
 
@@ -130,8 +129,8 @@ def test_missing_weights_a_layout_across_nodes_and_bad_sets_are_told(task: Path,
     shutil.copytree(task / "model", model)
     (model / "model.safetensors").unlink()
     assert any("safetensors" in problem for problem in found_in(task, "--model.hf_path", model).problems)
-    place = Place(nodes=2, gpus_per_node=4)  # half of them for vLLM
-    found = found_in(task, "--parallel.tensor", 4, place=place)
+    machines = Machines(nodes=2, gpus_per_node=4)  # half of them for vLLM
+    found = found_in(task, "--parallel.tensor", 4, machines=machines)
     assert any("parallel.tensor = 4 reaches over nodes of 2 trainer" in warning for warning in found.warnings)
     url = ["--evaluate.endpoint.urls", "[http://127.0.0.1:9/v1]"]
     for options, problem in (
@@ -180,20 +179,17 @@ def test_parameters_are_those_of_the_model(tmp_path: Path, make) -> None:
     assert sizes.total == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
 
 
-def at(tmp_path: Path, **place: int) -> tuple[Config, Place]:
+def at(tmp_path: Path, **machines: int) -> tuple[Config, Machines]:
     (tmp_path / "config.json").write_text(json.dumps(QWEN_32B))
     options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", str(tmp_path)]
-    problems: list[str] = []
-    cfg = lenient.build(Config, lenient.parse(Config, options)[0], problems)
-    assert problems == []
-    return cfg, Place(**place)
+    return read(Config, options), Machines(**machines)
 
 
 def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> None:
-    cfg, place = at(tmp_path, nodes=4, vllm_nodes=2)
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
     sizes = estimate.Sizes.of(spec_of(tmp_path))
     assert sizes.total == pytest.approx(32.76e9, rel=1e-3)  # as published
-    layout = layout_of(cfg, spec_of(tmp_path), "rl", place, {"train": 200})
+    layout = layout_of(cfg, spec_of(tmp_path), "rl", machines, {"train": 200})
     assert (layout.tensor, layout.pipeline, layout.data) == (8, 2, 1)
     for stage in (0, 1):
         parts = estimate.stage_memory(sizes, layout, stage)
@@ -204,8 +200,8 @@ def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> N
 
 
 def test_a_dry_run_prints_what_the_batch_script_would_run(tmp_path: Path) -> None:
-    cfg, place = at(tmp_path, nodes=4, vllm_nodes=2)
-    text = dry_run(cfg, "rl", place, ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--rl.steps", "7"])
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    text = dry_run(cfg, "rl", machines, ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--rl.steps", "7"])
     lines = [line for line in text.splitlines() if line.startswith("srun")]
     serving, training = [line for line in lines if " serve " in line], [line for line in lines if " rl " in line]
     assert len(serving) == 2

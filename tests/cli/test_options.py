@@ -13,7 +13,7 @@ NO_URL = "endpoints.big.url is not a setting; did you mean endpoints.big.urls?"
 
 def told(cls: type, *arguments: str) -> list[str]:
     with pytest.raises(ValueError, match=r".+") as error:
-        read("t1", "", list(arguments), cls)
+        read(cls, list(arguments))
     return str(error.value).splitlines()
 
 
@@ -22,11 +22,11 @@ def told(cls: type, *arguments: str) -> list[str]:
     [
         (["--endpoints", "{big: {url: [http://x]}}"], [NO_URL]),
         (["--endpoints.big.url", "[http://x]"], [NO_URL]),
-        (["--endpoints", "{big: {urls: [x]}}"], ["endpoints.big.urls='x': must start with http:// or https://"]),
+        (["--endpoints", "{big: {urls: [x]}}"], ["endpoints.big.urls = ['x'] must start with http:// or https://"]),
         (["--endpoints", "{big: x}"], ["endpoints.big = 'x' must be a section with settings of its own"]),
         (["--endpoints", "big"], ["endpoints = 'big' must be values by name: {name: value}"]),
-        (["--endpoints.big.max_retries", "-1"], ["endpoints.big.max_retries=-1 must be at least 0"]),
-        ([], ["give endpoints, or a model folder to serve here"]),
+        (["--endpoints.big.max_retries", "-1"], ["endpoints.big.max_retries = -1 must be at least 0"]),
+        ([], ["endpoints = {} must name one, or give `model`, a folder to serve here"]),
     ],
 )
 def test_a_fault_of_an_endpoint_is_told_once_by_its_full_name(arguments: list[str], lines: list[str]) -> None:

@@ -16,7 +16,8 @@ from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation.config import EvaluateConfig
-from megatron_t1.evaluation.evaluate import EvalResult, evaluate, summarize
+from megatron_t1.evaluation.evaluate import evaluate
+from megatron_t1.evaluation.figures import EvalResult, summarize
 from megatron_t1.evaluation.results import compare, read_summaries, table
 from megatron_t1.evaluation.samplers import (
     Ask,
@@ -27,7 +28,7 @@ from megatron_t1.evaluation.samplers import (
     ServerSampler,
     StoredSampler,
 )
-from megatron_t1.rank0 import Actors
+from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
@@ -69,7 +70,7 @@ class Counting:
 def real(server: Servers, tiny_dir: Path) -> Iterator[ServerSampler]:
     template = Template(tiny_dir)
     with Scorer(RewardConfig()) as scorer, RolloutClient(server, template.tokenizer, vocab_size=320) as client:
-        yield ServerSampler(Actors(server, client, scorer), template)
+        yield ServerSampler(Rank0(server, client, scorer), template)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def scorer() -> Iterator[Scorer]:
 
 
 def run(sampler: Sampler, out_dir: Path, label: str, seed: int = 1, **options: Any) -> EvalResult:
-    return evaluate(CFG, sampler, QUESTIONS, out_dir, label, "set", WEIGHTS, seed, **options)
+    return evaluate(sampler, QUESTIONS, out_dir / label / "set", CFG.sampling, WEIGHTS, seed, **options)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -106,7 +107,7 @@ def test_a_cut_evaluation_resumes_to_the_files_of_an_uncut_one(real: ServerSampl
 
 def test_samples_do_not_depend_on_what_else_is_asked(real: ServerSampler, tmp_path: Path) -> None:
     run(real, tmp_path, "all")
-    evaluate(CFG, real, QUESTIONS[3:4], tmp_path, "one", "set", WEIGHTS, 1)
+    evaluate(real, QUESTIONS[3:4], tmp_path / "one" / "set", CFG.sampling_of("set"), WEIGHTS, 1)
     lines = (tmp_path / "all/set/responses.jsonl").read_text().splitlines()
     assert (tmp_path / "one/set/responses.jsonl").read_text().splitlines() == lines[9:12]
 
@@ -117,8 +118,9 @@ def test_results_of_another_experiment_are_not_taken_for_these(real: ServerSampl
         run(real, tmp_path, "a")
     with pytest.raises(ValueError, match="other seed: give another --label"):
         run(real, tmp_path, "a", seed=2, resume=True)
+    folder = tmp_path / "a" / "set"
     with pytest.raises(ValueError, match="other questions, weights"):
-        evaluate(CFG, real, QUESTIONS[:2], tmp_path, "a", "set", {"weights": "other"}, 1, resume=True)
+        evaluate(real, QUESTIONS[:2], folder, CFG.sampling, {"weights": "other"}, 1, resume=True)
     other = Counting(real)
     run(other, tmp_path, "a", seed=2, resume=True, replace_other=True)
     nothing = Counting(real)
@@ -159,7 +161,8 @@ def test_known_responses_to_math500_give_the_known_score(scorer: Scorer, tmp_pat
         (tmp_path / f"{label}.jsonl").write_text("\n".join(lines) + "\n")
         stored = StoredSampler(tmp_path / f"{label}.jsonl", scorer)
         cfg = replace(CFG, sampling=SamplingConfig(num_samples=stored.num_samples(questions)))
-        result = evaluate(cfg, stored, questions, tmp_path / "evaluate", label, "math500", {"file": label}, 0)
+        folder = tmp_path / "evaluate" / label / "math500"
+        result = evaluate(stored, questions, folder, cfg.sampling_of("math500"), {"file": label}, 0)
         assert result.pass_at_1 == num_right / 500
         assert result.num_samples == 1
         assert sum(group["num_questions"] for group in result.by["level"].values()) == 500
@@ -184,8 +187,8 @@ def test_an_endpoint_that_goes_away_leaves_what_it_answered(scorer: Scorer, tmp_
     with serving(ScriptedEndpoint(answer)) as server:
         sampler = EndpointSampler(EndpointConfig(urls=(server.url,), max_retries=0, max_in_flight=1), scorer)
         with pytest.raises(NoAnswerError, match="no answer after 1 attempts"):
-            evaluate(cfg, sampler, QUESTIONS, tmp_path, "x", "set", WEIGHTS, 1)
-        result = evaluate(cfg, sampler, QUESTIONS, tmp_path, "x", "set", WEIGHTS, 1, resume=True)
+            evaluate(sampler, QUESTIONS, tmp_path / "x" / "set", cfg.sampling_of("set"), WEIGHTS, 1)
+        result = evaluate(sampler, QUESTIONS, tmp_path / "x" / "set", cfg.sampling_of("set"), WEIGHTS, 1, resume=True)
     assert result.pass_at_1 == 1.0
     assert answered == [*(f"{i}+7?" for i in range(5)), "4+7?"]
 
@@ -199,8 +202,8 @@ def test_a_chat_endpoint_answers_as_the_server_does(
     key_file.write_text(server.all[0].key)
     key_file.chmod(0o600)
     endpoint = EndpointSampler(EndpointConfig(urls=(server.all[0].url,), key_file=str(key_file)), scorer)
-    evaluate(greedy, real, QUESTIONS, tmp_path, "ours", "set", {}, 0)
-    evaluate(greedy, endpoint, QUESTIONS, tmp_path, "chat", "set", {}, 0)
+    evaluate(real, QUESTIONS, tmp_path / "ours" / "set", greedy.sampling_of("set"), {}, 0)
+    evaluate(endpoint, QUESTIONS, tmp_path / "chat" / "set", greedy.sampling_of("set"), {}, 0)
 
     def said(label: str) -> list[tuple]:
         """A random model writes broken UTF-8, of which the server leaves out what may still become a character."""

@@ -19,7 +19,7 @@ from megatron_t1.data.prompts import Question
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.scaling import Scaling, _thinking
-from megatron_t1.rank0 import Actors
+from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
@@ -67,19 +67,19 @@ def template(tiny_dir: Path) -> Template:
 
 
 @pytest.fixture(scope="module")
-def real(server: Servers, template: Template) -> Iterator[Actors]:
+def real(server: Servers, template: Template) -> Iterator[Rank0]:
     with Scorer(RewardConfig()) as scorer, RolloutClient(server, template.tokenizer, vocab_size=320) as client:
-        yield Actors(server, client, scorer)
+        yield Rank0(server, client, scorer)
 
 
-def counting(real: Actors, max_results: int = 999) -> Any:
-    return Actors(real.servers, CountingClient(real.client, max_results), real.scorer)  # type: ignore[arg-type]
+def counting(real: Rank0, max_results: int = 999) -> Any:
+    return Rank0(real.servers, CountingClient(real.client, max_results), real.scorer)  # type: ignore[arg-type]
 
 
-def measure(cfg: ScalingConfig, actors: Actors, template: Template, folder: Path, **options: Any) -> Scaling:
+def measure(cfg: ScalingConfig, rank0: Rank0, template: Template, folder: Path, **options: Any) -> Scaling:
     curve = Scaling(cfg, QUESTIONS, folder, {"weights": "abc"}, 3, **options)
-    curve.think(actors, template)
-    curve.answer(actors, template, template)
+    curve.think(rank0, template)
+    curve.answer(rank0, template, template)
     curve.curve()
     return curve
 
@@ -97,10 +97,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_cut_is_forced_from_its_very_tokens(real: Actors, template: Template, tmp_path: Path) -> None:
-    actors = counting(real)
+def test_every_cut_is_forced_from_its_very_tokens(real: Rank0, template: Template, tmp_path: Path) -> None:
+    rank0 = counting(real)
     before = cached_tokens(real.servers)
-    measure(CFG, actors, template, tmp_path)
+    measure(CFG, rank0, template, tmp_path)
     hits, queries = (after - then for after, then in zip(cached_tokens(real.servers), before, strict=True))
     assert hits / queries > 0.5, "the thinking was computed again"
     thinkings = rows(tmp_path / "thinkings.jsonl")
@@ -113,7 +113,7 @@ def test_every_cut_is_forced_from_its_very_tokens(real: Actors, template: Templa
     assert used[0] == 16
     assert used == sorted(used)
     assert used[-1] <= 380
-    asked = [prompt.token_ids.tolist() for prompt in actors.client.prompts[4:]]  # after the four thinkings
+    asked = [prompt.token_ids.tolist() for prompt in rank0.client.prompts[4:]]  # after the four thinkings
     longest = max(thinkings, key=lambda row: (not row["ended"], row["thinking_tokens"]))
     start = next(q for q in QUESTIONS if q.id == longest["id"]).prompt(template).token_ids.tolist()
     opening = template.ids(CFG.answer_opening).tolist()
@@ -124,7 +124,7 @@ def test_every_cut_is_forced_from_its_very_tokens(real: Actors, template: Templa
 
 @pytest.mark.parametrize("results", [3, 7])
 def test_a_cut_measurement_resumes_to_the_files_of_an_uncut_one(
-    results: int, real: Actors, template: Template, tmp_path: Path
+    results: int, real: Rank0, template: Template, tmp_path: Path
 ) -> None:
     """Cut while thinking (4 groups in all) and while answering; nothing that was finished is asked again."""
     measure(CFG, real, template, tmp_path / "whole")
@@ -149,21 +149,21 @@ def test_a_cut_measurement_resumes_to_the_files_of_an_uncut_one(
         measure(replace(CFG, max_answer_tokens=3), real, template, tmp_path / "cut", resume=True)
 
 
-def test_another_models_answer_gets_the_cut_as_text(real: Actors, template: Template, tmp_path: Path) -> None:
+def test_another_models_answer_gets_the_cut_as_text(real: Rank0, template: Template, tmp_path: Path) -> None:
     make_tiny_tokenizer(tmp_path / "other")
     other = Template(tmp_path / "other")
     short = replace(CFG, budgets=(16,), sampling=replace(CFG.sampling, max_new_tokens=40))
     curve = Scaling(short, QUESTIONS, tmp_path / "curve", {}, 3)
     curve.think(real, template)
-    actors = counting(real)
-    curve.answer(actors, other, template)
+    rank0 = counting(real)
+    curve.answer(rank0, other, template)
     thinking = rows(tmp_path / "curve/thinkings.jsonl")[0]
     cut = template.tokenizer.decode(thinking["token_ids"][:16], skip_special_tokens=True)
-    asked = [prompt.token_ids.tolist() for prompt in actors.client.prompts]
+    asked = [prompt.token_ids.tolist() for prompt in rank0.client.prompts]
     assert [*QUESTIONS[0].prompt(other).token_ids, *other.ids(cut + CFG.answer_opening)] in asked
 
 
-def test_majority_of_full_responses_stands_beside_the_curve(real: Actors, template: Template, tmp_path: Path) -> None:
+def test_majority_of_full_responses_stands_beside_the_curve(real: Rank0, template: Template, tmp_path: Path) -> None:
     measure(CFG, real, template, tmp_path)
     majority = json.loads((tmp_path / "majority.json").read_text())
     assert [point["num_samples"] for point in majority] == [1, 2]

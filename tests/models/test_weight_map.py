@@ -178,7 +178,7 @@ def test_layouts_that_make_no_sense_are_refused(fields, message):
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_with_the_numbers(fields, message):
-    from megatron_t1.engine.config import check_divisible
+    from megatron_t1.engine.layout import check_divisible
 
     config = transformers.Qwen3MoeConfig(
         **ARCHITECTURES["Qwen3MoeForCausalLM"], num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_t1.evaluation.evaluate import summarize
+from megatron_t1.evaluation.figures import summarize
 from megatron_t1.files import write_json, write_jsonl, write_text
 from megatron_t1.report import plots
 from megatron_t1.report.report import MAX_CHARS, write_report

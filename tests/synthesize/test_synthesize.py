@@ -221,9 +221,9 @@ def test_bad_prompt_files_are_named_before_anything_is_asked(
 
 
 def test_config_names_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give endpoints, or a model folder"):
+    with pytest.raises(ValueError, match=r"endpoints = \{\} must name one"):
         SynthesizeConfig(questions="q", out="o")
-    with pytest.raises(ValueError, match=r"unknown endpoints \['c'\]"):
+    with pytest.raises(ValueError, match=r"critique_with = 'c' must be of the endpoints \['a'\]"):
         SynthesizeConfig(questions="q", out="o", endpoints={"a": EndpointConfig()}, critique_with="c")
     with pytest.raises(ValueError, match="max_pass_rate"):
         FilterConfig(max_pass_rate=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_t1.platform import setup
+from megatron_t1.platform.detect import setup
 
 
 def main() -> None:

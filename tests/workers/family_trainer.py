@@ -59,7 +59,7 @@ def _work(rank: int, port: int, inboxes: list[Any], answers: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from megatron.core import parallel_state as mpu
 
-    from megatron_t1.platform import setup
+    from megatron_t1.platform.detect import setup
 
     platform = setup()
     for push in iter(inboxes[rank].get, None):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megatron_t1.platform import setup
+from megatron_t1.platform.detect import setup
 from tests.engine.batch import ENTROPY_COEF, KL_COEF, LOSSES, TEMPERATURE, make_sequences
 from tests.engine.gradients import gradient_pieces
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megatron_t1.platform import setup
+from megatron_t1.platform.detect import setup
 from tests.engine.batch import make_sequences
 from tests.engine.gradients import gradient_pieces
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 def main() -> None:
     run_dir, model_dir, layout, total, every, resume = sys.argv[1:]
-    from megatron_t1 import platform, sft
+    from megatron_t1 import sft
     from megatron_t1.config import Config, SFTConfig
     from megatron_t1.engine.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
+    from megatron_t1.platform.detect import setup
     from tests.engine.batch import make_sequences
 
-    found = platform.setup()
+    platform = setup()
     parallel = ParallelConfig(max_tokens_per_microbatch=256, **json.loads(layout))
-    initialize(parallel, found, 0)
+    initialize(parallel, platform, 0)
     cfg = Config(
         model=ModelConfig(hf_path=model_dir, dtype="float32"),
         run_dir=run_dir,
@@ -28,7 +29,7 @@ def main() -> None:
             optim=OptimConfig(lr=1e-3, schedule="constant", warmup_steps=2),
         ),
     )  # fmt: skip
-    sft.train(cfg, found, make_sequences(vocab_size=321))
+    sft.train(cfg, platform, make_sequences(vocab_size=321))
     assert Path(run_dir, "sft/hf/model.safetensors").exists()
 
 

@@ -1,0 +1,47 @@
+"""How a setting is refused: `section.field = value must ...`, in one spelling for all configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FieldError(ValueError):
+    """A setting that can't be.
+
+    A config class does not know in which section it stands: `field` is the name inside the class, and `cli.options`
+    puts the section before it.
+    """
+
+    def __init__(self, field: str, value: Any, rule: str) -> None:
+        """`rule` goes on after the value: what it must be, or why it is refused, and the remedy."""
+        shown = list(value) if isinstance(value, tuple) else value
+        super().__init__(f"{field} = {shown!r} {rule}")
+        self.field = field
+
+
+def at_least(config: object, least: float, *names: str) -> None:
+    """Raises FieldError for a field of `config` that is less."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise FieldError(name, getattr(config, name), f"must be at least {least}")
+
+
+def above(config: object, bound: float, *names: str) -> None:
+    """Raises FieldError for a field of `config` that is `bound` or less."""
+    for name in names:
+        if not getattr(config, name) > bound:
+            raise FieldError(name, getattr(config, name), f"must be above {bound}")
+
+
+def within(config: object, low: float, high: float, *names: str) -> None:
+    """Raises FieldError for a field of `config` outside of [low, high]."""
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            raise FieldError(name, getattr(config, name), f"must lie in [{low}, {high}]")
+
+
+def http_only(config: object, name: str) -> None:
+    """Raises FieldError when one of the URLs in the field is not of HTTP."""
+    urls = getattr(config, name)
+    if not all(url.startswith(("http://", "https://")) for url in urls):
+        raise FieldError(name, urls, "must start with http:// or https://")
