@@ -30,7 +30,7 @@ from megatron_t1.engine.config import ModelConfig
 from megatron_t1.engine.parallel import initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_jsonl
-from megatron_t1.servers.registry import REMOTE_KEY_ENV, read_key
+from megatron_t1.servers.keys import REMOTE_KEY_ENV, read_key
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.weights.torch_dist import is_torch_dist
 

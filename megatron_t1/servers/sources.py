@@ -16,8 +16,9 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from megatron_t1.servers.config import RolloutConfig, Transport
+from megatron_t1.servers.keys import KEY_FILE, REMOTE_KEY_ENV, new_key, read_key, shared_key
 from megatron_t1.servers.process import end_group, launch, own_address, reserve_port, signal_group
-from megatron_t1.servers.registry import KEY_FILE, REMOTE_KEY_ENV, Entry, Registry, new_key, read_key, shared_key
+from megatron_t1.servers.registry import Entry, Registry
 from megatron_t1.servers.server import Server, ServerError
 
 
@@ -44,7 +45,7 @@ class Source(Protocol):
     def close(self, servers: list[Server]) -> None: ...
 
 
-class Here:
+class LocalServers:
     """vLLM processes of this host, ended by `close`."""
 
     def __init__(self, cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> None:
@@ -129,7 +130,7 @@ class Here:
         return int(holder.getsockname()[1])
 
 
-class _Elsewhere:
+class _RemoteServers:
     """Servers that somebody else starts and ends; a lost one is only looked at again."""
 
     def look(self, servers: list[Server]) -> list[Server]:
@@ -145,7 +146,7 @@ class _Elsewhere:
         pass
 
 
-class Given(_Elsewhere):
+class GivenServers(_RemoteServers):
     """Running servers of `rollout.urls`."""
 
     def __init__(self, cfg: RolloutConfig) -> None:
@@ -160,7 +161,7 @@ class Given(_Elsewhere):
         return [Server(url=url.rstrip("/"), key=key) for url in self._cfg.urls]
 
 
-class Announced(_Elsewhere):
+class AnnouncedServers(_RemoteServers):
     """Servers that `t1 serve` starts, watches and starts again on other hosts; as many as announce themselves."""
 
     def __init__(self, cfg: RolloutConfig, run_dir: Path) -> None:
@@ -179,11 +180,11 @@ class Announced(_Elsewhere):
             if entry == before:
                 continue
             server = Server(url=entry.url, key=read_key(self._key_path), log_path=Path(entry.log))
-            places = [i for i, old in enumerate(servers) if before and old.url == before.url]
-            if places:
-                servers[places[0]] = server
-            else:
+            replaced = next((i for i, old in enumerate(servers) if before and old.url == before.url), None)
+            if replaced is None:
                 servers.append(server)
+            else:
+                servers[replaced] = server
             self._known[name] = entry
             fresh.append(server)
         return fresh
@@ -191,10 +192,10 @@ class Announced(_Elsewhere):
 
 def source_of(cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> Source:
     if cfg.urls:
-        return Given(cfg)
+        return GivenServers(cfg)
     if cfg.await_servers:
-        return Announced(cfg, run_dir)
-    return Here(cfg, model_dir, run_dir, device, transport)
+        return AnnouncedServers(cfg, run_dir)
+    return LocalServers(cfg, model_dir, run_dir, device, transport)
 
 
 def all_on_this_host(cfg: RolloutConfig) -> bool:
