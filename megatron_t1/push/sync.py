@@ -23,8 +23,8 @@ import torch
 
 from megatron_t1.models.ops import Piece
 from megatron_t1.push.fanout import Fanout
+from megatron_t1.push.layout import Layout
 from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
-from megatron_t1.push.shm import layout
 from megatron_t1.push.transports import Push, open_transport
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.server import Server, ServerError
@@ -60,8 +60,9 @@ class WeightSync:
         if (self.ranks.rank == 0) != (servers is not None):
             raise ValueError(f"WeightSync: rank {self.ranks.rank} got servers={servers}; rank 0, and only it, has them")
         self.plan = Plan(pieces, self.ranks.group)
-        self.num_bytes = layout(self.plan)[2]
-        self._transport = open_transport(self.plan, self.ranks, cfg, servers)
+        layout = Layout.of(self.plan)
+        self.num_bytes = layout.num_bytes
+        self._transport = open_transport(self.plan, layout, self.ranks, cfg, servers)
         self._fanout = Fanout(servers) if servers is not None else None
         self._version: int | None = None
         self._digests: list[str] = []

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from megatron_t1.servers.config import RolloutConfig, Transport
 from megatron_t1.servers.keys import KEY_FILE, REMOTE_KEY_ENV, new_key, read_key, shared_key
-from megatron_t1.servers.process import end_group, launch, own_address, reserve_port, signal_group
+from megatron_t1.servers.process import end_group, launch, public_address, reserve_port, signal_group
 from megatron_t1.servers.registry import Entry, Registry
 from megatron_t1.servers.server import Server, ServerError
 
@@ -51,7 +51,7 @@ class LocalServers:
     def __init__(self, cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> None:
         self._cfg, self._model_dir, self._run_dir = cfg, model_dir, run_dir
         self._device, self._transport = device, transport
-        self._host = own_address() if cfg.host == "auto" else cfg.host
+        self._host = public_address() if cfg.host == "auto" else cfg.host
         self._key = ""
         self._reserved: list[socket.socket] = []
         self.awaited = cfg.num_servers

@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config
 
 from megatron_t1.files import write_json
-from megatron_t1.weights.hf_folder import CheckpointError, bytes_of, read_bytes
+from megatron_t1.weights.buffers import bytes_of
+from megatron_t1.weights.hf_folder import CheckpointError, read_bytes
 
 _INDEX = ".metadata"
 _FORMAT = {
