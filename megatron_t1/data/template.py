@@ -1,4 +1,4 @@
-"""The only place where text becomes token ids: the checkpoint's own tokenizer and chat template.
+"""Conversations into token ids, by the tokenizer and chat template that the checkpoint brings.
 
 Control tokens come from the template alone: a person's text that spells `<|im_end|>` is text, letter by letter. Left
 out: code that comes with a checkpoint (`trust_remote_code` stays off).
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_t1.data.tokenizer import load_tokenizer
+from megatron_t1.types import Message
 
-Message = dict[str, str]
 _BATCH = 1000  # texts tokenised at a time: many are quicker, all at once would take 100 bytes a token
 
 

@@ -29,9 +29,7 @@ from tqdm import tqdm
 
 from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.rollout.heap import frozen_heap
-from megatron_t1.types import FinishReason
-
-Message = dict[str, str]
+from megatron_t1.types import FinishReason, Message
 
 _MAX_REPLY_BYTES = 64 << 20
 _MAX_PAUSE_S = 60.0

@@ -24,9 +24,9 @@ from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.endpoint import ChatEndpoint, RefusedError, Reply
 from megatron_t1.synthesize.config import SynthesizeConfig
 from megatron_t1.synthesize.filters import chain_is_unfit, question_is_unfit
-from megatron_t1.synthesize.prompts import Message, Prompts, Stage
+from megatron_t1.synthesize.prompts import Prompts, Stage
 from megatron_t1.synthesize.store import Store
-from megatron_t1.types import Reward, text_sample
+from megatron_t1.types import Message, Reward, text_sample
 
 T = TypeVar("T")
 

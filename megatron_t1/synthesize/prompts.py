@@ -21,7 +21,8 @@ import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-Message = dict[str, str]
+from megatron_t1.types import Message
+
 STAGES = ("attempt", "critique", "integrate", "rewrite")
 _DEFAULTS = Path(__file__).parent / "prompts"
 _ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
