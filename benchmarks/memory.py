@@ -42,7 +42,7 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
 
     from megatron_t1 import platform
     from megatron_t1.algo.config import LossConfig
-    from megatron_t1.algo.fused_head import CHUNK_LOGITS
+    from megatron_t1.algo.head.fused import CHUNK_LOGITS
     from megatron_t1.algo.loss import t1_token_loss
     from megatron_t1.check.estimate import Layout, Sizes, stage_memory
     from megatron_t1.engine.anchor import Anchor

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_t1.algo.fused_head import Head, logprob_entropy_nograd
+from megatron_t1.algo.head.fused import logprob_entropy_nograd
+from megatron_t1.algo.head.layout import Head
 from megatron_t1.engine.config import AnchorConfig
 from megatron_t1.engine.model import build_model
 from megatron_t1.engine.step import Engine

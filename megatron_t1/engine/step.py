@@ -21,7 +21,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_t1.algo.fused_head import AnchorHead, Head, TokenLoss, fused_loss, logprob_entropy_nograd
+from megatron_t1.algo.head.fused import TokenLoss, fused_loss, logprob_entropy_nograd
+from megatron_t1.algo.head.layout import AnchorHead, Head
 from megatron_t1.algo.loss import Metrics, TokenFields
 from megatron_t1.data.packing import pack
 from megatron_t1.engine import stored

@@ -60,9 +60,8 @@ class WeightSync:
         if (self.ranks.rank == 0) != (servers is not None):
             raise ValueError(f"WeightSync: rank {self.ranks.rank} got servers={servers}; rank 0, and only it, has them")
         self.plan = Plan(pieces, self.ranks.group)
-        layout = Layout.of(self.plan)
-        self.num_bytes = layout.num_bytes
-        self._transport = open_transport(self.plan, layout, self.ranks, cfg, servers)
+        self.layout = Layout.of(self.plan)
+        self._transport = open_transport(self.plan, self.layout, self.ranks, cfg, servers)
         self._fanout = Fanout(servers) if servers is not None else None
         self._version: int | None = None
         self._digests: list[str] = []
@@ -125,7 +124,7 @@ class WeightSync:
             raise (NoServerError if outcome["servers_lost"] else SyncError)(outcome["error"])
         return PushReport(
             version=self._version,
-            num_bytes=self.num_bytes,
+            num_bytes=self.layout.num_bytes,
             stall_s=self._stall_s + time.monotonic() - began,
             total_s=outcome["total_s"],
             seconds=outcome["seconds"],

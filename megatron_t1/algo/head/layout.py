@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_t1.algo.head_gemm import (
+from megatron_t1.algo.head.gemm import (
     accumulation_dtype,
     add_matmul_,
     gradient_operand_dtype,
     logits_operand_dtype,
     matmul,
 )
-from megatron_t1.algo.head_tiles import Tile
+from megatron_t1.algo.head.tile_math import Tile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

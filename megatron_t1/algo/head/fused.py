@@ -11,7 +11,7 @@ Given the anchor's hidden states and output layer, each also gives the full-voca
 logits are made.
 
 Tensor-parallel ranks gather 16 bytes a token (36 with the KL) and merge them in rank order: the same result, bit for
-bit, on every rank. The parallel layouts themselves are in `head`, the arithmetic of a tile in `head_tiles`.
+bit, on every rank. The parallel layouts themselves are in `layout`, the arithmetic of a tile in `tile_math`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_t1.algo import full_kl, head_tiles
-from megatron_t1.algo.head import AnchorHead, Head, Logits, WeightGradient, add_gradients, hand_back, select
-from megatron_t1.algo.head_gemm import accumulation_dtype
-from megatron_t1.algo.head_tiles import Tile, TileMath
+from megatron_t1.algo.head import full_kl, tile_math
+from megatron_t1.algo.head.gemm import accumulation_dtype
+from megatron_t1.algo.head.layout import AnchorHead, Head, Logits, WeightGradient, add_gradients, hand_back, select
+from megatron_t1.algo.head.tile_math import Tile, TileMath
 from megatron_t1.algo.loss import Metrics
 
 TokenLoss = Callable[..., tuple[Tensor, Metrics]]
@@ -189,10 +189,10 @@ def _kernels(device: torch.device, anchor: AnchorHead | None) -> TileMath:
     if anchor is not None:
         return full_kl
     if device.type == "cuda":
-        from megatron_t1.algo import head_triton
+        from megatron_t1.algo.head import triton_math
 
-        return head_triton
-    return head_tiles
+        return triton_math
+    return tile_math
 
 
 def _models(x: Tensor, head: Head, positions: Tensor, targets: Tensor, anchor: AnchorHead | None) -> list[Logits]:

@@ -4,7 +4,7 @@ Statistics of a token are four numbers streamed over the vocabulary, in float32:
 e^(z-M), the centred sum A = sum e^(z-M) (z-M), and the target's logit z_y. They give logprob = (z_y - M) - ln S and
 entropy = ln S - A/S. M and S are never folded into one log-sum-exp: with logits of 1e5 that would round ln S away.
 
-The paths of `fused_head` know `TileMath` alone: this module is one, `head_triton` another (the two functions that touch
+The paths of `fused` know `TileMath` alone: this module is one, `triton_math` another (the two functions that touch
 logits as CUDA kernels), `full_kl` a third (the anchor's tile beside the policy's).
 """
 
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_t1.algo.head_gemm import accumulation_dtype
+from megatron_t1.algo.head.gemm import accumulation_dtype
 
 
 @dataclass
