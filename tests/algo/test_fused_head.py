@@ -9,11 +9,11 @@ from megatron_t1.algo.head.fused import (
     CHUNK_LOGITS,
     TILE_LOGITS,
     fused_loss,
-    logprob_entropy,
     logprob_entropy_nograd,
 )
 from megatron_t1.algo.head.layout import Head
 from megatron_t1.algo.loss import sft_token_loss
+from tests.algo.general_head import logprob_entropy
 from tests.algo.reference import PATHS, Path, case, max_relative_error
 
 
