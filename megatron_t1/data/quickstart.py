@@ -53,7 +53,7 @@ class QuickstartDataConfig:
 
     def __post_init__(self) -> None:
         if self.num_sft_samples < 1:
-            raise ValueError(f"num_sft_samples is {self.num_sft_samples}: give at least 1")
+            raise ValueError(f"num_sft_samples = {self.num_sft_samples} must be at least 1")
 
 
 @dataclass(frozen=True)

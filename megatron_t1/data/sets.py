@@ -96,7 +96,7 @@ def set_name(name: str) -> str:
 def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
     if sets_dir is not None:
         if not sets_dir.is_dir():
-            raise ValueError(f"evaluate.sets_dir={sets_dir} is not a folder")
+            raise ValueError(f"evaluate.sets_dir = {sets_dir} must be a folder")
         files = sorted(path for path in sets_dir.rglob("*") if path.suffix in _SUFFIXES)
         for stem in named.local:  # a file of that name, or the file of the hub's layout in a folder of that name
             for path in files:
@@ -110,8 +110,8 @@ def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
     except (OSError, ValueError, HfHubHTTPError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"set {name!r} is not in evaluate.sets_dir={sets_dir} (as {named.local[0]}.jsonl, .json, .csv or .parquet) "
-            f"and {named.repo}/{named.file} can't be had from the Hugging Face hub: {reason}\n"
+            f"set {name!r} is not in evaluate.sets_dir = {sets_dir} (as {named.local[0]}.jsonl, .json, .csv or "
+            f".parquet) and {named.repo}/{named.file} can't be had from the Hugging Face hub: {reason}\n"
             f"Fetch it on a machine with access (`hf download {named.repo} {named.file} --repo-type dataset`; a gated "
             f"set needs `hf auth login`) and give its folder as evaluate.sets_dir, or the file itself in evaluate.sets"
         ) from None

@@ -40,7 +40,7 @@ class SharedFile:
                 free = os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize
                 raise RuntimeError(
                     f"the weights need {num_bytes} bytes in {SHM_DIR}, {free} are free ({error.strerror}): "
-                    "make room there, or use rollout.transport=tcp"
+                    "make room there, or use rollout.transport = tcp"
                 ) from None
         else:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -68,7 +68,7 @@ def map_shared(path: str, num_bytes: int) -> torch.Tensor:
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise ValueError(f"{path} is not on this host: use rollout.transport=tcp for servers elsewhere") from None
+        raise ValueError(f"{path} is not on this host: use rollout.transport = tcp for servers elsewhere") from None
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:

@@ -11,7 +11,6 @@ for the servers. What lies between runs beside the servers' loading.
 
 from __future__ import annotations
 
-import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from megatron_t1.push.transports import Push, open_transport
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
+from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import HFFolder
 from megatron_t1.weights.plan import Plan
 
@@ -144,7 +144,7 @@ class WeightSync:
         try:
             self._deliver(self._version, late).result()
         except SyncError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            warn(str(error))
         return [server.name for server in late if server.version == self._version and not server.unusable]
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class WeightSync:
         try:
             self.servers.poll()
         except ServerError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            warn(str(error))
         return self.servers.alive()
 
     def _deliver(self, version: int, targets: list[Server]) -> Future[float]:

@@ -75,7 +75,7 @@ def open_transport(plan: Plan, layout: Layout, ranks: Ranks, cfg: RolloutConfig,
         return NcclTransport(plan, ranks)
     if name == "shm" and not ranks.on_one_host:
         if cfg.transport == "shm":
-            raise ValueError("rollout.transport=shm: the trainer's ranks are on several hosts; use tcp")
+            raise ValueError("rollout.transport = shm must be tcp: the trainer's ranks are on several hosts")
         name = "tcp"
     return (ShmTransport if name == "shm" else TcpTransport)(plan, layout, ranks)
 

@@ -147,8 +147,9 @@ class RolloutClient:
                 raise ValueError(f"{label}: token ids must be in [0, {self.vocab_size}) and not empty")
             if usable and len(ids) + sampling.max_new_tokens > limit:
                 raise ValueError(
-                    f"{label}: {len(ids)} prompt tokens + max_new_tokens={sampling.max_new_tokens} exceed the servers' "
-                    f"max_model_len={limit}: raise rollout.max_model_len, lower max_new_tokens or drop the prompt"
+                    f"{label}: {len(ids)} prompt tokens + sampling.max_new_tokens = {sampling.max_new_tokens} "
+                    f"exceed the servers' max_model_len = {limit}: raise rollout.max_model_len, lower max_new_tokens "
+                    "or drop the prompt"
                 )
             requests.append(
                 [Request(label, ids, min(chunk, count - j), seed + j, sampling) for j in range(0, count, chunk)]
@@ -216,7 +217,7 @@ class RolloutClient:
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 failures[server.url] = failures.get(server.url, 0) + 1
                 if isinstance(error, TimeoutError):
-                    server.unusable = f"no answer within rollout.request_timeout_s={self.cfg.request_timeout_s:g} s"
+                    server.unusable = f"no answer within rollout.request_timeout_s = {self.cfg.request_timeout_s:g} s"
                 elif failures[server.url] >= self.cfg.connect_retries:
                     server.unusable = f"{failures[server.url]} connection errors, the last one: {error!r}"
             finally:
@@ -306,7 +307,7 @@ class RolloutClient:
     async def _check_health(self, server: Server) -> None:
         deadline_s = self.cfg.health_timeout_s
         if await asyncio.to_thread(server.hangs, deadline_s):
-            server.unusable = f"/health did not answer within rollout.health_timeout_s={deadline_s:g} s"
+            server.unusable = f"/health did not answer within rollout.health_timeout_s = {deadline_s:g} s"
             await self._sessions[server.url].close()
 
     async def _close_sessions(self) -> None:

@@ -31,18 +31,18 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or above")
+            raise ValueError(f"sampling.temperature = {self.temperature} must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p={self.top_p}: must be in (0, 1]")
+            raise ValueError(f"sampling.top_p = {self.top_p} must be in (0, 1]")
         if not 0 <= self.min_p < 1:
-            raise ValueError(f"sampling.min_p={self.min_p}: must be in [0, 1)")
+            raise ValueError(f"sampling.min_p = {self.min_p} must be in [0, 1)")
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
-                f"sampling.num_samples={self.num_samples} at temperature 0: greedy samples are all the same; use 1"
+                f"sampling.num_samples = {self.num_samples} must be 1 at temperature 0: greedy samples are all the same"
             )
         for name in ("num_samples", "max_new_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name}={getattr(self, name)}: must be at least 1")
+                raise ValueError(f"sampling.{name} = {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +75,13 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"urls={url!r}: must start with http:// or https://")
+                raise ValueError(f"endpoint.urls = {url!r} must start with http:// or https://")
         for name, least in (("max_in_flight", 1), ("max_retries", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+                raise ValueError(f"endpoint.{name} = {getattr(self, name)} must be at least {least}")
         for name in ("timeout_s", "max_rate_limited_s"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0 seconds")
+                raise ValueError(f"endpoint.{name} = {getattr(self, name)} must be above 0 seconds")
 
     def key(self) -> str:
         """The API key; empty when neither variable nor file is named.
@@ -92,5 +92,5 @@ class EndpointConfig:
         if self.key_file:
             return read_key(Path(self.key_file))
         if self.key_env and not os.environ.get(self.key_env):
-            raise ValueError(f"endpoint key_env={self.key_env}: the environment has no such variable")
+            raise ValueError(f"endpoint.key_env = {self.key_env} must be set: the environment has no such variable")
         return os.environ.get(self.key_env, "") if self.key_env else ""

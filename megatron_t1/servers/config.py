@@ -79,28 +79,28 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         for name in ("num_servers", "tp", "max_num_seqs", "samples_per_request", "connect_retries"):
             if getattr(self, name) < 1:
-                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
+                raise ValueError(f"rollout.{name} = {getattr(self, name)} must be at least 1")
         for name in ("startup_timeout_s", "request_timeout_s", "health_timeout_s", "sync_timeout_s"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"rollout.{name}={getattr(self, name)}: must be above 0 seconds")
+                raise ValueError(f"rollout.{name} = {getattr(self, name)} must be above 0 seconds")
         if self.ports and not self.urls and len(self.ports) != self.num_servers:
             raise ValueError(
-                f"rollout.ports={self.ports}: give one port for each of the {self.num_servers} servers, or none"
+                f"rollout.ports = {self.ports} must give one port for each of the {self.num_servers} servers, or none"
             )
         if self.gpu_ids and len(self.gpu_ids) != self.num_servers * self.tp:
             raise ValueError(
-                f"rollout.gpu_ids={self.gpu_ids}: {self.num_servers} servers of tp {self.tp} need "
+                f"rollout.gpu_ids = {self.gpu_ids} must name them all: {self.num_servers} servers of tp {self.tp} need "
                 f"{self.num_servers * self.tp} GPUs"
             )
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"rollout.gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]")
+            raise ValueError(f"rollout.gpu_memory_utilization = {self.gpu_memory_utilization} must be in (0, 1]")
         if self.await_servers < 0:
-            raise ValueError(f"rollout.await_servers={self.await_servers}: must be 0 (start servers here) or more")
+            raise ValueError(f"rollout.await_servers = {self.await_servers} must be 0 (start servers here) or more")
         if self.await_servers and self.urls:
-            raise ValueError(f"rollout.await_servers={self.await_servers} and rollout.urls exclude each other")
+            raise ValueError(f"rollout.await_servers = {self.await_servers} must be 0 beside rollout.urls")
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"rollout.urls={url!r}: must start with http:// or https://")
+                raise ValueError(f"rollout.urls = {url!r} must start with http:// or https://")
 
     @property
     def on_loopback(self) -> bool:

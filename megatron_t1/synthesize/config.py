@@ -30,9 +30,9 @@ class FilterConfig:
     def __post_init__(self) -> None:
         for name in ("max_pass_rate", "max_agreement_on_wrong"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"filter.{name}={getattr(self, name)} must lie in (0, 1]")
+                raise ValueError(f"filter.{name} = {getattr(self, name)} must be in (0, 1]")
         if not 0 <= self.min_chars <= self.max_chars:
-            raise ValueError(f"filter.min_chars={self.min_chars} must lie in [0, max_chars={self.max_chars}]")
+            raise ValueError(f"filter.min_chars = {self.min_chars} must be in [0, max_chars = {self.max_chars}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,9 @@ class SynthesizeConfig:
     def __post_init__(self) -> None:
         for name in ("num_attempts", "questions_in_flight", "max_failures_in_a_row"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.max_wrong < 0:
-            raise ValueError(f"max_wrong={self.max_wrong} must be 0 or more")
+            raise ValueError(f"max_wrong = {self.max_wrong} must be 0 or more")
         if not self.endpoints and not self.model:
             raise ValueError("give endpoints, or a model folder to serve here")
         if "model" in self.endpoints and self.model:

@@ -67,11 +67,11 @@ def load(folder: Path | None) -> Prompts:
         ValueError: a file that is no such YAML or template, named.
     """
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"prompts={folder} is not a folder")
+        raise ValueError(f"prompts = {folder} must be a folder")
     if folder is not None:
         known = {*(f"{name}.yaml" for name in STAGES), "response.j2"}
         if unknown := sorted(path.name for path in folder.iterdir() if path.name not in known):
-            raise ValueError(f"prompts={folder}: {unknown} are none of {sorted(known)}")
+            raise ValueError(f"prompts = {folder} must hold prompt files alone: {unknown} are none of {sorted(known)}")
 
     def find(name: str) -> Path:
         own = folder / name if folder else None

@@ -127,9 +127,9 @@ def test_a_server_that_is_killed_while_it_starts_is_started_again(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_servers": 0}, "rollout.num_servers=0"),
-        ({"request_timeout_s": 0}, "rollout.request_timeout_s=0"),
-        ({"num_servers": 2, "ports": (1,)}, r"rollout.ports=\(1,\): give one port for each of the 2"),
+        ({"num_servers": 0}, "rollout.num_servers = 0"),
+        ({"request_timeout_s": 0}, "rollout.request_timeout_s = 0"),
+        ({"num_servers": 2, "ports": (1,)}, r"rollout.ports = \(1,\) must give one port for each of the 2"),
         ({"urls": ("localhost:8000",)}, "must start with http"),
         ({"tp": 2, "gpu_ids": (0,)}, "1 servers of tp 2 need 2 GPUs"),
     ],
@@ -140,7 +140,7 @@ def test_a_bad_config_names_the_field(options: dict, message: str) -> None:
 
 
 def test_a_bad_sampling_config_names_the_field() -> None:
-    with pytest.raises(ValueError, match=r"sampling.top_p=0.0: must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"sampling.top_p = 0.0 must be in \(0, 1\]"):
         SamplingConfig(top_p=0.0)
 
 
