@@ -27,19 +27,19 @@ class Platform:
 
     def describe(self) -> str:
         """One line for the start of a run: what was found, and what is slower for want of something."""
-        found = [f"{self.name} ({self.backend})"]
+        present = [f"{self.name} ({self.backend})"]
         if self.name == "cuda":
-            found.append(torch.cuda.get_device_name(self.device))
+            present.append(torch.cuda.get_device_name(self.device))
         missing = []
         if self.transformer_engine:
-            found.append(f"Transformer Engine {self.transformer_engine}")
+            present.append(f"Transformer Engine {self.transformer_engine}")
         else:
             missing.append("Transformer Engine (local layer spec instead, no FP8)")
         if self.apex:
-            found.append("Apex")
+            present.append("Apex")
         else:
             missing.append("Apex (torch optimizer and norms instead)")
-        return "platform: " + ", ".join(found) + ("; not found: " + ", ".join(missing) if missing else "")
+        return "platform: " + ", ".join(present) + ("; not found: " + ", ".join(missing) if missing else "")
 
 
 def _usable_apex() -> bool:

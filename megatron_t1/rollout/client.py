@@ -267,7 +267,7 @@ class RolloutClient:
 
     async def _check_contract(self, token_ids: list[int]) -> None:
         for server in self.servers.usable():
-            found: list[dict[int, float]] = []
+            logprobs: list[dict[int, float]] = []
             for temperature in (1.0, 2.0):
                 sampling = SamplingConfig(temperature=temperature, num_samples=1, max_new_tokens=1)
                 body = _body(Request("contract", token_ids, 1, 0, sampling))
@@ -275,13 +275,13 @@ class RolloutClient:
                 raw = await self._post(server, body)
                 try:
                     top = msgspec.json.decode(raw)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-                    found.append({int(entry["token_id"]): float(entry["logprob"]) for entry in top})
+                    logprobs.append({int(entry["token_id"]): float(entry["logprob"]) for entry in top})
                 except (KeyError, IndexError, TypeError, ValueError) as error:
                     raise ServerError(f"server {server.name} returned no top logprobs: {error!r}") from None
-            common = sorted(found[0].keys() & found[1].keys(), key=found[0].__getitem__)
+            common = sorted(logprobs[0].keys() & logprobs[1].keys(), key=logprobs[0].__getitem__)
             if len(common) < 2:
                 raise ServerError(f"server {server.name} returned other top tokens at temperature 2 than at 1")
-            at_1, at_2 = (values[common[-1]] - values[common[0]] for values in found)
+            at_1, at_2 = (values[common[-1]] - values[common[0]] for values in logprobs)
             if not math.isclose(at_1, 2 * at_2, rel_tol=1e-2, abs_tol=1e-3):
                 raise ServerError(
                     f"server {server.name} returns logprobs that ignore the temperature (two tokens are {at_1:.4f} "

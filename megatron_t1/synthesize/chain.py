@@ -239,11 +239,11 @@ class Workshop:
 
 async def _all(tasks: Iterable[Awaitable[T]]) -> list[T]:
     """Their results; the first error in their order, once all have ended: what a question costs is then no accident."""
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in found:
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
         if isinstance(result, BaseException):
             raise result
-    return found  # type: ignore[return-value]
+    return results  # type: ignore[return-value]
 
 
 def _kept(stage: Stage, reply: Reply) -> str | None:

@@ -29,7 +29,7 @@ from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.rollout.endpoint import ChatEndpoint, NoAnswerError, run_workers
 from megatron_t1.servers.servers import open_servers
 from megatron_t1.synthesize import browse, prompts
-from megatron_t1.synthesize.chain import Workshop
+from megatron_t1.synthesize.chain import Outcome, Workshop
 from megatron_t1.synthesize.config import SynthesizeConfig
 from megatron_t1.synthesize.store import Store
 from megatron_t1.weights.digest import weights_digest
@@ -49,14 +49,14 @@ def synthesize(cfg: SynthesizeConfig) -> dict[str, Any]:
     loaded = prompts.load(Path(cfg.prompts) if cfg.prompts else None)
     keys = {name: endpoint.key() for name, endpoint in cfg.endpoints.items()}
     configs = dict(cfg.endpoints)
-    identities: dict[str, Any] = {name: [own.model, own.extra_body] for name, own in configs.items()}
+    identities: dict[str, Any] = {name: [endpoint.model, endpoint.extra_body] for name, endpoint in configs.items()}
     with ExitStack() as stack:
         store = stack.enter_context(Store(out / "store.sqlite"))
         if cfg.model:
             identities["model"] = weights_digest(Path(cfg.model))
             servers = stack.enter_context(open_servers(cfg.rollout, cfg.model, out / "servers"))
-            own = EndpointConfig(urls=tuple(server.url for server in servers.all))
-            configs, keys["model"] = {"model": own, **configs}, servers.all[0].key
+            served = EndpointConfig(urls=tuple(server.url for server in servers.all))
+            configs, keys["model"] = {"model": served, **configs}, servers.all[0].key
         scorer = stack.enter_context(Scorer(cfg.reward))
         try:
             asyncio.run(_run(cfg, questions, loaded, configs, keys, identities, scorer, store))
@@ -86,7 +86,8 @@ async def _run(
     totals: Counter[str] = Counter()
     async with AsyncExitStack() as stack:
         endpoints = {
-            name: await stack.enter_async_context(ChatEndpoint(own, keys[name])) for name, own in configs.items()
+            name: await stack.enter_async_context(ChatEndpoint(endpoint, keys[name]))
+            for name, endpoint in configs.items()
         }
         workshop = Workshop(cfg, loaded, endpoints, identities, scorer, store)
         waiting = iter(enumerate(questions))
@@ -94,7 +95,7 @@ async def _run(
 
         async def work() -> None:
             nonlocal failures_in_a_row
-            for place, question in waiting:  # all workers share one iterator
+            for number, question in waiting:  # all workers share one iterator
                 try:
                     row = (await workshop.make(question)).row()
                     failures_in_a_row = 0
@@ -106,7 +107,7 @@ async def _run(
                             f"the last error: {error}\nWhat came is kept: the same command goes on"
                         ) from None
                     row = _failed_row(question, str(error))
-                store.finish(place, row)
+                store.finish(number, row)
                 totals["kept"] += row["dropped"] is None
                 totals["tokens"] += sum(n for name, n in row["costs"].items() if name.endswith("/tokens"))
                 rate = totals["tokens"] / max(1e-9, bar.format_dict["elapsed"])
@@ -121,9 +122,7 @@ async def _run(
 
 def _failed_row(question: Question, reason: str) -> dict[str, Any]:
     """A question that an endpoint left without an answer; the next run asks again."""
-    empty = dict.fromkeys(("integrated", "rewritten", "response"))
-    return {"id": question.id, "messages": question.messages, "gold": question.gold, "num_attempts": 0, "num_right": 0,
-            "attempts": [], **empty, "reached": "attempt", "dropped": f"failed: {reason}", "costs": {}}  # fmt: skip
+    return Outcome(question=question, dropped=f"failed: {reason}").row()
 
 
 def _sft_row(row: dict[str, Any]) -> dict[str, Any]:

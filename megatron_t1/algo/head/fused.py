@@ -183,8 +183,8 @@ def _tiles(models: list[Logits], max_logits: int, memory: list[Tensor] | None = 
     slices = policy.head.slices(policy.num_tokens, max_logits)
     reused = [m.memory(max((s.stop - s.start for s in slices), default=0)) for m in models] if memory is None else []
     for rows in slices:
-        places = reused if memory is None else [m[policy.num_tokens * rows.start :] for m in memory]
-        yield rows, [model.tile(rows, place) for model, place in zip(models, places, strict=True)]
+        targets = reused if memory is None else [m[policy.num_tokens * rows.start :] for m in memory]
+        yield rows, [model.tile(rows, target) for model, target in zip(models, targets, strict=True)]
 
 
 def _statistics(

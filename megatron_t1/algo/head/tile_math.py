@@ -35,7 +35,7 @@ class Tile:
     shift: Tensor | None = None
     """[T]; once set, scale is applied and the logits are z + shift: it saves a pass over memory"""
 
-    def place(self) -> tuple[Tensor, Tensor]:
+    def target_columns(self) -> tuple[Tensor, Tensor]:
         """Each target's column [T, 1], clamped into the tile, and whether it lies there at all [T]."""
         width = self.z.shape[1]
         local = self.targets - self.column
@@ -101,7 +101,7 @@ def token_values(stats: Tensor) -> tuple[Tensor, Tensor]:
 
 def update_statistics(stats: Tensor, tiles: Sequence[Tile]) -> None:
     (tile,) = tiles
-    where, inside = tile.place()
+    where, inside = tile.target_columns()
     z_y = torch.where(inside, tile.z.gather(1, where).squeeze(1) * tile.scale, stats[3])
     top = tile.z.amax(1) * tile.scale
     z = tile.center(top)
@@ -123,6 +123,6 @@ def logits_to_gradient(stats: Tensor, grads: Sequence[Tensor], tiles: Sequence[T
     z = tile.center(m)
     e = z.exp()
     z.mul_(slope[:, None]).add_(offset[:, None]).mul_(e)
-    where, inside = tile.place()
+    where, inside = tile.target_columns()
     z.scatter_add_(1, where, torch.where(inside, g_logprob, 0.0)[:, None])
     return z.to(dtype)
