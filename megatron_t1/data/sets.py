@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,10 @@ def load_set(
         return _question(row, f"{name if named else path.stem}-{number}", seed, instruction, system_prompt)
 
     questions = parse_rows(path, parse, _rows(path))
-    ids = [question.id for question in questions]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{path}: {len(ids) - len(set(ids))} ids are used twice, for example {_twice(ids)!r}")
+    uses = Counter(question.id for question in questions)
+    if len(uses) < len(questions):
+        example = uses.most_common(1)[0][0]
+        raise ValueError(f"{path}: {len(questions) - len(uses)} ids are used twice, for example {example!r}")
     if named and named.subset_of_larger and len(questions) > named.size:
         chosen = sorted(random.Random(500).sample(range(len(questions)), named.size))
         questions = [questions[i] for i in chosen]
@@ -205,8 +207,3 @@ def _subject(row: dict[str, Any]) -> str | None:
         return None
     parts = str(subject).split(" -> ")
     return parts[1] if len(parts) > 1 and parts[0] == "Mathematics" else parts[0]
-
-
-def _twice(ids: list[str]) -> str:
-    seen: set[str] = set()
-    return next(identity for identity in ids if identity in seen or seen.add(identity))  # type: ignore[func-returns-value]

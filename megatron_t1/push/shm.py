@@ -28,27 +28,8 @@ class SharedFile:
 
     def __init__(self, num_bytes: int, path: str | None = None) -> None:
         self.owner = path is None
-        if path is None:
-            _sweep()
-            path = str(SHM_DIR / f"t1-weights-{os.getpid()}-{secrets.token_hex(8)}")
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, num_bytes)  # a full /dev/shm must fail here, not as SIGBUS while writing
-            except OSError as error:
-                os.close(fd)
-                os.unlink(path)
-                free = os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize
-                raise RuntimeError(
-                    f"the weights need {num_bytes} bytes in {SHM_DIR}, {free} are free ({error.strerror}): "
-                    "make room there, or use rollout.transport = tcp"
-                ) from None
-        else:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self.path = path
-        try:
-            self.buffer = torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
-        finally:
-            os.close(fd)
+        self.path = path or _create(num_bytes)
+        self.buffer = map_shared(self.path, num_bytes)
 
     def write(self, views: list[tuple[torch.Tensor, PieceSpec]]) -> Iterator[str]:
         """Writes this rank's pieces and yields the digest of each one's source, in order."""
@@ -59,6 +40,24 @@ class SharedFile:
     def close(self) -> None:
         if self.owner:
             Path(self.path).unlink(missing_ok=True)
+
+
+def _create(num_bytes: int) -> str:
+    _sweep()
+    path = str(SHM_DIR / f"t1-weights-{os.getpid()}-{secrets.token_hex(8)}")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)  # a full /dev/shm must fail here, not as SIGBUS while writing
+    except OSError as error:
+        os.unlink(path)
+        free = os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize
+        raise RuntimeError(
+            f"the weights need {num_bytes} bytes in {SHM_DIR}, {free} are free ({error.strerror}): "
+            "make room there, or use rollout.transport = tcp"
+        ) from None
+    finally:
+        os.close(fd)
+    return path
 
 
 def map_shared(path: str, num_bytes: int) -> torch.Tensor:

@@ -69,14 +69,12 @@ class SyncCheck:
         head = f"{'server':<24} {'prompt':>6} {'before':>9} {'after':>9} {'moved':>9}  verdict"
         lines = [head, *(self._line(row) for row in self.rows)]
         lines += [f"{name}: {why}" for name, why in self.failed.items()]
-        return "\n".join(
-            [
-                *lines,
-                f"pushed {self.num_tensors} tensors, {self.report.num_bytes / 1e6:.1f} MB, as version "
-                f"{self.report.version} in {self.report.total_s:.2f} s; before, after: mean |server - trainer| of "
-                f"logprobs, moved: |after - before|, tolerance {self.tolerance:g}",
-            ]
+        lines.append(
+            f"pushed {self.num_tensors} tensors, {self.report.num_bytes / 1e6:.1f} MB, as version "
+            f"{self.report.version} in {self.report.total_s:.2f} s; before, after: mean |server - trainer| of "
+            f"logprobs, moved: |after - before|, tolerance {self.tolerance:g}"
         )
+        return "\n".join(lines)
 
     def _line(self, row: Row) -> str:
         numbers = " ".join(f"{value:9.1e}" for value in (row.before, row.after, row.moved))

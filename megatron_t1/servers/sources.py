@@ -12,7 +12,6 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from megatron_t1.servers.config import RolloutConfig, Transport
@@ -22,30 +21,32 @@ from megatron_t1.servers.registry import Entry, Registry
 from megatron_t1.servers.server import Server, ServerError
 
 
-class Source(Protocol):
+class Source:
+    """Where servers come from; as it stands, servers that somebody else starts and ends."""
+
     awaited: int
     """Servers that a run begins with."""
 
     def open(self) -> list[Server]:
         """The servers known so far, not yet ready."""
-        ...
+        return []
 
     def look(self, servers: list[Server]) -> list[Server]:
         """Adds servers that came up elsewhere, in place of those that they replace; returns them."""
-        ...
+        return []
 
     def again(self, index: int, lost: Server) -> Server:
-        """The successor of a lost server, not ready."""
-        ...
+        """The successor of a lost server, not ready; of one elsewhere, another look at it."""
+        return Server(url=lost.url, key=lost.key, log_path=lost.log_path)
 
     def settled(self) -> None:
         """All servers listen."""
-        ...
 
-    def close(self, servers: list[Server]) -> None: ...
+    def close(self, servers: list[Server]) -> None:
+        """Ends the processes that were started here."""
 
 
-class LocalServers:
+class LocalServers(Source):
     """vLLM processes of this host, ended by `close`."""
 
     def __init__(self, cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> None:
@@ -72,9 +73,6 @@ class LocalServers:
             self.close(servers)
             raise
         return servers
-
-    def look(self, servers: list[Server]) -> list[Server]:
-        return []
 
     def again(self, index: int, lost: Server) -> Server:
         assert lost.process is not None
@@ -130,23 +128,7 @@ class LocalServers:
         return int(holder.getsockname()[1])
 
 
-class _RemoteServers:
-    """Servers that somebody else starts and ends; a lost one is only looked at again."""
-
-    def look(self, servers: list[Server]) -> list[Server]:
-        return []
-
-    def again(self, index: int, lost: Server) -> Server:
-        return Server(url=lost.url, key=lost.key, log_path=lost.log_path)
-
-    def settled(self) -> None:
-        pass
-
-    def close(self, servers: list[Server]) -> None:
-        pass
-
-
-class GivenServers(_RemoteServers):
+class GivenServers(Source):
     """Running servers of `rollout.urls`."""
 
     def __init__(self, cfg: RolloutConfig) -> None:
@@ -161,7 +143,7 @@ class GivenServers(_RemoteServers):
         return [Server(url=url.rstrip("/"), key=key) for url in self._cfg.urls]
 
 
-class AnnouncedServers(_RemoteServers):
+class AnnouncedServers(Source):
     """Servers that `t1 serve` starts, watches and starts again on other hosts; as many as announce themselves."""
 
     def __init__(self, cfg: RolloutConfig, run_dir: Path) -> None:
@@ -169,9 +151,6 @@ class AnnouncedServers(_RemoteServers):
         self._key_path = Path(cfg.key_file) if cfg.key_file else run_dir / KEY_FILE
         self._known: dict[str, Entry] = {}
         self.awaited = cfg.await_servers
-
-    def open(self) -> list[Server]:
-        return []
 
     def look(self, servers: list[Server]) -> list[Server]:
         fresh = []
