@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
 from megatron_t1.push.shm import SharedFile
 from megatron_t1.push.tcp import PieceServer
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.process import own_address
+from megatron_t1.servers.process import own_address, reserve_port
 from megatron_t1.servers.server import Server
 from megatron_t1.servers.servers import Servers
 from megatron_t1.weights.plan import Plan
@@ -209,9 +208,8 @@ class NcclTransport:
     def _new_meeting(self, fanout: Fanout) -> tuple[str, int, int]:
         """Rendezvous address and size of a new group: trainer rank 0 and every worker of every server."""
         fanout.forget()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        with reserve_port("", 0) as holder:
+            port = holder.getsockname()[1]
         return own_address(towards=_host(fanout.targets[0])), port, 1 + fanout.count_workers()
 
 
