@@ -171,7 +171,7 @@ def main() -> None:
 def compare(model: str | Path, folder: Path, num_requests: int) -> None:
     """Prints a row of the table for every client."""
     from megatron_t1.servers.config import RolloutConfig
-    from megatron_t1.servers.registry import KEY_FILE
+    from megatron_t1.servers.keys import KEY_FILE
     from megatron_t1.servers.servers import open_servers
 
     cfg = RolloutConfig(device="cpu", dtype="float32", max_model_len=256, startup_timeout_s=1500)

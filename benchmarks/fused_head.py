@@ -28,8 +28,10 @@ import torch.nn.functional as F
 from fused_head_peers import PEERS, installed
 
 from megatron_t1.algo.config import LossConfig
-from megatron_t1.algo.fused_head import AnchorHead, Head, fused_loss, logprob_entropy, logprob_entropy_nograd
+from megatron_t1.algo.head.fused import fused_loss, logprob_entropy_nograd
+from megatron_t1.algo.head.layout import AnchorHead, Head
 from megatron_t1.algo.loss import TokenFields, t1_token_loss
+from tests.algo.general_head import logprob_entropy
 
 GEMMS = {"naive": 3, "naive_onednn": 3, "general": 4, "fused": 3, "forward": 1, "full_kl": 4}
 """Of every path: logits (again in the general path's backward; the anchor's in full_kl), dX, dW."""

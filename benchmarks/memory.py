@@ -41,20 +41,22 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     from megatron.core import parallel_state as mpu
 
     from megatron_t1.algo.config import LossConfig
-    from megatron_t1.algo.fused_head import CHUNK_LOGITS
+    from megatron_t1.algo.head.fused import CHUNK_LOGITS
     from megatron_t1.algo.loss import t1_token_loss
     from megatron_t1.check.estimate import Layout, Sizes, stage_memory
-    from megatron_t1.data.packing import Sequence
     from megatron_t1.engine.anchor import Anchor
     from megatron_t1.engine.config import AnchorConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
     from megatron_t1.platform.detect import setup
+    from megatron_t1.types import TrainSequence
 
     def step(engine: Engine, anchor: Anchor, length: int) -> None:
         rng = np.random.default_rng(0)
         sequences = [
-            Sequence(prompt_ids=rng.integers(0, 99, 1), response_ids=rng.integers(0, 99, length - 1), advantage=1.0)
+            TrainSequence(
+                prompt_ids=rng.integers(0, 99, 1), response_ids=rng.integers(0, 99, length - 1), advantage=1.0
+            )
             for _ in range(MICROBATCHES * TOKENS // length)
         ]
         microbatches = engine.pack(sequences)

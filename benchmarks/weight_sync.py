@@ -88,7 +88,7 @@ def train(rank: int, world_size: int, store: str, layout: str, cfg: RolloutConfi
     pieces = pieces_of(layout, rank)
     anchor = [piece.view.float() for piece in pieces]
     with WeightSync(pieces, cfg, servers) as sync:
-        memcpy = Memcpy(sync.num_bytes if rank == 0 else 1)
+        memcpy = Memcpy(sync.layout.num_bytes if rank == 0 else 1)
         copies, reports, anchor_s, beside = [], [], [], []
         first = sync.push(sync.next_version())
         for _ in range(PUSHES):
@@ -111,7 +111,7 @@ def train(rank: int, world_size: int, store: str, layout: str, cfg: RolloutConfi
             result = {
                 "layout": f"{layout} {cfg.transport}",
                 "servers": len(servers.all),
-                "num_bytes": sync.num_bytes,
+                "num_bytes": sync.layout.num_bytes,
                 "memcpy_s": statistics.median(copies),
                 "first_s": first.total_s,
                 "total_s": report.total_s,

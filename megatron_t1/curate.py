@@ -182,7 +182,7 @@ def prepare(cfg: CurateConfig, reward: RewardConfig, folder: Path, *, resume: bo
     counts_path = folder / "cleaned.json"
     settings = {
         "files": {path: _digest(Path(path)) for path in (*cfg.inputs, *cfg.evaluation)},
-        **{name: value for name, value in asdict(cfg).items() if name not in _MAY_CHANGE},
+        **{f"curate.{name}": value for name, value in asdict(cfg).items() if name not in _MAY_CHANGE},
     }
     if counts_path.exists():
         check_settings(folder / "settings.json", settings, resume=resume, elsewhere="another run_dir")

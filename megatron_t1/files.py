@@ -101,13 +101,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add rows to a JSONL file, in place of a last line cut by a kill, and bring them to the disk before returning."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        _cut_torn_line(file)
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with Journal(path) as journal:
+        journal.append(rows)
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:

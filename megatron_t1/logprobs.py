@@ -22,7 +22,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_t1.config import LogprobsConfig
-from megatron_t1.data.packing import Sequence
 from megatron_t1.data.prompts import load_texts
 from megatron_t1.data.tokenizer import load_tokenizer
 from megatron_t1.engine.config import ModelConfig
@@ -30,8 +29,9 @@ from megatron_t1.engine.parallel import initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_jsonl
 from megatron_t1.platform.detect import setup
-from megatron_t1.servers.registry import REMOTE_KEY_ENV, read_key
+from megatron_t1.servers.keys import REMOTE_KEY_ENV, read_key
 from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.types import TrainSequence
 from megatron_t1.weights.torch_dist import is_torch_dist
 
 _REQUEST_TIMEOUT_S = 600.0
@@ -88,7 +88,7 @@ def compare(ours: list[np.ndarray], theirs: list[np.ndarray], num_worst: int) ->
 
 
 def _report(
-    cfg: LogprobsConfig, texts: list[Sequence], ours: list[np.ndarray], theirs: list[np.ndarray] | None
+    cfg: LogprobsConfig, texts: list[TrainSequence], ours: list[np.ndarray], theirs: list[np.ndarray] | None
 ) -> Comparison | None:
     tokenizer = load_tokenizer(Path(cfg.model))
     if cfg.output:
@@ -113,7 +113,7 @@ def _report(
     return comparison
 
 
-def _row(text: Sequence, number: int, ours: list[np.ndarray], theirs: list[np.ndarray] | None) -> dict[str, Any]:
+def _row(text: TrainSequence, number: int, ours: list[np.ndarray], theirs: list[np.ndarray] | None) -> dict[str, Any]:
     row = {
         "token_ids": [*text.prompt_ids.tolist(), *text.response_ids.tolist()],
         "num_prompt_tokens": len(text.prompt_ids),
@@ -123,7 +123,9 @@ def _row(text: Sequence, number: int, ours: list[np.ndarray], theirs: list[np.nd
 
 
 @torch.no_grad()
-def _by_transformers(engine: ForwardEngine, texts: list[Sequence], device: torch.device) -> list[np.ndarray] | None:
+def _by_transformers(
+    engine: ForwardEngine, texts: list[TrainSequence], device: torch.device
+) -> list[np.ndarray] | None:
     """Rank 0's, from the same weights: those of a Megatron checkpoint are exported first. Collective."""
     folder = Path(engine.model_config.hf_path)
     with tempfile.TemporaryDirectory() as tmp:
@@ -153,7 +155,7 @@ def _server(cfg: LogprobsConfig) -> Server:
     return Server(url=cfg.against.rstrip("/"), key=key)
 
 
-def _by_server(server: Server, text: Sequence) -> np.ndarray:
+def _by_server(server: Server, text: TrainSequence) -> np.ndarray:
     """float32 [num_response_tokens], as the server's prefill has them."""
     ids = [*text.prompt_ids.tolist(), *text.response_ids.tolist()]
     try:

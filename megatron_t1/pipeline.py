@@ -23,7 +23,6 @@ import torch.distributed as dist
 from megatron_t1 import curate, rl, sft
 from megatron_t1.check.context import context_needs, too_long
 from megatron_t1.config import Config
-from megatron_t1.data.packing import Sequence
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.parallel import initialize, is_main
@@ -45,7 +44,7 @@ from megatron_t1.report.report import write_report
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers
-from megatron_t1.types import Prompt
+from megatron_t1.types import Prompt, TrainSequence
 from megatron_t1.weights.digest import weights_digest
 from megatron_t1.weights.hf_folder import HFFolder
 
@@ -267,8 +266,8 @@ def run_sync_check(cfg: Config) -> bool:
         return not result.wrong
 
 
-def _sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
-    return Sequence(prompt_ids=np.array(prompt_ids), response_ids=np.array(response_ids))
+def _sequence(prompt_ids: list[int], response_ids: list[int]) -> TrainSequence:
+    return TrainSequence(prompt_ids=np.array(prompt_ids), response_ids=np.array(response_ids))
 
 
 def _serve_folder(cfg: Config, rank0: Rank0) -> None:

@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from megatron_t1.algo.loss import sft_token_loss
 from megatron_t1.config import Config
-from megatron_t1.data.packing import Sequence
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch
 from megatron_t1.platform.detect import Platform
 from megatron_t1.stop import STOP, Stopped
+from megatron_t1.types import TrainSequence
 
 
-def batches(examples: list[Sequence], batch_size: int, seed: int, start: int) -> Iterator[list[Sequence]]:
+def batches(examples: list[TrainSequence], batch_size: int, seed: int, start: int) -> Iterator[list[TrainSequence]]:
     """Batch number `start` and those after it: each epoch a permutation, its incomplete last batch left out."""
     per_epoch = len(examples) // batch_size
     number = start
@@ -37,7 +37,7 @@ def batches(examples: list[Sequence], batch_size: int, seed: int, start: int) ->
             number += 1
 
 
-def train(cfg: Config, platform: Platform, examples: list[Sequence]) -> Path:
+def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Path:
     """Fine-tune `model.hf_path` on the examples; returns the exported Hugging Face folder. Collective.
 
     Raises:

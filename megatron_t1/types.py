@@ -1,4 +1,4 @@
-"""The carriers that travel through the loop: Prompt -> Sample -> Group -> Microbatch.
+"""The carriers that travel through the loop: Prompt -> Sample -> Group -> TrainSequence -> Microbatch.
 
 They hold data and no behaviour beyond a derived length. Arrays are numpy on the rollout side (they cross process
 boundaries between our own ranks) and torch only in `Microbatch`, which is what the trainer consumes.
@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # the grader's workers import this module and must stay light
 
 AnswerMode = Literal["answer", "response", "text", "mc"]
 FinishReason = Literal["stop", "length"]
+Message = dict[str, str]
+"""One turn of a conversation: `role` and `content`."""
 Outcome = Literal["correct", "wrong", "no_answer", "timeout", "crash"]
 
 
@@ -96,6 +98,23 @@ class Group:
 
     prompt: Prompt
     samples: list[Sample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSequence:
+    """A prompt and its response, ready to be packed."""
+
+    prompt_ids: np.ndarray
+    """int64 [num_prompt_tokens]"""
+    response_ids: np.ndarray
+    """int64 [num_response_tokens], at least one"""
+    advantage: float = 0.0
+    rollout_logprobs: np.ndarray | None = None
+    """float32 [num_response_tokens]; zeros when None"""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
 
 
 @dataclass(kw_only=True)

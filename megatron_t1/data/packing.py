@@ -9,35 +9,17 @@ the same one and takes its share. Masked tokens (prompts, padding) are not targe
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megatron_t1.types import Group, Microbatch
+from megatron_t1.types import Group, Microbatch, TrainSequence
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sequence:
-    """A prompt and its response, ready to be packed."""
-
-    prompt_ids: np.ndarray
-    """int64 [num_prompt_tokens]"""
-    response_ids: np.ndarray
-    """int64 [num_response_tokens], at least one"""
-    advantage: float = 0.0
-    rollout_logprobs: np.ndarray | None = None
-    """float32 [num_response_tokens]; zeros when None"""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
-def sequences_of(groups: list[Group]) -> list[Sequence]:
+def sequences_of(groups: list[Group]) -> list[TrainSequence]:
     """The step's samples in a flat list; `Microbatch.sample_index` counts along it."""
     return [
-        Sequence(
+        TrainSequence(
             prompt_ids=group.prompt.token_ids,
             response_ids=sample.token_ids,
             advantage=sample.advantage,
@@ -49,7 +31,7 @@ def sequences_of(groups: list[Group]) -> list[Sequence]:
 
 
 def pack(
-    sequences: list[Sequence],
+    sequences: list[TrainSequence],
     *,
     max_tokens: int,
     dp_rank: int = 0,
@@ -98,7 +80,9 @@ def _assign(lengths: list[int], limit: int, multiple: int) -> list[list[int]]:
         num_bins += multiple
 
 
-def _pack_one(sequences: list[Sequence], members: list[int], num_tokens: int, device: torch.device | str) -> Microbatch:
+def _pack_one(
+    sequences: list[TrainSequence], members: list[int], num_tokens: int, device: torch.device | str
+) -> Microbatch:
     token_ids = np.zeros(num_tokens, np.int64)
     position_ids = np.zeros(num_tokens, np.int64)
     bounds = [0]

@@ -15,10 +15,9 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 
 from megatron_t1.data.config import DataConfig
-from megatron_t1.data.packing import Sequence
-from megatron_t1.data.template import Message, Template
+from megatron_t1.data.template import Template
 from megatron_t1.data.tokenizer import load_tokenizer
-from megatron_t1.types import AnswerMode, Prompt
+from megatron_t1.types import AnswerMode, Message, Prompt, TrainSequence
 
 T = TypeVar("T")
 Q = TypeVar("Q", "Question", Prompt)
@@ -113,7 +112,7 @@ def _unique(make: Callable[[dict[str, Any]], Q]) -> Callable[[dict[str, Any], in
     return parse
 
 
-def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
+def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[TrainSequence]:
     """Every example of an SFT file, with the end token after its response.
 
     Raises:
@@ -134,12 +133,12 @@ def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[Sequence]:
     examples = parse_rows(path, parse)
     responses = template.response_ids([response for _, response in examples])
     return [
-        Sequence(prompt_ids=prompt_ids, response_ids=response_ids)
+        TrainSequence(prompt_ids=prompt_ids, response_ids=response_ids)
         for (prompt_ids, _), response_ids in zip(examples, responses, strict=True)
     ]
 
 
-def load_texts(path: Path, model_dir: Path) -> list[Sequence]:
+def load_texts(path: Path, model_dir: Path) -> list[TrainSequence]:
     """What `t1 logprobs` scores: texts, conversations or token ids; the response is what gets logprobs.
 
     A line has "prompt" or "messages" with "response"; or "messages" that end with the assistant; or "text", of which
@@ -151,7 +150,7 @@ def load_texts(path: Path, model_dir: Path) -> list[Sequence]:
     tokenizer = load_tokenizer(model_dir)
     template = Template(model_dir) if tokenizer.chat_template else None
 
-    def parse(row: dict[str, Any], number: int) -> Sequence:
+    def parse(row: dict[str, Any], number: int) -> TrainSequence:
         if "text" in row or "token_ids" in row:
             ids = (
                 row["token_ids"]
@@ -163,7 +162,7 @@ def load_texts(path: Path, model_dir: Path) -> list[Sequence]:
                 raise ValueError(f'"token_ids" must be a list of numbers from 0 to {len(tokenizer) - 1}')
             if type(num_prompt) is not int or not 0 < num_prompt < len(ids):
                 raise ValueError(f"{len(ids)} tokens with num_prompt_tokens = {num_prompt}: nothing is left to score")
-            return Sequence(prompt_ids=np.array(ids[:num_prompt]), response_ids=np.array(ids[num_prompt:]))
+            return TrainSequence(prompt_ids=np.array(ids[:num_prompt]), response_ids=np.array(ids[num_prompt:]))
         if template is None:
             raise ValueError(f'{model_dir} has no chat template: give "text" or "token_ids"')
         messages = row.get("messages")
@@ -174,7 +173,7 @@ def load_texts(path: Path, model_dir: Path) -> list[Sequence]:
         response = _need(row, "response", (str,))
         template.check_response(response)
         prompt_ids = template.prompt_ids(_messages(row, None))
-        return Sequence(prompt_ids=prompt_ids, response_ids=template.response_ids([response])[0])
+        return TrainSequence(prompt_ids=prompt_ids, response_ids=template.response_ids([response])[0])
 
     return parse_rows(path, parse)
 

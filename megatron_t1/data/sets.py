@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,10 @@ def load_set(
         return _question(row, f"{name if named else path.stem}-{number}", seed, instruction, system_prompt)
 
     questions = parse_rows(path, parse, _rows(path))
-    ids = [question.id for question in questions]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{path}: {len(ids) - len(set(ids))} ids are used twice, for example {_twice(ids)!r}")
+    uses = Counter(question.id for question in questions)
+    if len(uses) < len(questions):
+        example = uses.most_common(1)[0][0]
+        raise ValueError(f"{path}: {len(questions) - len(uses)} ids are used twice, for example {example!r}")
     if named and named.subset_of_larger and len(questions) > named.size:
         chosen = sorted(random.Random(500).sample(range(len(questions)), named.size))
         questions = [questions[i] for i in chosen]
@@ -96,7 +98,7 @@ def set_name(name: str) -> str:
 def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
     if sets_dir is not None:
         if not sets_dir.is_dir():
-            raise ValueError(f"evaluate.sets_dir={sets_dir} is not a folder")
+            raise ValueError(f"evaluate.sets_dir = {sets_dir} must be a folder")
         files = sorted(path for path in sets_dir.rglob("*") if path.suffix in _SUFFIXES)
         for stem in named.local:  # a file of that name, or the file of the hub's layout in a folder of that name
             for path in files:
@@ -110,8 +112,8 @@ def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
     except (OSError, ValueError, HfHubHTTPError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"set {name!r} is not in evaluate.sets_dir={sets_dir} (as {named.local[0]}.jsonl, .json, .csv or .parquet) "
-            f"and {named.repo}/{named.file} can't be had from the Hugging Face hub: {reason}\n"
+            f"set {name!r} is not in evaluate.sets_dir = {sets_dir} (as {named.local[0]}.jsonl, .json, .csv or "
+            f".parquet) and {named.repo}/{named.file} can't be had from the Hugging Face hub: {reason}\n"
             f"Fetch it on a machine with access (`hf download {named.repo} {named.file} --repo-type dataset`; a gated "
             f"set needs `hf auth login`) and give its folder as evaluate.sets_dir, or the file itself in evaluate.sets"
         ) from None
@@ -205,8 +207,3 @@ def _subject(row: dict[str, Any]) -> str | None:
         return None
     parts = str(subject).split(" -> ")
     return parts[1] if len(parts) > 1 and parts[0] == "Mathematics" else parts[0]
-
-
-def _twice(ids: list[str]) -> str:
-    seen: set[str] = set()
-    return next(identity for identity in ids if identity in seen or seen.add(identity))  # type: ignore[func-returns-value]

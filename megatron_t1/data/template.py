@@ -1,4 +1,4 @@
-"""The only place where text becomes token ids: the checkpoint's own tokenizer and chat template.
+"""Conversations into token ids, by the tokenizer and chat template that the checkpoint brings.
 
 Control tokens come from the template alone: a person's text that spells `<|im_end|>` is text, letter by letter. Left
 out: code that comes with a checkpoint (`trust_remote_code` stays off).
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_t1.data.tokenizer import load_tokenizer
+from megatron_t1.types import Message
 
-Message = dict[str, str]
 _BATCH = 1000  # texts tokenised at a time: many are quicker, all at once would take 100 bytes a token
 
 
@@ -81,18 +81,18 @@ class Template:
         Raises:
             ValueError: the text of an answer spells a control token, which the model would learn to say in letters.
         """
-        if self._control and (found := self._control_pattern.search(text)):
+        if self._control and (spelled := self._control_pattern.search(text)):
             raise ValueError(
-                f'"response" contains the control token {found[0]}: leave it out, the end of the turn is added'
+                f'"response" contains the control token {spelled[0]}: leave it out, the end of the turn is added'
             )
 
     def response_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int64 [num_response_tokens] of each text: the assistant's words and the end token."""
-        found: list[np.ndarray] = []
+        responses: list[np.ndarray] = []
         for start in range(0, len(texts), _BATCH):
             batch = self.tokenizer(list(texts[start : start + _BATCH]), add_special_tokens=False)["input_ids"]
-            found += [np.array([*ids, self.eos_token_id], np.int64) for ids in batch]
-        return found
+            responses += [np.array([*ids, self.eos_token_id], np.int64) for ids in batch]
+        return responses
 
     def ids(self, text: str) -> np.ndarray:
         """int64 [num_tokens] of bare text, nothing added."""

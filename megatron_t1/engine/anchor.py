@@ -3,8 +3,7 @@
 anchor <- decay x anchor + (1 - decay) x policy after every step. The average is held in float32 (in bfloat16 a step's
 small difference would be lost to rounding); a copy in the model's precision computes the forward pass.
 
-T1's KL is normalised on policy: each sample's KL, estimated on its own tokens as sum_t (log pi - log anchor), minus the
-batch's mean. `fill` writes both onto the microbatches, before the first backward.
+`fill` writes its logprobs and T1's centred KL (`algo.kl`) onto the microbatches, before the first backward.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 
-from megatron_t1.algo.fused_head import Head, logprob_entropy_nograd
+from megatron_t1.algo.head.fused import logprob_entropy_nograd
+from megatron_t1.algo.head.layout import Head
+from megatron_t1.algo.kl import centered
 from megatron_t1.engine.config import AnchorConfig
 from megatron_t1.engine.model import build_model
 from megatron_t1.engine.step import Engine
@@ -77,6 +78,6 @@ class Anchor:
             difference = (microbatch.rollout_logprob - anchor_logprob).double()
             kl.index_add_(0, microbatch.sample_index, difference)
         dist.all_reduce(kl, group=mpu.get_data_parallel_group())
-        centered = (kl - kl.mean()).float()
+        kl = centered(kl)
         for microbatch in microbatches:
-            microbatch.centered_kl = centered[microbatch.sample_index]
+            microbatch.centered_kl = kl[microbatch.sample_index]

@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_t1.algo.fused_head import Head
+from megatron_t1.algo.head.layout import Head
 from megatron_t1.engine.config import ModelConfig, ParallelConfig
 from megatron_t1.engine.layers import LocalPackedSeqParams, local_block_spec, te_block_spec
 from megatron_t1.engine.layout import check_divisible

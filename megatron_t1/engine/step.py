@@ -21,9 +21,10 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_t1.algo.fused_head import AnchorHead, Head, TokenLoss, fused_loss, logprob_entropy_nograd
+from megatron_t1.algo.head.fused import TokenLoss, fused_loss, logprob_entropy_nograd
+from megatron_t1.algo.head.layout import AnchorHead, Head
 from megatron_t1.algo.loss import Metrics, TokenFields
-from megatron_t1.data.packing import Sequence, pack
+from megatron_t1.data.packing import pack
 from megatron_t1.engine import stored
 from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_t1.engine.model import T1GPTModel, build_model, output_head, packed_seq_params, wrap_ddp
@@ -32,7 +33,7 @@ from megatron_t1.engine.parallel import shards
 from megatron_t1.models import spec_of
 from megatron_t1.models.ops import Piece
 from megatron_t1.platform.detect import Platform
-from megatron_t1.types import Microbatch
+from megatron_t1.types import Microbatch, TrainSequence
 from megatron_t1.weights import hf_io
 from megatron_t1.weights.plan import local_pieces
 from megatron_t1.weights.torch_dist import is_torch_dist
@@ -63,7 +64,7 @@ class ForwardEngine:
     def save_hf(self, out_dir: Path) -> None:
         hf_io.save(self.pieces(), Path(self.model_config.hf_path), out_dir, carried=self.spec.carried)
 
-    def pack(self, sequences: list[Sequence]) -> list[Microbatch]:
+    def pack(self, sequences: list[TrainSequence]) -> list[Microbatch]:
         """This data-parallel rank's microbatches of a step; every rank passes the same sequences."""
         multiple = self.parallel.tensor * (16 if self.config.fp8 else 1)
         interleaved = self.parallel.virtual_pipeline > 1
@@ -93,7 +94,7 @@ class ForwardEngine:
 
         return self._run(chunks, microbatches, loss_func, forward_only=True)
 
-    def logprobs(self, sequences: list[Sequence]) -> list[np.ndarray]:
+    def logprobs(self, sequences: list[TrainSequence]) -> list[np.ndarray]:
         """float32 [num_response_tokens] of each sequence: the policy's logprobs after temperature, on every rank."""
         computed = self.map_hidden(self.chunks, self.pack(sequences), _token_logprobs)
         mine = computed if mpu.get_tensor_model_parallel_rank() == 0 else []

@@ -7,7 +7,6 @@ server on unknown weights is marked unusable, and never asked again before it wa
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any
 from megatron_t1.push.ranks import NoServerError
 from megatron_t1.servers.server import Server, ServerError, parse_version
 from megatron_t1.servers.servers import Servers
+from megatron_t1.warn import warn
 
 
 class Fanout:
@@ -120,7 +120,7 @@ class Fanout:
             if phase == "pause" and not server.exited():
                 _error_of(lambda s: s.call("POST", "/resume", timeout_s=2), server)
         self.failed[server.name] = message
-        print(f"warning: server {server.name} left out: {message}", file=sys.stderr, flush=True)
+        warn(f"server {server.name} left out: {message}")
 
     def _start(self, server: Server) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The trainer's end of a push through one shared file: every rank writes its parts, every server on the host maps it.
+"""A push through one shared file, both ends: every rank writes its pieces, every server on the host maps it.
 
 The file lives in /dev/shm, mode 0600, as large as the model, and stays between pushes: the second push then touches no
 new page, and a server that joins late can be brought up from it. Left out: other hosts (transport tcp or nccl).
@@ -10,40 +10,17 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_t1.models.ops import Piece
-from megatron_t1.push.wire import ALIGNMENT, PieceSpec, TensorSpec, digest, digest_kind
-from megatron_t1.weights.plan import Plan
+from megatron_t1.push.digests import digest, digest_kind
+from megatron_t1.push.layout import PieceSpec
 
 SHM_DIR = Path("/dev/shm")
 _FILE_NAME = re.compile(r"t1-weights-(\d+)-\w+")
-
-
-def layout(plan: Plan) -> tuple[list[TensorSpec], list[PieceSpec], int]:
-    """Where each tensor lies in the file, which parts it is made of, and the file's size in bytes."""
-    tensors, pieces, offset = [], [], 0
-    for i, tensor in enumerate(plan.tensors):
-        spec = TensorSpec(tensor.name, str(tensor.dtype).removeprefix("torch."), tensor.shape, offset)
-        tensors.append(spec)
-        offset = -(-(offset + spec.num_bytes) // ALIGNMENT) * ALIGNMENT
-        for part in tensor.parts:
-            start, stop = zip(*part.index, strict=True) if part.index else ((), ())
-            pieces.append(PieceSpec(i, tuple(start), tuple(stop), part.rank))
-    return tensors, pieces, offset
-
-
-def init_info(tensors: Sequence[TensorSpec], pieces: Sequence[PieceSpec], num_bytes: int) -> dict[str, Any]:
-    """What every worker is told once, as JSON."""
-    return {
-        "num_bytes": num_bytes,
-        "tensors": [[t.name, t.dtype, t.shape, t.offset] for t in tensors],
-        "pieces": [[p.tensor, p.start, p.stop, p.rank] for p in pieces],
-    }
 
 
 class SharedFile:
@@ -51,38 +28,55 @@ class SharedFile:
 
     def __init__(self, num_bytes: int, path: str | None = None) -> None:
         self.owner = path is None
-        if path is None:
-            _sweep()
-            path = str(SHM_DIR / f"t1-weights-{os.getpid()}-{secrets.token_hex(8)}")
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, num_bytes)  # a full /dev/shm must fail here, not as SIGBUS while writing
-            except OSError as error:
-                os.close(fd)
-                os.unlink(path)
-                free = os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize
-                raise RuntimeError(
-                    f"the weights need {num_bytes} bytes in {SHM_DIR}, {free} are free ({error.strerror}): "
-                    "make room there, or use rollout.transport=tcp"
-                ) from None
-        else:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self.path = path
-        try:
-            self.buffer = torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
-        finally:
-            os.close(fd)
+        self.path = path or _create(num_bytes)
+        self.buffer = map_shared(self.path, num_bytes)
 
-    def write(self, mine: Sequence[Piece], tensors: dict[str, TensorSpec]) -> Iterator[str]:
+    def write(self, views: list[tuple[torch.Tensor, PieceSpec]]) -> Iterator[str]:
         """Writes this rank's pieces and yields the digest of each one's source, in order."""
-        for piece in mine:
-            target = tensors[piece.name].view(self.buffer)[piece.index]
-            target.view(piece.view.shape).copy_(piece.view)
-            yield digest(piece.view, digest_kind(piece.view, target.shape))
+        for view, piece in views:
+            piece.view(self.buffer).view(view.shape).copy_(view)
+            yield digest(view, digest_kind(view, piece.shape))
 
     def close(self) -> None:
         if self.owner:
             Path(self.path).unlink(missing_ok=True)
+
+
+def _create(num_bytes: int) -> str:
+    _sweep()
+    path = str(SHM_DIR / f"t1-weights-{os.getpid()}-{secrets.token_hex(8)}")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)  # a full /dev/shm must fail here, not as SIGBUS while writing
+    except OSError as error:
+        os.unlink(path)
+        free = os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize
+        raise RuntimeError(
+            f"the weights need {num_bytes} bytes in {SHM_DIR}, {free} are free ({error.strerror}): "
+            "make room there, or use rollout.transport = tcp"
+        ) from None
+    finally:
+        os.close(fd)
+    return path
+
+
+def map_shared(path: str, num_bytes: int) -> torch.Tensor:
+    """Maps a file of /dev/shm as uint8 [num_bytes]; refuses links, other people's files and files open to others."""
+    if Path(path).parent != SHM_DIR:
+        raise ValueError(f"{path!r} is not in {SHM_DIR}")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not on this host: use rollout.transport = tcp for servers elsewhere") from None
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+            raise ValueError(f"{path} is not a private file of this user")
+        if info.st_size != num_bytes:
+            raise ValueError(f"{path} has {info.st_size} bytes, {num_bytes} were announced")
+        return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
+    finally:
+        os.close(fd)
 
 
 def _sweep() -> None:

@@ -11,7 +11,6 @@ for the servers. What lies between runs beside the servers' loading.
 
 from __future__ import annotations
 
-import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -23,12 +22,13 @@ import torch
 
 from megatron_t1.models.ops import Piece
 from megatron_t1.push.fanout import Fanout
+from megatron_t1.push.layout import Layout
 from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
-from megatron_t1.push.shm import layout
 from megatron_t1.push.transports import Push, open_transport
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
+from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import HFFolder
 from megatron_t1.weights.plan import Plan
 
@@ -60,8 +60,8 @@ class WeightSync:
         if (self.ranks.rank == 0) != (servers is not None):
             raise ValueError(f"WeightSync: rank {self.ranks.rank} got servers={servers}; rank 0, and only it, has them")
         self.plan = Plan(pieces, self.ranks.group)
-        self.num_bytes = layout(self.plan)[2]
-        self._transport = open_transport(self.plan, self.ranks, cfg, servers)
+        self.layout = Layout.of(self.plan)
+        self._transport = open_transport(self.plan, self.layout, self.ranks, cfg, servers)
         self._fanout = Fanout(servers) if servers is not None else None
         self._version: int | None = None
         self._digests: list[str] = []
@@ -124,7 +124,7 @@ class WeightSync:
             raise (NoServerError if outcome["servers_lost"] else SyncError)(outcome["error"])
         return PushReport(
             version=self._version,
-            num_bytes=self.num_bytes,
+            num_bytes=self.layout.num_bytes,
             stall_s=self._stall_s + time.monotonic() - began,
             total_s=outcome["total_s"],
             seconds=outcome["seconds"],
@@ -144,7 +144,7 @@ class WeightSync:
         try:
             self._deliver(self._version, late).result()
         except SyncError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            warn(str(error))
         return [server.name for server in late if server.version == self._version and not server.unusable]
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class WeightSync:
         try:
             self.servers.poll()
         except ServerError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            warn(str(error))
         return self.servers.alive()
 
     def _deliver(self, version: int, targets: list[Server]) -> Future[float]:

@@ -30,7 +30,7 @@ TrainerLogprobs = Callable[[list[tuple[list[int], list[int]]]], list[np.ndarray]
 """Collective: (prompt, response) pairs -> the trainer's logprobs of each response at temperature 1, on every rank."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
     """One prompt at one server: mean absolute differences of logprobs, in nats."""
 
@@ -69,14 +69,12 @@ class SyncCheck:
         head = f"{'server':<24} {'prompt':>6} {'before':>9} {'after':>9} {'moved':>9}  verdict"
         lines = [head, *(self._line(row) for row in self.rows)]
         lines += [f"{name}: {why}" for name, why in self.failed.items()]
-        return "\n".join(
-            [
-                *lines,
-                f"pushed {self.num_tensors} tensors, {self.report.num_bytes / 1e6:.1f} MB, as version "
-                f"{self.report.version} in {self.report.total_s:.2f} s; before, after: mean |server - trainer| of "
-                f"logprobs, moved: |after - before|, tolerance {self.tolerance:g}",
-            ]
+        lines.append(
+            f"pushed {self.num_tensors} tensors, {self.report.num_bytes / 1e6:.1f} MB, as version "
+            f"{self.report.version} in {self.report.total_s:.2f} s; before, after: mean |server - trainer| of "
+            f"logprobs, moved: |after - before|, tolerance {self.tolerance:g}"
         )
+        return "\n".join(lines)
 
     def _line(self, row: Row) -> str:
         numbers = " ".join(f"{value:9.1e}" for value in (row.before, row.after, row.moved))
@@ -117,22 +115,16 @@ def sync_check(
     answers = [*before.values(), *after.values()]
     asked = [(prompt, sample) for samples in answers for prompt, sample in zip(prompts, samples, strict=True)]
     pairs = sync.ranks.from_0("answers", [(prompt, sample.token_ids.tolist()) for prompt, sample in asked])
-    own = iter(trainer_logprobs([(prompt, response) for prompt, response in pairs]))
-    off = {id(sample): float(np.abs(sample.logprobs - next(own)).mean()) for _, sample in asked}
+    trainers = iter(trainer_logprobs([(prompt, response) for prompt, response in pairs]))
+    off = {id(sample): float(np.abs(sample.logprobs - next(trainers)).mean()) for _, sample in asked}
     rows = [
-        Row(
-            server=name,
-            prompt_tokens=len(prompt),
-            before=off[id(old)],
-            after=off[id(new)],
-            moved=_moved(old, new),
-        )
+        [name, len(prompt), off[id(old)], off[id(new)], _moved(old, new)]
         for name in before
         if name in after
         for prompt, old, new in zip(prompts, before[name], after[name], strict=True)
     ]
-    found: Any = sync.ranks.from_0("rows", [[vars(row) for row in rows], failed])
-    return SyncCheck([Row(**row) for row in found[0]], found[1], report, len(sync.plan.tensors), tolerance)
+    rows, failed = sync.ranks.from_0("rows", [rows, failed])
+    return SyncCheck([Row(*row) for row in rows], failed, report, len(sync.plan.tensors), tolerance)
 
 
 class _NoText:

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from megatron_t1.push.wire import PieceSpec, TensorSpec
+from megatron_t1.push.layout import Layout, PieceSpec
+from megatron_t1.weights.buffers import bytes_of
 
 CHUNK_BYTES = 16 << 20
 _MAX_FETCHES = 16
@@ -26,11 +27,8 @@ _MAX_FETCHES = 16
 class PieceServer:
     """Serves one rank's pieces from its construction until `close`; every connection on a thread of its own."""
 
-    def __init__(
-        self, pieces: Sequence[tuple[torch.Tensor, tuple[int, ...]]], host: str, token: str, timeout_s: float
-    ) -> None:
-        """`pieces`: numbers, and the shape that they have in the Hugging Face tensor."""
-        self._pieces = pieces
+    def __init__(self, views: list[tuple[torch.Tensor, PieceSpec]], host: str, token: str, timeout_s: float) -> None:
+        self._views = views
         self._token = token.encode()
         self._timeout_s = timeout_s
         self._listener = socket.create_server((host, 0), backlog=128)
@@ -75,16 +73,15 @@ class PieceServer:
             _receive(connection, memoryview(given))
             if not hmac.compare_digest(given, self._token):
                 return
-            for view, shape in self._pieces:
-                for chunk in _chunks(view.reshape(shape)):
-                    connection.sendall(_bytes_of(chunk.detach().contiguous().cpu()))
+            for view, piece in self._views:
+                for chunk in _chunks(view.reshape(piece.shape)):
+                    connection.sendall(bytes_of(chunk.detach().contiguous().cpu()))
 
 
 def fetch(
     sources: Sequence[tuple[int, str, int]],
     token: str,
-    tensors: Sequence[TensorSpec],
-    pieces: Sequence[PieceSpec],
+    layout: Layout,
     buffer: torch.Tensor,
     timeout_s: float,
 ) -> None:
@@ -100,13 +97,11 @@ def fetch(
         try:
             with socket.create_connection((host, port), timeout=timeout_s) as connection:
                 connection.sendall(token.encode())
-                for piece in pieces:
-                    if piece.rank != rank:
-                        continue
-                    at = tensors[piece.tensor].name
-                    for chunk in _chunks(tensors[piece.tensor].view(buffer)[piece.index]):
+                for piece in layout.of_rank(rank):
+                    at = piece.tensor.name
+                    for chunk in _chunks(piece.view(buffer)):
                         whole = chunk if chunk.is_contiguous() else torch.empty(chunk.shape, dtype=chunk.dtype)
-                        _receive(connection, _bytes_of(whole))
+                        _receive(connection, bytes_of(whole))
                         if whole is not chunk:
                             chunk.copy_(whole)
         except (OSError, EOFError) as error:
@@ -115,13 +110,6 @@ def fetch(
     with ThreadPoolExecutor(min(_MAX_FETCHES, len(sources))) as pool:
         for _ in pool.map(one, sources):
             pass
-
-
-def address_towards(host: str) -> str:
-    """This host's own address as `host` sees it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # no packet is sent
-        return str(probe.getsockname()[0])
 
 
 def _end(sock: socket.socket) -> None:
@@ -136,10 +124,6 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         tensor = tensor[None]
     row_bytes = tensor[0].numel() * tensor.element_size()
     yield from tensor.split(max(1, CHUNK_BYTES // row_bytes))
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def _receive(connection: socket.socket, target: memoryview) -> None:

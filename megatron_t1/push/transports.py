@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,12 +29,14 @@ from urllib.parse import urlsplit
 
 import torch
 
+from megatron_t1.push.digests import digest, digest_kind
 from megatron_t1.push.fanout import Fanout
+from megatron_t1.push.layout import Layout
 from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
-from megatron_t1.push.shm import SharedFile, init_info, layout
-from megatron_t1.push.tcp import PieceServer, address_towards
-from megatron_t1.push.wire import digest, digest_kind
+from megatron_t1.push.shm import SharedFile
+from megatron_t1.push.tcp import PieceServer
 from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.process import own_address, reserve_port
 from megatron_t1.servers.server import Server
 from megatron_t1.servers.servers import Servers
 from megatron_t1.weights.plan import Plan
@@ -62,7 +63,7 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
-def open_transport(plan: Plan, ranks: Ranks, cfg: RolloutConfig, servers: Servers | None) -> Transport:
+def open_transport(plan: Plan, layout: Layout, ranks: Ranks, cfg: RolloutConfig, servers: Servers | None) -> Transport:
     """The transport of the configuration, the same on all ranks.
 
     Raises:
@@ -73,23 +74,21 @@ def open_transport(plan: Plan, ranks: Ranks, cfg: RolloutConfig, servers: Server
         return NcclTransport(plan, ranks)
     if name == "shm" and not ranks.on_one_host:
         if cfg.transport == "shm":
-            raise ValueError("rollout.transport=shm: the trainer's ranks are on several hosts; use tcp")
+            raise ValueError("rollout.transport = shm must be tcp: the trainer's ranks are on several hosts")
         name = "tcp"
-    return ShmTransport(plan, ranks) if name == "shm" else TcpTransport(plan, ranks)
+    return (ShmTransport if name == "shm" else TcpTransport)(plan, layout, ranks)
 
 
 class ShmTransport:
-    def __init__(self, plan: Plan, ranks: Ranks) -> None:
-        tensors, pieces, num_bytes = layout(plan)
-        self._mine = plan.mine()
-        self._tensors = {tensor.name: tensor for tensor in tensors}
-        created = SharedFile(num_bytes) if ranks.rank == 0 else None
+    def __init__(self, plan: Plan, layout: Layout, ranks: Ranks) -> None:
+        self._views = layout.views(plan)
+        created = SharedFile(layout.num_bytes) if ranks.rank == 0 else None
         path = ranks.from_0("set-up", created.path if created else None)
-        self.file = created or SharedFile(num_bytes, path)
-        self._init_info = {"path": path, **init_info(tensors, pieces, num_bytes)}
+        self.file = created or SharedFile(layout.num_bytes, path)
+        self._init_info = {"path": path, **layout.to_json()}
 
     def prepare(self) -> list[str]:
-        return list(self.file.write(self._mine, self._tensors))
+        return list(self.file.write(self._views))
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
         push.weights_free()
@@ -105,15 +104,13 @@ class ShmTransport:
 
 
 class TcpTransport:
-    def __init__(self, plan: Plan, ranks: Ranks) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, layout: Layout, ranks: Ranks) -> None:
+        self._views = layout.views(plan)
         self._ranks = ranks
-        tensors, pieces, num_bytes = layout(plan)
-        self._init_info = {"timeout_s": ranks.timeout_s, **init_info(tensors, pieces, num_bytes)}
+        self._init_info = {"timeout_s": ranks.timeout_s, **layout.to_json()}
 
     def prepare(self) -> list[str]:
-        shapes = {tensor.name: tensor.shape for tensor in self._plan.tensors}
-        return [digest(piece.view, digest_kind(piece.view, shapes[piece.name])) for piece in self._plan.mine()]
+        return [digest(view, digest_kind(view, piece.shape)) for view, piece in self._views]
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
         begun = None
@@ -127,8 +124,7 @@ class TcpTransport:
         if begun is None:
             return
         token, hosts = begun
-        mine = [(piece.view, tuple(s.stop - s.start for s in piece.index)) for piece in self._plan.mine()]
-        with PieceServer(mine, self._own_address(hosts), token, self._ranks.timeout_s) as server:
+        with PieceServer(self._views, self._listen_at(hosts), token, self._ranks.timeout_s) as server:
             addresses = self._ranks.to_0("listen", server.address)
             try:
                 if fanout is not None:
@@ -147,13 +143,13 @@ class TcpTransport:
     def close(self) -> None:
         pass
 
-    def _own_address(self, server_hosts: list[str]) -> str:
+    def _listen_at(self, server_hosts: list[str]) -> str:
         """Where this rank listens: the loopback address, unless servers or ranks are on other hosts."""
         others = list(server_hosts)
         if not self._ranks.on_one_host:
             others.append(os.environ["MASTER_ADDR"])
-        towards = [address_towards(host) for host in others]
-        return next((address for address in towards if not address.startswith("127.")), towards[0])
+        addresses = [own_address(towards=host) for host in others]
+        return next((address for address in addresses if not address.startswith("127.")), addresses[0])
 
 
 class NcclTransport:
@@ -212,10 +208,9 @@ class NcclTransport:
     def _new_meeting(self, fanout: Fanout) -> tuple[str, int, int]:
         """Rendezvous address and size of a new group: trainer rank 0 and every worker of every server."""
         fanout.forget()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        return address_towards(_host(fanout.targets[0])), port, 1 + fanout.count_workers()
+        with reserve_port("", 0) as holder:
+            port = holder.getsockname()[1]
+        return own_address(towards=_host(fanout.targets[0])), port, 1 + fanout.count_workers()
 
 
 def _nccl_source(plan: Plan) -> Any:

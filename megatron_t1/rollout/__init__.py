@@ -1,0 +1,1 @@
+"""Asking for responses: vLLM servers by token ids (client), chat endpoints by messages (endpoint)."""

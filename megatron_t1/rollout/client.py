@@ -147,8 +147,9 @@ class RolloutClient:
                 raise ValueError(f"{label}: token ids must be in [0, {self.vocab_size}) and not empty")
             if usable and len(ids) + sampling.max_new_tokens > limit:
                 raise ValueError(
-                    f"{label}: {len(ids)} prompt tokens + max_new_tokens={sampling.max_new_tokens} exceed the servers' "
-                    f"max_model_len={limit}: raise rollout.max_model_len, lower max_new_tokens or drop the prompt"
+                    f"{label}: {len(ids)} prompt tokens + sampling.max_new_tokens = {sampling.max_new_tokens} "
+                    f"exceed the servers' max_model_len = {limit}: raise rollout.max_model_len, lower max_new_tokens "
+                    "or drop the prompt"
                 )
             requests.append(
                 [Request(label, ids, min(chunk, count - j), seed + j, sampling) for j in range(0, count, chunk)]
@@ -216,7 +217,7 @@ class RolloutClient:
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 failures[server.url] = failures.get(server.url, 0) + 1
                 if isinstance(error, TimeoutError):
-                    server.unusable = f"no answer within rollout.request_timeout_s={self.cfg.request_timeout_s:g} s"
+                    server.unusable = f"no answer within rollout.request_timeout_s = {self.cfg.request_timeout_s:g} s"
                 elif failures[server.url] >= self.cfg.connect_retries:
                     server.unusable = f"{failures[server.url]} connection errors, the last one: {error!r}"
             finally:
@@ -266,7 +267,7 @@ class RolloutClient:
 
     async def _check_contract(self, token_ids: list[int]) -> None:
         for server in self.servers.usable():
-            found: list[dict[int, float]] = []
+            logprobs: list[dict[int, float]] = []
             for temperature in (1.0, 2.0):
                 sampling = SamplingConfig(temperature=temperature, num_samples=1, max_new_tokens=1)
                 body = _body(Request("contract", token_ids, 1, 0, sampling))
@@ -274,13 +275,13 @@ class RolloutClient:
                 raw = await self._post(server, body)
                 try:
                     top = msgspec.json.decode(raw)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-                    found.append({int(entry["token_id"]): float(entry["logprob"]) for entry in top})
+                    logprobs.append({int(entry["token_id"]): float(entry["logprob"]) for entry in top})
                 except (KeyError, IndexError, TypeError, ValueError) as error:
                     raise ServerError(f"server {server.name} returned no top logprobs: {error!r}") from None
-            common = sorted(found[0].keys() & found[1].keys(), key=found[0].__getitem__)
+            common = sorted(logprobs[0].keys() & logprobs[1].keys(), key=logprobs[0].__getitem__)
             if len(common) < 2:
                 raise ServerError(f"server {server.name} returned other top tokens at temperature 2 than at 1")
-            at_1, at_2 = (values[common[-1]] - values[common[0]] for values in found)
+            at_1, at_2 = (values[common[-1]] - values[common[0]] for values in logprobs)
             if not math.isclose(at_1, 2 * at_2, rel_tol=1e-2, abs_tol=1e-3):
                 raise ServerError(
                     f"server {server.name} returns logprobs that ignore the temperature (two tokens are {at_1:.4f} "
@@ -306,7 +307,7 @@ class RolloutClient:
     async def _check_health(self, server: Server) -> None:
         deadline_s = self.cfg.health_timeout_s
         if await asyncio.to_thread(server.hangs, deadline_s):
-            server.unusable = f"/health did not answer within rollout.health_timeout_s={deadline_s:g} s"
+            server.unusable = f"/health did not answer within rollout.health_timeout_s = {deadline_s:g} s"
             await self._sessions[server.url].close()
 
     async def _close_sessions(self) -> None:

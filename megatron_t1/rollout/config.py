@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_t1.fields import FieldError, above, at_least, http_only
+from megatron_t1.servers.keys import read_key
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -81,12 +82,7 @@ class EndpointConfig:
             ValueError: a variable that is not set, a file that is missing or that others may read.
         """
         if self.key_file:
-            path = Path(self.key_file)
-            if not path.is_file():
-                raise ValueError(f"endpoint key_file={path}: no such file")
-            if path.stat().st_mode & 0o077:
-                raise ValueError(f"endpoint key_file={path}: readable by others; chmod 600 it")
-            return path.read_text().strip()
+            return read_key(Path(self.key_file))
         if self.key_env and not os.environ.get(self.key_env):
-            raise ValueError(f"endpoint key_env={self.key_env}: the environment has no such variable")
+            raise ValueError(f"endpoint.key_env = {self.key_env} must be set: the environment has no such variable")
         return os.environ.get(self.key_env, "") if self.key_env else ""

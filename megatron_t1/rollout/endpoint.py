@@ -16,7 +16,6 @@ import contextlib
 import json
 import random
 import resource
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -25,13 +24,11 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
-from tqdm import tqdm
 
 from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.rollout.heap import frozen_heap
-from megatron_t1.types import FinishReason
-
-Message = dict[str, str]
+from megatron_t1.types import FinishReason, Message
+from megatron_t1.warn import warn
 
 _MAX_REPLY_BYTES = 64 << 20
 _MAX_PAUSE_S = 60.0
@@ -69,7 +66,7 @@ class ChatEndpoint:
     def __init__(self, cfg: EndpointConfig, key: str | None = None) -> None:
         """`key`: in place of the one that the config names."""
         if not cfg.urls:
-            raise ValueError("endpoint urls is empty: give the base URL of the endpoint")
+            raise ValueError("endpoint.urls is empty: give the base URL of the endpoint")
         self.cfg = cfg
         self.events: Counter[str] = Counter()
         """Requests, rate limits and failures by kind."""
@@ -150,7 +147,8 @@ class ChatEndpoint:
                 limited_since = limited_since or asked_at
                 if time.monotonic() + pause_s - limited_since > self.cfg.max_rate_limited_s:
                     raise NoAnswerError(
-                        f"{self.cfg.model}: rate limited for max_rate_limited_s={self.cfg.max_rate_limited_s:g} s"
+                        f"{self.cfg.model}: rate limited for longer than endpoint.max_rate_limited_s = "
+                        f"{self.cfg.max_rate_limited_s:g} s"
                     ) from None
             except (aiohttp.ClientError, TimeoutError, OSError, _GarbageError) as error:
                 kind = "timeout" if isinstance(error, TimeoutError) else type(error).__name__.strip("_")
@@ -169,7 +167,7 @@ class ChatEndpoint:
     def _count(self, kind: str, told: str) -> None:
         self.events[kind] += 1
         if self.events[kind] == 1:
-            tqdm.write(f"{self.cfg.model} at {told} (said once)", file=sys.stderr)
+            warn(f"{self.cfg.model} at {told} (said once)")
 
     async def _wait_for_hold(self) -> None:
         while (left := self._hold_until - time.monotonic()) > 0:

@@ -1,0 +1,1 @@
+"""The lives of the vLLM servers: started, found, watched, started again (servers.Servers is what others hold)."""

@@ -148,20 +148,25 @@ def gpus(cfg: RolloutConfig, visible: str | None, index: int) -> list[str]:
     return [names[number] for number in numbers]
 
 
-def own_address() -> str:
+def public_address() -> str:
     """This host's IPv4 address as other hosts see it: of its name, or, where that is an alias of loopback, of its
     default route."""
     with contextlib.suppress(OSError):
         address = socket.gethostbyname(socket.gethostname())
         if not address.startswith("127."):
             return address
+    try:
+        return own_address(towards="192.0.2.1")  # reserved for documentation
+    except OSError:
+        raise ServerError(
+            "rollout.host = auto: this host's address for other hosts can't be told; give it by number"
+        ) from None
+
+
+def own_address(*, towards: str) -> str:
+    """This host's IPv4 address as the host `towards` sees it; raises OSError when there is no route to it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # reserved for documentation; connecting a UDP socket sends nothing
-        except OSError:
-            raise ServerError(
-                "rollout.host = auto: this host's address for other hosts can't be told; give it by number"
-            ) from None
+        probe.connect((towards, 9))  # of a UDP socket: nothing is sent
         return str(probe.getsockname()[0])
 
 

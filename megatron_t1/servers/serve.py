@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.keys import KEY_FILE
 from megatron_t1.servers.process import has_weights
-from megatron_t1.servers.registry import KEY_FILE, Registry
+from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_t1.servers.config import RolloutConfig, Transport
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.sources import all_on_this_host, source_of
+from megatron_t1.warn import warn
 
 _MIN_PATIENCE_S = 120.0
 """For the other servers, once one is there."""
@@ -122,7 +123,7 @@ class Servers:
             for index, server in enumerate(self.all):
                 if server.was_killed() and killed[index] < _MAX_KILLED_STARTS:
                     killed[index] += 1
-                    print(f"server {server.name} was killed and is started again", file=sys.stderr, flush=True)
+                    warn(f"server {server.name} was killed and is started again")
                     self.all[index] = self._source.again(index, server)
             ended = [server for server in self.all if server.exited()]
             if ended and len(self.all) - len(ended) < wanted:
@@ -130,7 +131,7 @@ class Servers:
             now = time.monotonic()
             if now > deadline:
                 if self.cfg.await_servers and self.alive():
-                    print(f"warning: {len(self.alive())} of {wanted} servers are there; going on", file=sys.stderr)
+                    warn(f"{len(self.alive())} of {wanted} servers are there; going on")
                     break
                 raise ServerError(self._describe_missing(wanted))
             if now - announced > 10:

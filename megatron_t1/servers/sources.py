@@ -12,45 +12,47 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from megatron_t1.servers.config import RolloutConfig, Transport
-from megatron_t1.servers.process import end_group, launch, own_address, reserve_port, signal_group
-from megatron_t1.servers.registry import KEY_FILE, REMOTE_KEY_ENV, Entry, Registry, new_key, read_key, shared_key
+from megatron_t1.servers.keys import KEY_FILE, REMOTE_KEY_ENV, new_key, read_key, shared_key
+from megatron_t1.servers.process import end_group, launch, public_address, reserve_port, signal_group
+from megatron_t1.servers.registry import Entry, Registry
 from megatron_t1.servers.server import Server, ServerError
 
 
-class Source(Protocol):
+class Source:
+    """Where servers come from; as it stands, servers that somebody else starts and ends."""
+
     awaited: int
     """Servers that a run begins with."""
 
     def open(self) -> list[Server]:
         """The servers known so far, not yet ready."""
-        ...
+        return []
 
     def look(self, servers: list[Server]) -> list[Server]:
         """Adds servers that came up elsewhere, in place of those that they replace; returns them."""
-        ...
+        return []
 
     def again(self, index: int, lost: Server) -> Server:
-        """The successor of a lost server, not ready."""
-        ...
+        """The successor of a lost server, not ready; of one elsewhere, another look at it."""
+        return Server(url=lost.url, key=lost.key, log_path=lost.log_path)
 
     def settled(self) -> None:
         """All servers listen."""
-        ...
 
-    def close(self, servers: list[Server]) -> None: ...
+    def close(self, servers: list[Server]) -> None:
+        """Ends the processes that were started here."""
 
 
-class Here:
+class LocalServers(Source):
     """vLLM processes of this host, ended by `close`."""
 
     def __init__(self, cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> None:
         self._cfg, self._model_dir, self._run_dir = cfg, model_dir, run_dir
         self._device, self._transport = device, transport
-        self._host = own_address() if cfg.host == "auto" else cfg.host
+        self._host = public_address() if cfg.host == "auto" else cfg.host
         self._key = ""
         self._reserved: list[socket.socket] = []
         self.awaited = cfg.num_servers
@@ -71,9 +73,6 @@ class Here:
             self.close(servers)
             raise
         return servers
-
-    def look(self, servers: list[Server]) -> list[Server]:
-        return []
 
     def again(self, index: int, lost: Server) -> Server:
         assert lost.process is not None
@@ -129,23 +128,7 @@ class Here:
         return int(holder.getsockname()[1])
 
 
-class _Elsewhere:
-    """Servers that somebody else starts and ends; a lost one is only looked at again."""
-
-    def look(self, servers: list[Server]) -> list[Server]:
-        return []
-
-    def again(self, index: int, lost: Server) -> Server:
-        return Server(url=lost.url, key=lost.key, log_path=lost.log_path)
-
-    def settled(self) -> None:
-        pass
-
-    def close(self, servers: list[Server]) -> None:
-        pass
-
-
-class Given(_Elsewhere):
+class GivenServers(Source):
     """Running servers of `rollout.urls`."""
 
     def __init__(self, cfg: RolloutConfig) -> None:
@@ -160,7 +143,7 @@ class Given(_Elsewhere):
         return [Server(url=url.rstrip("/"), key=key) for url in self._cfg.urls]
 
 
-class Announced(_Elsewhere):
+class AnnouncedServers(Source):
     """Servers that `t1 serve` starts, watches and starts again on other hosts; as many as announce themselves."""
 
     def __init__(self, cfg: RolloutConfig, run_dir: Path) -> None:
@@ -169,9 +152,6 @@ class Announced(_Elsewhere):
         self._known: dict[str, Entry] = {}
         self.awaited = cfg.await_servers
 
-    def open(self) -> list[Server]:
-        return []
-
     def look(self, servers: list[Server]) -> list[Server]:
         fresh = []
         for name, entry in self._registry.entries().items():
@@ -179,11 +159,11 @@ class Announced(_Elsewhere):
             if entry == before:
                 continue
             server = Server(url=entry.url, key=read_key(self._key_path), log_path=Path(entry.log))
-            places = [i for i, old in enumerate(servers) if before and old.url == before.url]
-            if places:
-                servers[places[0]] = server
-            else:
+            replaced = next((i for i, old in enumerate(servers) if before and old.url == before.url), None)
+            if replaced is None:
                 servers.append(server)
+            else:
+                servers[replaced] = server
             self._known[name] = entry
             fresh.append(server)
         return fresh
@@ -191,10 +171,10 @@ class Announced(_Elsewhere):
 
 def source_of(cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> Source:
     if cfg.urls:
-        return Given(cfg)
+        return GivenServers(cfg)
     if cfg.await_servers:
-        return Announced(cfg, run_dir)
-    return Here(cfg, model_dir, run_dir, device, transport)
+        return AnnouncedServers(cfg, run_dir)
+    return LocalServers(cfg, model_dir, run_dir, device, transport)
 
 
 def all_on_this_host(cfg: RolloutConfig) -> bool:

@@ -24,9 +24,9 @@ from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.endpoint import ChatEndpoint, RefusedError, Reply
 from megatron_t1.synthesize.config import SynthesizeConfig
 from megatron_t1.synthesize.filters import chain_is_unfit, question_is_unfit
-from megatron_t1.synthesize.prompts import Message, Prompts, Stage
+from megatron_t1.synthesize.prompts import Prompts, Stage
 from megatron_t1.synthesize.store import Store
-from megatron_t1.types import Reward, text_sample
+from megatron_t1.types import Message, Reward, text_sample
 
 T = TypeVar("T")
 
@@ -109,9 +109,12 @@ class Workshop:
         try:
             await self._attempt(outcome)
             await self._critique(outcome)
-            chain = await self._integrate(outcome)
+            attempts = list(outcome.used)
+            chain = await self._draft(outcome, "integrate", self.cfg.integrate_with, attempts=attempts)
+            outcome.integrated = chain
             if self.cfg.rewrite:
-                chain = await self._rewrite(outcome, chain)
+                chain = await self._draft(outcome, "rewrite", self.cfg.rewrite_with, chain=chain)
+                outcome.rewritten = chain
             await self._respond(outcome, chain)
         except Dropped as reason:
             outcome.dropped = str(reason)
@@ -161,21 +164,16 @@ class Workshop:
         if self.cfg.require_wrong and all(attempt.correct for attempt in outcome.used):
             raise Dropped("the critic finds no fault with the wrong attempts")
 
-    async def _integrate(self, outcome: Outcome) -> str:
-        outcome.reached = "integrate"
-        name = self.cfg.integrate_with or next(iter(self.endpoints))
-        reply = await self._ask(
-            outcome, "integrate", name, 0, question=outcome.question.text, attempts=list(outcome.used)
-        )
-        outcome.integrated = self._finished(self.prompts["integrate"], reply)
-        return outcome.integrated
-
-    async def _rewrite(self, outcome: Outcome, chain: str) -> str:
-        outcome.reached = "rewrite"
-        name = self.cfg.rewrite_with or next(iter(self.endpoints))
-        reply = await self._ask(outcome, "rewrite", name, 0, question=outcome.question.text, chain=chain)
-        outcome.rewritten = self._finished(self.prompts["rewrite"], reply)
-        return outcome.rewritten
+    async def _draft(self, outcome: Outcome, name: str, endpoint: str, **values: Any) -> str:
+        """The chain that a stage makes of the one before."""
+        outcome.reached = name
+        endpoint = endpoint or next(iter(self.endpoints))
+        reply = await self._ask(outcome, name, endpoint, 0, question=outcome.question.text, **values)
+        if reply.finish_reason == "length":
+            raise Dropped(f"{name}: cut at max_tokens")
+        if not (text := _kept(self.prompts[name], reply)):
+            raise Dropped(f"{name}: empty or never closed its thinking")
+        return text
 
     async def _respond(self, outcome: Outcome, chain: str) -> None:
         outcome.reached = "filter"
@@ -188,15 +186,6 @@ class Workshop:
         reward = await self.scorer.score(outcome.question.prompt(None), text_sample(response, "stop"))
         if reason := chain_is_unfit(self.cfg.filter, response, reward, outcome.question.text):
             raise Dropped(reason)
-
-    @staticmethod
-    def _finished(stage: Stage, reply: Reply) -> str:
-        """The chain of a reply that came to its end."""
-        if reply.finish_reason == "length":
-            raise Dropped(f"{stage.name}: cut at max_tokens")
-        if not (text := _kept(stage, reply)):
-            raise Dropped(f"{stage.name}: empty or never closed its thinking")
-        return text
 
     async def _grade(self, question: Question, reply: Reply) -> Reward:
         return await self.scorer.score(question.prompt(None), text_sample(reply.text, reply.finish_reason))
@@ -239,11 +228,11 @@ class Workshop:
 
 async def _all(tasks: Iterable[Awaitable[T]]) -> list[T]:
     """Their results; the first error in their order, once all have ended: what a question costs is then no accident."""
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in found:
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
         if isinstance(result, BaseException):
             raise result
-    return found  # type: ignore[return-value]
+    return results  # type: ignore[return-value]
 
 
 def _kept(stage: Stage, reply: Reply) -> str | None:

@@ -49,7 +49,7 @@ def chain_is_unfit(cfg: FilterConfig, response: str, reward: Reward, question: s
     if not cfg.min_chars <= len(response) <= cfg.max_chars:
         return "too short" if len(response) < cfg.min_chars else "too long"
     for pattern in (*GIVE_AWAY, *cfg.give_away):
-        found = re.search(pattern, response, re.I)
-        if found and found.group().lower() not in question.lower():
+        phrase = re.search(pattern, response, re.I)
+        if phrase and phrase.group().lower() not in question.lower():
             return "gives the answer or the attempts away"
     return None

@@ -21,7 +21,8 @@ import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-Message = dict[str, str]
+from megatron_t1.types import Message
+
 STAGES = ("attempt", "critique", "integrate", "rewrite")
 _DEFAULTS = Path(__file__).parent / "prompts"
 _ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -66,15 +67,15 @@ def load(folder: Path | None) -> Prompts:
         ValueError: a file that is no such YAML or template, named.
     """
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"prompts={folder} is not a folder")
+        raise ValueError(f"prompts = {folder} must be a folder")
     if folder is not None:
         known = {*(f"{name}.yaml" for name in STAGES), "response.j2"}
         if unknown := sorted(path.name for path in folder.iterdir() if path.name not in known):
-            raise ValueError(f"prompts={folder}: {unknown} are none of {sorted(known)}")
+            raise ValueError(f"prompts = {folder} must hold prompt files alone: {unknown} are none of {sorted(known)}")
 
     def find(name: str) -> Path:
-        own = folder / name if folder else None
-        return own if own and own.exists() else _DEFAULTS / name
+        edited = folder / name if folder else None
+        return edited if edited and edited.exists() else _DEFAULTS / name
 
     response = find("response.j2")
     return Prompts(
@@ -84,18 +85,18 @@ def load(folder: Path | None) -> Prompts:
 
 def _stage(name: str, path: Path) -> Stage:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not isinstance(found.get("messages"), list):
+        stage = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(stage, dict) or not isinstance(stage.get("messages"), list):
             raise ValueError("must be a mapping with `messages`, a list")
         messages = []
-        for message in found.pop("messages"):
+        for message in stage.pop("messages"):
             if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
                 raise ValueError(f"message {message!r} needs `role` (system, user or assistant) and `content`")
             messages.append((message["role"], _template(path, str(message.get("content", "")))))
-        expect = {kind: re.compile(pattern) for kind, pattern in found.pop("expect", {}).items()}
+        expect = {kind: re.compile(pattern) for kind, pattern in stage.pop("expect", {}).items()}
         if unknown := set(expect) - {"right", "wrong"}:
             raise ValueError(f"`expect` has {sorted(unknown)}; it takes right and wrong")
-        fields = {**found, "stop": tuple(found.get("stop", ()))}
+        fields = {**stage, "stop": tuple(stage.get("stop", ()))}
         if unknown := set(fields) - {"temperature", "top_p", "max_tokens", "stop", "keep_thinking"}:
             raise ValueError(f"unknown keys {sorted(unknown)}")
         return Stage(name=name, messages=tuple(messages), expect=expect, **fields)

@@ -29,7 +29,7 @@ from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.rollout.endpoint import ChatEndpoint, NoAnswerError, run_workers
 from megatron_t1.servers.servers import open_servers
 from megatron_t1.synthesize import browse, prompts
-from megatron_t1.synthesize.chain import Workshop
+from megatron_t1.synthesize.chain import Outcome, Workshop
 from megatron_t1.synthesize.config import SynthesizeConfig
 from megatron_t1.synthesize.store import Store
 from megatron_t1.weights.digest import weights_digest
@@ -47,19 +47,18 @@ def synthesize(cfg: SynthesizeConfig) -> dict[str, Any]:
     out = Path(cfg.out)
     questions = load_set(cfg.questions, seed=cfg.seed, instruction=cfg.instruction)
     loaded = prompts.load(Path(cfg.prompts) if cfg.prompts else None)
-    keys = {name: endpoint.key() for name, endpoint in cfg.endpoints.items()}
-    configs = dict(cfg.endpoints)
-    identities: dict[str, Any] = {name: [own.model, own.extra_body] for name, own in configs.items()}
+    endpoints = {name: ChatEndpoint(config) for name, config in cfg.endpoints.items()}
+    identities: dict[str, Any] = {n: [config.model, config.extra_body] for n, config in cfg.endpoints.items()}
     with ExitStack() as stack:
         store = stack.enter_context(Store(out / "store.sqlite"))
         if cfg.model:
             identities["model"] = weights_digest(Path(cfg.model))
             servers = stack.enter_context(open_servers(cfg.rollout, cfg.model, out / "servers"))
-            own = EndpointConfig(urls=tuple(server.url for server in servers.all))
-            configs, keys["model"] = {"model": own, **configs}, servers.all[0].key
+            served = EndpointConfig(urls=tuple(server.url for server in servers.all))
+            endpoints = {"model": ChatEndpoint(served, servers.all[0].key), **endpoints}
         scorer = stack.enter_context(Scorer(cfg.reward))
         try:
-            asyncio.run(_run(cfg, questions, loaded, configs, keys, identities, scorer, store))
+            asyncio.run(_run(Workshop(cfg, loaded, endpoints, identities, scorer, store), questions))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"every reply so far is kept in {out / 'store.sqlite'}; the same command goes on from there"
@@ -72,29 +71,19 @@ def synthesize(cfg: SynthesizeConfig) -> dict[str, Any]:
     return summary
 
 
-async def _run(
-    cfg: SynthesizeConfig,
-    questions: list[Question],
-    loaded: prompts.Prompts,
-    configs: dict[str, EndpointConfig],
-    keys: dict[str, str],
-    identities: dict[str, Any],
-    scorer: Scorer,
-    store: Store,
-) -> None:
+async def _run(workshop: Workshop, questions: list[Question]) -> None:
+    cfg = workshop.cfg
     failures_in_a_row, most_failures = 0, min(cfg.max_failures_in_a_row, len(questions))
     totals: Counter[str] = Counter()
     async with AsyncExitStack() as stack:
-        endpoints = {
-            name: await stack.enter_async_context(ChatEndpoint(own, keys[name])) for name, own in configs.items()
-        }
-        workshop = Workshop(cfg, loaded, endpoints, identities, scorer, store)
+        for endpoint in workshop.endpoints.values():
+            await stack.enter_async_context(endpoint)
         waiting = iter(enumerate(questions))
         bar = stack.enter_context(tqdm(total=len(questions), desc="synthesize", unit=" question"))
 
         async def work() -> None:
             nonlocal failures_in_a_row
-            for place, question in waiting:  # all workers share one iterator
+            for number, question in waiting:  # all workers share one iterator
                 try:
                     row = (await workshop.make(question)).row()
                     failures_in_a_row = 0
@@ -106,7 +95,7 @@ async def _run(
                             f"the last error: {error}\nWhat came is kept: the same command goes on"
                         ) from None
                     row = _failed_row(question, str(error))
-                store.finish(place, row)
+                workshop.store.finish(number, row)
                 totals["kept"] += row["dropped"] is None
                 totals["tokens"] += sum(n for name, n in row["costs"].items() if name.endswith("/tokens"))
                 rate = totals["tokens"] / max(1e-9, bar.format_dict["elapsed"])
@@ -114,16 +103,14 @@ async def _run(
                 bar.update()
 
         await run_workers(min(cfg.questions_in_flight, len(questions)), work)
-        for name, endpoint in endpoints.items():
+        for name, endpoint in workshop.endpoints.items():
             said = ", ".join(f"{count} {event}" for event, count in endpoint.events.most_common())
             bar.write(f"{name}: {said or 'nothing was asked, all replies were stored'}")
 
 
 def _failed_row(question: Question, reason: str) -> dict[str, Any]:
     """A question that an endpoint left without an answer; the next run asks again."""
-    empty = dict.fromkeys(("integrated", "rewritten", "response"))
-    return {"id": question.id, "messages": question.messages, "gold": question.gold, "num_attempts": 0, "num_right": 0,
-            "attempts": [], **empty, "reached": "attempt", "dropped": f"failed: {reason}", "costs": {}}  # fmt: skip
+    return Outcome(question=question, dropped=f"failed: {reason}").row()
 
 
 def _sft_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ class Store:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT) WITHOUT ROWID")
-            self._db.execute("CREATE TABLE IF NOT EXISTS outcomes (place INTEGER PRIMARY KEY, row TEXT)")
-            self._db.execute("DELETE FROM outcomes")
+            self._db.execute("DROP TABLE IF EXISTS outcomes")
+            self._db.execute("CREATE TABLE outcomes (number INTEGER PRIMARY KEY, row TEXT)")
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(f"{path}: {error}; is another `t1 synthesize` at work in this folder?") from None
@@ -46,17 +46,17 @@ class Store:
         return hashlib.blake2b(json.dumps(request, sort_keys=True).encode(), digest_size=20).digest()
 
     def get(self, key: bytes) -> dict[str, Any] | None:
-        found = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return json.loads(found[0]) if found else None
+        row = self._db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
 
     def put(self, key: bytes, reply: dict[str, Any]) -> None:
         self._db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, json.dumps(reply)))
 
-    def finish(self, place: int, row: dict[str, Any]) -> None:
-        """What came of question number `place`."""
-        self._db.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?)", (place, json.dumps(row)))
+    def finish(self, number: int, row: dict[str, Any]) -> None:
+        """What came of question number `number`."""
+        self._db.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?)", (number, json.dumps(row)))
 
     def outcomes(self) -> Iterator[dict[str, Any]]:
         """In the order of the questions."""
-        for (row,) in self._db.execute("SELECT row FROM outcomes ORDER BY place"):
+        for (row,) in self._db.execute("SELECT row FROM outcomes ORDER BY number"):
             yield json.loads(row)

@@ -1,4 +1,4 @@
-"""Memory that is used again. Pages fresh from the kernel cost more than the bytes that are read into them."""
+"""The memory of tensors: as bytes, and used again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 import torch
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+
+
 class TwoBuffers:
-    """Tensors in two pieces of memory in turn, so that one is filled while the other is written somewhere."""
+    """Tensors in two pieces of memory in turn, so that one is filled while the other is written somewhere.
+
+    Pages fresh from the kernel cost more than the bytes that are read into them.
+    """
 
     def __init__(self) -> None:
         self._older, self._newer = (torch.empty(0, dtype=torch.uint8) for _ in range(2))

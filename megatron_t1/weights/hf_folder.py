@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_t1.weights.buffers import bytes_of
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {
@@ -65,24 +67,24 @@ class HFFolder:
         """
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
-        self._place: dict[str, tuple[Path, int]] = {}
+        self._location: dict[str, tuple[Path, int]] = {}
         indexed = _indexed(folder)
         for path in sorted(set(indexed.values())) if indexed else [folder / SINGLE]:
             for name, info, start in _contents(path):
-                if name in self._place:
-                    raise CheckpointError(f"tensor {name} is in {self._place[name][0].name} and in {path.name}")
+                if name in self._location:
+                    raise CheckpointError(f"tensor {name} is in {self._location[name][0].name} and in {path.name}")
                 if indexed and indexed.get(name) != path:
                     raise CheckpointError(f"{path} holds tensor {name}, which {INDEX} does not place there")
-                self.tensors[name], self._place[name] = info, (path, start)
-        if lost := sorted(indexed.keys() - self._place.keys()):
+                self.tensors[name], self._location[name] = info, (path, start)
+        if lost := sorted(indexed.keys() - self._location.keys()):
             raise CheckpointError(f"{folder / INDEX} lists {len(lost)} tensors that no file has, the first: {lost[:5]}")
 
     def file_of(self, name: str) -> Path:
-        return self._place[name][0]
+        return self._location[name][0]
 
     def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """The whole tensor, on the CPU; in the memory of `into` when given (contiguous, of its dtype and size)."""
-        info, (path, start) = self.tensors[name], self._place[name]
+        info, (path, start) = self.tensors[name], self._location[name]
         tensor = torch.empty(info.shape, dtype=info.dtype) if into is None else into
         with path.open("rb") as file:
             try:
@@ -120,11 +122,11 @@ def _indexed(folder: Path) -> dict[str, Path]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is listed twice")
-    return found
+    return entries
 
 
 def _contents(path: Path) -> Iterable[tuple[str, TensorInfo, int]]:
@@ -152,7 +154,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> None:
         self._folder, self._missing = folder, dict(tensors)
-        self._place: dict[str, tuple[Path, int]] = {}
+        self._location: dict[str, tuple[Path, int]] = {}
         shards: list[dict[str, TensorInfo]] = [{}]
         for name, info in tensors.items():
             if shards[-1] and sum(i.num_bytes for i in shards[-1].values()) + info.num_bytes > max_shard_bytes:
@@ -163,7 +165,7 @@ class ShardWriter:
             self._lay_out(
                 folder / (SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"), shard
             )
-        self.paths = sorted({path for path, _ in self._place.values()})
+        self.paths = sorted({path for path, _ in self._location.values()})
 
     def _lay_out(self, path: Path, shard: dict[str, TensorInfo]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -176,14 +178,14 @@ class ShardWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         path.write_bytes(len(text).to_bytes(8, "little") + text)
-        self._place |= {name: (path, 8 + len(text) + start) for name, start in places.items()}
+        self._location |= {name: (path, 8 + len(text) + start) for name, start in places.items()}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Every tensor once, with the dtype and shape that were announced."""
-        announced, found = self._missing.pop(name), TensorInfo(tensor.dtype, tuple(tensor.shape))
-        if announced != found:
-            raise CheckpointError(f"tensor {name} is {found}, announced was {announced}")
-        path, start = self._place[name]
+        announced, given = self._missing.pop(name), TensorInfo(tensor.dtype, tuple(tensor.shape))
+        if announced != given:
+            raise CheckpointError(f"tensor {name} is {given}, announced was {announced}")
+        path, start = self._location[name]
         with path.open("rb+") as file:
             file.seek(start)
             file.write(bytes_of(tensor.contiguous()))
@@ -196,7 +198,7 @@ class ShardWriter:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         if len(self.paths) > 1:
-            weight_map = {name: path.name for name, (path, _) in self._place.items()}
+            weight_map = {name: path.name for name, (path, _) in self._location.items()}
             total = sum(path.stat().st_size - _header_bytes(path) for path in self.paths)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
@@ -205,11 +207,6 @@ class ShardWriter:
 def _header_bytes(path: Path) -> int:
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
 
 
 def read_bytes(file: BinaryIO, start: int, into: torch.Tensor) -> None:

@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.utils.serialization import config
 
 from megatron_t1.files import write_json
-from megatron_t1.weights.hf_folder import CheckpointError, bytes_of, read_bytes
+from megatron_t1.weights.buffers import bytes_of
+from megatron_t1.weights.hf_folder import CheckpointError, read_bytes
 
 _INDEX = ".metadata"
 _FORMAT = {
@@ -107,7 +108,7 @@ class TorchDistReader:
             raise CheckpointError(f"{folder / _INDEX} is not the index of a checkpoint: {error}") from None
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{folder / _INDEX} is not the index of a checkpoint")
-        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._stored_at: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: stored
             for key, stored in metadata.state_dict_metadata.items()
@@ -141,15 +142,15 @@ class TorchDistReader:
     def _load(self, key: str, chunk: ChunkStorageMetadata, there: tuple[slice, ...], into: torch.Tensor) -> None:
         """Fill `into` with a part of a chunk: by plain reads when it is one run of bytes in the file and in memory."""
         where = f"{self.folder}: {key} at {tuple(chunk.offsets)}"
-        place = self._places.get(MetadataIndex(key, chunk.offsets))
-        if place is None or place.transform_descriptors:
+        storage = self._stored_at.get(MetadataIndex(key, chunk.offsets))
+        if storage is None or storage.transform_descriptors:
             raise CheckpointError(f"{where} is not stored, or compressed")
-        path = self.folder / place.relative_path
+        path = self.folder / storage.relative_path
         if path.parent != self.folder or not path.is_file():
-            raise CheckpointError(f"{where} is said to be in {place.relative_path}, which is not in the folder")
+            raise CheckpointError(f"{where} is said to be in {storage.relative_path}, which is not in the folder")
         dtype = self.dtype(key)
         with path.open("rb") as file:
-            archive = _create_file_view(file, place.offset, place.length)
+            archive = _create_file_view(file, storage.offset, storage.length)
             try:
                 stored = _without_numbers(archive)
                 if not isinstance(stored, torch.Tensor) or stored.shape != chunk.sizes or stored.dtype != dtype:
@@ -157,7 +158,7 @@ class TorchDistReader:
                 part = stored[there]
                 if part.is_contiguous() and into.is_contiguous() and into.dtype == dtype and into.device.type == "cpu":
                     start = stored.untyped_storage()._checkpoint_offset + part.storage_offset() * dtype.itemsize
-                    read_bytes(file, place.offset + start, into)
+                    read_bytes(file, storage.offset + start, into)
                 else:
                     archive.seek(0)
                     into.copy_(torch.load(archive, map_location="cpu", weights_only=True)[there])
@@ -181,7 +182,7 @@ class TorchDistWriter:
         self._folder = folder
         self._files: dict[str, IO[bytes]] = {}
         self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._stored_at: dict[MetadataIndex, _StorageInfo] = {}
 
     def write(self, box: Box, tensor: torch.Tensor, *, full_shape: tuple[int, ...], file_name: str) -> None:
         """
@@ -205,7 +206,7 @@ class TorchDistWriter:
             properties = TensorProperties(dtype=tensor.dtype)
             self._tensors[box.key] = TensorStorageMetadata(properties, torch.Size(full_shape), [])
         self._tensors[box.key].chunks.append(ChunkStorageMetadata(offset, torch.Size(box.shape)))
-        self._places[MetadataIndex(box.key, offset)] = _StorageInfo(name, start, file.tell() - start)
+        self._stored_at[MetadataIndex(box.key, offset)] = _StorageInfo(name, start, file.tell() - start)
 
     def finish(self) -> None:
         """Bring the files to the disk and write the index."""
@@ -216,7 +217,7 @@ class TorchDistWriter:
         torch.save({}, self._folder / "common.pt")
         write_json(self._folder / "metadata.json", _FORMAT)
         with (self._folder / _INDEX).open("wb") as file:
-            pickle.dump(Metadata(state_dict_metadata=dict(self._tensors), storage_data=self._places), file)
+            pickle.dump(Metadata(state_dict_metadata=dict(self._tensors), storage_data=self._stored_at), file)
             file.flush()
             os.fsync(file.fileno())
 

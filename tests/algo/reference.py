@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_t1.algo.config import LossConfig
-from megatron_t1.algo.fused_head import AnchorHead, Head, fused_loss, logprob_entropy, logprob_entropy_nograd
+from megatron_t1.algo.head.fused import fused_loss, logprob_entropy_nograd
+from megatron_t1.algo.head.layout import AnchorHead, Head
 from megatron_t1.algo.loss import Metrics, TokenFields, t1_token_loss
+from tests.algo.general_head import logprob_entropy
 
 
 @dataclass

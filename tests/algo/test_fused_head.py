@@ -5,10 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_t1.algo import fused_head
-from megatron_t1.algo.fused_head import fused_loss, logprob_entropy, logprob_entropy_nograd
-from megatron_t1.algo.head import Head
+from megatron_t1.algo.head.fused import (
+    CHUNK_LOGITS,
+    TILE_LOGITS,
+    fused_loss,
+    logprob_entropy_nograd,
+)
+from megatron_t1.algo.head.layout import Head
 from megatron_t1.algo.loss import sft_token_loss
+from tests.algo.general_head import logprob_entropy
 from tests.algo.reference import PATHS, Path, case, max_relative_error
 
 
@@ -21,8 +26,8 @@ def path(request) -> Path:
 def _cut(request, monkeypatch):
     """Everything in one tile, or tiles of 256 rows and chunks of a few tokens."""
     if request.param == "cut":
-        monkeypatch.setitem(fused_head.TILE_LOGITS, "cpu", 1)
-        monkeypatch.setitem(fused_head.CHUNK_LOGITS, "cpu", 7000)
+        monkeypatch.setitem(TILE_LOGITS, "cpu", 1)
+        monkeypatch.setitem(CHUNK_LOGITS, "cpu", 7000)
 
 
 def _head(c, **given):

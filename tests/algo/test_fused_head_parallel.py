@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_t1.algo import fused_head
-from megatron_t1.algo.head import Head
+from megatron_t1.algo.head.fused import CHUNK_LOGITS
+from megatron_t1.algo.head.layout import Head
 from tests.algo.reference import PATHS, case, max_relative_error
 
 S, VOCAB, PADDED, TEMPERATURE = 64, 601, 1024, 0.8
@@ -24,7 +24,7 @@ def _run(rank: int, tp: int, folder: FilePath) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init{tp}", rank=rank, world_size=tp)
     # Small tiles and chunks; the last rank of four holds nothing but padding rows.
-    fused_head.CHUNK_LOGITS["cpu"] = 2000
+    CHUNK_LOGITS["cpu"] = 2000
     rows = slice(rank * PADDED // tp, (rank + 1) * PADDED // tp)
     results = {}
     for sequence_parallel in (False, True):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_t1.algo import fused_head, head_tiles
-from megatron_t1.algo.head import Head
-from megatron_t1.algo.head_tiles import Tile
+from megatron_t1.algo.head import fused, tile_math
+from megatron_t1.algo.head.layout import Head
+from megatron_t1.algo.head.tile_math import Tile
 from megatron_t1.algo.loss import TokenFields
 from tests.algo.reference import PATHS, case, max_relative_error
 
@@ -33,31 +33,31 @@ def compare(device: str) -> None:
 
 
 def _compare(logits, scale, targets, grads) -> None:
-    from megatron_t1.algo import head_triton
+    from megatron_t1.algo.head import triton_math
 
     def tiles():
         for z, column in zip(logits.split(WIDTHS, dim=1), (0, WIDTHS[0]), strict=True):
             yield Tile(z=z.clone(memory_format=torch.contiguous_format), scale=scale, column=column, targets=targets)
 
-    stats = {m: m.new_statistics(len(targets), logits) for m in (head_triton, head_tiles)}
+    stats = {m: m.new_statistics(len(targets), logits) for m in (triton_math, tile_math)}
     for module, s in stats.items():
         for tile in tiles():
             module.update_statistics(s, [tile])
-    assert torch.isfinite(stats[head_triton][:3]).all()
-    torch.testing.assert_close(stats[head_triton], stats[head_tiles], rtol=1e-6, atol=1e-6)
+    assert torch.isfinite(stats[triton_math][:3]).all()
+    torch.testing.assert_close(stats[triton_math], stats[tile_math], rtol=1e-6, atol=1e-6)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):  # the interpreter truncates to bf16
         for mine, theirs in zip(tiles(), tiles(), strict=True):
-            got = head_triton.logits_to_gradient(stats[head_tiles], grads, [mine], dtype)
-            want = head_tiles.logits_to_gradient(stats[head_tiles], grads, [theirs], dtype)
+            got = triton_math.logits_to_gradient(stats[tile_math], grads, [mine], dtype)
+            want = tile_math.logits_to_gradient(stats[tile_math], grads, [theirs], dtype)
             assert got.dtype == want.dtype == dtype
             torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-6)
 
 
 def whole_paths(device: str) -> None:
     """Every differentiable path on the Triton kernels, where it uses them, against the float64 reference."""
-    from megatron_t1.algo import head_triton
+    from megatron_t1.algo.head import triton_math
 
-    fused_head.head_tiles = head_triton
+    fused.tile_math = triton_math
     c = case(s=9, hidden_size=16, vocab_size=600, num_targets=6)
     there = replace(c, **{k: v.to(device) for k, v in vars(c).items() if isinstance(v, torch.Tensor)})
     there.tokens = TokenFields(**{name: value.to(device) for name, value in vars(c.tokens).items()})

@@ -103,8 +103,8 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "rl.stepz is not a setting; did you mean rl.steps?",
         "rl.optim.learning_rate is not a setting",
         "rollot is not a setting; did you mean rollout?",
-        "loss.kl_coef = -1.0 is negative",
-        "loss.entropy_coef = -1.0 is negative",
+        "loss.kl_coef = -1.0 must be 0 or more",
+        "loss.entropy_coef = -1.0 must be 0 or more",
         "anchor.decay = 3.0 must lie in [0, 1]",
         "rollout.num_servers = 'many'",
         "num_attention_heads = 4 does not divide by parallel.tensor = 3",
@@ -135,7 +135,7 @@ def test_missing_weights_a_layout_across_nodes_and_bad_sets_are_told(task: Path,
     url = ["--evaluate.endpoint.urls", "[http://127.0.0.1:9/v1]"]
     for options, problem in (
         ([*url, "--evaluate.sets", "[math50]"], "set 'math50' is none of"),
-        ([*url, "--evaluate.endpoint.key_env", "NO_SUCH_KEY"], "key_env=NO_SUCH_KEY"),
+        ([*url, "--evaluate.endpoint.key_env", "NO_SUCH_KEY"], "key_env = NO_SUCH_KEY"),
         (["--evaluate.responses", tmp_path / "none.jsonl"], "none.jsonl does not exist"),
         ([], "give model.hf_path, evaluate.endpoint.urls or evaluate.responses"),
     ):

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_t1.data.packing import Sequence, pack
+from megatron_t1.data.packing import pack
+from megatron_t1.types import TrainSequence
 
 
 def make(lengths):
     rng = np.random.default_rng(0)
     return [
-        Sequence(
+        TrainSequence(
             prompt_ids=rng.integers(0, 99, p), response_ids=rng.integers(0, 99, r), advantage=float(i),
             rollout_logprobs=rng.normal(size=r).astype(np.float32),
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_t1.data.packing import Sequence
+from megatron_t1.types import TrainSequence
 
 TEMPERATURE = 1.2
 LOSSES: dict[str, dict[str, Any]] = {
@@ -19,10 +19,10 @@ LOSSES: dict[str, dict[str, Any]] = {
 ENTROPY_COEF, KL_COEF = 0.02, 0.05
 
 
-def make_sequences(vocab_size: int) -> list[Sequence]:
+def make_sequences(vocab_size: int) -> list[TrainSequence]:
     rng = np.random.default_rng(7)
     return [
-        Sequence(
+        TrainSequence(
             prompt_ids=rng.integers(0, vocab_size, rng.integers(1, 9)),
             response_ids=rng.integers(0, vocab_size, length),
             advantage=float(rng.normal()),

@@ -83,9 +83,10 @@ def test_a_changed_byte_is_refused_and_the_old_weights_stay(
     with WeightSync(reference.whole(reference.tensors_of(model_of(tiny_dir, seed=4))), server.cfg, server) as sync:
         name = "model.layers.1.mlp.down_proj.weight"
         transport, deliver = sync._transport, sync._transport.deliver
+        offset = next(tensor.offset for tensor in sync.layout.tensors if tensor.name == name)
 
         def corrupt(*args) -> None:
-            transport.file.buffer[transport._tensors[name].offset + 4097] ^= 1
+            transport.file.buffer[offset + 4097] ^= 1
             deliver(*args)
 
         monkeypatch.setattr(transport, "deliver", corrupt)

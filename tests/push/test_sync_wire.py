@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_t1.push.digests import digest, digest_kind
 from megatron_t1.push.shm import SHM_DIR, SharedFile
-from megatron_t1.push.wire import digest, digest_kind
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -12,8 +12,9 @@ import torch
 
 from megatron_t1.models.ops import Piece
 from megatron_t1.push import tcp
-from megatron_t1.push.shm import layout
-from megatron_t1.push.tcp import PieceServer, address_towards, fetch
+from megatron_t1.push.layout import Layout
+from megatron_t1.push.tcp import PieceServer, fetch
+from megatron_t1.servers.process import own_address
 from megatron_t1.weights.plan import Plan
 
 TOKEN = "a-token"
@@ -37,23 +38,22 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 @contextlib.contextmanager
 def served(plan: Plan, host: str = "127.0.0.1", timeout_s: float = 20) -> Iterator[PieceServer]:
-    mine = [(piece.view, tuple(s.stop - s.start for s in piece.index)) for piece in plan.mine()]
-    with PieceServer(mine, host, TOKEN, timeout_s) as server:
+    with PieceServer(Layout.of(plan).views(plan), host, TOKEN, timeout_s) as server:
         yield server
 
 
 def fetched(plan: Plan, address: tuple[str, int], token: str = TOKEN, timeout_s: float = 20) -> dict[str, torch.Tensor]:
-    tensors, pieces, num_bytes = layout(plan)
-    buffer = torch.zeros(num_bytes, dtype=torch.uint8)
-    fetch([(0, *address)], token, tensors, pieces, buffer, timeout_s)
-    return {tensor.name: tensor.view(buffer) for tensor in tensors}
+    layout = Layout.of(plan)
+    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    fetch([(0, *address)], token, layout, buffer, timeout_s)
+    return {tensor.name: tensor.view(buffer) for tensor in layout.tensors}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "towards another host"])
 def test_every_byte_arrives_whatever_the_strides(plan: Plan, host: str) -> None:
     if host != "127.0.0.1":
         try:
-            host = address_towards("192.0.2.1")  # reserved for documentation; connecting a UDP socket sends nothing
+            host = own_address(towards="192.0.2.1")  # reserved for documentation; nothing is sent
         except OSError:
             pytest.skip("this host has no route to others")
         assert not host.startswith("127.")

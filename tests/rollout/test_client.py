@@ -113,7 +113,7 @@ def test_a_stop_string_ends_a_response(client: RolloutClient) -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_named(client: RolloutClient) -> None:
-    with pytest.raises(ValueError, match=r"p1: 510 prompt tokens \+ max_new_tokens=12 exceed .*max_model_len=512"):
+    with pytest.raises(ValueError, match=r"p1: 510 prompt .*max_new_tokens = 12 exceed .*max_model_len = 512"):
         client.generate([prompt(0), prompt(1, length=510)], SAMPLING, seed=0)
     with pytest.raises(ValueError, match=r"p0: token ids must be in \[0, 320\)"):
         client.generate([dataclasses.replace(prompt(0), token_ids=np.array([320]))], SAMPLING, seed=0)

@@ -75,7 +75,7 @@ def test_the_first_failure_of_each_kind_is_said_at_once(capsys: pytest.CaptureFi
     gone = EndpointConfig(urls=("http://127.0.0.1:9",), model="M", max_retries=1)
     ask_all(gone, ["x", "y"])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("M at http://127.0.0.1:9/v1/chat/completions: Cannot connect to host")
+    assert line.startswith("warning: M at http://127.0.0.1:9/v1/chat/completions: Cannot connect to host")
     assert "asking again, 1 times a request at most" in line
     with serving(ScriptedEndpoint(echo, delay_s=2.0)) as server:
         ask_all(EndpointConfig(urls=(server.url,), timeout_s=0.2, max_retries=0), ["x"])

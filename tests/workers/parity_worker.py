@@ -24,7 +24,7 @@ ADAM_EPS = 1e-2
 
 def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
     """Sample number -> the logits that predict its response, whole, on every rank."""
-    from megatron_t1.algo.head import select
+    from megatron_t1.algo.head.layout import select
 
     def local(hidden, head, microbatch):
         logits = select(hidden, head, microbatch.target_positions) @ head.weight[: head.num_rows].T

@@ -45,14 +45,14 @@ def die(at_chunk: int) -> None:
     """SIGKILL, at once or when this rank is about to send its `at_chunk`-th chunk over TCP."""
     if at_chunk == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    chunks, count = tcp._bytes_of, itertools.count(1)
+    chunks, count = tcp.bytes_of, itertools.count(1)
 
     def bytes_or_death(chunk: torch.Tensor) -> memoryview:
         if next(count) == at_chunk:
             os.kill(os.getpid(), signal.SIGKILL)
         return chunks(chunk)
 
-    tcp._bytes_of = bytes_or_death
+    tcp.bytes_of = bytes_or_death
 
 
 def train(

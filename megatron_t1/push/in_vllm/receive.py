@@ -8,9 +8,6 @@ Left out: a device copy of our own, because vLLM's loaders copy to wherever a pa
 
 from __future__ import annotations
 
-import mmap
-import os
-import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,19 +21,20 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.logger import init_logger
 
+from megatron_t1.push.digests import digest
 from megatron_t1.push.in_vllm.reload import Reload, check_names
+from megatron_t1.push.layout import Layout, PieceSpec
+from megatron_t1.push.shm import map_shared
 from megatron_t1.push.tcp import fetch
-from megatron_t1.push.wire import PieceSpec, TensorSpec, digest
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or its configuration would drop it
 
-SHM_DIR = "/dev/shm"
 _DIGEST_THREADS = 2
 
 
 @dataclass
 class HostInit(WeightTransferInitInfo):
-    """Sent once: what lies where. Fields as in TensorSpec and PieceSpec."""
+    """Sent once: what lies where, as `Layout.to_json` says it, and how it comes."""
 
     num_bytes: int
     tensors: list[list[Any]]
@@ -65,21 +63,18 @@ class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
 
     buffer: torch.Tensor
     """uint8 [num_bytes]: the shared file, or this worker's own memory."""
-    tensors: list[TensorSpec]
-    pieces: list[PieceSpec]
+    layout: Layout
     reload: Reload | None = None
     """The load that was begun and not finished: until it is, the weights are neither the old nor the new ones."""
 
     def init_transfer_engine(self, init_info: HostInit) -> None:
-        tensors = [TensorSpec(name, dtype, tuple(shape), offset) for name, dtype, shape, offset in init_info.tensors]
-        check_names(self.model_config, {tensor.name: tensor.shape for tensor in tensors})
+        layout = Layout.from_json(init_info.num_bytes, init_info.tensors, init_info.pieces)
+        check_names(self.model_config, {tensor.name: tensor.shape for tensor in layout.tensors})
         if init_info.path is None:
-            self.buffer = torch.empty(init_info.num_bytes, dtype=torch.uint8)
+            self.buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
         else:
-            self.buffer = map_shared(init_info.path, init_info.num_bytes)
-        self.tensors = tensors
-        self.timeout_s = init_info.timeout_s
-        self.pieces = [PieceSpec(i, tuple(start), tuple(stop), rank) for i, start, stop, rank in init_info.pieces]
+            self.buffer = map_shared(init_info.path, layout.num_bytes)
+        self.layout, self.timeout_s = layout, init_info.timeout_s
 
     def start_weight_update(self) -> None:
         if self.reload:
@@ -107,7 +102,7 @@ class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
         began = time.monotonic()
         if update_info.sources:
             sources = [(rank, host, port) for rank, host, port in update_info.sources]
-            fetch(sources, update_info.token, self.tensors, self.pieces, self.buffer, self.timeout_s)
+            fetch(sources, update_info.token, self.layout, self.buffer, self.timeout_s)
         received = time.monotonic()
         self._verify(update_info.digests)
         logger.info("weights received in %.3f s, verified in %.3f s", received - began, time.monotonic() - received)
@@ -115,40 +110,21 @@ class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
     def _load(self) -> None:
         began = time.monotonic()
         self.reload = Reload(self.model, self.model_config)
-        self.reload.load((tensor.name, tensor.view(self.buffer)) for tensor in self.tensors)
+        self.reload.load((tensor.name, tensor.view(self.buffer)) for tensor in self.layout.tensors)
         logger.info("weights loaded in %.3f s", time.monotonic() - began)
 
     def _verify(self, digests: list[str]) -> None:
         """Raises ValueError that names the first tensors, and the trainer ranks they came from, whose bytes differ."""
-        if len(digests) != len(self.pieces):
-            raise ValueError(f"{len(digests)} digests for {len(self.pieces)} pieces")
+        pieces = self.layout.pieces
+        if len(digests) != len(pieces):
+            raise ValueError(f"{len(digests)} digests for {len(pieces)} pieces")
 
         def agrees(piece: PieceSpec, expected: str) -> bool:
-            view = self.tensors[piece.tensor].view(self.buffer)[piece.index]
-            return digest(view, expected.partition(":")[0]) == expected
+            return digest(piece.view(self.buffer), expected.partition(":")[0]) == expected
 
         with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
-            results = list(pool.map(agrees, self.pieces, digests))
-        bad = [piece for piece, good in zip(self.pieces, results, strict=True) if not good]
+            results = list(pool.map(agrees, pieces, digests))
+        bad = [piece for piece, good in zip(pieces, results, strict=True) if not good]
         if bad:
-            names = ", ".join(f"{self.tensors[piece.tensor].name} (from rank {piece.rank})" for piece in bad[:3])
-            raise ValueError(f"{len(bad)} of {len(self.pieces)} pieces arrived with bytes that were not sent: {names}")
-
-
-def map_shared(path: str, num_bytes: int) -> torch.Tensor:
-    """Maps a file of /dev/shm as uint8 [num_bytes]; refuses links, other people's files and files open to others."""
-    if os.path.dirname(path) != SHM_DIR:
-        raise ValueError(f"{path!r} is not in {SHM_DIR}")
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not on this host: use rollout.transport=tcp for servers elsewhere") from None
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-            raise ValueError(f"{path} is not a private file of this user")
-        if info.st_size != num_bytes:
-            raise ValueError(f"{path} has {info.st_size} bytes, {num_bytes} were announced")
-        return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
-    finally:
-        os.close(fd)
+            names = ", ".join(f"{piece.tensor.name} (from rank {piece.rank})" for piece in bad[:3])
+            raise ValueError(f"{len(bad)} of {len(pieces)} pieces arrived with bytes that were not sent: {names}")

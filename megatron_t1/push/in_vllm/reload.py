@@ -6,14 +6,13 @@ packed copy of the old embedding, and a mixture-of-experts layer skips packing i
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
@@ -77,12 +76,9 @@ def check_names(model_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Non
     """
     served: dict[str, tuple[int, ...]] = {}
     for path in sorted(Path(model_config.model).glob("*.safetensors")):
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        served |= {
-            name: tuple(entry["shape"]) for name, entry in header.items() if _is_served(name, model_config.hf_config)
-        }
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.offset_keys() if _is_served(name, model_config.hf_config)]
+            served |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     if not served:
         return
     optional = {"lm_head.weight"} if getattr(model_config.hf_config, "tie_word_embeddings", False) else set()
@@ -104,7 +100,7 @@ def check_names(model_config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Non
 def _is_served(name: str, hf_config: Any) -> bool:
     layer = re.search(r"\.layers\.(\d+)\.", name)
     beyond = layer is not None and int(layer[1]) >= hf_config.num_hidden_layers
-    return name != "__metadata__" and not name.endswith(".inv_freq") and not beyond
+    return not name.endswith(".inv_freq") and not beyond
 
 
 def _forget_packed_experts(model: torch.nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""`head_tiles` with its two passes over logits as Triton kernels: one read for the statistics, one read and one narrow
+"""`tile_math` with its two passes over logits as Triton kernels: one read for the statistics, one read and one narrow
 write for the gradient; tiles are left as they were. The GEMMs stay with cuBLAS.
 
-Checked against `head_tiles` under Triton's interpreter (TRITON_INTERPRET=1) on the CPU; not yet run on a GPU.
+Checked against `tile_math` under Triton's interpreter (TRITON_INTERPRET=1) on the CPU; not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_t1.algo.head_tiles import Tile, merge_statistics, new_statistics, token_values
+from megatron_t1.algo.head.tile_math import Tile, merge_statistics, new_statistics, token_values
 
 __all__ = ["logits_to_gradient", "merge_statistics", "new_statistics", "token_values", "update_statistics"]
 

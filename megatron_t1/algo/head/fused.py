@@ -1,17 +1,16 @@
 """Output layer, temperature, logprob and entropy in one: from hidden states to losses, never [tokens, vocabulary].
 
-Logits live one tile at a time (some vocabulary rows x some tokens). Three ways through, G = one GEMM [T,H]x[H,V]:
+Logits live one tile at a time (some vocabulary rows x some tokens). Two ways through, G = one GEMM [T,H]x[H,V]:
 
 - `logprob_entropy_nograd`  1 G: statistics only (anchor logprobs, evaluation).
-- `logprob_entropy`         4 G: differentiable; the backward recomputes each tile.
 - `fused_loss`              3 G: a pointwise loss lets each chunk of tokens form its gradients in the forward, while
                             its logits are still there.
 
-Given the anchor's hidden states and output layer, each also gives the full-vocabulary KL to it, at one G more wherever
+Given the anchor's hidden states and output layer, both also give the full-vocabulary KL to it, at one G more wherever
 logits are made.
 
 Tensor-parallel ranks gather 16 bytes a token (36 with the KL) and merge them in rank order: the same result, bit for
-bit, on every rank. The parallel layouts themselves are in `head`, the arithmetic of a tile in `head_tiles`.
+bit, on every rank. The parallel layouts themselves are in `layout`, the arithmetic of a tile in `tile_math`.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_t1.algo import full_kl, head_tiles
-from megatron_t1.algo.head import AnchorHead, Head, Logits, WeightGradient, add_gradients, hand_back, select
-from megatron_t1.algo.head_gemm import accumulation_dtype
-from megatron_t1.algo.head_tiles import Tile, TileMath
+from megatron_t1.algo.head import full_kl, tile_math
+from megatron_t1.algo.head.gemm import accumulation_dtype
+from megatron_t1.algo.head.layout import AnchorHead, Head, Logits, WeightGradient, add_gradients, hand_back, select
+from megatron_t1.algo.head.tile_math import Tile, TileMath
 from megatron_t1.algo.loss import Metrics
 
 TokenLoss = Callable[..., tuple[Tensor, Metrics]]
 """(logprob [n], entropy [n], tokens[a:b]) -> (loss [n], metrics); with an anchor also kl [n], last"""
 
 TILE_LOGITS = {"cpu": 2**21, "cuda": 2**26}
-"""Logits alive at a time in the 1 G and 4 G paths: on CPUs what stays in the last-level cache."""
+"""Logits alive at a time in the 1 G path: on CPUs what stays in the last-level cache."""
 CHUNK_LOGITS = {"cpu": 75 * 2**20, "cuda": 320 * 2**20}
 """Logits alive at a time in the 3 G path: a chunk of tokens over all rows of this rank; 300 MiB and 1.25 GiB."""
 
@@ -41,10 +40,11 @@ _RowsAndTiles = tuple[slice, list[Tile]]
 """some of this rank's rows, and their logits: the policy's, then the anchor's"""
 
 
-def logprob_entropy(
+@torch.no_grad()
+def logprob_entropy_nograd(
     hidden: Tensor, head: Head, positions: Tensor, targets: Tensor, anchor: AnchorHead | None = None
 ) -> tuple[Tensor, ...]:
-    """Logprob of each target and full-vocabulary entropy at head.temperature, differentiable in hidden and weight.
+    """Logprob of each target and full-vocabulary entropy at head.temperature; nothing is kept for a gradient.
 
     Args:
         hidden: [s, H], or [s / tp, H] under sequence parallelism.
@@ -56,16 +56,6 @@ def logprob_entropy(
         logprob [T], entropy [T] in nats, and KL(policy||anchor) [T] if an anchor is given; float32 (float64 if hidden
         is).
     """
-    if torch.is_grad_enabled():
-        return _TokenValues.apply(hidden, head.weight, head, positions, targets, anchor)
-    return logprob_entropy_nograd(hidden, head, positions, targets, anchor)
-
-
-@torch.no_grad()
-def logprob_entropy_nograd(
-    hidden: Tensor, head: Head, positions: Tensor, targets: Tensor, anchor: AnchorHead | None = None
-) -> tuple[Tensor, ...]:
-    """`logprob_entropy` without gradients: nothing is kept."""
     kernels = _kernels(hidden.device, anchor)
     models = _models(select(hidden, head, positions), head, positions, targets, anchor)
     return kernels.token_values(_statistics(kernels, models, _tiles(models, TILE_LOGITS[hidden.device.type])))
@@ -85,7 +75,7 @@ def fused_loss(
     """Sum over tokens of a pointwise loss, whose gradients are formed in this forward.
 
     Args:
-        hidden, positions, targets: as in `logprob_entropy`.
+        hidden, positions, targets: as in `logprob_entropy_nograd`.
         token_loss: loss of each token from its logprob, entropy, its own constants, and with an anchor its KL; it is
             called once for every chunk of tokens and must not mix tokens.
         tokens: the constants; `tokens[a:b]` is handed to token_loss.
@@ -111,32 +101,6 @@ def fused_loss(
         hidden, head.weight, head, positions, targets, anchor, token_loss, tokens, grad_scale, parts
     )
     return total, Metrics.merge(parts)
-
-
-class _TokenValues(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, head, positions, targets, anchor):
-        kernels, x = _kernels(hidden.device, anchor), select(hidden, head, positions)
-        models = _models(x, head, positions, targets, anchor)
-        stats = _statistics(kernels, models, _tiles(models, TILE_LOGITS[x.device.type]))
-        ctx.save_for_backward(x, stats, positions, targets)
-        ctx.head, ctx.anchor, ctx.hidden_shape, ctx.dtype = head, anchor, hidden.shape, hidden.dtype
-        return kernels.token_values(stats)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        x, stats, positions, targets = ctx.saved_tensors
-        head, kernels = ctx.head, _kernels(x.device, ctx.anchor)
-        grads = tuple(g / head.temperature for g in grads)
-        dx = torch.zeros_like(x, dtype=stats.dtype)
-        dw = WeightGradient(head, head.weight.dtype) if ctx.needs_input_grad[1] else None
-        for rows, tiles in _tiles(_models(x, head, positions, targets, ctx.anchor), TILE_LOGITS[x.device.type]):
-            add_gradients(kernels.logits_to_gradient(stats, grads, tiles, x.dtype), x, head, rows, dx, dw)
-        return (
-            hand_back(dx, head, positions, ctx.hidden_shape, ctx.dtype) if ctx.needs_input_grad[0] else None,
-            dw.for_autograd() if dw else None,
-            *(None,) * 4,
-        )
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -189,10 +153,10 @@ def _kernels(device: torch.device, anchor: AnchorHead | None) -> TileMath:
     if anchor is not None:
         return full_kl
     if device.type == "cuda":
-        from megatron_t1.algo import head_triton
+        from megatron_t1.algo.head import triton_math
 
-        return head_triton
-    return head_tiles
+        return triton_math
+    return tile_math
 
 
 def _models(x: Tensor, head: Head, positions: Tensor, targets: Tensor, anchor: AnchorHead | None) -> list[Logits]:
@@ -219,8 +183,8 @@ def _tiles(models: list[Logits], max_logits: int, memory: list[Tensor] | None = 
     slices = policy.head.slices(policy.num_tokens, max_logits)
     reused = [m.memory(max((s.stop - s.start for s in slices), default=0)) for m in models] if memory is None else []
     for rows in slices:
-        places = reused if memory is None else [m[policy.num_tokens * rows.start :] for m in memory]
-        yield rows, [model.tile(rows, place) for model, place in zip(models, places, strict=True)]
+        targets = reused if memory is None else [m[policy.num_tokens * rows.start :] for m in memory]
+        yield rows, [model.tile(rows, target) for model, target in zip(models, targets, strict=True)]
 
 
 def _statistics(

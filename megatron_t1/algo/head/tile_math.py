@@ -4,7 +4,7 @@ Statistics of a token are four numbers streamed over the vocabulary, in float32:
 e^(z-M), the centred sum A = sum e^(z-M) (z-M), and the target's logit z_y. They give logprob = (z_y - M) - ln S and
 entropy = ln S - A/S. M and S are never folded into one log-sum-exp: with logits of 1e5 that would round ln S away.
 
-The paths of `fused_head` know `TileMath` alone: this module is one, `head_triton` another (the two functions that touch
+The paths of `fused` know `TileMath` alone: this module is one, `triton_math` another (the two functions that touch
 logits as CUDA kernels), `full_kl` a third (the anchor's tile beside the policy's).
 """
 
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_t1.algo.head_gemm import accumulation_dtype
+from megatron_t1.algo.head.gemm import accumulation_dtype
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Tile:
     shift: Tensor | None = None
     """[T]; once set, scale is applied and the logits are z + shift: it saves a pass over memory"""
 
-    def place(self) -> tuple[Tensor, Tensor]:
+    def target_columns(self) -> tuple[Tensor, Tensor]:
         """Each target's column [T, 1], clamped into the tile, and whether it lies there at all [T]."""
         width = self.z.shape[1]
         local = self.targets - self.column
@@ -101,7 +101,7 @@ def token_values(stats: Tensor) -> tuple[Tensor, Tensor]:
 
 def update_statistics(stats: Tensor, tiles: Sequence[Tile]) -> None:
     (tile,) = tiles
-    where, inside = tile.place()
+    where, inside = tile.target_columns()
     z_y = torch.where(inside, tile.z.gather(1, where).squeeze(1) * tile.scale, stats[3])
     top = tile.z.amax(1) * tile.scale
     z = tile.center(top)
@@ -123,6 +123,6 @@ def logits_to_gradient(stats: Tensor, grads: Sequence[Tensor], tiles: Sequence[T
     z = tile.center(m)
     e = z.exp()
     z.mul_(slope[:, None]).add_(offset[:, None]).mul_(e)
-    where, inside = tile.place()
+    where, inside = tile.target_columns()
     z.scatter_add_(1, where, torch.where(inside, g_logprob, 0.0)[:, None])
     return z.to(dtype)

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_t1.algo.head_gemm import (
+from megatron_t1.algo.head.gemm import (
     accumulation_dtype,
     add_matmul_,
     gradient_operand_dtype,
     logits_operand_dtype,
     matmul,
 )
-from megatron_t1.algo.head_tiles import Tile
+from megatron_t1.algo.head.tile_math import Tile
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -140,7 +140,7 @@ def hand_back(dx: Tensor, head: Head, positions: Tensor, shape: torch.Size, dtyp
 class WeightGradient:
     """Where dW goes: Megatron's main gradient when the weight has one, else a buffer of our own for autograd."""
 
-    def __init__(self, head: Head, dtype: torch.dtype, scale: float = 1.0) -> None:
+    def __init__(self, head: Head, dtype: torch.dtype, scale: float) -> None:
         self.weight, self.scale = head.weight, scale
         self.main_grad: Tensor | None = getattr(head.weight, "main_grad", None)
         self.buffer = torch.empty_like(head.weight, dtype=dtype) if self.main_grad is None else self.main_grad
@@ -152,11 +152,11 @@ class WeightGradient:
         alpha = 1.0 if self.main_grad is None else self.scale
         add_matmul_(self.buffer[rows], dz.t(), x, alpha=alpha, overwrite=self.fresh)
 
-    def for_autograd(self, g: Tensor | None = None) -> Tensor | None:
+    def for_autograd(self, g: Tensor) -> Tensor | None:
         """What the backward returns for the weight; `g` is the gradient that came to a loss formed in the forward."""
         if self.main_grad is None:
-            return self.buffer if g is None else self.buffer.mul_(g)
-        if g is not None and abs(g.item() - self.scale) > 1e-6 * abs(self.scale):
+            return self.buffer.mul_(g)
+        if abs(g.item() - self.scale) > 1e-6 * abs(self.scale):
             raise RuntimeError(
                 f"fused_loss added dW to main_grad for an incoming gradient of {self.scale} but got {g.item()}: pass"
                 " grad_scale = everything the loss is multiplied by between fused_loss and the backward"

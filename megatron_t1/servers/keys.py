@@ -1,0 +1,53 @@
+"""Keys of servers and endpoints in files that their owner alone may read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from pathlib import Path
+
+from megatron_t1.servers.server import ServerError
+
+KEY_FILE = "server_key"
+"""Where a run keeps its servers' key, in its folder."""
+REMOTE_KEY_ENV = "T1_SERVER_KEY"
+"""Environment variable with the key of servers that were started elsewhere."""
+
+
+class KeyFileError(ServerError, ValueError):
+    """A key file that is not there, or that others may read."""
+
+
+def read_key(path: Path) -> str:
+    """
+    Raises:
+        KeyFileError: no such file, or others may read it.
+    """
+    if not path.is_file():
+        raise KeyFileError(f"key file {path} is not there; `t1 serve` prints where it keeps its own")
+    if path.stat().st_mode & 0o077:
+        raise KeyFileError(f"key file {path} is readable by others; chmod 600 it")
+    return path.read_text().strip()
+
+
+def new_key(path: Path) -> str:
+    """A fresh key, which replaces that in `path` (mode 0600)."""
+    path.unlink(missing_ok=True)
+    return shared_key(path)
+
+
+def shared_key(path: Path) -> str:
+    """The key in `path`, made when there is none: hosts that start together agree on the first one's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)  # whole or not there, and never over another host's; also on NFS
+        os.unlink(name)
+    return read_key(path)
