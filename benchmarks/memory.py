@@ -40,8 +40,7 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
 
-    from megatron_t1.algo.config import LossConfig
-    from megatron_t1.algo.head.fused import CHUNK_LOGITS
+    from megatron_t1.algo.config import CHUNK_LOGITS, LossConfig
     from megatron_t1.algo.loss import t1_token_loss
     from megatron_t1.check.estimate import Layout, Sizes, stage_memory
     from megatron_t1.engine.anchor import Anchor

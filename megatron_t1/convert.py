@@ -38,10 +38,11 @@ from megatron_t1.weights.hf_folder import (
     HFFolder,
     ShardWriter,
     copy_beside,
+    is_torch_dist,
     name_dtype,
 )
 from megatron_t1.weights.hf_io import CARRIED, MAX_SHARD_BYTES, Carried, check_coverage
-from megatron_t1.weights.torch_dist import TorchDistWriter, cut, is_torch_dist
+from megatron_t1.weights.torch_dist import TorchDistWriter, cut
 
 _DTYPES_FILE = "hf_dtypes.json"
 # Boxes are cut to this size, so that whoever reads a part of a large tensor does not load all of it.

@@ -32,7 +32,7 @@ from megatron_t1.platform.detect import setup
 from megatron_t1.servers.keys import REMOTE_KEY_ENV, read_key
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.types import TrainSequence
-from megatron_t1.weights.torch_dist import is_torch_dist
+from megatron_t1.weights.hf_folder import is_torch_dist
 
 _REQUEST_TIMEOUT_S = 600.0
 _CONTEXT_TOKENS = 8  # shown before a token

@@ -34,6 +34,7 @@ from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.servers.server import ServerError
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.types import Group, Prompt
+from megatron_t1.warn import warn
 
 T = TypeVar("T")
 
@@ -178,7 +179,7 @@ class Trainer:
             report = self.sync.finish_push()
         except NoServerError as error:
             if is_main():
-                print(f"warning: {error}", flush=True)
+                warn(str(error))
             return {}
         return {"push_seconds": report.total_s, "push_stall_seconds": report.stall_s}
 
@@ -218,10 +219,7 @@ class Trainer:
         assert self.rank0 is not None
         servers = self.rank0.servers
         for server in servers.revive():
-            print(
-                f"server {server.name} is new, or was lost and is started again: it gets the current weights first",
-                flush=True,
-            )
+            warn(f"server {server.name} is new, or was lost and is started again: it gets the current weights first")
         if not servers.usable():
             servers.wait_ready(minimum=1)
 
@@ -234,7 +232,7 @@ class Trainer:
         try:
             return self.rank0.generate(self.batch(self.steps_done), cfg.sampling, seed, bank)
         except NoServerLeftError as error:
-            print(f"{error}\nThey are started again; the samples that were finished are kept.", flush=True)
+            warn(f"{error}\nThey are started again; the samples that were finished are kept.")
             return None
 
     def batch(self, step: int) -> list[Prompt]:

@@ -7,6 +7,9 @@ from typing import Literal, get_args
 
 from megatron_t1.fields import FieldError
 
+CHUNK_LOGITS = {"cpu": 75 * 2**20, "cuda": 320 * 2**20}
+"""Logits that the fused head holds at a time in its 3 G path, by device: a chunk of tokens over all rows of this rank,
+300 MiB and 1.25 GiB."""
 KlEstimator = Literal["centered", "k1", "k2", "k3", "k3_score", "full"]
 
 

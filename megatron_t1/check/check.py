@@ -25,8 +25,7 @@ from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform.installed import installed
-from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
-from megatron_t1.weights.torch_dist import is_torch_dist
+from megatron_t1.weights.hf_folder import CheckpointError, HFFolder, is_torch_dist
 
 _LINES_READ = 200
 """Of each data file."""

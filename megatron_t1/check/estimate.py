@@ -138,7 +138,7 @@ class Layout:
     microbatches: int
     """Of a step, on each data-parallel rank."""
     chunk_logits: int
-    """Logits that the head holds at a time (algo.head.fused.CHUNK_LOGITS)."""
+    """Logits that the head holds at a time (algo.config.CHUNK_LOGITS)."""
 
 
 def layers_of(sizes: Sizes, layout: Layout, stage: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_t1.algo.head.fused import CHUNK_LOGITS
+from megatron_t1.algo.config import CHUNK_LOGITS
 from megatron_t1.check import estimate
 from megatron_t1.config import Config
 from megatron_t1.models.spec import ModelSpec

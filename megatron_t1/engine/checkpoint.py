@@ -34,6 +34,7 @@ from megatron_t1.engine.config import CheckpointConfig
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.files import sync_folder, write_json
+from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import copy_beside
 
 _STEP = re.compile(r"^step_(\d{8})$")
@@ -261,7 +262,7 @@ def resume(folder: Path, engine: Engine, anchor: Anchor | None, *, allowed: bool
         if problem is None:
             return int(load(path, engine, anchor)["step"])
         if is_main():
-            print(f"warning: checkpoint {path} is damaged: {problem}; looking at the one before", flush=True)
+            warn(f"checkpoint {path} is damaged: {problem}; looking at the one before")
     raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")
 
 

@@ -35,8 +35,8 @@ from megatron_t1.models.ops import Piece
 from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch, TrainSequence
 from megatron_t1.weights import hf_io
+from megatron_t1.weights.hf_folder import is_torch_dist
 from megatron_t1.weights.plan import local_pieces
-from megatron_t1.weights.torch_dist import is_torch_dist
 
 
 class ForwardEngine:

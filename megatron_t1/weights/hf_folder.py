@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_t1.weights.buffers import bytes_of
 
 INDEX = "model.safetensors.index.json"
+TORCH_DIST_INDEX = ".metadata"
 SINGLE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
@@ -92,6 +93,11 @@ class HFFolder:
             except EOFError:
                 raise CheckpointError(f"{path} ends within tensor {name}") from None
         return tensor
+
+
+def is_torch_dist(folder: Path) -> bool:
+    """Whether the folder is a Megatron checkpoint, which `torch_dist.py` reads, and not one of Hugging Face."""
+    return (folder / TORCH_DIST_INDEX).is_file()
 
 
 def _indexed(folder: Path) -> dict[str, Path]:

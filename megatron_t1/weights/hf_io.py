@@ -23,10 +23,10 @@ from megatron_t1.weights.hf_folder import (
     ShardWriter,
     TensorInfo,
     copy_beside,
+    is_torch_dist,
     name_dtype,
 )
 from megatron_t1.weights.plan import Plan
-from megatron_t1.weights.torch_dist import is_torch_dist
 
 MAX_SHARD_BYTES = 4 << 30
 # Left by old exporters; computed, not learned.

@@ -34,9 +34,8 @@ from torch.utils.serialization import config
 
 from megatron_t1.files import write_json
 from megatron_t1.weights.buffers import bytes_of
-from megatron_t1.weights.hf_folder import CheckpointError, read_bytes
+from megatron_t1.weights.hf_folder import TORCH_DIST_INDEX, CheckpointError, read_bytes
 
-_INDEX = ".metadata"
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -86,10 +85,6 @@ def cut(box: Box, tensor: torch.Tensor, dim: int, count: int) -> Iterator[tuple[
             start += part.shape[dim]
 
 
-def is_torch_dist(folder: Path) -> bool:
-    return (folder / _INDEX).is_file()
-
-
 class TorchDistReader:
     """The weights of a checkpoint."""
 
@@ -100,14 +95,14 @@ class TorchDistReader:
         """
         self.folder = folder
         try:
-            with (folder / _INDEX).open("rb") as file:
+            with (folder / TORCH_DIST_INDEX).open("rb") as file:
                 metadata = _Restricted(file).load()
         except FileNotFoundError:
-            raise CheckpointError(f"{folder} is not a Megatron checkpoint: it has no {_INDEX}") from None
+            raise CheckpointError(f"{folder} is not a Megatron checkpoint: it has no {TORCH_DIST_INDEX}") from None
         except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / _INDEX} is not the index of a checkpoint: {error}") from None
+            raise CheckpointError(f"{folder / TORCH_DIST_INDEX} is not the index of a checkpoint: {error}") from None
         if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{folder / _INDEX} is not the index of a checkpoint")
+            raise CheckpointError(f"{folder / TORCH_DIST_INDEX} is not the index of a checkpoint")
         self._stored_at: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: stored
@@ -216,7 +211,7 @@ class TorchDistWriter:
             file.close()
         torch.save({}, self._folder / "common.pt")
         write_json(self._folder / "metadata.json", _FORMAT)
-        with (self._folder / _INDEX).open("wb") as file:
+        with (self._folder / TORCH_DIST_INDEX).open("wb") as file:
             pickle.dump(Metadata(state_dict_metadata=dict(self._tensors), storage_data=self._stored_at), file)
             file.flush()
             os.fsync(file.fileno())

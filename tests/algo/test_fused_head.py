@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_t1.algo.config import CHUNK_LOGITS
 from megatron_t1.algo.head.fused import (
-    CHUNK_LOGITS,
     TILE_LOGITS,
     fused_loss,
     logprob_entropy_nograd,

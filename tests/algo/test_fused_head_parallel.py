@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_t1.algo.head.fused import CHUNK_LOGITS
+from megatron_t1.algo.config import CHUNK_LOGITS
 from megatron_t1.algo.head.layout import Head
 from tests.algo.reference import PATHS, case, max_relative_error
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_t1.algo.config import CHUNK_LOGITS
 from megatron_t1.algo.head import full_kl, tile_math
 from megatron_t1.algo.head.gemm import accumulation_dtype
 from megatron_t1.algo.head.layout import AnchorHead, Head, Logits, WeightGradient, add_gradients, hand_back, select
@@ -33,8 +34,6 @@ TokenLoss = Callable[..., tuple[Tensor, Metrics]]
 
 TILE_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 """Logits alive at a time in the 1 G path: on CPUs what stays in the last-level cache."""
-CHUNK_LOGITS = {"cpu": 75 * 2**20, "cuda": 320 * 2**20}
-"""Logits alive at a time in the 3 G path: a chunk of tokens over all rows of this rank; 300 MiB and 1.25 GiB."""
 
 _RowsAndTiles = tuple[slice, list[Tile]]
 """some of this rank's rows, and their logits: the policy's, then the anchor's"""
