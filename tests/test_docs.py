@@ -39,9 +39,11 @@ WRITTEN = ("jsonl", "json", "html", "sqlite")
 
 
 def split(text: str) -> tuple[list[str], list[str], str]:
-    """Command lines of code blocks, inline code, and the prose with its links."""
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    """Command lines of code blocks (where some begin with $, the others are output), inline code, and the prose."""
+    lines = []
+    for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S):
+        all_lines = block.replace("\\\n", " ").splitlines()
+        lines += [line for line in all_lines if line.startswith("$ ")] or all_lines
     prose = re.sub(r"^```\n.*?^```", "", text, flags=re.M | re.S)
     return lines, re.findall(r"`([^`\n]+)`", prose), prose
 
