@@ -1,4 +1,4 @@
-"""T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM. Read `rl.py: Trainer.step` first; README.md has the map.
+"""T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM. Read `Trainer.step` in rl.py; README.md has the map.
 
     rl sft pipeline curate convert logprobs grade       the jobs, one file each
     types fields config files metrics stop warn rank0   what all use
