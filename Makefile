@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN ?= runs/quickstart
 SEED ?= 0
 
-.PHONY: quickstart test lint install lock clean slurm-tools
+.PHONY: quickstart test test-fast lint install lock clean slurm-tools
 
 install: $(INSTALLED)
 
@@ -34,6 +34,10 @@ lint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# Without what starts trainer processes, vLLM servers or Slurm; tests/conftest.py tells by the fixtures of a test.
+test-fast: $(INSTALLED)
+	$(BIN)/pytest -m "not ranks and not servers and not slurm"
 
 # What the tests of slurm/ run on: a real Slurm with emulated nodes (Debian, Ubuntu; root).
 slurm-tools:

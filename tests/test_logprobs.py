@@ -20,7 +20,7 @@ from megatron_t1.data.prompts import load_texts
 from megatron_t1.data.template import Template
 from megatron_t1.logprobs import compare
 from megatron_t1.push.sync import WeightSync, folder_pieces
-from tests.launch import ROOT
+from tests.forks import ROOT
 from tests.push import reference
 from tests.tiny import make_tiny_tokenizer
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tests.launch import ROOT
+from tests.forks import ROOT
 
 EXAMPLE = ROOT / "examples/quickstart/quickstart.yaml"
 ENV = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from tests.launch import ROOT
+from tests.forks import ROOT
 from tests.test_loop import ENV, options
 from tests.tiny import make_tiny_qwen2
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.process import environment
 from tests.engine.batch import make_sequences
-from tests.launch import ROOT, WORKERS
+from tests.forks import ROOT, WORKERS
 from tests.models.families import FAMILIES, VOCAB
 
 WORKER = WORKERS / "vllm_worker.py"

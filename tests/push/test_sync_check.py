@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.push.sync_check import SyncCheck, sync_check
 from megatron_t1.servers.servers import Servers
-from tests.launch import ROOT
+from tests.forks import ROOT
 from tests.push import reference
 from tests.tiny import make_tiny_qwen2
 

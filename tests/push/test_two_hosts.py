@@ -19,7 +19,7 @@ from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.servers import Servers
-from tests.launch import ROOT
+from tests.forks import ROOT
 from tests.push import reference
 from tests.tiny import make_tiny_qwen2
 from tests.workers.trainer import NoText

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from tests.forks import ROOT
 from tests.tiny import make_tiny_qwen2
 
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "lib.sh")

@@ -27,7 +27,7 @@ from megatron_t1.rollout.endpoint import EndpointError
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
 from megatron_t1.synthesize.run import describe, synthesize
-from tests.launch import ROOT
+from tests.forks import ROOT
 from tests.scripted import ScriptedEndpoint, serving
 
 HOSTILE = "{{ 7*7 }}{% raw %}<script>alert(1)</script>"

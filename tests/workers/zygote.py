@@ -1,0 +1,88 @@
+"""Imports the given modules once and becomes, by fork, every process that it is asked for (tests.forks).
+
+argv: number of the socket to listen on, modules... One JSON line asks to start processes or how they ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(channel: socket.socket) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Answers until the tests are over. Returns in a child, with what it was asked to run and its environment."""
+    codes: dict[int, int] = {}
+    with channel.makefile("rw") as file:
+        for line in file:
+            request = json.loads(line)
+            if "poll" in request:
+                for pid in set(request["poll"]) - codes.keys():
+                    ended, status = os.waitpid(pid, os.WNOHANG)
+                    if ended:
+                        codes[pid] = os.waitstatus_to_exitcode(status)
+                answer = [codes.get(pid) for pid in request["poll"]]
+            else:
+                answer = []
+                for environment in request["environments"]:
+                    pid = os.fork()
+                    if pid == 0:
+                        return request, environment
+                    answer.append(pid)
+            file.write(json.dumps(answer) + "\n")
+            file.flush()
+    return None
+
+
+def manage_saves_by_fork() -> None:
+    """Megatron keeps the results of a save in a manager process, and spawns it: imports again, in every rank."""
+    strategy = sys.modules.get("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    if strategy is None:
+        return
+
+    @functools.cache
+    def results_queue() -> Any:
+        return multiprocessing.get_context("fork").Manager().Queue()
+
+    strategy._get_write_results_queue = results_queue  # type: ignore[attr-defined]
+
+
+def become(request: dict[str, Any], environment: dict[str, str]) -> None:
+    """What is left between a fork and a process that was started: groups, files, environment, random numbers."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    for number, path in ((1, request["stdout"]), (2, request["stderr"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(request["cwd"])
+    random.seed()
+    sys.argv = [request["target"], *request["arguments"]]
+    if request["target"].endswith(".py"):
+        runpy.run_path(request["target"], run_name="__main__")
+    else:
+        runpy.run_module(request["target"], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    manage_saves_by_fork()
+    gc.freeze()  # a collection in a fork need not look at, and copy, what was imported
+    asked = serve(listening)
+    listening.close()
+    if asked:
+        become(*asked)
