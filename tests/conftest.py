@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ from tests.tiny import make_tiny_qwen2
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-TIERS = {"forks": {"ranks"}, "start_t1": {"ranks", "servers"}, "open_servers": {"servers"}, "slurm": {"slurm"}}
+TIERS = {
+    "forks": {"ranks"},
+    "start_t1": {"ranks", "servers"},
+    "open_servers": {"servers"},
+    "vllm_forks": {"servers"},
+    "slurm": {"slurm"},
+}
 """Fixture -> marks of the tests that use it, directly or through other fixtures. All else is `make test-fast`."""
 STARTED = {"megatron_t1", "megatron_t1.servers.supervise", "torch.distributed.run", "tests.workers.zygote"}
 """Words of the command lines that start ranks and servers: no test does it but through those fixtures."""
@@ -103,10 +109,13 @@ def t1(forks: Forks) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def start_t1() -> Callable[..., subprocess.Popen[str]]:
-    """`start_t1(*arguments, **options of Popen)`: the command as a user starts it, with all its imports."""
+    """`start_t1(*arguments, **options of Popen)`: the command as a user starts it, with all its imports.
 
-    def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-        words = [sys.executable, "-m", "megatron_t1", *map(str, arguments)]
+    `within`: words of a command that starts it.
+    """
+
+    def start(*arguments: object, within: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+        words = [*within, sys.executable, "-m", "megatron_t1", *map(str, arguments)]
         return subprocess.Popen(words, **{"text": True, "env": environment(), "cwd": ROOT, **options})
 
     return start
@@ -119,10 +128,17 @@ def open_servers() -> Callable[..., AbstractContextManager[Servers]]:
 
 
 @pytest.fixture(scope="session")
-def fork_servers(open_servers) -> Iterator[Callable[..., AbstractContextManager[Servers]]]:
-    """`open_servers` whose vLLM processes are forked from one that has its imports done. For tests that kill none."""
+def vllm_forks() -> Iterator[Forks]:
+    """Processes that have imported vLLM."""
     env = environment(**process.environment(RolloutConfig(device="cpu"), index=0, key="", device="cpu"))
-    forks = Forks(("vllm.entrypoints.launchers.api_server.entry", "vllm.v1.engine.async_llm"), env)
+    started = Forks(("vllm.entrypoints.launchers.api_server.entry", "vllm.v1.engine.async_llm"), env)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Servers]]:
+    """`open_servers` whose vLLM processes are forked. For tests that kill none."""
 
     def launch(cfg: RolloutConfig, model_dir: Path, *, index, host, port, key, device, transport, log):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -130,17 +146,16 @@ def fork_servers(open_servers) -> Iterator[Callable[..., AbstractContextManager[
             cfg, model_dir, host=host, port=port, device=device, transport=transport
         )
         env = process.environment(cfg, index=index, key=key, device=device)
-        return forks.start(module, *options, env=env, stdout=log)[0]
+        return vllm_forks.start(module, *options, env=env, stdout=log)[0]
 
     @contextmanager
     def open_forked(cfg: RolloutConfig, model_dir: Path, run_dir: Path) -> Iterator[Servers]:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(sources, "launch", launch)
-            with open_servers(cfg, model_dir, run_dir) as opened:
+            with servers.open_servers(cfg, model_dir, run_dir) as opened:
                 yield opened
 
-    yield open_forked
-    forks.close()
+    return open_forked
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,9 @@ class Fork:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        """With all that it started."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class Forks:

@@ -71,7 +71,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 def config(questions: Path, out: Path, url: str, **more: Any) -> SynthesizeConfig:
-    endpoint = EndpointConfig(urls=(url,), timeout_s=5.0, price_in=1.0, price_out=10.0)
+    endpoint = EndpointConfig(urls=(url,), timeout_s=2.0, price_in=1.0, price_out=10.0)
     given: dict[str, Any] = {"endpoints": {"big": endpoint}, "num_attempts": 6, **more}
     return SynthesizeConfig(questions=str(questions), out=str(out), reward=RewardConfig(num_workers=1), **given)
 

@@ -48,9 +48,9 @@ def serve(channel: socket.socket) -> tuple[dict[str, Any], dict[str, str]] | Non
 
 def manage_saves_by_fork() -> None:
     """Megatron keeps the results of a save in a manager process, and spawns it: imports again, in every rank."""
-    strategy = sys.modules.get("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    if strategy is None:
+    if "megatron.core" not in sys.modules:
         return
+    strategy = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
 
     @functools.cache
     def results_queue() -> Any:
