@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -37,11 +38,21 @@ STARTED = {"megatron_t1", "megatron_t1.servers.supervise", "torch.distributed.ru
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks them; keeps a file (of models/: the folder) to one worker of xdist, files that start most at the front."""
+    num_marks: Counter[str] = Counter()
     for item in items:
-        for fixture, marks in TIERS.items():
-            if fixture in getattr(item, "fixturenames", ()):
-                for mark in marks:
-                    item.add_marker(mark)
+        marks = {mark for fixture in getattr(item, "fixturenames", ()) for mark in TIERS.get(fixture, ())}
+        for mark in marks:
+            item.add_marker(mark)
+        group = _group(item)
+        item.add_marker(pytest.mark.xdist_group(group))
+        num_marks[group] = max(num_marks[group], len(marks))
+    items.sort(key=lambda item: -num_marks[_group(item)])
+
+
+def _group(item: pytest.Item) -> str:
+    file = item.nodeid.partition("::")[0]
+    return "tests/models" if file.startswith("tests/models/") else file
 
 
 _running: pytest.Item | None = None

@@ -26,8 +26,8 @@ WORKERS = ROOT / "tests" / "workers"
 
 def environment(**more: str) -> dict[str, str]:
     """This process's, with this checkout first on PYTHONPATH."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error", **more}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", **more, "PYTHONPATH": path}
 
 
 class Fork:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from megatron_t1.platform import setup
 
@@ -26,8 +27,8 @@ def main() -> None:
     initialize(parallel, platform, 0)
     model = ModelConfig(hf_path=push["folder"], dtype="float32")
     engine = ForwardEngine(model, parallel, platform, temperature=1.0)
-    engine.load_weights(push["folder"])
-    engine.save_hf(push["export"])
+    engine.load_weights(Path(push["folder"]))
+    engine.save_hf(Path(push["export"]))
     servers = Servers(rollout, "", "").start().wait_ready() if is_main() else None
     with WeightSync(engine.pieces(), rollout, servers) as sync:
         assert sync.push(push["version"]).failed == {}

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_t1.algo import fused_head
 from megatron_t1.algo.head import Head
+from megatron_t1.platform import setup
 from tests.algo.reference import PATHS, case
 
 S, VOCAB, PADDED, TEMPERATURE = 64, 601, 1024, 0.8
@@ -28,7 +29,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init{tp}", rank=rank, world_size=tp)
     # Small tiles and chunks; the last rank of four holds nothing but padding rows.
-    fused_head.CHUNK_LOGITS["cpu"] = 2000
+    fused_head.CHUNK_LOGITS[setup().device.type] = 2000
     rows = slice(rank * PADDED // tp, (rank + 1) * PADDED // tp)
     results = {}
     for sequence_parallel in (False, True):

@@ -5,6 +5,7 @@ argv: number of the socket to listen on, modules... One JSON line asks to start 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -17,6 +18,8 @@ import runpy
 import signal
 import socket
 import sys
+import threading
+import traceback
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -76,6 +79,15 @@ def become(request: dict[str, Any], environment: dict[str, str]) -> None:
         runpy.run_module(request["target"], run_name="__main__", alter_sys=True)
 
 
+def finish(code: int) -> None:
+    """Ends as the interpreter would, but for taking all that was imported apart."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     listening = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
@@ -84,5 +96,13 @@ if __name__ == "__main__":
     gc.freeze()  # a collection in a fork need not look at, and copy, what was imported
     asked = serve(listening)
     listening.close()
-    if asked:
-        become(*asked)
+    code = 0
+    try:
+        if asked:
+            become(*asked)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finish(code)
