@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import functools
 import gc
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -20,6 +18,7 @@ import socket
 import sys
 import threading
 import traceback
+from multiprocessing import context
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -47,19 +46,6 @@ def serve(channel: socket.socket) -> tuple[dict[str, Any], dict[str, str]] | Non
             file.write(json.dumps(answer) + "\n")
             file.flush()
     return None
-
-
-def manage_saves_by_fork() -> None:
-    """Megatron keeps the results of a save in a manager process, and spawns it: imports again, in every rank."""
-    if "megatron.core" not in sys.modules:
-        return
-    strategy = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-
-    @functools.cache
-    def results_queue() -> Any:
-        return multiprocessing.get_context("fork").Manager().Queue()
-
-    strategy._get_write_results_queue = results_queue  # type: ignore[attr-defined]
 
 
 def become(request: dict[str, Any], environment: dict[str, str]) -> None:
@@ -92,7 +78,8 @@ if __name__ == "__main__":
     listening = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         importlib.import_module(name)
-    manage_saves_by_fork()
+    # vLLM's engine, and Megatron's keeper of the results of a save, are spawned: all imports again.
+    context._concrete_contexts["spawn"] = context._concrete_contexts["fork"]
     gc.freeze()  # a collection in a fork need not look at, and copy, what was imported
     asked = serve(listening)
     listening.close()
