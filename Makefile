@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN ?= runs/quickstart
 SEED ?= 0
+# Tests run in two processes: half of what they do is to wait for a server or for the slower of two ranks.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: quickstart test lint install lock clean slurm-tools
+.PHONY: quickstart test test-fast lint install lock clean slurm-tools
 
 install: $(INSTALLED)
 
@@ -33,7 +35,11 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(PYTEST)
+
+# Without what starts trainer processes, vLLM servers or Slurm; tests/conftest.py tells by the fixtures of a test.
+test-fast: $(INSTALLED)
+	$(PYTEST) -m "not ranks and not servers and not slurm"
 
 # What the tests of slurm/ run on: a real Slurm with emulated nodes (Debian, Ubuntu; root).
 slurm-tools:

@@ -18,10 +18,15 @@ TROUBLES = ("limit", "limit date", "error", "stall", "no json", "no choices", "n
 
 
 class ScriptedEndpoint:
-    """`answer(body)` decides the text. Each new request meets trouble first, with probability `trouble`."""
+    """`answer(body)` decides the text. Each new request meets trouble first, with probability `trouble`.
 
-    def __init__(self, answer: Answer, trouble: float = 0.0, delay_s: float = 0.0, key: str = "") -> None:
-        self.answer, self.trouble, self.delay_s, self.key = answer, trouble, delay_s, key
+    No answer is given before `crowd` requests have been in flight at the same time.
+    """
+
+    def __init__(
+        self, answer: Answer, trouble: float = 0.0, delay_s: float = 0.0, key: str = "", crowd: int = 0
+    ) -> None:
+        self.answer, self.trouble, self.delay_s, self.key, self.crowd = answer, trouble, delay_s, key, crowd
         self.served: Counter[str] = Counter()
         """Requests answered well, by their body."""
         self.troubles: Counter[str] = Counter()
@@ -48,6 +53,8 @@ class ScriptedEndpoint:
             self.troubles[kind] += 1
             return await self._make_trouble(kind, request)
         await asyncio.sleep(self.delay_s)
+        while self.most_in_flight < self.crowd:
+            await asyncio.sleep(0.1)
         text = self.answer(body)
         self.served[name] += 1
         if text == "REFUSE":

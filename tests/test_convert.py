@@ -22,12 +22,11 @@ from megatron_t1.convert import to_hf, to_megatron, verify
 from megatron_t1.models.spec import FAMILIES as KNOWN
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
 from megatron_t1.weights.torch_dist import TorchDistReader
-from tests.launch import ROOT, WORKERS, run_ranks
+from tests.forks import ROOT, WORKERS, environment
 from tests.models.families import FAMILIES
 from tests.tiny import ARCHITECTURES, make_tiny, make_tiny_qwen2
 
 WORKER = WORKERS / "convert_worker.py"
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def contents(folder: Path) -> dict:
@@ -103,7 +102,7 @@ def test_every_dtype_is_kept_where_a_checkpoint_mixes_them(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_megatron_loads_at_any_layout_what_was_converted_at_another(tmp_path):
+def test_megatron_loads_at_any_layout_what_was_converted_at_another(run_ranks, tmp_path):
     for family, make in FAMILIES.items():
         to_megatron(make(tmp_path / family / "hf"), tmp_path / family / "megatron", pp=2)
     layouts = {
@@ -151,7 +150,9 @@ def test_verify_names_what_differs(pair, tmp_path):
     assert changed.startswith("1 of 32768 numbers differ, by at most 0.5; the first is number 261:")
     assert len(found) == 6
     command = [sys.executable, "tools/convert_hf.py", "verify", str(megatron)]
-    done = subprocess.run([*command, str(other)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        [*command, str(other)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250
+    )
     assert done.returncode == 1
     assert "differ in 6 tensors" in done.stdout
 
@@ -292,7 +293,7 @@ def test_a_killed_conversion_leaves_no_checkpoint_and_the_next_one_clears_up(job
     out = tmp_path / "out" / "result"
     script = SLOW + f"{job.replace('-', '_')}(Path({str(given)!r}), Path({str(out)!r}))"
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", script], env=ENV, cwd=ROOT, stdout=subprocess.PIPE
+        [sys.executable, "-W", "ignore", "-c", script], env=environment(), cwd=ROOT, stdout=subprocess.PIPE
     )
     assert process.stdout
     for _ in range(4):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -188,19 +186,19 @@ def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, 
 
 @pytest.mark.timeout(900)
 def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
-    real: Rank0, server: Servers, template: Template, tiny_dir: Path, tmp_path: Path
+    real: Rank0, server: Servers, start_t1, t1, template: Template, tiny_dir: Path, tmp_path: Path
 ) -> None:
     raw = _write(tmp_path / "raw.jsonl", [{"id": f"q{i}", "problem": f"{i}?", "answer": i} for i in range(40)])
     folder = tmp_path / "run/curate"
-    command = [
-        sys.executable, "-m", "megatron_t1", "curate", "--run_dir", tmp_path / "run", "--model.hf_path", tiny_dir,
+    arguments = [
+        "curate", "--run_dir", tmp_path / "run", "--model.hf_path", tiny_dir,
         "--rollout.urls", json.dumps([server.all[0].url]), "--rollout.key_file", server.run_dir / "server_key",
         "--curate.inputs", json.dumps([raw]), "--curate.sampling.max_new_tokens", 16,
         "--rollout.max_num_seqs", 32, "--rollout.device", "cpu",
         "--curate.output", tmp_path / "prompts.jsonl", "--reward.num_workers", 1, "--model.dtype", "float32",
     ]  # fmt: skip
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, start_new_session=True)
+        process = start_t1(*arguments, stdout=log, stderr=log, start_new_session=True)
         while process.poll() is None and not (folder / "sampled.jsonl").exists():
             time.sleep(0.05)
         while process.poll() is None and (folder / "sampled.jsonl").read_text().count("\n") < 3:
@@ -211,9 +209,8 @@ def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
     assert with_kill, (tmp_path / "log").read_text()[-3000:]
     finished = (folder / "sampled.jsonl").read_text().rpartition("\n")[0].splitlines()
     assert 3 <= len(finished) < 40
-    done = subprocess.run([*map(str, command), "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[:2] == ["read", "40"]
+    output = t1(*arguments, "--resume")
+    assert output.split()[:2] == ["read", "40"]
     rows = (folder / "sampled.jsonl").read_text().splitlines()
     assert rows[: len(finished)] == finished
     assert len({json.loads(row)["id"] for row in rows}) == len(rows) == 40

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from tests.forks import ROOT
 
 PACKAGE = ROOT / "megatron_t1"
 # From the ground up: a part may import what stands on a line above its own, and any room's config.py: configs are

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +17,9 @@ from megatron_t1.data.prompts import load_texts
 from megatron_t1.data.template import Template
 from megatron_t1.logprobs import compare
 from megatron_t1.push.sync import WeightSync, folder_pieces
-from tests.launch import ROOT
 from tests.push import reference
 from tests.tiny import make_tiny_tokenizer
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
 ROWS = [
     {"prompt": "1+1?", "response": "2, of course"},
     {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "naïve \\boxed{7}"}]},
@@ -47,15 +42,6 @@ def expected(tiny_dir, texts) -> list[np.ndarray]:
     return [reference.logprobs(model, s.prompt_ids, s.response_ids, 1.0).numpy() for s in sequences]
 
 
-def logprobs(model: Path, *options: object) -> str:
-    command = [sys.executable, "-m", "megatron_t1", "logprobs", str(model), "--dtype", "float32"]
-    done = subprocess.run(
-        [*command, *map(str, options)], capture_output=True, text=True, timeout=600, env=ENV, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout
-
-
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -66,26 +52,27 @@ def largest_difference(output: str) -> float:
     return float(found[1])
 
 
-def test_a_megatron_checkpoint_under_tp2_pp2_against_transformers(tiny_dir, texts, expected, tmp_path):
+def test_a_megatron_checkpoint_under_tp2_pp2_against_transformers(t1, tiny_dir, texts, expected, tmp_path):
     to_megatron(tiny_dir, tmp_path / "megatron")
     out = tmp_path / "out.jsonl"
     layout = ("--parallel.tensor", 2, "--parallel.sequence_parallel", "true", "--parallel.pipeline", 2)
-    output = logprobs(tmp_path / "megatron", "--input", texts, "--output", out, "--against", "transformers", *layout)
+    given = ("--dtype", "float32", "--input", texts, "--output", out, "--against", "transformers")
+    output = t1("logprobs", tmp_path / "megatron", *given, *layout, num_ranks=4)
     assert largest_difference(output) <= 1e-4
     for row, values in zip(rows_of(out), expected, strict=True):
         assert row["logprobs"] == pytest.approx(values, abs=1e-4)
         assert row["against"] == pytest.approx(values, abs=1e-4)
 
 
-def test_pp2_against_a_running_server_and_a_wrong_weight_found(tiny_dir, texts, expected, server, tmp_path):
+def test_pp2_against_a_running_server_and_a_wrong_weight_found(t1, tiny_dir, texts, expected, server, tmp_path):
     with WeightSync(folder_pieces(tiny_dir), server.cfg, server) as sync:
         sync.push(version=sync.next_version())
     key_file = tmp_path / "key"
     key_file.write_text(server.all[0].key)
     key_file.chmod(0o600)
     out = tmp_path / "out.jsonl"
-    against = ("--input", texts, "--against", server.all[0].url, "--key_file", key_file)
-    output = logprobs(tiny_dir, *against, "--output", out, "--parallel.pipeline", 2)
+    against = ("--dtype", "float32", "--input", texts, "--against", server.all[0].url, "--key_file", key_file)
+    output = t1("logprobs", tiny_dir, *against, "--output", out, "--parallel.pipeline", 2, num_ranks=2)
     assert largest_difference(output) <= 1e-3
     for row, values in zip(rows_of(out), expected, strict=True):
         assert row["logprobs"] == pytest.approx(values, abs=1e-4)
@@ -98,7 +85,7 @@ def test_pp2_against_a_running_server_and_a_wrong_weight_found(tiny_dir, texts, 
     tensors = load_file(other / "model.safetensors")
     tensors["model.embed_tokens.weight"][260] += 3.0  # of one token, which stands in the last text alone
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    output = logprobs(other, *against, "--num_shown", 1)
+    output = t1("logprobs", other, *against, "--num_shown", 1)
     assert largest_difference(output) > 0.1
     assert re.search(r"^  3, \d: .*after", output, re.MULTILINE), output
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,20 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tests.launch import ROOT
+from tests.forks import ROOT
 
 EXAMPLE = ROOT / "examples/quickstart/quickstart.yaml"
-ENV = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-
-
-def t1(*arguments: object, expect: int = 0, timeout_s: float = 800) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_t1", *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout_s, env=ENV, cwd=ROOT,
-    )  # fmt: skip
-    output = done.stdout + done.stderr
-    assert done.returncode == expect, output[-6000:]
-    return output
 
 
 def rows(path: Path) -> list[dict]:
@@ -38,7 +25,7 @@ def rows(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(t1, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     t1("quickstart-data", "--out", folder, "--num_sft_samples", 4000)
     # Two layers and two KV heads, so that TP2 and PP2 divide them.
@@ -49,7 +36,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(data, tmp_path_factory) -> Path:
+def tuned(t1, data, tmp_path_factory) -> Path:
     """The task's folder with a model that answers in the right form, sometimes correctly: rewards differ."""
     folder = tmp_path_factory.mktemp("tuned")
     t1("sft", *options(data, folder, **{"sft.max_steps": 250}))
@@ -81,13 +68,10 @@ def options(data: Path, run_dir: Path, **overrides: object) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(tuned, tmp_path_factory):
+def server(start_t1, tuned, tmp_path_factory):
     """One `t1 serve` for all layouts, given to them by URL."""
     run_dir = tmp_path_factory.mktemp("serve")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_t1", "serve", *options(tuned, run_dir)],
-        stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT,
-    )  # fmt: skip
+    process = start_t1("serve", *options(tuned, run_dir), stdout=subprocess.PIPE)
     said = [process.stdout.readline() for _ in range(2)]
     assert said[0].startswith("rollout.urls:"), said
     url = json.loads(said[0].split(":", 1)[1].replace("'", '"'))
@@ -98,11 +82,13 @@ def server(tuned, tmp_path_factory):
     assert process.wait(30) == 0
 
 
-def test_the_whole_pipeline_on_two_ranks(data, tmp_path):
+def test_the_whole_pipeline_on_two_ranks(data, start_t1, t1, tmp_path):
     """SFT, evaluation, RL, evaluation, scaling, report; then resumed, when nothing is left to do."""
     few = {"scaling.budgets": "[8,16]", "evaluate.sampling.num_samples": 1, "scaling.sampling.num_samples": 1}
     arguments = options(data, tmp_path, **few, **{"parallel.nproc_per_node": 2, "rl.steps": 2})
-    output = t1("run", *arguments)
+    process = start_t1("run", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate(timeout=800)
+    assert process.returncode == 0, output[-6000:]
     assert "pass@1" in output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0 <= summary["sft_pass_at_1"] <= 1
@@ -121,10 +107,10 @@ def test_the_whole_pipeline_on_two_ranks(data, tmp_path):
     assert list((tmp_path / "tensorboard").rglob("events.*"))
     assert "API_KEY" not in (tmp_path / "logs").joinpath("server_0.log").read_text()
 
-    again = t1("run", *arguments, "--resume")
+    again = t1("run", *arguments, "--resume", num_ranks=2)
     assert "pass@1" in again
     assert [row["step"] for row in rows(tmp_path / "rl/metrics.jsonl")] == [1, 2]
-    refused = t1("run", *arguments, expect=1)
+    refused = t1("run", *arguments, num_ranks=2, expect=1)
     assert "give --resume to go on" in refused
 
 
@@ -138,9 +124,9 @@ def test_the_whole_pipeline_on_two_ranks(data, tmp_path):
     ],
     ids=["TP2 SP", "PP2", "DP2", "one process"],
 )
-def test_rl_is_the_same_on_every_layout(layout, count, tuned, server, tmp_path, request):
+def test_rl_is_the_same_on_every_layout(layout, count, t1, tuned, server, tmp_path, request):
     """Three steps on each layout, all from the same weights and seeds: the same rewards, losses and exported model."""
-    t1("rl", *options(tuned, tmp_path, **server, **layout, **{"parallel.nproc_per_node": count, "rl.steps": 3}))
+    t1("rl", *options(tuned, tmp_path, **server, **layout, **{"rl.steps": 3}), num_ranks=count)
     mine = rows(tmp_path / "rl/metrics.jsonl")
     weights = load_file(tmp_path / "rl/hf/model.safetensors")
     reference = request.config.stash.setdefault(_REFERENCE, (mine, weights))
@@ -157,12 +143,10 @@ _REFERENCE = pytest.StashKey[tuple]()
 
 
 @pytest.mark.parametrize("asked_after", [1, 2], ids=["between checkpoints", "at a checkpoint"])
-def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, tuned, server, tmp_path):
+def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, start_t1, t1, tuned, server, tmp_path):
     """4 steps at once against a run that USR1 stops, and a new process: the same numbers, optimizer and anchor too."""
     arguments = options(tuned, tmp_path, **server, **{"rl.steps": 4, "parallel.nproc_per_node": 1})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_t1", "rl", *arguments], stderr=subprocess.PIPE, text=True, env=ENV, cwd=ROOT
-    )
+    process = start_t1("rl", *arguments, stderr=subprocess.PIPE)
     metrics = tmp_path / "rl/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(rows(metrics)) >= asked_after):
         time.sleep(0.02)
@@ -190,14 +174,14 @@ def timeless(run_dir: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def straight(tuned, server, tmp_path_factory) -> Path:
+def straight(t1, tuned, server, tmp_path_factory) -> Path:
     """Four steps without a break."""
     folder = tmp_path_factory.mktemp("straight")
     t1("rl", *options(tuned, folder, **server, **{"rl.steps": 4}))
     return folder
 
 
-def test_the_models_own_chains_teach_it_and_are_measured(tuned, server, tmp_path):
+def test_the_models_own_chains_teach_it_and_are_measured(t1, tuned, server, tmp_path):
     """Synthesis by the tiny model itself -> SFT -> evaluation before and after, compared -> scaling -> report."""
     url, key_file = json.loads(server["rollout.urls"])[0], server["rollout.key_file"]
     questions = tmp_path / "questions.jsonl"
@@ -228,7 +212,7 @@ def test_the_models_own_chains_teach_it_and_are_measured(tuned, server, tmp_path
 
 
 @pytest.mark.parametrize("command", ["evaluate", "scaling"])
-def test_killed_while_measuring_it_resumes_to_the_same_files(command, tuned, server, tmp_path):
+def test_killed_while_measuring_it_resumes_to_the_same_files(command, start_t1, t1, tuned, server, tmp_path):
     """kill -9 in the middle of `t1 evaluate` and `t1 scaling`: the same files as in one go, finished work kept."""
     small = {"evaluate.sampling.num_samples": 8, "scaling.sampling.num_samples": 8, "scaling.budgets": "[16,48]"}
     names = {
@@ -237,8 +221,8 @@ def test_killed_while_measuring_it_resumes_to_the_same_files(command, tuned, ser
     }
     part, *final = names[command]
     t1(command, *options(tuned, tmp_path, **server, **small, label="whole"))
-    cut = [sys.executable, "-m", "megatron_t1", command, *options(tuned, tmp_path, **server, **small, label="cut")]
-    process = subprocess.Popen(cut, env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cut = options(tuned, tmp_path, **server, **small, label="cut")
+    process = start_t1(command, *cut, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path = tmp_path / command / "cut" / part
     while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 20):
         time.sleep(0.005)
@@ -246,19 +230,16 @@ def test_killed_while_measuring_it_resumes_to_the_same_files(command, tuned, ser
     process.wait()
     assert path.exists(), "it was over before the kill"
     kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    t1(command, *options(tuned, tmp_path, **server, **small, label="cut"), "--resume")
+    t1(command, *cut, "--resume")
     for name in final:
         assert (tmp_path / command / "cut" / name).read_text() == (tmp_path / command / "whole" / name).read_text()
     assert set(kept) <= set((tmp_path / command / "cut" / final[0]).read_text().splitlines(keepends=True))
 
 
-def test_a_killed_server_is_replaced(tuned, tmp_path):
+def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
     """Of two servers one is killed in the middle: training goes on and the server comes back."""
-    arguments = options(tuned, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 60})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_t1", "rl", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, cwd=ROOT,
-    )  # fmt: skip
+    arguments = options(tuned, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 20})
+    process = start_t1("rl", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "rl/metrics.jsonl"
     output: list[str] = []
     for line in process.stdout:
@@ -273,10 +254,10 @@ def test_a_killed_server_is_replaced(tuned, tmp_path):
     rest, _ = process.communicate(timeout=250)
     assert process.returncode == 0, "".join(output) + rest[-3000:]
     assert "was lost and is started again" in rest
-    assert [row["step"] for row in rows(metrics)] == list(range(1, 61))
+    assert [row["step"] for row in rows(metrics)] == list(range(1, 21))
 
 
-def test_the_exported_model_answers_as_the_trained_one(tuned, server, tmp_path):
+def test_the_exported_model_answers_as_the_trained_one(t1, tuned, server, tmp_path):
     """Greedy answers of the export in transformers are those of vLLM serving the trained weights."""
     t1("rl", *options(tuned, tmp_path, **server, **{"rl.steps": 2}))
     exported = tmp_path / "rl/hf"

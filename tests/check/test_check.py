@@ -18,7 +18,7 @@ from megatron_t1.cli.main import main
 from megatron_t1.cli.options import dump, parse, read
 from megatron_t1.config import Config
 from megatron_t1.models import spec_of
-from tests.launch import ROOT
+from tests.forks import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 
 QWEN_32B = {

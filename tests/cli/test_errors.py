@@ -6,13 +6,11 @@ import json
 import resource
 import socket
 import subprocess
-import sys
 from functools import partial
 
 import pytest
 
-from tests.launch import ROOT
-from tests.test_loop import ENV, options
+from tests.test_loop import options
 from tests.tiny import make_tiny_qwen2
 
 
@@ -28,23 +26,23 @@ def data(tmp_path_factory):
     return folder
 
 
-def refused(command, data, run_dir, limit=None, **overrides):
-    """The command's output; it must fail, and without a traceback."""
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_t1", command, *options(data, run_dir, **overrides)],
-        capture_output=True, text=True, timeout=200, env=ENV, cwd=ROOT, preexec_fn=limit,
-    )  # fmt: skip
-    output = done.stdout + done.stderr
-    assert done.returncode != 0
-    assert "Traceback" not in output, output[-3000:]
-    return output
+@pytest.fixture
+def refused(t1, data, tmp_path):
+    """The command's output; it must fail with 1, and without a traceback."""
+
+    def run(command, **overrides):
+        output = t1(command, *options(data, tmp_path, **overrides), expect=1)
+        assert "Traceback" not in output, output[-3000:]
+        return output
+
+    return run
 
 
-def test_malformed_lines_are_named_by_file_and_line(data, tmp_path):
+def test_malformed_lines_are_named_by_file_and_line(refused, data, tmp_path):
     bad = tmp_path / "bad.jsonl"
     good = (data / "sft.jsonl").read_text()
     bad.write_text(good + '{"prompt": "x"}\nnot json\n' + good)
-    output = refused("sft", data, tmp_path, **{"data.sft": bad})
+    output = refused("sft", **{"data.sft": bad})
     assert f'{bad}:65: "response" is missing or empty' in output
     assert f"{bad}:66: not valid JSON" in output
 
@@ -62,38 +60,40 @@ def test_malformed_lines_are_named_by_file_and_line(data, tmp_path):
         ({"model.hf_path": "nowhere"}, "nowhere"),
     ],
 )
-def test_bad_settings_are_refused_with_the_value(overrides, message, data, tmp_path):
-    assert message in refused("sft", data, tmp_path, **overrides)
+def test_bad_settings_are_refused_with_the_value(overrides, message, refused):
+    assert message in refused("sft", **overrides)
 
 
-def test_a_config_that_the_model_family_does_not_understand(data, tmp_path):
+def test_a_config_that_the_model_family_does_not_understand(refused, tmp_path):
     other = make_tiny_qwen2(tmp_path / "model")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "use_sliding_window": True}))
-    assert "use_sliding_window = True is not supported" in refused("sft", data, tmp_path, **{"model.hf_path": other})
+    assert "use_sliding_window = True is not supported" in refused("sft", **{"model.hf_path": other})
     (other / "config.json").write_text(json.dumps({**config, "logit_softcap": 30}))
-    assert "logit_softcap = 30" in refused("sft", data, tmp_path, **{"model.hf_path": other})
+    assert "logit_softcap = 30" in refused("sft", **{"model.hf_path": other})
 
 
-def test_a_port_in_use(data, tmp_path):
+def test_a_port_in_use(refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        output = refused(
-            "rl", data, tmp_path, **{"rollout.ports": f"[{port}]", "parallel.max_tokens_per_microbatch": 512}
-        )
+        output = refused("rl", **{"rollout.ports": f"[{port}]", "parallel.max_tokens_per_microbatch": 512})
     assert str(port) in output
 
 
-def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(data, tmp_path):
-    output = refused("rl", data, tmp_path, **{"rollout.vllm_args": "{no-such-option: 1}"})
+def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(refused):
+    output = refused("rl", **{"rollout.vllm_args": "{no-such-option: 1}"})
     assert "no-such-option" in output
 
 
-def test_a_full_disk_leaves_no_half_written_checkpoint(data, tmp_path):
+def test_a_full_disk_leaves_no_half_written_checkpoint(start_t1, data, tmp_path):
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    output = refused("sft", data, tmp_path, limit, **{"sft.max_steps": 4, "sft.checkpoint.every_steps": 2})
+    arguments = options(data, tmp_path, **{"sft.max_steps": 4, "sft.checkpoint.every_steps": 2})
+    process = start_t1("sft", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=limit)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "Traceback" not in output, output[-3000:]
     assert "could not be written" in output
     finished = list((tmp_path / "sft/checkpoints").glob("step_????????"))
     assert not finished, "a checkpoint that could not be written whole must not look finished"

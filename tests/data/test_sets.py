@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_t1.data.sets import load_set
-from tests.launch import ROOT
+from tests.forks import ROOT
 
 
 def write(path: Path, *rows: dict) -> Path:

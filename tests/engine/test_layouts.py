@@ -5,6 +5,7 @@ The reference is transformers' model in float64 and a textbook loss on its full 
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.engine.batch import ENTROPY_COEF, KL_COEF, LOSSES, TEMPERATURE, make_sequences
-from tests.launch import WORKERS, run_ranks
+from tests.forks import WORKERS
 from tests.tiny import make_tiny_qwen2
 
 VOCAB = 321  # odd: padded to TP in Megatron
@@ -86,10 +87,14 @@ CASES = [(True, layout) for layout in LAYOUTS] + [(False, "TP2"), (False, "PP2")
 
 
 @pytest.fixture(scope="module")
-def reference(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layouts")
-    policy_dir = make_tiny_qwen2(folder / "policy", tied=request.param, vocab_size=VOCAB, init_std=0.1)
-    anchor_dir = make_tiny_qwen2(folder / "anchor", tied=request.param, vocab_size=VOCAB, init_std=0.1, seed=1)
+def reference(tmp_path_factory):
+    return functools.cache(lambda tied: plain_steps(tmp_path_factory.mktemp("layouts"), tied))
+
+
+def plain_steps(folder, tied):
+    """The models, and what a plain process makes of the batch: losses, metrics, gradients, weights, their average."""
+    policy_dir = make_tiny_qwen2(folder / "policy", tied=tied, vocab_size=VOCAB, init_std=0.1)
+    anchor_dir = make_tiny_qwen2(folder / "anchor", tied=tied, vocab_size=VOCAB, init_std=0.1, seed=1)
     model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float64)
     anchor = AutoModelForCausalLM.from_pretrained(anchor_dir, dtype=torch.float64)
     sequences = make_sequences(VOCAB)
@@ -139,11 +144,10 @@ def assert_close(actual: dict, expected: dict, relative: float) -> None:
         assert error <= relative, f"{name}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize(
-    ("reference", "layout"), CASES, indirect=["reference"], ids=[f"{'tied' if t else 'untied'} {x}" for t, x in CASES]
-)
-def test_equals_the_plain_reference(layout, reference, tmp_path):
+@pytest.mark.parametrize(("tied", "layout"), CASES, ids=[f"{'tied' if t else 'untied'} {x}" for t, x in CASES])
+def test_equals_the_plain_reference(tied, layout, reference, run_ranks, tmp_path):
     num_ranks, parallel = LAYOUTS[layout]
+    reference = reference(tied)
     policy_dir, anchor_dir = reference["dirs"]
     run_ranks(WORKER, num_ranks, policy_dir, tmp_path, json.dumps(parallel), anchor_dir)
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,17 +15,21 @@ from safetensors.torch import load_file
 from megatron_t1.convert import to_hf
 from megatron_t1.engine.checkpoint import _rotate, finished
 from megatron_t1.engine.config import CheckpointConfig
-from tests.launch import ROOT, WORKERS, run_ranks
+from tests.forks import WORKERS
 from tests.tiny import make_tiny_qwen2
 
 WORKER = WORKERS / "resume_worker.py"
 
 
-def train(run_dir, model_dir, layout, ranks, total, resume="fresh", every=3):
-    output = run_ranks(WORKER, ranks, run_dir, model_dir, json.dumps(layout), total, every, resume)
-    (run_dir / "output").write_text(output)
-    metrics = [json.loads(line) for line in (run_dir / "sft/metrics.jsonl").read_text().splitlines()]
-    return metrics, load_file(run_dir / "sft/hf/model.safetensors")
+@pytest.fixture(scope="module")
+def train(run_ranks, model_dir):
+    def run(run_dir, layout, ranks, total, resume="fresh", every=3):
+        output = run_ranks(WORKER, ranks, run_dir, model_dir, json.dumps(layout), total, every, resume)
+        (run_dir / "output").write_text(output)
+        metrics = [json.loads(line) for line in (run_dir / "sft/metrics.jsonl").read_text().splitlines()]
+        return metrics, load_file(run_dir / "sft/hf/model.safetensors")
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,11 @@ def model_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[({}, 2), ({"tensor": 2}, 2)], ids=["DP2", "TP2"])
-def straight(request, model_dir, tmp_path_factory):
+def straight(request, train, tmp_path_factory):
     """Six steps, with a checkpoint after three."""
     folder = tmp_path_factory.mktemp("straight")
     layout, ranks = request.param
-    return folder, layout, ranks, *train(folder, model_dir, layout, ranks, 6)
+    return folder, layout, ranks, *train(folder, layout, ranks, 6)
 
 
 def cut_after_three(folder, tmp_path):
@@ -49,10 +50,10 @@ def cut_after_three(folder, tmp_path):
     shutil.copy(folder / "sft/metrics.jsonl", tmp_path / "sft")
 
 
-def test_same_layout_is_bit_equal(straight, model_dir, tmp_path):
+def test_same_layout_is_bit_equal(straight, train, tmp_path):
     folder, layout, ranks, metrics, weights = straight
     cut_after_three(folder, tmp_path)
-    resumed_metrics, resumed = train(tmp_path, model_dir, layout, ranks, 6, "resume")
+    resumed_metrics, resumed = train(tmp_path, layout, ranks, 6, "resume")
     untimed = [
         [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in run] for run in (metrics, resumed_metrics)
     ]
@@ -61,10 +62,10 @@ def test_same_layout_is_bit_equal(straight, model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [({}, 1), ({"pipeline": 2}, 2)], ids=["one process", "PP2"])
-def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, model_dir, tmp_path):
+def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, train, tmp_path):
     folder, _, _, metrics, weights = straight
     cut_after_three(folder, tmp_path)
-    resumed_metrics, resumed = train(tmp_path, model_dir, layout, ranks, 6, "resume")
+    resumed_metrics, resumed = train(tmp_path, layout, ranks, 6, "resume")
     assert [row["step"] for row in resumed_metrics] == [1, 2, 3, 4, 5, 6]
     for row, expected in zip(resumed_metrics[3:], metrics[3:], strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -72,20 +73,19 @@ def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, m
         assert (resumed[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-def test_an_unfinished_checkpoint_is_never_picked_up(straight, model_dir, tmp_path):
+def test_an_unfinished_checkpoint_is_never_picked_up(straight, train, tmp_path):
     folder, layout, ranks, metrics, _ = straight
     cut_after_three(folder, tmp_path)
     shutil.copytree(tmp_path / "sft/checkpoints/step_00000003", tmp_path / "sft/checkpoints/step_00000005.tmp")
-    resumed_metrics, _ = train(tmp_path, model_dir, layout, ranks, 4, "resume")
+    resumed_metrics, _ = train(tmp_path, layout, ranks, 4, "resume")
     assert resumed_metrics[3]["loss"] == metrics[3]["loss"]
     assert not list((tmp_path / "sft/checkpoints").glob("*.tmp"))
 
 
-def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(straight, model_dir, tmp_path):
+def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(straight, train, model_dir, forks, tmp_path):
     """kill -9 with a checkpoint half written: a second preemption, or a node that fails, in a save."""
     *_, metrics, weights = straight
-    command = [sys.executable, WORKER, tmp_path, model_dir, "{}", "6", "1", "fresh"]
-    process = subprocess.Popen([*map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    (process,) = forks.start(WORKER, tmp_path, model_dir, "{}", 6, 1, "fresh")
     checkpoints, caught = tmp_path / "sft/checkpoints", None
     while caught is None:
         assert process.poll() is None, "it was over before a save was caught"
@@ -102,7 +102,7 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(straight, m
     kept = int(finished(checkpoints)[-1].name.removeprefix("step_"))
     rows = (tmp_path / "sft/metrics.jsonl").read_text().splitlines()
     assert len(rows) == kept + 1
-    resumed_metrics, resumed = train(tmp_path, model_dir, {}, 1, 6, "resume")
+    resumed_metrics, resumed = train(tmp_path, {}, 1, 6, "resume")
     assert [row["step"] for row in resumed_metrics] == [1, 2, 3, 4, 5, 6]
     assert resumed_metrics[:kept] == [json.loads(row) for row in rows[:kept]], "it did not go on, it began again"
     for row, expected in zip(resumed_metrics, metrics, strict=True):
@@ -122,13 +122,13 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(straight, model_dir, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(straight, train, tmp_path):
     folder, layout, ranks, metrics, weights = straight
     cut_after_three(folder, tmp_path)
     newest = tmp_path / "sft/checkpoints/step_00000006"
     shutil.copytree(folder / "sft/checkpoints/step_00000006", newest)
     flip_a_bit(max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size))
-    resumed_metrics, resumed = train(tmp_path, model_dir, layout, ranks, 6, "resume")
+    resumed_metrics, resumed = train(tmp_path, layout, ranks, 6, "resume")
     output = (tmp_path / "output").read_text()
     assert "step_00000006 is damaged" in output
     assert "has other contents than were written; looking at the one before" in output
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(straight, model_dir, tm
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
-def test_every_kind_of_damage_is_seen(straight, model_dir, tmp_path):
+def test_every_kind_of_damage_is_seen(straight, run_ranks, tmp_path):
     whole = straight[0] / "sft/checkpoints/step_00000006"
     kinds = {
         "whole": lambda folder: None,
@@ -172,7 +172,9 @@ def test_the_newest_and_the_best_stay(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_checkpoint_converts_to_what_the_run_exported_and_starts_another_run(straight, model_dir, tmp_path):
+def test_a_checkpoint_converts_to_what_the_run_exported_and_starts_another_run(
+    straight, run_ranks, model_dir, tmp_path
+):
     folder, layout, ranks, _, weights = straight
     newest = folder / "sft/checkpoints/step_00000006"
     to_hf(newest, tmp_path / "hf")

@@ -35,7 +35,7 @@ from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 from megatron_t1.rollout.endpoint import NoAnswerError
 from megatron_t1.servers.servers import Servers
-from tests.launch import ROOT
+from tests.forks import ROOT
 from tests.scripted import ScriptedEndpoint, serving
 
 CFG = EvaluateConfig(sampling=SamplingConfig(temperature=1.2, num_samples=3, max_new_tokens=16))

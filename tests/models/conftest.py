@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import WORKERS, run_ranks
+from tests.forks import WORKERS
 from tests.models.families import FAMILIES, reference
 from tests.models.layouts import LAYOUTS
 
@@ -24,7 +24,7 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def results(checkpoints, tmp_path_factory):
+def results(checkpoints, run_ranks, tmp_path_factory):
     """number of ranks -> folder of results; all layouts of one number of ranks share the start of the processes."""
 
     @functools.cache

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.process import environment
 from tests.engine.batch import make_sequences
-from tests.launch import ROOT, WORKERS
+from tests.forks import WORKERS
 from tests.models.families import FAMILIES, VOCAB
 
 WORKER = WORKERS / "vllm_worker.py"
@@ -22,13 +18,11 @@ SERVED = [family for family in FAMILIES if not family.endswith((" tied", " dense
 
 
 @pytest.fixture(scope="module")
-def served(results, tmp_path_factory):
+def served(results, vllm_forks, tmp_path_factory):
     """Family -> for each text, the logprobs of its tokens but the first."""
     out = tmp_path_factory.mktemp("vllm") / "logprobs"
     folders = {family: str(results(1) / "TP1" / family) for family in SERVED}
-    env = environment(RolloutConfig(device="cpu"), index=0, key="", device="cpu") | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(WORKER), json.dumps(folders), str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3000)
+    done = vllm_forks.run(WORKER, json.dumps(folders), out, timeout_s=3000)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(out.read_text())
 

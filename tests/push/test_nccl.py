@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.distributed.weight_transfer import nccl_engine
 
 from megatron_t1.push.ranks import SyncError
 from megatron_t1.push.sync import WeightSync
@@ -16,6 +15,13 @@ from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
 from tests.push import reference
+
+
+def vllms_engine() -> Any:
+    """Its module; not imported before a test runs, because that takes as long as all other imports together."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    return nccl_engine
 
 
 @dataclass(eq=False)
@@ -33,11 +39,11 @@ class RecordingServer(Server):
         if path == "/get_world_size":
             return {"world_size": self.workers}
         if path == "/init_weight_transfer_engine":
-            self.init = nccl_engine.NCCLWeightTransferInitInfo(**body["init_info"])
+            self.init = vllms_engine().NCCLWeightTransferInitInfo(**body["init_info"])
         if path == "/update_weights":
             if self.dies_in_update:
                 raise ServerError(f"server {self.name}: connection reset")
-            self.update = nccl_engine.NCCLWeightTransferUpdateInfo(**body["update_info"])
+            self.update = vllms_engine().NCCLWeightTransferUpdateInfo(**body["update_info"])
         if path == "/finish_weight_update":
             self.version_in_force = body["weight_version"]
         return {"success": True, "weight_version": getattr(self, "version_in_force", "default")}
@@ -82,8 +88,8 @@ def communicators(monkeypatch: pytest.MonkeyPatch, peer_lost: bool = False) -> l
         for item in iterator:
             group.send(post_iter_func(item))
 
-    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", open_endpoint)
-    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", broadcast)
+    monkeypatch.setattr(vllms_engine(), "open_trainer_endpoint", open_endpoint)
+    monkeypatch.setattr(vllms_engine(), "packed_nccl_broadcast_producer", broadcast)
     return opened
 
 
@@ -145,7 +151,7 @@ def test_a_broadcast_that_fails_is_a_sync_error(servers: Servers, monkeypatch: p
     def fails(**arguments: Any) -> None:
         raise RuntimeError("NCCL error: remote process exited")
 
-    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", fails)
+    monkeypatch.setattr(vllms_engine(), "packed_nccl_broadcast_producer", fails)
     with WeightSync(reference.whole(TENSORS), servers.cfg, servers) as sync:
         with pytest.raises(SyncError, match=r"push of version 3, NCCL broadcast: .*remote process exited"):
             sync.push(3)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +14,8 @@ from transformers import AutoModelForCausalLM
 from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.push.sync_check import SyncCheck, sync_check
 from megatron_t1.servers.servers import Servers
-from tests.launch import ROOT
 from tests.push import reference
 from tests.tiny import make_tiny_qwen2
-
-ENV = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +73,10 @@ def test_a_server_that_computes_another_function_is_found_after_the_push(server:
 
 
 @pytest.fixture
-def command(server: Servers, tiny_dir: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    def run(*more: object) -> subprocess.CompletedProcess[str]:
+def command(start_t1, server: Servers, tiny_dir: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs it with some more options: its exit code, output and errors."""
+
+    def run(*more: object) -> tuple[int, str, str]:
         options = {
             "model.hf_path": tiny_dir,
             "model.dtype": "float32",
@@ -89,26 +86,25 @@ def command(server: Servers, tiny_dir: Path, tmp_path: Path) -> Callable[..., su
             "run_dir": tmp_path,
         }
         words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        return subprocess.run(
-            [sys.executable, "-m", "megatron_t1", "sync-check", *words, *map(str, more)],
-            capture_output=True, text=True, timeout=600, cwd=ROOT, env=ENV,
-        )  # fmt: skip
+        process = start_t1("sync-check", *words, *more, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        output, errors = process.communicate(timeout=600)
+        return process.returncode, output, errors
 
     return run
 
 
 def test_the_command_checks_a_live_server_from_megatron_ranks(
-    server: Servers, other_dir: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+    server: Servers, other_dir: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     push(other_dir, server)
     name, held = server.all[0].name, server.all[0].version
-    found = command("--parallel.nproc_per_node", 2, "--parallel.tensor", 2)
-    assert found.returncode == 1, found.stderr
-    assert found.stdout.count(f"{name}") == found.stdout.count("held OTHER weights before") == 4
-    again = command()
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("  ok\n") == 4
-    assert f"as version {held + 2} in" in again.stdout
+    code, output, errors = command("--parallel.nproc_per_node", 2, "--parallel.tensor", 2)
+    assert code == 1, errors
+    assert output.count(f"{name}") == output.count("held OTHER weights before") == 4
+    code, output, errors = command()
+    assert code == 0, errors
+    assert output.count("  ok\n") == 4
+    assert f"as version {held + 2} in" in output
     # Others pushed, so this process has to look again.
     server.all[0].introduce()
     assert server.all[0].version == held + 2

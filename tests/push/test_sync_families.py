@@ -3,7 +3,7 @@ transformers says of the weights that the trainer exports."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.server import Server
 from megatron_t1.servers.servers import Servers
+from tests.forks import WORKERS
 from tests.models.families import FAMILIES, MOE, VOCAB
 from tests.push import reference
-from tests.workers.family_trainer import Push, Trainers
 from tests.workers.trainer import NoText
 
 # Family -> fields of its config.json: vLLM's CPU attention has heads of 32, 64, 80, ... numbers. Tied embeddings, where
@@ -45,38 +44,27 @@ PROMPTS = [[40, 50, 60, 70], list(range(200))]
 SAMPLING = SamplingConfig(temperature=1.2, num_samples=2, max_new_tokens=8)
 
 
-@pytest.fixture(scope="module")
-def trainers() -> Iterator[Trainers]:
-    started = Trainers()
-    yield started
-    started.close()
-
-
-def start_pair(stack: ExitStack, folder: Path, run_dir: Path, tps: tuple[int, int]) -> list[tuple[Servers, Server]]:
-    opened = []
-    for index, tp in enumerate(tps):
-        cfg = RolloutConfig(
-            device="cpu", dtype="float32", max_model_len=512, tp=tp, key_file=str(run_dir / "key"), sync_timeout_s=120
-        )
-        opened.append(stack.enter_context(Servers(cfg, folder, run_dir / str(index))).start())
-    return [(servers, servers.wait_ready().all[0]) for servers in opened]
-
-
 @pytest.mark.parametrize("family", SERVED)
-def test_servers_say_what_transformers_says(family: str, trainers: Trainers, tmp_path: Path) -> None:
+def test_servers_say_what_transformers_says(family: str, fork_servers, run_ranks, tmp_path: Path) -> None:
     folders = [FAMILIES[family](tmp_path / f"seed{seed}", seed=seed, **SERVED[family]) for seed in range(4)]
+    key_file = str(tmp_path / "key")
+    common = {"device": "cpu", "dtype": "float32", "max_model_len": 512, "key_file": key_file, "sync_timeout_s": 120}
     with ExitStack() as stack:
-        pair = start_pair(stack, folders[0], tmp_path, (1, 2 if family == TP2_SERVER else 1))
+        opened = []
+        for index, tp in enumerate((1, 2 if family == TP2_SERVER else 1)):
+            cfg = RolloutConfig(tp=tp, **common)
+            opened.append(stack.enter_context(fork_servers(cfg, folders[0], tmp_path / str(index))))
         for version, (layout, (fields, num_servers)) in enumerate(layouts(family).items(), start=1):
-            targets = pair[:num_servers]
-            cfg = RolloutConfig(
-                urls=tuple(server.url for _, server in targets),
-                key_file=str(tmp_path / "key"),
-                device="cpu",
-                sync_timeout_s=120,
-            )
+            targets = [(servers, servers.all[0]) for servers in opened[:num_servers]]
             export = tmp_path / "export" / layout
-            trainers.push(Push(folder=folders[version], fields=fields, cfg=cfg, version=version, export=export))
+            push = {
+                "folder": str(folders[version]),
+                "fields": fields,
+                "rollout": {**common, "urls": [server.url for _, server in targets]},
+                "version": version,
+                "export": str(export),
+            }
+            run_ranks(WORKERS / "family_trainer.py", 4, json.dumps(push))
             model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
             for servers, server in targets:
                 server.introduce()  # pushed by other processes than the one that started it

@@ -27,7 +27,7 @@ from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.server import Server, ServerError
-from megatron_t1.servers.servers import Servers, open_servers
+from megatron_t1.servers.servers import Servers
 from tests.push import reference
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 from tests.workers.trainer import NoText
@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def pair(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def pair(open_servers, folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     cfg = RolloutConfig(
         device="cpu",
         num_servers=2,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.rollout.client import RolloutClient
-from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.servers import Servers
+from tests.forks import WORKERS, Forks
 from tests.push import reference
 from tests.tiny import make_tiny_qwen2
 from tests.workers import trainer
+
+TRAINER = WORKERS / "trainer.py"
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +28,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [make_tiny_qwen2(tmp_path_factory.mktemp(f"weights{seed}"), seed=seed) for seed in (101, 102)]
 
 
-def run_trainer(server: Servers, tmp_path: Path, pushes: list[tuple[str, Path, int]]) -> list[dict]:
+@pytest.fixture
+def run_trainer(forks: Forks, server: Servers, tmp_path: Path) -> Callable[..., list[dict]]:
     """Two ranks, the last push of which one of them does not survive; what the server said after those before it."""
-    cfg = RolloutConfig(
-        urls=(server.all[0].url,), key_file=str(server.run_dir / "server_key"), device="cpu", sync_timeout_s=20
-    )
-    args = (2, tmp_path / "store", cfg, pushes, tmp_path / "out.json")
-    context = torch.multiprocessing.spawn(trainer.train, args, nprocs=2, join=False)
-    for process in context.processes:  # spawn's own join would kill the rank that is left
-        process.join(timeout=200)
-    server.all[0].introduce()  # pushed by others than this fixture's owner
-    server.required_version = server.all[0].version
-    return json.loads((tmp_path / "out.json").read_text())
+
+    def run(pushes: list[tuple[str, Path, int]]) -> list[dict]:
+        fields = {
+            "urls": [server.all[0].url],
+            "key_file": str(server.run_dir / "server_key"),
+            "device": "cpu",
+            "sync_timeout_s": 20,
+        }
+        given = json.dumps([(layout, str(folder), version) for layout, folder, version in pushes])
+        log = tmp_path / "log"
+        ranks = forks.start(TRAINER, json.dumps(fields), given, tmp_path / "out.json", num_ranks=2, stderr=log)
+        codes = [rank.wait(200) for rank in ranks]
+        assert codes == [0, -signal.SIGKILL], log.read_text()
+        server.all[0].introduce()  # pushed by others than this fixture's owner
+        server.required_version = server.all[0].version
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
 
 
 def assert_says(samples: list[list], folder: Path, version: int) -> None:
@@ -46,9 +59,9 @@ def assert_says(samples: list[list], folder: Path, version: int) -> None:
         assert [list(span) for span in versions] == [[version, 0, len(token_ids)]]
 
 
-def test_a_rank_killed_before_it_has_written(server: Servers, tmp_path: Path, folders: list[Path]) -> None:
+def test_a_rank_killed_before_it_has_written(run_trainer, server: Servers, tmp_path: Path, folders: list[Path]) -> None:
     pushes = [("tp2", folders[0], 201), ("pp2", folders[1], 202), ("killed", folders[0], 203)]
-    results = run_trainer(server, tmp_path, pushes)
+    results = run_trainer(pushes)
     for result, (_, folder, version) in zip(results, pushes[:2], strict=True):
         assert_says(result["samples"], folder, version)
     assert "phase write: trainer rank 1" in (tmp_path / "out.error").read_text()
@@ -56,9 +69,9 @@ def test_a_rank_killed_before_it_has_written(server: Servers, tmp_path: Path, fo
     assert server.all[0].version == 202
 
 
-def test_a_rank_killed_while_it_sends(server: Servers, tmp_path: Path, folders: list[Path]) -> None:
+def test_a_rank_killed_while_it_sends(run_trainer, server: Servers, tmp_path: Path, folders: list[Path]) -> None:
     pushes = [("tp2 tcp", folders[0], 211), ("pp2 tcp", folders[1], 212), ("killed in tcp", folders[0], 213)]
-    results = run_trainer(server, tmp_path, pushes)
+    results = run_trainer(pushes)
     for result, (_, folder, version) in zip(results, pushes[:2], strict=True):
         assert_says(result["samples"], folder, version)
     message = (tmp_path / "out.error").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.servers import Servers
-from tests.launch import ROOT
 from tests.push import reference
 from tests.tiny import make_tiny_qwen2
 from tests.workers.trainer import NoText
@@ -55,7 +53,7 @@ def other_host() -> Iterator[tuple[str, str]]:
 
 
 def test_a_server_on_another_host_announces_itself_and_takes_weights(
-    other_host: tuple[str, str], tiny_dir: Path, tmp_path: Path
+    other_host: tuple[str, str], start_t1, tiny_dir: Path, tmp_path: Path
 ) -> None:
     namespace, host = other_host
     options = {
@@ -63,9 +61,7 @@ def test_a_server_on_another_host_announces_itself_and_takes_weights(
         "rollout.dtype": "float32", "rollout.max_model_len": 512,
     }  # fmt: skip
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    serve = subprocess.Popen(
-        ["ip", "netns", "exec", namespace, sys.executable, "-m", "megatron_t1", "serve", *words], cwd=ROOT
-    )
+    serve = start_t1("serve", *words, within=["ip", "netns", "exec", namespace])
     cfg = RolloutConfig(await_servers=1, device="cpu", sync_timeout_s=120)
     other = make_tiny_qwen2(tmp_path / "other", seed=5)
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()

@@ -21,8 +21,8 @@ from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.server import ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt, Reward, Sample
+from tests.hostile import good_reply, serving
 from tests.push import reference
-from tests.rollout.hostile import good_reply, serving
 
 SAMPLING = SamplingConfig(temperature=1.2, num_samples=5, max_new_tokens=12)
 

@@ -14,7 +14,7 @@ from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.serve import _lost
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
-from tests.rollout.hostile import good_reply, serving
+from tests.hostile import good_reply, serving
 
 
 def awaiting(run_dir: Path, count: int, **options) -> Servers:

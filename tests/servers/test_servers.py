@@ -93,6 +93,7 @@ def test_a_port_in_use_is_said_at_once(tiny_dir: Path, tmp_path: Path) -> None:
             Servers(RolloutConfig(ports=(port,), device="cpu"), tiny_dir, tmp_path).start()
 
 
+@pytest.mark.usefixtures("open_servers")
 def test_a_server_that_does_not_start_shows_why(tmp_path: Path) -> None:
     model = tmp_path / "model"
     with pytest.raises(ServerError, match="has no config\\.json"):
@@ -100,14 +101,13 @@ def test_a_server_that_does_not_start_shows_why(tmp_path: Path) -> None:
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "no_such_model", "max_position_embeddings": 64}))
     with Servers(RolloutConfig(device="cpu"), model, tmp_path) as servers:
-        began = time.monotonic()
-        servers.start()
-        assert time.monotonic() - began < 2  # starting does not wait
+        servers.start()  # does not wait: else it would raise this itself
         with pytest.raises(ServerError, match=r"(?s)ended while starting.*whole log: .*server_0.log.*no_such_model"):
             servers.wait_ready()
     assert (tmp_path / "logs/server_0.log").read_text().count("ended by itself") == 1, "not started again"
 
 
+@pytest.mark.usefixtures("open_servers")
 def test_a_server_that_is_killed_while_it_starts_is_started_again(
     tiny_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +115,7 @@ def test_a_server_that_is_killed_while_it_starts_is_started_again(
         supervisor = servers.start().all[0].process
         assert supervisor is not None
         victims = psutil.Process(supervisor.pid).children()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not victims and time.monotonic() < deadline:
             victims = psutil.Process(supervisor.pid).children()
         victims[0].kill()
@@ -167,7 +167,7 @@ def test_no_process_of_a_server_outlives_a_kill(tmp_path: Path, victim: str) -> 
     )
     process = subprocess.Popen([sys.executable, "-c", starter])
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not pids.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         supervisor_pid, server_pid, engine_pid = map(int, pids.read_text().split())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from tests.forks import ROOT, environment
 from tests.tiny import make_tiny_qwen2
 
 SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "lib.sh")
@@ -58,7 +58,7 @@ def try_out(scenario: str, num_nodes: int, work: Path, timeout_s: float = 3500) 
     command = [CLUSTER, "-n", str(num_nodes), sys.executable, Path(__file__).with_name("scenarios.py"), scenario, work]
     done = subprocess.run(
         ["bash", *map(str, command)], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"},
+        env=environment(PATH=os.environ["PATH"] + ":/usr/sbin:/sbin"),
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]
     return json.loads((work / "seen.json").read_text())

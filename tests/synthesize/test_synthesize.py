@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
@@ -27,7 +26,7 @@ from megatron_t1.rollout.endpoint import EndpointError
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
 from megatron_t1.synthesize.run import describe, synthesize
-from tests.launch import ROOT
+from tests.forks import environment
 from tests.scripted import ScriptedEndpoint, serving
 
 HOSTILE = "{{ 7*7 }}{% raw %}<script>alert(1)</script>"
@@ -71,7 +70,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 def config(questions: Path, out: Path, url: str, **more: Any) -> SynthesizeConfig:
-    endpoint = EndpointConfig(urls=(url,), timeout_s=5.0, price_in=1.0, price_out=10.0)
+    endpoint = EndpointConfig(urls=(url,), timeout_s=2.0, price_in=1.0, price_out=10.0)
     given: dict[str, Any] = {"endpoints": {"big": endpoint}, "num_attempts": 6, **more}
     return SynthesizeConfig(questions=str(questions), out=str(out), reward=RewardConfig(num_workers=1), **given)
 
@@ -167,12 +166,11 @@ synthesize(config(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], questions_i
 def test_killed_in_the_middle_it_goes_on_to_the_same_files(
     how: signal.Signals, questions: Path, tmp_path: Path
 ) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with serving(ScriptedEndpoint(solver, delay_s=0.05)) as server:
         synthesize(config(questions, tmp_path / "whole", server.url))
         server.served.clear()
         arguments = [sys.executable, "-c", _KILLED, str(questions), str(tmp_path / "cut"), server.url]
-        process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
         while server.served.total() < 150 and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(how)

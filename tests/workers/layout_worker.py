@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_t1.platform.detect import setup
 from tests.engine.batch import ENTROPY_COEF, KL_COEF, LOSSES, TEMPERATURE, make_sequences
-from tests.engine.gradients import gradient_pieces
+from tests.workers.gradients import gradient_pieces
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from megatron_t1.platform.detect import setup
 from tests.engine.batch import make_sequences
-from tests.engine.gradients import gradient_pieces
+from tests.workers.gradients import gradient_pieces
 
 ADAM_EPS = 1e-2
 

@@ -1,4 +1,9 @@
-"""Trainer ranks as real processes: each holds its cut of a Hugging Face folder and pushes it into running servers."""
+"""Two trainer ranks: each holds its cut of a Hugging Face folder and pushes it into a running server.
+
+argv: RolloutConfig's fields, [[layout, folder, version], ...], both as JSON; the file for what the server then says. A
+layout that ends in `tcp` travels by it. The last rank dies in `killed` before it has written, and in `killed in tcp`
+when it has sent a part of what it owns; rank 0 then writes the error and ends.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -55,19 +61,15 @@ def die(at_chunk: int) -> None:
     tcp.bytes_of = bytes_or_death
 
 
-def train(
-    rank: int, world_size: int, store: Path, cfg: RolloutConfig, pushes: list[tuple[str, Path, int]], out: Path
-) -> None:
-    """Pushes every (layout, folder, version); rank 0 writes what the servers then say.
-
-    A layout that ends in `tcp` travels by it. The last rank dies in `killed` before it has written, and in `killed in
-    tcp` when it has sent a part of what it owns; rank 0 then writes the error and ends.
-    """
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def main() -> None:
+    fields, pushes, out = json.loads(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
+    cfg = RolloutConfig(**fields)
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     servers = Servers(cfg, "", "").start().wait_ready() if rank == 0 else None
     results = []
     for layout, folder, version in pushes:
-        pieces = pieces_of(layout, folder, rank)
+        pieces = pieces_of(layout, Path(folder), rank)
         if servers is not None:
             servers.cfg = dataclasses.replace(cfg, transport="tcp" if "tcp" in layout else "shm")
         with WeightSync(pieces, cfg, servers) as sync:
@@ -93,3 +95,7 @@ def train(
             out.write_text(json.dumps(results))
         dist.barrier()
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
