@@ -26,11 +26,11 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s={self.deadline_s} must be positive CPU seconds (0.5 is a good value)")
+            raise ValueError(f"reward.deadline_s = {self.deadline_s} must be positive: CPU seconds, such as 0.5")
         if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must be 0 (one a core) or more")
+            raise ValueError(f"reward.num_workers = {self.num_workers} must be 0 (one a core) or more")
         if self.memory_mb < 512:
-            raise ValueError(f"memory_mb={self.memory_mb} is too small for the parser: use at least 512")
+            raise ValueError(f"reward.memory_mb = {self.memory_mb} must be at least 512, or graders do not start")
         for name in ("tasks_per_worker", "alarm_after"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"reward.{name} = {getattr(self, name)} must be at least 1")

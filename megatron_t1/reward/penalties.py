@@ -53,16 +53,16 @@ class PenaltyConfig:
     """Language: fewer foreign letters than this never count (a quoted word)."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.enabled) - set(PENALTIES)
-        if unknown:
-            raise ValueError(f"enabled: unknown penalties {sorted(unknown)}; choose from {sorted(PENALTIES)}")
-        for name in ("max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size"):
+        at_least_1 = ("max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size")
+        if not set(self.enabled) <= set(PENALTIES):
+            raise ValueError(f"reward.penalties.enabled = {self.enabled} must be of {sorted(PENALTIES)}")
+        for name in at_least_1:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"reward.penalties.{name} = {getattr(self, name)} must be at least 1")
         if self.max_ngram_repeats < 0:
-            raise ValueError(f"max_ngram_repeats={self.max_ngram_repeats} must be 0 (off) or more")
+            raise ValueError(f"reward.penalties.max_ngram_repeats = {self.max_ngram_repeats} must be 0 (off) or more")
         if not 0 <= self.max_foreign_share <= 1:
-            raise ValueError(f"max_foreign_share={self.max_foreign_share} must lie in [0, 1]")
+            raise ValueError(f"reward.penalties.max_foreign_share = {self.max_foreign_share} must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

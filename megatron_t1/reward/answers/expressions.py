@@ -16,80 +16,22 @@ from __future__ import annotations
 
 import functools
 import random
-import re
 from typing import Any
 
 import mpmath
 import sympy
-from latex2sympy2_extended import latex2sympy
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from sympy.core.function import AppliedUndef
-from sympy.matrices import MatrixBase
 
-from megatron_t1.reward.answers.latex import PatienceError, UndecidableError, parse_latex
+from megatron_t1.reward.answers.latex import UndecidableError, parse_latex
 from megatron_t1.reward.answers.numeric import Values, evaluate, magnitude
 from megatron_t1.reward.answers.trees import Binder
 
-patient = True
-"""Whether ANTLR may be asked; otherwise `PatienceError` is raised in its place. Set by `verify_fully`."""
-MAX_ANTLR_CHARS = 600
-"""Longest expression for ANTLR: golds stay below 400, and it needs up to 2 ms a character."""
-MAX_ANTLR_NESTING = 15
 LOW_DIGITS, HIGH_DIGITS, MOST_DIGITS = 50, 400, 5000
 NUM_POINTS = 4
 _INTEGER_NAMES = {"k", "n", "m", "l"}
 
 
-def _check_size(latex: str) -> None:
-    """Refuse what is expensive for ANTLR."""
-    if len(latex) > MAX_ANTLR_CHARS:
-        raise UndecidableError(f"{len(latex)} characters")
-    depth = deepest = 0
-    for char in latex:
-        depth += (char in "{([") - (char in "})]")
-        deepest = max(deepest, depth)
-    if deepest > MAX_ANTLR_NESTING:
-        raise UndecidableError(f"nested {deepest} deep")
-    if len(re.findall(r"\\(?:int|sum|prod|lim)(?![a-z])", latex)) > 1:
-        raise UndecidableError("nested sums, integrals or limits")
-    if any(len(n) > 4 for n in re.findall(r"\d+", latex)) and re.search(r"!|\\binom", latex):
-        raise UndecidableError("factorial or binomial of a large number")
-
-
-@functools.lru_cache(maxsize=256)
-def _parse_with_antlr(latex: str) -> Any:
-    if "\\" not in latex:
-        raise UndecidableError(f"{latex[:40]!r} is not readable as mathematics")
-    _check_size(latex)
-    try:
-        return latex2sympy(
-            latex, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False)
-        )
-    except (OSError, MemoryError):  # ours, not the text's
-        raise
-    except Exception as error:
-        raise UndecidableError(f"math-verify cannot read it: {error}"[:150]) from error
-
-
-_parse_plain = functools.lru_cache(maxsize=512)(parse_latex)
-
-
-def parse(golds: list[str], answers: list[str]) -> list[Any]:
-    """Unevaluated SymPy trees of normalised LaTeX expressions.
-
-    Raises:
-        UndecidableError: one of them is not an expression that the parser of these golds knows.
-        PatienceError: that parser would be ANTLR.
-    """
-    try:
-        read: Any = _parse_plain
-        trees = [read(gold) for gold in golds]
-    except UndecidableError:
-        if not patient:
-            raise PatienceError from None
-        read = _parse_with_antlr
-        trees = [read(gold) for gold in golds]
-    return trees + [read(answer) for answer in answers]
+_parse = functools.lru_cache(maxsize=512)(parse_latex)
 
 
 def _counts(node: Any) -> bool:
@@ -102,7 +44,7 @@ def _counts(node: Any) -> bool:
 def is_open(latex: str) -> bool:
     """Whether an expression says no value by itself: two variables or more, a function of its own, a limit."""
     try:
-        (tree,) = parse([], [latex])
+        tree = _parse(latex)
     except UndecidableError:
         return False
     return len(tree.free_symbols) > 1 or tree.has(Binder, AppliedUndef)
@@ -147,12 +89,6 @@ def _uses_i_as_unit(trees: list[Any]) -> bool:
 
 def _same_trees(a: Any, b: Any) -> bool:
     trees = [a, b]
-    if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
-        if not (isinstance(a, MatrixBase) and isinstance(b, MatrixBase)) or a.shape != b.shape:
-            return False
-        return all(_same_trees(x, y) for x, y in zip(a, b, strict=True))
-    if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
-        return bool(a == b)
     if a == b:
         return True
     variables = points(trees, _uses_i_as_unit(trees))
@@ -188,9 +124,7 @@ def expressions_equal(gold: str, answer: str) -> bool:
     Raises:
         UndecidableError: one of them cannot be read or evaluated within bounds.
     """
-    a, b = parse([gold], [answer])
-    if not (isinstance(a, sympy.Basic) and isinstance(b, sympy.Basic)):
-        return _same_trees(a, b)
+    a, b = _parse(gold), _parse(answer)
     ours, theirs = (
         sorted(s.name for s in a.free_symbols - b.free_symbols),
         [s.name for s in b.free_symbols - a.free_symbols],
@@ -206,8 +140,8 @@ def decimal_value(latex: str) -> Any:
     Raises:
         UndecidableError: see `expressions_equal`.
     """
-    (tree,) = parse([], [latex])
-    if not isinstance(tree, sympy.Expr) or tree.free_symbols:
+    tree = _parse(latex)
+    if tree.free_symbols:
         return None
     with mpmath.workdps(LOW_DIGITS):
         value = evaluate(tree, {})
@@ -221,9 +155,7 @@ def relations_equal(gold: tuple[str, str, str], answer: tuple[str, str, str]) ->
         UndecidableError: see `expressions_equal`.
     """
     flipped = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
-    trees = parse([gold[0], gold[2]], [answer[0], answer[2]])
-    if not all(isinstance(tree, sympy.Expr) for tree in trees):
-        return False
+    trees = [_parse(side) for side in (gold[0], gold[2], answer[0], answer[2])]
     if trees[0].free_symbols | trees[1].free_symbols != trees[2].free_symbols | trees[3].free_symbols:
         return False
     ratios = []
@@ -248,9 +180,7 @@ def solves(left: str, right: str, name: str, value: str) -> bool:
     Raises:
         UndecidableError: see `expressions_equal`.
     """
-    *sides, solution = parse([left, right], [value])
-    if not all(isinstance(tree, sympy.Expr) for tree in (*sides, solution)):
-        return False
+    *sides, solution = _parse(left), _parse(right), _parse(value)
     names = {s.name for s in sides[0].free_symbols | sides[1].free_symbols}
     unknown = {name} if name else names - {s.name for s in solution.free_symbols}
     if len(unknown) != 1 or not unknown <= names:

@@ -32,7 +32,7 @@ _COMMANDS = {
     "Rightarrow", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|",
     "backslash": "setminus", "ast": "cdot", "div": "/", "degree": "^\\circ", "textdegree": "^\\circ", "dots": "ldots",
     "cdots": "ldots", "dotsm": "ldots", "dotsb": "ldots", "varepsilon": "epsilon", "varphi": "phi", "colon": ":",
-    "langle": "(", "rangle": ")",
+    "langle": "(", "rangle": ")", "mod": "bmod",
     "arcctg": "arccot", "tg": "tan", "ctg": "cot", "mid": "|", "cupdot": "cup", "sqcup": "cup",
 }  # fmt: skip
 _TO_PUNCTUATION = {"lt", "gt", "land", "lor", "vee", "lbrace", "rbrace", "lbrack", "rbrack", "vert", "lvert", "rvert"}
@@ -120,6 +120,7 @@ def normalize(text: str) -> str:
     s = re.sub(
         r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%", s
     )
+    s = re.sub(r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}", s)
     s = re.sub(r"\\text\{\s*\}", " ", s)
     s = re.sub(
         r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b",

@@ -106,24 +106,9 @@ def _gamma_like(name: str, args: list[Any]) -> Any:
     return mpmath.factorial(args[0]) if name == "factorial" else mpmath.binomial(args[0], args[1])
 
 
-def _binder(node: Any) -> tuple[str, Any, Any, list[Any]] | None:
-    """(name, body, bound variable, bounds) of ours, or of SymPy's from math-verify's parser."""
-    if isinstance(node, Binder):
-        symbol, body, variable, *bounds = node.args
-        return symbol.name, body, variable, bounds
-    name = {"Sum": "sum", "Product": "prod", "Integral": "int", "Limit": "lim"}.get(type(node).__name__)
-    if name == "lim":
-        body, variable, point, side = node.args
-        return f"lim{side}", body, variable, [point]
-    if name and len(node.args) == 2:
-        variable, *bounds = node.args[1].args
-        return name, node.args[0], variable, bounds
-    return None
-
-
 def _bound(name: str, body: Any, variable: Any, bounds: list[Any], values: Values) -> Any:
     """Finite sums and products are computed; what else binds a variable gets a made-up value by its body and bounds."""
-    endless = any(b in (sympy.oo, -sympy.oo) or r"\infty" in {s.name for s in b.free_symbols} for b in bounds)
+    endless = any(r"\infty" in {s.name for s in b.free_symbols} for b in bounds)
     ends = [] if endless else [evaluate(b, values) for b in bounds]
     indexed = any(INDEX in s.name for s in body.free_symbols)
     if name in ("sum", "prod") and len(ends) == 2 and all(map(mpmath.isint, ends)) and not indexed:
@@ -137,7 +122,7 @@ def _bound(name: str, body: Any, variable: Any, bounds: list[Any], values: Value
                 raise UndecidableError("series too large")
         return total
     parts = [evaluate(body, {**values, variable.name: _made_up("bound variable")})]
-    parts += [_made_up(str(b)) if b in (sympy.oo, -sympy.oo) else evaluate(b, values) for b in bounds]
+    parts += [evaluate(b, values) for b in bounds]
     return _made_up_value(name, parts, values)
 
 
@@ -174,9 +159,10 @@ def evaluate(node: Any, values: Values) -> Any:
         return +mpmath.e
     if node is sympy.I:
         return mpmath.mpc(0, 1)
-    if (binder := _binder(node)) is not None:
-        return _bound(*binder, values)
-    if name in ("Integral", "Derivative") or not node.args:
+    if isinstance(node, Binder):
+        symbol, body, variable, *bounds = node.args
+        return _bound(symbol.name, body, variable, bounds, values)
+    if not node.args:
         raise UndecidableError(f"{name} is not evaluated")
     args = [evaluate(a, values) for a in node.args]
     METER.charge(len(args) * (mpmath.mp.dps / 500) ** 2)
@@ -202,6 +188,9 @@ def evaluate(node: Any, values: Values) -> Any:
         return _ELEMENTARY[name](*args)
     if name in _PLAIN:
         return _PLAIN[name](*([mpmath.re(a) for a in args] if name in ("Max", "Min", "floor", "ceiling") else args))
+    if name in ("bmod", "pmod") and all(map(mpmath.isint, args)) and args[1] > 0:
+        args[0] %= args[1]
+        return args[0] if name == "bmod" else _made_up_value(name, args, values)
     if isinstance(node, sympy.Function):
         return _made_up_value(name, args, values)
     raise UndecidableError(f"{name} is not supported")

@@ -109,6 +109,9 @@ def region_of(s: str) -> list[Interval] | None:
     pieces = split_at(s, CUP)[0]
     if len(pieces) == 1:
         pieces = split_top(s, ",;") if operators or split_relation(s)[1] else [s]
+    elif any(set_of(p) for p in pieces):  # [1, 2] \cup {5}
+        points = [[f"[{v},{v}]" for v in set_of(p) or []] or [p] for p in pieces]
+        pieces = list(itertools.chain(*points))
     intervals = [_interval(p) for p in pieces]
     found = [i for i in intervals if i is not None]
     return found if len(found) == len(intervals) else None
@@ -127,6 +130,10 @@ def tuple_of(s: str) -> tuple[str, str, list[str]] | None:
 
 
 def set_of(s: str) -> list[str] | None:
+    pieces = split_at(s, CUP)[0]
+    if len(pieces) > 1:
+        members = [set_of(piece) for piece in pieces]
+        return None if None in members else list(itertools.chain(*(m for m in members if m)))
     m = re.fullmatch(r"\\\{(.*)\\\}", s, re.S)
     if not m or closing(s[1:]) != len(s) - 2 or "|" in m[1]:
         return None

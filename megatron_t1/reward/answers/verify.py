@@ -76,21 +76,14 @@ def verify_cheaply(
 
 
 @functools.lru_cache(maxsize=1024)  # the samples of one question repeat their answers
-def verify_fully(gold: str, answer: str, mode: AnswerMode, *, patient: bool = True) -> Verdict | None:
-    """The verdict on an extracted answer; may take long or kill the process.
-
-    None when `patient` is False and only the parser that has no limit of its own can tell.
-    """
-    from megatron_t1.reward.answers import expressions
-    from megatron_t1.reward.answers.latex import PatienceError, UndecidableError
+def verify_fully(gold: str, answer: str, mode: AnswerMode) -> Verdict:
+    """The verdict on an extracted answer."""
+    from megatron_t1.reward.answers.latex import UndecidableError
     from megatron_t1.reward.answers.numeric import start_meter
 
     start_meter()
-    expressions.patient = patient
     try:
         same = equal(_gold(gold, mode), normalize(answer))
-    except PatienceError:
-        return None
     except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
@@ -104,9 +97,7 @@ def verify(gold: str, text: str, mode: AnswerMode = "response", choices: tuple[s
     verdict, answer = verify_cheaply(gold, text, mode, choices)
     if verdict is not None or answer is None:
         return verdict or Verdict("no_answer", None, "no answer")
-    found = verify_fully(gold, answer, mode)
-    assert found is not None
-    return found
+    return verify_fully(gold, answer, mode)
 
 
 def gold_problem(gold: str) -> str | None:
