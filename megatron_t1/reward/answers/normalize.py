@@ -186,7 +186,7 @@ def exact_number(s: str) -> Exact | None:
     s = s.strip()
     if not s or len(s) > _MAX_DIGITS or not any(c.isdigit() for c in s):
         return None
-    while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}" for c in s[1:-1]):
+    while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}," for c in s[1:-1]):
         s = s[1:-1].strip()
     if m := _THOUSANDS.fullmatch(s):
         s = m[1] + m[2].replace(",", "") + (m[3] or "")

@@ -10,8 +10,10 @@ import functools
 from dataclasses import dataclass
 
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.equal import equal, equal_cheaply
+from megatron_t1.reward.answers.equal import check_readable, equal, equal_cheaply
+from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.normalize import normalize
+from megatron_t1.reward.answers.read import read
 from megatron_t1.types import AnswerMode, Outcome
 
 MAX_GOLD_CHARS = 200
@@ -78,12 +80,8 @@ def verify_cheaply(
 @functools.lru_cache(maxsize=1024)  # the samples of one question repeat their answers
 def verify_fully(gold: str, answer: str, mode: AnswerMode) -> Verdict:
     """The verdict on an extracted answer."""
-    from megatron_t1.reward.answers.latex import UndecidableError
-    from megatron_t1.reward.answers.numeric import start_meter
-
-    start_meter()
     try:
-        same = equal(_gold(gold, mode), normalize(answer))
+        same = equal(read(_gold(gold, mode)), read(normalize(answer)))
     except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
@@ -102,16 +100,13 @@ def verify(gold: str, text: str, mode: AnswerMode = "response", choices: tuple[s
 
 def gold_problem(gold: str) -> str | None:
     """Why an answer cannot serve as a gold; None when it can. For workers."""
-    from megatron_t1.reward.answers.equal import check_readable
-    from megatron_t1.reward.answers.latex import UndecidableError
-
     if len(gold) > MAX_GOLD_CHARS:
         return f"longer than {MAX_GOLD_CHARS} characters"
     itself = verify(gold, rf"\boxed{{{gold}}}")
     if itself.outcome != "correct":
         return f"it is not accepted as its own answer: {itself.reason}"
     try:
-        check_readable(_gold(gold, "response"))
+        check_readable(read(_gold(gold, "response")))
     except (UndecidableError, RecursionError, ValueError, TypeError) as error:
         return f"it cannot be compared: {error or type(error).__name__}"[:200]
     return None

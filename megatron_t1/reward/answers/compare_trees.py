@@ -1,12 +1,8 @@
-r"""Equality of two LaTeX expressions: read by latex.py (or math-verify's parser), compared by value at many digits.
+r"""Whether two trees of latex.py have the same value, or two relations of them say the same.
 
-Only ever called inside a worker process that may be killed. Two expressions are equal when they agree at 50 digits and
+Two expressions are equal when they agree at 50 digits and
 again at 400 or more (so 2^1000 and 2^1000 + 1 differ, and sin(pi) is 0 but pi/10^25 is not), at several random points
 when they have variables. Unknown functions f(x) get pseudo-random values, so f(x) + 1 equals 1 + f(x) and nothing else.
-
-math-verify's ANTLR parser reads more, and takes minutes on some texts. It is asked only when latex.py cannot read the
-*gold*: a model's text alone never leads there, and an answer that only ANTLR could read is no spelling of a gold that
-is plain.
 
 Left out: the values of infinite sums, integrals and limits (they only equal themselves), and everything that needs a
 solver.
@@ -14,7 +10,6 @@ solver.
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
@@ -22,16 +17,17 @@ import mpmath
 import sympy
 from sympy.core.function import AppliedUndef
 
-from megatron_t1.reward.answers.latex import UndecidableError, parse_latex
-from megatron_t1.reward.answers.numeric import Values, evaluate, magnitude
+from megatron_t1.reward.answers.evaluate import Meter, Values, evaluate, magnitude
+from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.trees import Binder
 
 LOW_DIGITS, HIGH_DIGITS, MOST_DIGITS = 50, 400, 5000
 NUM_POINTS = 4
 _INTEGER_NAMES = {"k", "n", "m", "l"}
-
-
-_parse = functools.lru_cache(maxsize=512)(parse_latex)
+MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+"""Operators between exchanged sides."""
+Sides = tuple[Any, Any]
+"""Trees left and right of an operator."""
 
 
 def _counts(node: Any) -> bool:
@@ -41,16 +37,13 @@ def _counts(node: Any) -> bool:
     return isinstance(node, (sympy.factorial, sympy.binomial)) and bool(node.free_symbols)
 
 
-def is_open(latex: str) -> bool:
+def is_open(tree: Any) -> bool:
     """Whether an expression says no value by itself: two variables or more, a function of its own, a limit."""
-    try:
-        tree = _parse(latex)
-    except UndecidableError:
-        return False
-    return len(tree.free_symbols) > 1 or tree.has(Binder, AppliedUndef)
+    functions = {type(node).__name__ for node in tree.atoms(AppliedUndef)} - {"bmod"}
+    return len(tree.free_symbols) > 1 or bool(functions) or tree.has(Binder)
 
 
-def points(trees: list[Any], has_imaginary_unit: bool) -> list[Values]:
+def _points(trees: list[Any], has_imaginary_unit: bool) -> list[Values]:
     """Values of the variables to try: positive and negative, rational, reproducible; never a mathematical constant."""
     names = sorted({s.name for tree in trees for s in tree.free_symbols})
     if names and any(_counts(node) for tree in trees for node in sympy.preorder_traversal(tree)):
@@ -87,16 +80,25 @@ def _uses_i_as_unit(trees: list[Any]) -> bool:
     return "i" in names and not ({"j", "k", "n", "m"} & names)
 
 
-def _same_trees(a: Any, b: Any) -> bool:
+def same_value(a: Any, b: Any, meter: Meter) -> bool:
+    """Whether two trees have the same value, for all values of their variables.
+
+    Raises:
+        UndecidableError: one of them cannot be evaluated within bounds.
+    """
+    only_a, only_b = a.free_symbols - b.free_symbols, b.free_symbols - a.free_symbols
+    if len(only_a) == len(only_b) == 1 and sympy.pi in a.atoms():
+        (mine,), (yours,) = only_a, only_b
+        if {mine.name, yours.name} <= _INTEGER_NAMES:  # k pi and n pi are the same family
+            b = b.xreplace({yours: mine})
     trees = [a, b]
     if a == b:
         return True
-    variables = points(trees, _uses_i_as_unit(trees))
     decided = 0
-    for values in variables:
+    for values in _points(trees, _uses_i_as_unit(trees)):
         try:
             with mpmath.workdps(LOW_DIGITS):
-                low = evaluate(a, values), evaluate(b, values)
+                low = evaluate(a, values, meter), evaluate(b, values, meter)
                 both_tiny = abs(low[0]) < 1e-35 and abs(low[1]) < 1e-35
                 if not both_tiny and not _close(*low):
                     return False
@@ -104,7 +106,7 @@ def _same_trees(a: Any, b: Any) -> bool:
             if needed > MOST_DIGITS:
                 raise UndecidableError("too large to tell from its neighbours")
             with mpmath.workdps(max(HIGH_DIGITS, needed)):
-                high = evaluate(a, values), evaluate(b, values)
+                high = evaluate(a, values, meter), evaluate(b, values, meter)
                 zeros = [_vanishes(x, y) for x, y in zip(low, high, strict=True)]
                 if any(zeros) != all(zeros) or (not any(zeros) and not _close(*high)):
                     return False
@@ -118,85 +120,66 @@ def _same_trees(a: Any, b: Any) -> bool:
     return True
 
 
-def expressions_equal(gold: str, answer: str) -> bool:
-    """Whether two normalised LaTeX expressions have the same value (for all values of their variables).
-
-    Raises:
-        UndecidableError: one of them cannot be read or evaluated within bounds.
-    """
-    a, b = _parse(gold), _parse(answer)
-    ours, theirs = (
-        sorted(s.name for s in a.free_symbols - b.free_symbols),
-        [s.name for s in b.free_symbols - a.free_symbols],
-    )
-    if len(ours) == len(theirs) == 1 and {*ours, *theirs} <= _INTEGER_NAMES and sympy.pi in a.atoms():
-        b = b.xreplace({sympy.Symbol(theirs[0]): sympy.Symbol(ours[0])})  # k pi and n pi are the same family
-    return _same_trees(a, b)
-
-
-def decimal_value(latex: str) -> Any:
+def decimal_value(tree: Any, meter: Meter) -> Any:
     """Real value of a constant expression as an mpf of `LOW_DIGITS` digits; None when it has variables or is complex.
 
     Raises:
-        UndecidableError: see `expressions_equal`.
+        UndecidableError: see `same_value`.
     """
-    tree = _parse(latex)
     if tree.free_symbols:
         return None
     with mpmath.workdps(LOW_DIGITS):
-        value = evaluate(tree, {})
+        value = evaluate(tree, {}, meter)
         return value if not isinstance(value, mpmath.mpc) else (value.real if abs(value.imag) < 1e-30 else None)
 
 
-def relations_equal(gold: tuple[str, str, str], answer: tuple[str, str, str]) -> bool:
+def same_relation(gold: Sides, gold_operator: str, answer: Sides, answer_operator: str, meter: Meter) -> bool:
     """Whether `L op R` and `L' op' R'` say the same: L - R is a constant multiple of L' - R', of the right sign.
 
     Raises:
-        UndecidableError: see `expressions_equal`.
+        UndecidableError: see `same_value`.
     """
-    flipped = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
-    trees = [_parse(side) for side in (gold[0], gold[2], answer[0], answer[2])]
-    if trees[0].free_symbols | trees[1].free_symbols != trees[2].free_symbols | trees[3].free_symbols:
+    trees = [*gold, *answer]
+    if gold[0].free_symbols | gold[1].free_symbols != answer[0].free_symbols | answer[1].free_symbols:
         return False
     ratios = []
     with mpmath.workdps(LOW_DIGITS):
-        for values in points(trees, _uses_i_as_unit(trees)):
-            g = evaluate(trees[0], values) - evaluate(trees[1], values)
-            a = evaluate(trees[2], values) - evaluate(trees[3], values)
+        for values in _points(trees, _uses_i_as_unit(trees)):
+            values_of_sides = [evaluate(tree, values, meter) for tree in trees]
+            g, a = values_of_sides[0] - values_of_sides[1], values_of_sides[2] - values_of_sides[3]
             if abs(g) < 1e-30 or abs(a) < 1e-30:
                 return False
             ratios.append(a / g)
         if len(ratios) < 2 or not all(_close(r, ratios[0]) for r in ratios[1:]):
             return False
         positive = mpmath.re(ratios[0]) > 0
-    return answer[1] == (gold[1] if positive else flipped[gold[1]])
+    return answer_operator == (gold_operator if positive else MIRRORED.get(gold_operator, gold_operator))
 
 
-def solves(left: str, right: str, name: str, value: str) -> bool:
-    """Whether `name = value` is the one solution of left = right, in which `name` is linear.
+def solves(sides: Sides, name: str, solution: Any, meter: Meter) -> bool:
+    """Whether `name = solution` is the one solution of an equation, in which `name` is linear.
 
-    Without a name, the one variable of the equation that the value does not have is meant: 6/x solves x y = 6.
+    Without a name, the one variable of the equation that the solution does not have is meant: 6/x solves x y = 6.
 
     Raises:
-        UndecidableError: see `expressions_equal`.
+        UndecidableError: see `same_value`.
     """
-    *sides, solution = _parse(left), _parse(right), _parse(value)
     names = {s.name for s in sides[0].free_symbols | sides[1].free_symbols}
     unknown = {name} if name else names - {s.name for s in solution.free_symbols}
     if len(unknown) != 1 or not unknown <= names:
         return False
     variable = unknown.pop()
     with mpmath.workdps(LOW_DIGITS):
-        for values in points([*sides, solution], False):
+        for values in _points([*sides, solution], False):
 
             def residual(x: Any, values: Values = values) -> Any:
                 at = {**values, variable: x}
-                return evaluate(sides[0], at) - evaluate(sides[1], at)
+                return evaluate(sides[0], at, meter) - evaluate(sides[1], at, meter)
 
             at_0, at_1, at_3 = residual(mpmath.mpf(0)), residual(mpmath.mpf(1)), residual(mpmath.mpf(3))
             slope = at_1 - at_0
             if abs(slope) < 1e-30 or abs(at_3 - at_0 - 3 * slope) > 1e-30 * abs(slope):
                 return False
-            if abs(residual(evaluate(solution, values))) > 1e-30 * (1 + abs(slope)):
+            if abs(residual(evaluate(solution, values, meter))) > 1e-30 * (1 + abs(slope)):
                 return False
     return True
