@@ -1,4 +1,4 @@
-r"""Whether an answer says the same as the gold: both as kinds of kinds.py, compared part by part.
+r"""Whether an answer says the same as the gold: both as typed values of read.py, compared part by part.
 
 Strict in the direction that pays: a longer list, another bracket, another variable, a relation that does not hold, a
 hedge, another known unit, another base, other words are wrong; a unit that one side left out is not. "4%" is 0.04 and
@@ -23,10 +23,13 @@ from megatron_t1.reward.answers.compare_trees import (
     solves,
 )
 from megatron_t1.reward.answers.evaluate import Meter
-from megatron_t1.reward.answers.kinds import (
+from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
+from megatron_t1.reward.answers.quantities import NUMBER_WORDS, numbers_equal, rounds_to, units_clash, words
+from megatron_t1.reward.answers.read import (
+    SYMBOL,
     Answer,
     Approximation,
-    Based,
     Expression,
     Interval,
     List,
@@ -40,10 +43,6 @@ from megatron_t1.reward.answers.kinds import (
     Tuple,
     Words,
 )
-from megatron_t1.reward.answers.latex import UndecidableError
-from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
-from megatron_t1.reward.answers.quantities import NUMBER_WORDS, numbers_equal, rounds_to, units_clash, words
-from megatron_t1.reward.answers.read import SYMBOL
 
 T = TypeVar("T")
 MAX_TEXT_WORDS = 4
@@ -210,10 +209,6 @@ class _Comparison:
     def leaves_equal(self, gold: Answer, answer: Answer) -> bool:
         match gold, answer:
             case (Literal(), _) | (_, Literal()):
-                return False
-            case Based(), Based():
-                return (gold.digits, gold.base) == (answer.digits, answer.base)
-            case (Based(), _) | (_, Based()):
                 return False
             case (Words(), _) | (_, Words()):
                 return _same_words(gold, answer)

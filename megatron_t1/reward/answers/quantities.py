@@ -104,9 +104,10 @@ def units_clash(gold: str, answer: str) -> bool:
     return bool(gold and answer) and gold != answer and (gold.split("^")[0] in known or answer.split("^")[0] in known)
 
 
-def in_base(s: str) -> tuple[str, str] | None:
+def in_base(s: str) -> str | None:
+    """The one spelling of a number in a named base."""
     m = re.fullmatch(r"\(?([0-9A-F]+)\)?\s*_\s*\{?\s*(\d{1,2}|\\text\{[a-z]+\})\s*\}?", s)
-    return (m[1], NUMBER_WORDS.get(m[2][6:-1], m[2])) if m else None
+    return f"{m[1]}_{NUMBER_WORDS.get(m[2][6:-1], m[2])}" if m else None
 
 
 def ratio(s: str) -> str:

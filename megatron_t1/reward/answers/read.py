@@ -1,6 +1,8 @@
-"""Reads a normalised answer, once, into the kinds of kinds.py. Nothing is compared here, and the work is bounded.
+r"""Reads a normalised answer, once, into typed values. Nothing is compared here, and the work is bounded.
 
-Helpers that take a text apart give None, or nothing, for a text that is not of their kind.
+What can be read in two ways keeps both: "(1, 2)" is a tuple and an interval, "x > 3" a relation and a region, "1,200" a
+number and a list. Whatever is nothing else is an expression, which latex.py reads when it is asked for. Helpers that
+take a text apart give None, or nothing, for a text that is not of their kind.
 """
 
 from __future__ import annotations
@@ -8,28 +10,15 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from megatron_t1.reward.answers.brackets import closing, split_at, split_top, unwrap
 from megatron_t1.reward.answers.compare_trees import MIRRORED
-from megatron_t1.reward.answers.kinds import (
-    Answer,
-    Approximation,
-    Based,
-    Expression,
-    Interval,
-    List,
-    Literal,
-    Matrix,
-    Number,
-    Quantity,
-    Region,
-    Relation,
-    Set,
-    Tuple,
-    Words,
-)
-from megatron_t1.reward.answers.normalize import exact_number
+from megatron_t1.reward.answers.latex import parse_latex
+from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
 from megatron_t1.reward.answers.quantities import CLOCK, NEGATION, in_base, is_text, ratio, split_unit
+from megatron_t1.reward.answers.trees import rational
 
 MAX_ITEMS = 64
 """Longest list compared item by item."""
@@ -64,6 +53,137 @@ _NAME = re.compile(
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{_SUB}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
 _Bounds = tuple[str, bool, str, bool]
 """(low, low closed, high, high closed)"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What every kind of answer has."""
+
+    text: str
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal keys, equal answers."""
+        return compact(self.text)
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        """Its expression.
+
+        Raises:
+            UndecidableError: it is none that latex.py knows.
+        """
+        return parse_latex(self.text)
+
+
+@dataclass(frozen=True)
+class Literal(Answer):
+    r"""Equal to its own spelling only: \infty, 1010_2, and what is too long or too deep to be read."""
+
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Words(Answer):
+    """A text, a name of points, a clock time."""
+
+
+@dataclass(frozen=True)
+class Number(Answer):
+    """A plain number, known exactly."""
+
+    exact: Exact
+    listed: List | None = None
+    """Its other reading: 1,200 is also 1 and 200."""
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        return rational(self.exact.value)
+
+
+@dataclass(frozen=True)
+class Expression(Answer):
+    """Mathematics without structure."""
+
+
+@dataclass(frozen=True)
+class Quantity(Answer):
+    """A value with its unit; `%` and `deg` are units."""
+
+    value: Number | Expression
+    unit: str
+
+
+class Interval(NamedTuple):
+    """Its two ends."""
+
+    low: Answer
+    low_closed: bool
+    high: Answer
+    high_closed: bool
+
+
+@dataclass(frozen=True)
+class Region(Answer):
+    """A union of intervals."""
+
+    intervals: tuple[Interval, ...]
+    variable: str
+    """Whose values they are; '' when that isn't said."""
+
+
+@dataclass(frozen=True)
+class Set(Answer):
+    items: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Tuple(Answer):
+    """Two items or more in brackets."""
+
+    opening: str
+    closing: str
+    items: tuple[Answer, ...]
+    region: Region | None
+    """Its other reading: an interval."""
+
+
+@dataclass(frozen=True)
+class List(Answer):
+    """Items without brackets, or inequalities that are a region together."""
+
+    items: tuple[Answer, ...]
+    region: Region | None
+
+
+@dataclass(frozen=True)
+class Matrix(Answer):
+    rows: tuple[tuple[Answer, ...], ...]
+
+
+@dataclass(frozen=True)
+class Relation(Answer):
+    r"""Sides with operators between them; "x = 5", "x = y = 5", "f(x) = ..." and "x \in S" name a value."""
+
+    sides: tuple[Answer, ...]
+    operators: tuple[str, ...]
+    name: str
+    """'' when it isn't the name of a value."""
+    value: Answer | None
+    value_of_x: Answer | None
+    """The value with its argument called x: of f(t) = t^2 it is x^2."""
+    region: Region | None
+
+
+@dataclass(frozen=True)
+class Approximation(Answer):
+    r"""1/6 \approx 0.167"""
+
+    exact: Answer
+    rounded: tuple[Answer, ...]
+
+
+# --- what the whole is -----------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1024)
@@ -114,7 +234,7 @@ def _leaf(s: str) -> Answer:
     if "\\infty" in s and not _BINDER.search(s):
         return Literal(s)
     if based := in_base(s):
-        return Based(s, *based)
+        return Literal(based)
     if is_text(s) or CLOCK.fullmatch(s):
         return Words(s)
     value, unit = split_unit(s)
