@@ -12,7 +12,6 @@ REQUIRED = {
     "safetensors": "weights in and out",
     "aiohttp": "asking the servers",
     "sympy": "grading mathematics",
-    "math-verify": "grading mathematics",
     "datasketch": "curate",
     "scipy": "intervals and tests",
     "pyarrow": "question sets in Parquet files",

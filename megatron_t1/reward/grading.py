@@ -12,7 +12,6 @@ from typing import Any
 from megatron_t1.reward.answers.verify import gold_problem, verify_cheaply, verify_fully
 from megatron_t1.reward.config import PenaltyConfig
 from megatron_t1.reward.penalties import Response, find_penalties
-from megatron_t1.reward.processes.worker import NEEDS_PATIENCE
 
 
 @functools.lru_cache(maxsize=8)
@@ -26,7 +25,7 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "gold_to_check" in task:
         yield {"problem": gold_problem(task["gold_to_check"]), "done": True}
         return
-    found = find_penalties(
+    penalties = find_penalties(
         _penalty_config(task["penalties"]),
         Response(
             text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
@@ -34,30 +33,14 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     )
     verdict, answer = verify_cheaply(task["gold"], task["text"], task["mode"], tuple(task["choices"]))
     done = verdict is not None or answer is None
-    yield {"penalties": found, "answer": answer, "verdict": asdict(verdict) if verdict else None, "done": done}
+    yield {"penalties": penalties, "answer": answer, "verdict": asdict(verdict) if verdict else None, "done": done}
     if not done:
         assert answer is not None
-        verdict = verify_fully(task["gold"], answer, task["mode"], patient=task.get("patient", False))
-        yield {"verdict": asdict(verdict), "done": True} if verdict else NEEDS_PATIENCE
+        yield {"verdict": asdict(verify_fully(task["gold"], answer, task["mode"])), "done": True}
 
 
-_LAZY_IMPORTS = (
-    "heapq",
-    "sympy.tensor.tensor",
-    "sympy.sets.setexpr",
-    "sympy.sets.handlers.add",
-    "sympy.sets.handlers.functions",
-    "sympy.sets.handlers.mul",
-    "sympy.sets.handlers.power",
-    "sympy.sets.handlers.issubset",
-    "sympy.combinatorics",
-    "sympy.matrices.expressions.applyfunc",
-    "sympy.simplify.traversaltools",
-    "sympy.assumptions.wrapper",
-)
+_LAZY_IMPORTS = ("heapq", "sympy.combinatorics", "sympy.tensor.tensor")
 """What `Counter` and SymPy import in the middle of their work; a locked-down grader cannot open files any more."""
-
-
 _WARM_UP = (
     r"-\frac{3\sqrt{2}}{5}+6i ~ \log_2(8)+\binom{5}{2}\cdot 3!-|y|",
     r"\sum_{k=1}^{10}\frac{k}{2} ~ \sum_{k=0}^{n-1} F_k F_{n-k-1}",

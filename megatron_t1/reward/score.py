@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict
+from typing import Any
 
 from megatron_t1.reward.answers.verify import Verdict
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.processes.grader import Graded
 from megatron_t1.reward.processes.pool import Pool
 from megatron_t1.types import Prompt, Reward, Sample
+from megatron_t1.warn import warn
 
-_LOG = logging.getLogger(__name__)
 _FAILURES = ("no_answer", "timeout", "crash")
 MAX_RESPONSE_CHARS = 4_000_000
 """Longer responses are refused unread; 128k tokens of a model are 600,000 characters."""
@@ -35,14 +35,14 @@ class Scorer:
     penalties.
     """
 
-    def __init__(self, cfg: RewardConfig):
+    def __init__(self, cfg: RewardConfig, grading: str = "megatron_t1.reward.grading"):
+        """`grading`: the module with `grade_task` and `warm_up` that the processes run."""
         self.cfg = cfg
         self.outcomes: Counter[str] = Counter()
         """Samples graded so far by outcome, plus one count a penalty (`penalty/repetition`, ...)."""
         self._failures_in_a_row = 0
-        self._pool = Pool(
-            cfg.num_workers or min(8, os.cpu_count() or 1), cfg.deadline_s, cfg.memory_mb << 20, cfg.tasks_per_worker
-        )
+        num_workers = cfg.num_workers or min(8, os.cpu_count() or 1)
+        self._pool = Pool(grading, num_workers, cfg.deadline_s, cfg.memory_mb << 20, cfg.tasks_per_worker)
         self._penalties = json.dumps(asdict(cfg.penalties))
 
     def __enter__(self) -> Scorer:
@@ -84,7 +84,7 @@ class Scorer:
 
     def check_golds(self, golds: Iterable[str]) -> Iterator[str | None]:
         """Why each answer cannot serve as a gold, None when it can; in order."""
-        futures = [self._pool.submit({"gold_to_check": gold}) for gold in golds]
+        futures = [self._pool.submit({"gold_to_check": gold}, f"the gold {gold[:40]!r}") for gold in golds]
         for future in futures:
             graded = future.result()
             yield graded.messages[-1]["problem"] if graded.ending == "done" else f"the grader ended in {graded.ending}"
@@ -95,19 +95,21 @@ class Scorer:
             verdict = Verdict("no_answer", None, f"a response of more than {MAX_RESPONSE_CHARS} characters")
             refused.set_result(Graded([{"penalties": {}, "answer": None, "verdict": asdict(verdict)}], "done"))
             return refused
+        return self._pool.submit(self.task(prompt, sample), f"an answer to {prompt.id}")
+
+    def task(self, prompt: Prompt, sample: Sample) -> dict[str, Any]:
+        """What a grader is told of a sample."""
         needs_tokens = self.cfg.penalties.max_ngram_repeats > 0
-        return self._pool.submit(
-            {
-                "gold": str(prompt.gold),
-                "mode": prompt.mode,
-                "choices": prompt.choices,
-                "prompt": prompt.text or None,
-                "text": sample.text,
-                "token_ids": sample.token_ids.tolist() if needs_tokens else (),
-                "finish_reason": sample.finish_reason,
-                "penalties": self._penalties,
-            }
-        )
+        return {
+            "gold": str(prompt.gold),
+            "mode": prompt.mode,
+            "choices": prompt.choices,
+            "prompt": prompt.text or None,
+            "text": sample.text,
+            "token_ids": sample.token_ids.tolist() if needs_tokens else (),
+            "finish_reason": sample.finish_reason,
+            "penalties": self._penalties,
+        }
 
     def _reward(self, graded: Graded) -> Reward:
         first = graded.messages[0] if graded.messages else {"penalties": {}, "answer": None}
@@ -135,9 +137,8 @@ class Scorer:
         self.outcomes.update(f"penalty/{name}" for name in penalties)
         self._failures_in_a_row = self._failures_in_a_row + 1 if outcome in _FAILURES else 0
         if self._failures_in_a_row and self._failures_in_a_row % self.cfg.alarm_after == 0:
-            _LOG.warning(
-                "the last %d samples all ended in no_answer, timeout or crash (so far: %s): check that the prompt asks "
-                "for \\boxed{} and closes its thinking, and look at `reason` in the samples' rewards",
-                self._failures_in_a_row,
-                dict(self.outcomes),
+            warn(
+                f"the last {self._failures_in_a_row} samples all ended in no_answer, timeout or crash (so far: "
+                f"{dict(self.outcomes)}): check that the prompt asks for \\boxed{{}} and closes its thinking, and look "
+                "at `reason` in the samples' rewards"
             )

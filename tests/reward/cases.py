@@ -24,7 +24,3 @@ def rows(name: str) -> list[dict[str, Any]]:
 def pair(gold: str, prediction: str, mode: str = "response", **more: Any) -> tuple[Prompt, Sample]:
     """One case."""
     return pair_from_row({"id": "case", "gold": gold, "prediction": prediction, "mode": mode, **more})
-
-
-BOMB_GOLD, BOMB = r"x \mod 3", r"\int_0^1" + "|x+" * 120 + "x" + "|" * 120
-"""Only math-verify's grammar reads this gold, and it burns minutes on this answer: only a kill ends it."""

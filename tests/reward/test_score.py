@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import random
+import selectors
 import signal
 import socket
 import subprocess
@@ -17,9 +17,15 @@ import time
 import pytest
 
 from megatron_t1.reward.config import PenaltyConfig, RewardConfig
+from megatron_t1.reward.processes import pool
 from megatron_t1.reward.processes.grader import Zygote
+from megatron_t1.reward.processes.worker import encode
 from megatron_t1.reward.score import Scorer
-from tests.reward.cases import BOMB, BOMB_GOLD, pair, rows
+from tests.reward.burning import BURNS, BURNS_AT_ONCE, DIES, SLEEPS
+from tests.reward.cases import pair, rows
+from tests.reward.soak import soak
+
+BURNING = "tests.reward.burning"
 
 
 def test_rewards_are_one_zero_and_minus_one() -> None:
@@ -43,8 +49,8 @@ def test_rewards_are_one_zero_and_minus_one() -> None:
 
 
 def test_a_bomb_is_killed_and_keeps_its_penalties() -> None:
-    with Scorer(RewardConfig(num_workers=1, deadline_s=0.5)) as scorer:
-        bomb = pair(BOMB_GOLD, "\\boxed{" + BOMB + "}", finish_reason="length")
+    with Scorer(RewardConfig(num_workers=1, deadline_s=0.5), BURNING) as scorer:
+        bomb = pair(BURNS, r"\boxed{x}", finish_reason="length")
         rewards = scorer.score_all([pair("4", r"\boxed{4}"), bomb, pair("x+1", r"\boxed{1+x}")])
         assert [r.outcome for r in rewards] == ["correct", "timeout", "correct"]
         assert set(rewards[1].penalties) == {"overlong"}
@@ -52,22 +58,67 @@ def test_a_bomb_is_killed_and_keeps_its_penalties() -> None:
         assert scorer.num_kills == 1
 
 
-def test_what_may_run_away_waits_until_the_others_are_graded() -> None:
-    patient = [pair(BOMB_GOLD, answer) for answer in (rf"\boxed{{{BOMB}}}", r"\boxed{(x)\mod 3}", r"\boxed{x\mod 4}")]
-    plain = [pair("x+1", r"\boxed{1+x}")] * 200
-    order: list[int] = []
+def test_only_the_late_one_is_late() -> None:
+    """Replies wait for each other: those behind and before a task that says nothing are not to be blamed for it."""
+    pairs = [pair(str(i), rf"\boxed{{{i}}}") for i in range(60)]
+    pairs[5] = pairs[40] = pair(BURNS_AT_ONCE, r"\boxed{x}")
+    with Scorer(RewardConfig(num_workers=2, deadline_s=0.3), BURNING) as scorer:
+        outcomes = [reward.outcome for reward in scorer.score_all(pairs)]
+    assert [i for i, outcome in enumerate(outcomes) if outcome == "timeout"] == [5, 40]
+    assert outcomes.count("correct") == 58
 
-    async def one(scorer: Scorer, i: int) -> str:
-        reward = await scorer.score(*(patient + plain)[i])
-        order.append(i)
-        return reward.outcome
 
-    async def everything(scorer: Scorer) -> list[str]:
-        return await asyncio.gather(*(one(scorer, i) for i in range(len(patient + plain))))
+def test_only_the_deadly_one_crashes() -> None:
+    pairs = [pair(str(i), rf"\boxed{{{i}}}") for i in range(60)]
+    pairs[20] = pair(DIES, r"\boxed{x}")
+    with Scorer(RewardConfig(num_workers=2), BURNING) as scorer:
+        outcomes = [reward.outcome for reward in scorer.score_all(pairs)]
+    assert [i for i, outcome in enumerate(outcomes) if outcome == "crash"] == [20]
+    assert outcomes.count("correct") == 59
 
-    with Scorer(RewardConfig(num_workers=1)) as scorer:
-        assert asyncio.run(everything(scorer)) == ["timeout", "correct", "wrong"] + ["correct"] * 200
-    assert set(order[200:]) == {0, 1, 2}
+
+def test_a_stuck_task_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(pool, "MIN_STUCK_S", 0.5)
+    monkeypatch.setattr(pool, "STUCK_FACTOR", 0)
+    monkeypatch.setattr(pool, "MAX_ATTEMPTS", 2)
+    with Scorer(RewardConfig(num_workers=1), BURNING) as scorer:
+        rewards = scorer.score_all([pair(SLEEPS, r"\boxed{x}", id="question 7"), pair("4", r"\boxed{4}")])
+    assert [r.outcome for r in rewards] == ["crash", "correct"]
+    assert "an answer to question 7 is stuck" in capsys.readouterr().err
+
+
+def test_graders_are_replaced_after_their_last_task() -> None:
+    with Scorer(RewardConfig(num_workers=2, tasks_per_worker=3)) as scorer:
+        rewards = scorer.score_all(pair("x+1", rf"\boxed{{{i}+x}}") for i in range(40))
+        assert [r.correct for r in rewards] == [i == 1 for i in range(40)]
+        assert scorer.num_kills == 0
+
+
+def test_a_reply_to_another_task_is_not_taken() -> None:
+    """A grader that answers with a wrong identity is ended, and its tasks are given to another."""
+    graders = pool.Pool("megatron_t1.reward.grading", 1, 0.5, 1 << 30, 500)
+    try:
+        jobs = [graders.submit({"gold_to_check": "4"}, "four") for _ in range(4)]
+        assert [job.result().messages[-1]["problem"] for job in jobs] == [None] * 4
+        (grader,) = graders._graders
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        ours.send(encode({"id": 10**9, "problem": "not yours", "done": True}))
+        real, grader.connection = grader.connection, theirs
+        graders._selector.unregister(real)
+        theirs.setblocking(False)
+        graders._selector.register(theirs, selectors.EVENT_READ, grader)
+        later = graders.submit({"gold_to_check": "5"}, "five")
+        assert later.result(60).messages[-1]["problem"] is None
+        assert graders.num_lost == 1
+    finally:
+        graders.close()
+
+
+def test_soak() -> None:
+    report = soak(2500)
+    assert report.wrong == []
+    assert report.num_killed >= 5
 
 
 def test_random_kills_lose_nothing_and_change_no_verdict() -> None:
@@ -104,7 +155,7 @@ def test_random_kills_lose_nothing_and_change_no_verdict() -> None:
 
 def test_a_zygote_that_is_about_to_end_is_replaced() -> None:
     """Between the end of a killed process's sockets and its own, asking it again and again would give up."""
-    zygote = Zygote(2 << 30)
+    zygote = Zygote("megatron_t1.reward.grading", 2 << 30)
     zygote.fork()
     assert zygote._process is not None
     assert zygote._control is not None
@@ -120,7 +171,7 @@ def test_a_zygote_that_is_about_to_end_is_replaced() -> None:
 def test_an_event_loop_stays_free_while_answers_are_graded() -> None:
     async def run(scorer: Scorer) -> tuple[list[str], float]:
         ticks, longest = 0, 0.0
-        work = asyncio.gather(*(scorer.score(*pair(BOMB_GOLD, r"\boxed{" + BOMB + "}")) for _ in range(2)))
+        work = asyncio.gather(*(scorer.score(*pair(BURNS, r"\boxed{x}")) for _ in range(2)))
         while not work.done():
             before = time.monotonic()
             await asyncio.sleep(0.01)
@@ -129,7 +180,7 @@ def test_an_event_loop_stays_free_while_answers_are_graded() -> None:
         assert ticks > 10
         return [r.outcome for r in await work], longest
 
-    with Scorer(RewardConfig(num_workers=1, deadline_s=0.5)) as scorer:
+    with Scorer(RewardConfig(num_workers=1, deadline_s=0.5), BURNING) as scorer:
         for _ in range(2):  # two loops, one scorer
             outcomes, longest = asyncio.run(run(scorer))
             assert outcomes == ["timeout", "timeout"]
@@ -182,12 +233,12 @@ def test_a_grader_can_open_nothing() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_alarm_names_what_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
-    with Scorer(RewardConfig(num_workers=1, alarm_after=8)) as scorer, caplog.at_level(logging.WARNING):
+def test_the_alarm_names_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    with Scorer(RewardConfig(num_workers=1, alarm_after=8)) as scorer:
         scorer.score_all([pair("4", "I do not know\nat all")] * 7 + [pair("4", r"\boxed{3}")])
-        assert not caplog.records
+        assert capsys.readouterr().err == ""
         scorer.score_all([pair("4", "I do not know\nat all")] * 8)
-        assert "boxed" in caplog.text
+        assert "boxed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

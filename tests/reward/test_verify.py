@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import subprocess
@@ -86,17 +87,31 @@ def test_math500_answers_do_not_equal_others_of_their_kind(scorer: Scorer) -> No
 def test_nothing_is_imported_after_the_warm_up() -> None:
     """A locked-down grader cannot open files, so a late import would change verdicts."""
     code = (
-        "import sys\n"
+        "import json, sys\n"
         "from megatron_t1.reward import grading\n"
-        "from megatron_t1.reward.answers import verify\n"
-        "from tests.reward.cases import rows\n"
+        "from megatron_t1.reward.processes import worker\n"
+        "assert not {'asyncio', 'heapq', 'torch'} & set(sys.modules)  # nothing that hides a late import\n"
         "grading.warm_up(); before = set(sys.modules)\n"
-        "for c in rows('cases'): verify.verify(str(c['gold']), c['prediction'], c['mode'])\n"
+        "names = ['repetition', 'overlong', 'garbled', 'language', 'malformed']\n"
+        "penalties = json.dumps({'enabled': names, 'max_ngram_repeats': 3})\n"
+        "task = {'choices': (), 'prompt': None, 'token_ids': [1] * 40, 'finish_reason': 'stop', 'gold': '0'}\n"
+        "for line in sys.stdin:\n"
+        "    task |= {'penalties': penalties} | json.loads(line)\n"
+        "    list(grading.grade_task(task)); list(grading.grade_task({'gold_to_check': task['gold']}))\n"
         "late = set(sys.modules) - before\n"
         "assert not late, late\n"
-        "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    tasks = [
+        {
+            "text": row.get("prediction", row.get("text")),
+            "gold": str(row.get("gold", 0)),
+            "mode": row.get("mode", "text"),
+        }
+        for name in ("cases", "adversarial", "textquality")
+        for row in rows(name)
+    ]
+    lines = "".join(json.dumps(task) + "\n" for task in tasks)
+    subprocess.run([sys.executable, "-c", code], input=lines, text=True, check=True, cwd=Path(__file__).parents[2])
 
 
 def test_a_long_response_is_read_at_its_end() -> None:

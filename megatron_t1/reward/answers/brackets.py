@@ -23,13 +23,16 @@ def split_top(s: str, separators: str) -> list[str]:
 
 def split_at(s: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:
     """(pieces, separators) of a split at a pattern outside every bracket."""
-    pieces, found, start, depth = [], [], 0, depths(s)
-    for match in pattern.finditer(s):
+    matches = list(pattern.finditer(s))
+    if not matches:
+        return [s.strip()], []
+    pieces, separators, start, depth = [], [], 0, depths(s)
+    for match in matches:
         if depth[match.start()] == 0:
             pieces.append(s[start : match.start()].strip())
-            found.append(match.group())
+            separators.append(match.group())
             start = match.end()
-    return [*pieces, s[start:].strip()], found
+    return [*pieces, s[start:].strip()], separators
 
 
 def closing(s: str) -> int:

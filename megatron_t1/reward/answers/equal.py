@@ -1,9 +1,8 @@
-r"""Whether an answer says the same as the gold: what structures.py takes apart is compared here part by part, its
-leaves by leaves.py, and expressions by expressions.py.
+r"""Whether an answer says the same as the gold: both as typed values of read.py, compared part by part.
 
-`equal_cheaply` decides what strings and exact numbers can decide; `equal` decides everything and must run where it can
-be killed. Strict in the direction that pays: a longer list, another bracket, another variable, a relation that does not
-hold, a hedge are wrong.
+Strict in the direction that pays: a longer list, another bracket, another variable, a relation that does not hold, a
+hedge, another known unit, another base, other words are wrong; a unit that one side left out is not. "4%" is 0.04 and
+never 4; a gold "4%" also takes the bare 4. Degrees and radians are converted when one side has a pi.
 """
 
 from __future__ import annotations
@@ -11,165 +10,43 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import TypeVar
 
-from megatron_t1.reward.answers.brackets import unwrap
-from megatron_t1.reward.answers.latex import UndecidableError
-from megatron_t1.reward.answers.normalize import compact, exact_number
-from megatron_t1.reward.answers.quantities import check_readable_leaf, is_text, leaves_equal, numbers_equal, words
-from megatron_t1.reward.answers.structures import (
-    CUP,
-    MAX_ITEMS,
+from megatron_t1.reward.answers.compare_trees import (
     MIRRORED,
+    decimal_value,
+    is_open,
+    same_relation,
+    same_value,
+    solves,
+)
+from megatron_t1.reward.answers.evaluate import Meter
+from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
+from megatron_t1.reward.answers.quantities import NUMBER_WORDS, numbers_equal, rounds_to, units_clash, words
+from megatron_t1.reward.answers.read import (
+    SYMBOL,
+    Answer,
+    Approximation,
+    Expression,
     Interval,
-    is_name,
-    list_of,
-    matrix_of,
-    name_and_value,
-    names_clash,
-    region_of,
-    rows_of,
-    set_of,
-    split_relation,
-    tuple_of,
-    variable_of,
-    with_argument_x,
+    List,
+    Literal,
+    Matrix,
+    Number,
+    Quantity,
+    Region,
+    Relation,
+    Set,
+    Tuple,
+    Words,
 )
 
 T = TypeVar("T")
-_TRAILING_CLAUSE = re.compile(
-    r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*\\mathbb\{?[ZNRQ]\}?(?:[_^+*{}>0\s]*)\)?$"
-    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each)|where)\b[^{}]*\}"
-    r"|(?<![a-z])for (?:all|any|every|each)\b).*$",
-    re.S,
-)
-
-
-def _same_items(gold: Sequence[T], answer: Sequence[T], same: Callable[[T, T], bool]) -> bool:
-    """Every gold item has its own partner in the answer, in any order."""
-    if len(gold) != len(answer) or len(gold) > MAX_ITEMS:
-        return False
-    left = list(answer)
-    for item in gold:
-        hit = next((i for i, candidate in enumerate(left) if _surely(same, item, candidate)), None)
-        if hit is None:
-            return False
-        left.pop(hit)
-    return True
-
-
-def _surely(same: Callable[[T, T], bool], gold: T, answer: T) -> bool:
-    try:
-        return same(gold, answer)
-    except UndecidableError:  # this pair is no match; another one may be
-        return False
-
-
-def _same_sequence(gold: Sequence[str], answer: Sequence[str]) -> bool:
-    if len(gold) != len(answer) or len(gold) > MAX_ITEMS:
-        return False
-    return all(_item(g, a) for g, a in zip(gold, answer, strict=True))
-
-
-def _intervals_equal(gold: Interval, answer: Interval) -> bool:
-    return (gold[1], gold[3]) == (answer[1], answer[3]) and _item(gold[0], answer[0]) and _item(gold[2], answer[2])
-
-
-def _matrices_equal(gold: str, answer: str) -> bool:
-    g, a = rows_of(gold), rows_of(answer)
-    if not g or not a or [len(row) for row in g] != [len(row) for row in a]:
-        return False
-    return _same_sequence(list(itertools.chain(*g)), list(itertools.chain(*a)))
-
-
-def _once(items: list[str]) -> list[str]:
-    return list({compact(item): item for item in items}.values())
-
-
-def _relations_equal(gold: str, answer: str) -> bool:
-    """When at least one side is a relation."""
-    from megatron_t1.reward.answers import expressions  # heavy, and only allowed inside a worker
-
-    g_sides, g_ops = split_relation(gold)
-    a_sides, a_ops = split_relation(answer)
-    if g_ops[-1:] == ["\\approx"] and not (len(g_ops) == 1 and is_name(g_sides[0])):
-        return _item(gold[: gold.rindex("\\approx")].strip(), answer) or (not a_ops and _item(g_sides[-1], answer))
-    if a_ops[-1:] == ["\\approx"] and not (len(a_ops) == 1 and is_name(a_sides[0])):
-        return _item(gold, re.split(r"\\(?:approx|sim|simeq)(?![a-zA-Z])", answer)[0].strip())
-    g_name, g_value = name_and_value(gold)
-    a_name, a_value = name_and_value(answer)
-    if g_name and a_name:
-        if names_clash(g_name, a_name):
-            return False
-        return _item(with_argument_x(g_name, g_value), with_argument_x(a_name, a_value))
-    if a_name and not g_ops:
-        return _item(gold, a_value)
-    if g_name and not a_ops:
-        return _item(g_value, answer)
-    if not g_ops:  # an equation where a value was asked: all its sides must be that value, or leave it open
-        if not set(a_ops) <= {"=", "\\approx"} or not _item(gold, a_sides[-1]):
-            return False
-        return all(_item(gold, side) or (compact(gold) != "0" and expressions.is_open(side)) for side in a_sides[:-1])
-    if g_ops == ["="] and (not a_ops or a_name):
-        return expressions.solves(g_sides[0], g_sides[1], compact(a_name), a_value)
-    comparable = {*MIRRORED, "=", "\\ne"}
-    if len(g_ops) == len(a_ops) == 1 and g_ops[0] in comparable and a_ops[0] in comparable:
-        return expressions.relations_equal((g_sides[0], g_ops[0], g_sides[1]), (a_sides[0], a_ops[0], a_sides[1]))
-    return g_ops == a_ops and _same_sequence(g_sides, a_sides)
-
-
-def _item(gold: str, answer: str) -> bool:
-    """Two single answers (not lists)."""
-    gold, answer = unwrap(gold), unwrap(answer)
-    cheap = equal_cheaply(gold, answer)
-    if cheap is not None:
-        return cheap
-    if matrix_of(gold) or matrix_of(answer):
-        return _matrices_equal(gold, answer)
-    g_tuple, a_tuple = tuple_of(gold), tuple_of(answer)
-    if g_tuple and a_tuple:
-        return g_tuple[:2] == a_tuple[:2] and _same_sequence(g_tuple[2], a_tuple[2])
-    g_set, a_set = set_of(gold), set_of(answer)
-    if g_set is not None and a_set is not None:
-        return _same_items(g_set, a_set, _item)
-    if g_set is not None and len(g_set) == 1:
-        return _item(g_set[0], answer)
-    if a_set is not None and len(a_set) == 1:
-        return _item(gold, a_set[0])
-    g_region, a_region = region_of(gold), region_of(answer)
-    if g_region and a_region:
-        if names_clash(variable_of(gold), variable_of(answer)):
-            return False
-        if _same_items(g_region, a_region, _intervals_equal):
-            return True
-        if g_tuple or a_tuple or len(g_region) != 1 or len(a_region) != 1:
-            return False
-    if split_relation(gold)[1] or split_relation(answer)[1]:
-        return _relations_equal(gold, answer)
-    if g_tuple or a_tuple or g_region or a_region or g_set is not None or a_set is not None:
-        return False
-    return leaves_equal(gold, answer)
-
-
-def _lists(gold: str, answer: str) -> bool:
-    """Two answers of which any may be a list."""
-    g_items, a_items = list_of(gold), list_of(answer)
-    if len(g_items) == 1 and len(a_items) == 1:
-        return _item(gold, answer)
-    g_region, a_region = region_of(gold), region_of(answer)
-    if g_region and a_region and (split_relation(gold)[1] or split_relation(answer)[1] or CUP.search(gold + answer)):
-        return _same_items(g_region, a_region, _intervals_equal)
-    if len(g_items) > 1 and len(a_items) > 1:
-        return _same_items(g_items, a_items, _item) or _same_items(_once(g_items), _once(a_items), _item)
-    single = unwrap(name_and_value(gold if len(g_items) == 1 else answer)[1])
-    bracket = tuple_of(single)
-    if bracket and bracket[:2] == ("(", ")"):  # a tuple against a bare list: in order
-        return _same_sequence(bracket[2], a_items) if len(g_items) == 1 else _same_sequence(g_items, bracket[2])
-    members = set_of(single)
-    if members is not None:
-        return _same_items(members, a_items, _item) if len(g_items) == 1 else _same_items(g_items, members, _item)
-    # "15 39/40, or 639/40": several spellings of the one gold
-    return len(g_items) == 1 and len(a_items) <= MAX_ITEMS and all(_item(gold, item) for item in a_items)
+MAX_TEXT_WORDS = 4
+"""Longer text answers are sentences, which have too many spellings."""
 
 
 def equal_cheaply(gold: str, answer: str) -> bool | None:
@@ -187,48 +64,315 @@ def equal_cheaply(gold: str, answer: str) -> bool | None:
     return None
 
 
-def equal(gold: str, answer: str) -> bool:
-    """Verdict on normalised texts. Run it where it can be killed.
+def equal(gold: Answer, answer: Answer) -> bool:
+    """Verdict on two answers, within a budget of work.
 
     Raises:
         UndecidableError: the mathematics cannot be read or is too large.
     """
-    gold, answer = unwrap(_TRAILING_CLAUSE.sub("", gold)), unwrap(_TRAILING_CLAUSE.sub("", answer))
-    cheap = equal_cheaply(gold, answer)
-    if cheap is not None:
-        return cheap
-    if is_text(gold.replace(",", " ")):
-        return words(gold) == words(answer) != ""
-    return _lists(gold, answer)
+    return _Comparison().equal(gold, answer)
 
 
-def check_readable(answer: str) -> None:
-    """Whether `equal` can compare this normalised answer with other spellings of it, and not as a string alone.
+class _Comparison:
+    """One verdict: all its parts share a budget."""
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+
+    def equal(self, gold: Answer, answer: Answer) -> bool:
+        if gold.key == answer.key:
+            return True
+        if not answer.text:
+            return False
+        match gold, answer:
+            case Number(), Number():
+                return numbers_equal(gold.exact, answer.exact)
+            case Number(listed=List() as items), List() | Set() | Tuple():
+                return self.equal(items, answer)
+            case List() | Set() | Tuple(), Number(listed=List() as items):
+                return self.equal(gold, items)
+            case Words(), _ if _same_words(gold, answer):
+                return True
+            case (List(), _) | (_, List()):
+                return self.lists_equal(gold, answer)
+            case (Matrix(), _) | (_, Matrix()):
+                g_rows, a_rows = _rows(gold), _rows(answer)
+                same_shape = [len(row) for row in g_rows] == [len(row) for row in a_rows]
+                return same_shape and self.in_order(list(itertools.chain(*g_rows)), list(itertools.chain(*a_rows)))
+            case Tuple(), Tuple():
+                same_brackets = (gold.opening, gold.closing) == (answer.opening, answer.closing)
+                return same_brackets and self.in_order(gold.items, answer.items)
+            case Set(), Set():
+                return self.in_any_order(gold.items, answer.items, self.equal)
+            case Set(items=(only,)), _:
+                return self.equal(only, answer)
+            case _, Set(items=(only,)):
+                return self.equal(gold, only)
+        g_region, a_region = _region(gold), _region(answer)
+        if g_region and a_region:
+            if _names_clash(g_region.variable, a_region.variable):
+                return False
+            if self.regions_equal(g_region, a_region):
+                return True
+            bracketed = isinstance(gold, Tuple) or isinstance(answer, Tuple)
+            if bracketed or len(g_region.intervals) != 1 or len(a_region.intervals) != 1:
+                return False
+        match gold, answer:
+            case Approximation(), _:
+                if self.equal(gold.exact, answer):
+                    return True
+                plain = not isinstance(answer, (Relation, Approximation))
+                return plain and any(self.equal(rounded, answer) for rounded in gold.rounded)
+            case _, Approximation():
+                return self.equal(gold, answer.exact)
+            case (Relation(), _) | (_, Relation()):
+                return self.relations_equal(gold, answer)
+            case (Tuple() | Set() | Region(), _) | (_, Tuple() | Set() | Region()):
+                return False
+        return self.leaves_equal(gold, answer)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def in_any_order(self, gold: Sequence[T], answer: Sequence[T], same: Callable[[T, T], bool]) -> bool:
+        """Every gold item has its own partner in the answer."""
+        if len(gold) != len(answer):
+            return False
+        left = list(answer)
+        for item in gold:
+            partner = next((i for i, candidate in enumerate(left) if _surely(same, item, candidate)), None)
+            if partner is None:
+                return False
+            left.pop(partner)
+        return True
+
+    def in_order(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
+        return len(gold) == len(answer) > 0 and all(map(self.equal, gold, answer))
+
+    def intervals_equal(self, gold: Interval, answer: Interval) -> bool:
+        same_ends = (gold.low_closed, gold.high_closed) == (answer.low_closed, answer.high_closed)
+        return same_ends and self.equal(gold.low, answer.low) and self.equal(gold.high, answer.high)
+
+    def regions_equal(self, gold: Region, answer: Region) -> bool:
+        return self.in_any_order(gold.intervals, answer.intervals, self.intervals_equal)
+
+    def lists_equal(self, gold: Answer, answer: Answer) -> bool:
+        """When at least one is a list."""
+        g_region, a_region = _region(gold), _region(answer)
+        if g_region and a_region:
+            return self.regions_equal(g_region, a_region)
+        if isinstance(gold, List) and isinstance(answer, List):
+            return self.in_any_order(gold.items, answer.items, self.equal) or self.in_any_order(
+                _once(gold.items), _once(answer.items), self.equal
+            )
+        g_items, a_items = (_members(each) for each in (gold, answer))
+        match _value(gold), _value(answer):
+            case (Tuple(opening="(", closing=")"), _) | (_, Tuple(opening="(", closing=")")):
+                return self.in_order(g_items, a_items)
+            case (Set(), _) | (_, Set()):
+                return self.in_any_order(g_items, a_items, self.equal)
+        # "15 39/40, or 639/40": several spellings of the one gold
+        return isinstance(answer, List) and all(self.equal(gold, item) for item in answer.items)
+
+    # --- relations ---------------------------------------------------------------------------------------------------
+
+    def relations_equal(self, gold: Answer, answer: Answer) -> bool:
+        """When at least one is a relation."""
+        match gold, answer:
+            case Relation(value_of_x=Answer() as g_value), Relation(value_of_x=Answer() as a_value):
+                return not _names_clash(gold.name, answer.name) and self.equal(g_value, a_value)
+            case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
+                return self.equal(g_value, answer)
+            case _, Relation(value=Answer() as a_value) if not isinstance(gold, Relation):
+                return self.equal(gold, a_value)
+            case _, Relation() if not isinstance(gold, Relation):
+                return self.chain_says(gold, answer)
+            case Relation(operators=("=",)), Relation(value=Answer() as a_value):
+                return solves((gold.sides[0].tree, gold.sides[1].tree), compact(answer.name), a_value.tree, self.meter)
+            case Relation(operators=("=",)), _ if not isinstance(answer, Relation):
+                return solves((gold.sides[0].tree, gold.sides[1].tree), "", answer.tree, self.meter)
+            case Relation(operators=(g_operator,)), Relation(operators=(a_operator,)):
+                if {g_operator, a_operator} <= {*MIRRORED, "=", "\\ne"}:
+                    g_sides, a_sides = ((r.sides[0].tree, r.sides[1].tree) for r in (gold, answer))
+                    return same_relation(g_sides, g_operator, a_sides, a_operator, self.meter)
+        if not (isinstance(gold, Relation) and isinstance(answer, Relation)):
+            return False
+        return gold.operators == answer.operators and self.in_order(gold.sides, answer.sides)
+
+    def chain_says(self, gold: Answer, answer: Relation) -> bool:
+        """An equation where a value was asked: all its sides must be that value, or leave it open."""
+        if not set(answer.operators) <= {"=", "\\approx"} or not self.equal(gold, answer.sides[-1]):
+            return False
+        return all(self.equal(gold, side) or (gold.key != "0" and _is_open(side)) for side in answer.sides[:-1])
+
+    # --- without structure -------------------------------------------------------------------------------------------
+
+    def leaves_equal(self, gold: Answer, answer: Answer) -> bool:
+        match gold, answer:
+            case (Literal(), _) | (_, Literal()):
+                return False
+            case (Words(), _) | (_, Words()):
+                return _same_words(gold, answer)
+        (g_value, g_unit), (a_value, a_unit) = _value_and_unit(gold), _value_and_unit(answer)
+        if "%" in (g_unit, a_unit):
+            return self.percents_equal(g_value, g_unit, a_value, a_unit)
+        if {g_unit, a_unit} == {"deg", "rad"}:
+            sides = (gold if g_unit == "deg" else g_value, answer if a_unit == "deg" else a_value)
+            return self.expressions_equal(*sides)
+        if units_clash(g_unit, a_unit):
+            return False
+        if "deg" in (g_unit, a_unit) and g_unit != a_unit and "\\pi" in gold.text + answer.text:
+            return self.expressions_equal(gold, answer)
+        return self.values_equal(g_value, a_value)
+
+    def percents_equal(self, gold: Answer, gold_unit: str, answer: Answer, answer_unit: str) -> bool:
+        if gold_unit == answer_unit:
+            return self.values_equal(gold, answer)
+        if answer_unit == "%":
+            return self.values_equal(gold, Expression(_hundredth(answer)))
+        if isinstance(answer, Number) and self.values_equal(gold, answer):
+            return True
+        if not isinstance(gold, Number):
+            return self.values_equal(Expression(_hundredth(gold)), answer)
+        decimals = None if gold.exact.decimals is None else gold.exact.decimals + 2
+        return self.agrees_with(answer, replace(gold.exact, value=gold.exact.value / 100, decimals=decimals))
+
+    def values_equal(self, gold: Answer, answer: Answer) -> bool:
+        if gold.key == answer.key:
+            return True
+        match gold, answer:
+            case Number(), Number():
+                return numbers_equal(gold.exact, answer.exact)
+        if self.expressions_equal(gold, answer):
+            return True
+        match gold, answer:
+            case Number(exact=Exact(decimals=int()) as number), _:
+                return self.agrees_with(answer, number)
+            case _, Number(exact=number) if number.digits >= 4 and _PLAIN_FRACTION.fullmatch(gold.text):
+                # a decimal for a closed form is a guess (3.14159 for pi) unless it is itself a plain fraction
+                return self.agrees_with(gold, number)
+        return False
+
+    def agrees_with(self, answer: Answer, number: Exact) -> bool:
+        """Whether an expression has the value of a number, or rounds to it."""
+        if isinstance(answer, Number):
+            return numbers_equal(number, answer.exact)
+        value = decimal_value(answer.tree, self.meter)
+        return value is not None and abs(value) < 10**30 and rounds_to(Fraction(str(value)), number, 3)
+
+    def expressions_equal(self, gold: Answer, answer: Answer) -> bool:
+        if not gold.text or not answer.text or _foreign_words(gold.text, answer.text):
+            return False
+        return same_value(gold.tree, answer.tree, self.meter)
+
+
+_PLAIN_FRACTION = re.compile(r"[\d\s.{}()+\-/*]*(?:\\(?:frac|cdot|times)[\d\s.{}()+\-/*]*)*")
+
+
+def _surely(same: Callable[[T, T], bool], gold: T, answer: T) -> bool:
+    try:
+        return same(gold, answer)
+    except UndecidableError:  # this pair is no match; another one may be
+        return False
+
+
+def _once(items: Sequence[Answer]) -> list[Answer]:
+    return list({item.key: item for item in items}.values())
+
+
+def _same_words(gold: Answer, answer: Answer) -> bool:
+    g_words, a_words = (NUMBER_WORDS.get(w, w) for w in (words(gold.text), words(answer.text)))
+    return g_words == a_words != "" and gold.text.startswith("-") == answer.text.startswith("-")
+
+
+def _region(answer: Answer) -> Region | None:
+    match answer:
+        case Region():
+            return answer
+        case Tuple(region=region) | List(region=region) | Relation(region=region):
+            return region
+    return None
+
+
+def _rows(answer: Answer) -> Sequence[Sequence[Answer]]:
+    """Of a matrix; a column may be written as a tuple, a matrix as a list of rows."""
+    match answer:
+        case Matrix():
+            return answer.rows
+        case Tuple(opening="[") if all(isinstance(row, Tuple) and row.opening == "[" for row in answer.items):
+            return [row.items for row in answer.items if isinstance(row, Tuple)]
+        case Tuple():
+            return [[item] for item in answer.items]
+    return []
+
+
+def _value(answer: Answer) -> Answer:
+    """What a name stands for, or the answer itself."""
+    return answer.value if isinstance(answer, Relation) and answer.value else answer
+
+
+def _members(answer: Answer) -> Sequence[Answer]:
+    match _value(answer):
+        case List(items=items) | Set(items=items) | Tuple(items=items):
+            return items
+    return [answer]
+
+
+def _names_clash(gold: str, answer: str) -> bool:
+    """Two plain variables with different names; functions may name themselves and their argument as they like."""
+    g, a = compact(gold), compact(answer)
+    return g != a and all(re.fullmatch(SYMBOL, name) for name in (g, a))
+
+
+def _is_open(side: Answer) -> bool:
+    try:
+        return is_open(side.tree)
+    except UndecidableError:
+        return False
+
+
+def _value_and_unit(answer: Answer) -> tuple[Answer, str]:
+    return (answer.value, answer.unit) if isinstance(answer, Quantity) else (answer, "")
+
+
+def _hundredth(percents: Answer) -> str:
+    return rf"\frac{{{percents.text}}}{{100}}"
+
+
+def _foreign_words(gold: str, answer: str) -> bool:
+    r"""Words inside the answer's mathematics that the gold does not have ("\text{not }4")."""
+    return any(len(w.strip()) > 1 and w not in gold for w in re.findall(r"\\text\{([^{}]*)\}", answer))
+
+
+def check_readable(answer: Answer) -> None:
+    """Whether `equal` can compare this answer with other spellings of it, and not as a string alone.
 
     Raises:
         UndecidableError: some part of it is no number, short text or expression; the message names the part.
     """
-    s = unwrap(_TRAILING_CLAUSE.sub("", answer))
-    if exact_number(s) is not None:
-        return
-    items = list_of(s)
-    bracket, members, rows = tuple_of(s), set_of(s), matrix_of(s)
-    if rows:
-        parts = list(itertools.chain(*rows))
-    elif bracket:
-        parts = bracket[2]
-    elif members is not None:
-        parts = members
-    elif len(items) > 1:
-        parts = items
-    elif region := region_of(s):
-        parts = [bound for interval in region for bound in (interval[0], interval[2])]
-    elif split_relation(s)[1]:
-        parts = split_relation(s)[0]
-    else:
-        check_readable_leaf(s)
-        return
+    parts: Sequence[Answer] = ()
+    match answer:
+        case Matrix():
+            parts = list(itertools.chain(*answer.rows))
+        case Tuple() | Set() | List():
+            parts = answer.items
+        case Region():
+            parts = [bound for interval in answer.intervals for bound in (interval.low, interval.high)]
+        case Relation():
+            parts = answer.sides
+        case Approximation():
+            parts = (answer.exact, *answer.rounded)
+        case Literal() if answer.problem:
+            raise UndecidableError(f"{answer.text[:60]!r} is {answer.problem}")
+        case Words() | Literal() | Expression() if isinstance(answer, Words) or _WORD.search(answer.text):
+            if len(words(answer.text).split()) > MAX_TEXT_WORDS:
+                raise UndecidableError(f"a sentence: {answer.text[:60]!r}")
+        case Quantity():
+            parts = (answer.value,)
+        case Expression() if answer.text.strip("+- ") not in _NAMED_VALUES:
+            _ = answer.tree
     for part in parts:
-        if part == s:
-            raise UndecidableError(f"{part[:60]!r} cannot be read")
         check_readable(part)
+
+
+_WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{4,}")
+_NAMED_VALUES = ("\\emptyset", "\\mathbb{R}", "\\mathbb{Z}", "\\mathbb{N}")

@@ -27,6 +27,7 @@ _ANCHOR = re.compile(
     r"(?:\s*[:：]|\s*(?:是|为)|(?<=is)|(?<=are)|(?<=est))\s*",
     re.I,
 )
+_COPULA = re.compile(r"\b(?:is|are|equals|be)\b|[是为=]")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 _NUMBER = re.compile(
     r"(?<![a-zA-Z0-9_.])-?\$?(?:\\frac\{-?\d+\}\{\d+\}|\d[\d,]*\s*/\s*\d+|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
@@ -101,9 +102,9 @@ def phrase(text: str) -> str | None:
     if math:
         return next(g for g in math.groups() if g is not None).strip() or None
     sentence = re.split(r"\n|。|(?<!\d)\.(?:\s|$)|\.\s*$|\.(?=\s+[A-Z])", rest, maxsplit=1)[0]
-    copula = re.search(r".*(?:\b(?:is|are|equals|be)\b|[是为=])\s*(.+)$", sentence, re.S)  # "the volume is 120"
-    if copula and re.search(r"[a-z]{3}|[\u4e00-\u9fff]", sentence[: copula.start(1)]):
-        sentence = copula[1]
+    copulas = [m.end() for m in _COPULA.finditer(sentence) if m.end() < len(sentence)]  # "the volume is 120"
+    if copulas and re.search(r"[a-z]{3}|[\u4e00-\u9fff]", sentence[: copulas[-1]]):
+        sentence = sentence[copulas[-1] :]
     return sentence.strip(" *:`") or None
 
 

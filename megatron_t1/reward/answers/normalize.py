@@ -32,7 +32,7 @@ _COMMANDS = {
     "Rightarrow", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|",
     "backslash": "setminus", "ast": "cdot", "div": "/", "degree": "^\\circ", "textdegree": "^\\circ", "dots": "ldots",
     "cdots": "ldots", "dotsm": "ldots", "dotsb": "ldots", "varepsilon": "epsilon", "varphi": "phi", "colon": ":",
-    "langle": "(", "rangle": ")",
+    "langle": "(", "rangle": ")", "mod": "bmod",
     "arcctg": "arccot", "tg": "tan", "ctg": "cot", "mid": "|", "cupdot": "cup", "sqcup": "cup",
 }  # fmt: skip
 _TO_PUNCTUATION = {"lt", "gt", "land", "lor", "vee", "lbrace", "rbrace", "lbrack", "rbrack", "vert", "lvert", "rvert"}
@@ -120,6 +120,7 @@ def normalize(text: str) -> str:
     s = re.sub(
         r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%", s
     )
+    s = re.sub(r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}", s)
     s = re.sub(r"\\text\{\s*\}", " ", s)
     s = re.sub(
         r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b",
@@ -185,7 +186,7 @@ def exact_number(s: str) -> Exact | None:
     s = s.strip()
     if not s or len(s) > _MAX_DIGITS or not any(c.isdigit() for c in s):
         return None
-    while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}" for c in s[1:-1]):
+    while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}," for c in s[1:-1]):
         s = s[1:-1].strip()
     if m := _THOUSANDS.fullmatch(s):
         s = m[1] + m[2].replace(",", "") + (m[3] or "")

@@ -52,3 +52,8 @@ class Fraction(sympy.Mul):
 def quotient(top: Any, bottom: Any) -> Any:
     kind = Fraction if top.is_Integer and bottom.is_Integer else sympy.Mul
     return kind(top, sympy.Pow(bottom, sympy.Integer(-1), evaluate=False), evaluate=False)
+
+
+def rational(value: Any) -> Any:
+    """The tree of an exact number."""
+    return sympy.Rational(value.numerator, value.denominator)

@@ -10,8 +10,10 @@ import functools
 from dataclasses import dataclass
 
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.equal import equal, equal_cheaply
+from megatron_t1.reward.answers.equal import check_readable, equal, equal_cheaply
+from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.normalize import normalize
+from megatron_t1.reward.answers.read import read
 from megatron_t1.types import AnswerMode, Outcome
 
 MAX_GOLD_CHARS = 200
@@ -76,21 +78,10 @@ def verify_cheaply(
 
 
 @functools.lru_cache(maxsize=1024)  # the samples of one question repeat their answers
-def verify_fully(gold: str, answer: str, mode: AnswerMode, *, patient: bool = True) -> Verdict | None:
-    """The verdict on an extracted answer; may take long or kill the process.
-
-    None when `patient` is False and only the parser that has no limit of its own can tell.
-    """
-    from megatron_t1.reward.answers import expressions
-    from megatron_t1.reward.answers.latex import PatienceError, UndecidableError
-    from megatron_t1.reward.answers.numeric import start_meter
-
-    start_meter()
-    expressions.patient = patient
+def verify_fully(gold: str, answer: str, mode: AnswerMode) -> Verdict:
+    """The verdict on an extracted answer."""
     try:
-        same = equal(_gold(gold, mode), normalize(answer))
-    except PatienceError:
-        return None
+        same = equal(read(_gold(gold, mode)), read(normalize(answer)))
     except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
@@ -104,23 +95,18 @@ def verify(gold: str, text: str, mode: AnswerMode = "response", choices: tuple[s
     verdict, answer = verify_cheaply(gold, text, mode, choices)
     if verdict is not None or answer is None:
         return verdict or Verdict("no_answer", None, "no answer")
-    found = verify_fully(gold, answer, mode)
-    assert found is not None
-    return found
+    return verify_fully(gold, answer, mode)
 
 
 def gold_problem(gold: str) -> str | None:
     """Why an answer cannot serve as a gold; None when it can. For workers."""
-    from megatron_t1.reward.answers.equal import check_readable
-    from megatron_t1.reward.answers.latex import UndecidableError
-
     if len(gold) > MAX_GOLD_CHARS:
         return f"longer than {MAX_GOLD_CHARS} characters"
     itself = verify(gold, rf"\boxed{{{gold}}}")
     if itself.outcome != "correct":
         return f"it is not accepted as its own answer: {itself.reason}"
     try:
-        check_readable(_gold(gold, "response"))
+        check_readable(read(_gold(gold, "response")))
     except (UndecidableError, RecursionError, ValueError, TypeError) as error:
         return f"it cannot be compared: {error or type(error).__name__}"[:200]
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_t1.reward.processes.worker import Frames, encode
+from megatron_t1.reward.processes.worker import Frames
 
 
 @dataclass
@@ -32,17 +31,17 @@ class Graded:
 
 @dataclass
 class Job:
-    frame: bytes
-    future: Future[Graded]
-    attempts: int = 0
-    messages: list[Any] = field(default_factory=list)
-    patient_since: float | None = None
-    """When a grader found that the task may run away; from then on only the slow lane takes it."""
+    """One task, until it is answered."""
 
-    def make_patient(self) -> None:
-        self.messages = []
-        self.frame = encode({**json.loads(self.frame[4:]), "patient": True})
-        self.patient_since = time.monotonic()
+    id: int
+    name: str
+    """For people: whose answer it is."""
+    frame: bytes
+    future: Future[Graded] = field(default_factory=Future)
+    attempts: int = 0
+    alone: bool = False
+    """A grader was late or died with it: whether by its fault shows when it is a grader's only task."""
+    messages: list[Any] = field(default_factory=list)
 
     def begin(self) -> bool:
         """False when nobody waits for it any more."""
@@ -60,17 +59,23 @@ class Grader:
         self.jobs: deque[Job] = deque()
         self.pid = 0
         self.num_tasks = 0
-        self.slow = False
-        self.stopped = False
         self.begin()
 
     def begin(self) -> None:
         """The first of its jobs begins, or it waits for one."""
         self.started = time.monotonic()
-        self.stalled_s = 0.0
+        self.busy_s = 0.0
         self._cpu_before = self._cpu_s()
         if self.jobs:
             self.jobs[0].attempts += 1
+
+    def give(self, job: Job) -> None:
+        """One more task, sent when its socket takes it."""
+        self.jobs.append(job)
+        self.num_tasks += 1
+        self.unsent += job.frame
+        if len(self.jobs) == 1:
+            self.begin()
 
     def used_cpu_s(self) -> float:
         """CPU time of the current job."""
@@ -83,12 +88,6 @@ class Grader:
         except OSError:
             return 0.0
 
-    def stop(self, stopped: bool) -> None:
-        if self.pid and self.stopped != stopped:
-            self.stopped = stopped
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGSTOP if stopped else signal.SIGCONT)
-
     def kill(self) -> None:
         if self.pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -99,7 +98,9 @@ class Grader:
 class Zygote:
     """The warmed process graders are forked from; started on first use, and again when it is gone."""
 
-    def __init__(self, memory_bytes: int):
+    def __init__(self, module: str, memory_bytes: int):
+        """`module` holds the graders' `grade_task` and `warm_up`."""
+        self._module = module
         self._order = struct.pack("<Q", memory_bytes)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -112,7 +113,7 @@ class Zygote:
         }
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_t1.reward.processes.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "megatron_t1.reward.processes.worker", str(theirs.fileno()), self._module],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 env=environment | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
             )  # fmt: skip

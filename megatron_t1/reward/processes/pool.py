@@ -1,24 +1,20 @@
 """Killable grader processes behind futures.
 
 One thread, the dispatcher, owns all of it: it hands tasks to graders, collects their messages and keeps their time, and
-never blocks on any of them. Time is CPU time of the grader's process, so a verdict does not depend on how busy the
-machine is. There are two lanes:
+never blocks on any of them. Each grader holds a few tasks at once, so that it need not wait for the dispatcher. Time is
+CPU time of the grader's process, so a verdict does not depend on how busy the machine is.
 
-- The fast lane is `num_workers` graders. Each holds a few tasks at once, so that it need not wait for the dispatcher.
-- The slow lane is for what may use up its deadline. A grader says so of a task before the one thing that has no limit
-  of its own (`NEEDS_PATIENCE`), and the task waits for a grader of the slow lane. A task that has used `SUSPECT_CPU_S`
-  otherwise moves there with its grader, and a fresh one takes its place. The slow lane runs when nothing else waits, or
-  one task at a time once something in it has waited `MAX_WAIT_S`, and is stopped (SIGSTOP) otherwise, so bombs cost the
-  others nothing. When a task's deadline is used up, its grader's process group is SIGKILLed.
-
-A grader that dies otherwise is not to blame the first times: its tasks are tried again, so killing graders or the
-zygote at random loses no task and changes no verdict. What is gone is forked again from the warmed zygote (about
-10 ms); a zygote that dies is started again.
+A grader that is late is killed, one that dies is not asked why, and the tasks it had not answered are tried again: the
+first of them as a grader's only task, since it may have waited for another's reply. It is a `timeout` when it was
+certainly the late one, and a `crash` only when graders died with it again and again. So killing graders or the zygote
+at random loses no task and changes no verdict. What is gone is forked again from the warmed zygote (about 10 ms); a
+zygote that dies is started again. A reply names its task, and is taken for no other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import selectors
 import socket
 import threading
@@ -29,18 +25,12 @@ from typing import Any, Literal
 
 from megatron_t1.reward.processes.grader import Graded, Grader, Job, Zygote
 from megatron_t1.reward.processes.worker import encode
+from megatron_t1.warn import warn
 
 TASKS_AHEAD = 32
-"""Tasks that a grader of the fast lane holds at most; it gets more once it has half of that."""
-SUSPECT_CPU_S = 0.05
-"""The slowest honest answer known needs 0.015 s."""
-MAX_WAIT_S = 5.0
-QUIET_S = 0.2
-"""So long nothing may have waited before the slow lane runs: who submits may just be slower than the graders."""
-MAX_SUSPECTS = 64
-"""More leave no room for the fast lane: each is a process of its own."""
-MIN_STALL_S, STALL_FACTOR = 60.0, 30
-"""A grader that takes so much time, and so many deadlines, without using its CPU time is stuck (or the machine is)."""
+"""Tasks that a grader holds at most; it gets more once it has half of that."""
+MIN_STUCK_S, STUCK_FACTOR = 60.0, 30
+"""A task that takes so long, and so many deadlines, without using up its CPU time is stuck (or the machine is)."""
 MAX_ATTEMPTS = 30
 """A task whose grader died this often is a `crash`."""
 START_TIMEOUT_S = 120.0
@@ -50,32 +40,30 @@ TICK_S = 0.02
 
 
 class Pool:
-    """`submit(task)` hands a JSON object to a grader and returns a Future[Graded].
+    """`submit(task, name)` hands a JSON object to a grader and returns a Future[Graded].
 
     A grader answers with JSON objects of which the last has `"done": true`.
     """
 
-    def __init__(self, num_workers: int, deadline_s: float, memory_bytes: int, tasks_per_worker: int):
-        """`deadline_s`: CPU seconds one task may use."""
+    def __init__(self, module: str, num_workers: int, deadline_s: float, memory_bytes: int, tasks_per_worker: int):
+        """`module`: holds `grade_task` and `warm_up`; `deadline_s`: CPU seconds one task may use."""
         self.num_kills = 0
         """Graders killed at their deadline."""
         self.num_lost = 0
-        """Graders that died by themselves or by another hand."""
+        """Graders that died by themselves or by another hand, or were stuck."""
+        self._module = module
         self._num_workers = num_workers
         self._deadline_s = deadline_s
+        self._stuck_s = max(MIN_STUCK_S, STUCK_FACTOR * deadline_s)
         self._tasks_per_worker = tasks_per_worker
-        self._zygote = Zygote(memory_bytes)
+        self._zygote = Zygote(module, memory_bytes)
+        self._ids = itertools.count(1)
         self._inbox: deque[Job] = deque()
         self._waiting: deque[Job] = deque()
-        self._fast: list[Grader] = []
-        self._slow: list[Grader] = []
-        self._patient: deque[Job] = deque()
-        """For the slow lane."""
-        self._busy_at = 0.0
-        """When the fast lane had work last."""
-        self._slow_running = 0
-        """Graders of the slow lane that may run now."""
+        self._graders: list[Grader] = []
         self._failed_starts = 0
+        self._idle_s = 0.0
+        """How long nothing was answered although something waits."""
         self._closed = self._asleep = False
         self._alarm, self._bell = socket.socketpair()
         self._alarm.setblocking(False)
@@ -84,15 +72,16 @@ class Pool:
         self._thread = threading.Thread(target=self._serve, name="graders", daemon=True)
         self._thread.start()
 
-    def submit(self, task: Any) -> Future[Graded]:
-        """Queue one task.
+    def submit(self, task: dict[str, Any], name: str) -> Future[Graded]:
+        """Queue one task; a warning about it says `name`.
 
         Raises:
             RuntimeError: the pool is closed.
         """
         if self._closed:
             raise RuntimeError("the grader pool is closed")
-        job = Job(encode(task), Future())
+        identity = next(self._ids)
+        job = Job(identity, name, encode({**task, "id": identity}))
         self._inbox.append(job)
         self._wake()
         return job.future
@@ -106,7 +95,7 @@ class Pool:
 
     def pids(self) -> list[int]:
         """Live processes, the zygote's first."""
-        return [*self._zygote.pids(), *(g.pid for g in [*self._fast, *self._slow] if g.pid)]
+        return [*self._zygote.pids(), *(grader.pid for grader in list(self._graders) if grader.pid)]
 
     def _wake(self, always: bool = False) -> None:
         if self._asleep or always:
@@ -120,7 +109,7 @@ class Pool:
         checked = 0.0
         try:
             while True:
-                busy = self._waiting or self._slow or self._patient or any(g.jobs for g in self._fast)
+                busy = self._waiting or any(grader.jobs for grader in self._graders)
                 if self._closed and not busy and not self._inbox:
                     return
                 self._asleep = True  # from here on, who submits rings
@@ -144,50 +133,42 @@ class Pool:
                 self._assign()
         finally:
             self._closed = True
-            for grader in [*self._fast, *self._slow]:
+            for grader in list(self._graders):
                 self._drop(grader)
+            self._waiting.extend(self._inbox)
             self._fail(RuntimeError("the grader pool has ended"))
             self._zygote.close()
             self._selector.close()
             self._alarm.close()
 
     def _assign(self) -> None:
-        """Waiting jobs to the fast lane, spread evenly; graders are forked for what they cannot take."""
-        ready = [g for g in self._fast if g.pid and len(g.jobs) <= TASKS_AHEAD // 2]
+        """Waiting jobs to the graders, spread evenly; used-up graders are replaced, missing ones forked."""
+        for grader in list(self._graders):
+            if not grader.jobs and grader.num_tasks >= self._tasks_per_worker:
+                self._drop(grader)
+        ready = [grader for grader in self._graders if grader.pid and len(grader.jobs) <= TASKS_AHEAD // 2]
         given: set[Grader] = set()
         for depth in range(TASKS_AHEAD):
             for grader in ready:
-                if len(grader.jobs) == depth and grader.num_tasks < self._tasks_per_worker and self._next_job(grader):
+                if len(grader.jobs) == depth and (job := self._next_job(grader)):
+                    grader.give(job)
                     given.add(grader)
         for grader in given:
             self._send(grader)
-        wanted = min(self._num_workers, len(self._fast) + len(self._waiting), MAX_SUSPECTS - len(self._slow))
-        while len(self._fast) < wanted:
-            self._fast.append(self._fork())
-        while self._patient and len(self._slow) < self._slow_running:
-            grader = self._fork()
-            grader.slow = True
-            self._slow.append(grader)
-            self._next_job(grader)
-            self._send(grader)
+        while len(self._graders) < min(self._num_workers, len(self._graders) + len(self._waiting)):
+            grader = self._zygote.fork()
+            self._selector.register(grader.connection, selectors.EVENT_READ, grader)
+            self._graders.append(grader)
 
-    def _fork(self) -> Grader:
-        grader = self._zygote.fork()
-        self._selector.register(grader.connection, selectors.EVENT_READ, grader)
-        return grader
-
-    def _next_job(self, grader: Grader) -> bool:
-        queue = self._patient if grader.slow else self._waiting
-        while queue:
-            job = queue.popleft()
+    def _next_job(self, grader: Grader) -> Job | None:
+        """What this grader may take now: a job that must be alone only when it has none, and none beside such a job."""
+        if grader.num_tasks >= self._tasks_per_worker or (grader.jobs and grader.jobs[0].alone):
+            return None
+        while self._waiting and not (self._waiting[0].alone and grader.jobs):
+            job = self._waiting.popleft()
             if job.begin():
-                grader.jobs.append(job)
-                grader.num_tasks += 1
-                grader.unsent += job.frame
-                if len(grader.jobs) == 1:
-                    grader.begin()
-                return True
-        return False
+                return job
+        return None
 
     def _send(self, grader: Grader) -> None:
         try:
@@ -211,100 +192,87 @@ class Pool:
             self._lose(grader)
             return
         for message in messages:
-            if not grader.pid:
-                grader.pid = int(message)
+            if not grader.pid and isinstance(message, int):
+                grader.pid = message
                 self._failed_starts = 0
-                continue
-            if not grader.jobs or not isinstance(message, dict) or "done" not in message:
+            elif isinstance(message, dict) and grader.jobs and message.get("id") == grader.jobs[0].id:
+                grader.jobs[0].messages.append(message)
+                if message.get("done"):
+                    self._finish(grader, "done")
+            else:
                 self._lose(grader)
                 return
-            if message.get("needs_patience"):
-                if grader.slow:  # it was asked to be patient
-                    self._lose(grader)
-                    return
-                job = grader.jobs.popleft()
-                grader.begin()
-                job.make_patient()
-                self._patient.append(job)
-                continue
-            grader.jobs[0].messages.append(message)
-            if message["done"]:
-                self._finish(grader, "done")
-                if grader.slow and self._next_job(grader):
-                    self._send(grader)
-                elif grader.slow or (grader.num_tasks >= self._tasks_per_worker and not grader.jobs):
-                    self._drop(grader)
-                    return
 
-    def _finish(self, grader: Grader, ending: Literal["done", "timeout"]) -> None:
+    def _finish(self, grader: Grader, ending: Literal["done", "timeout", "crash"]) -> None:
         job = grader.jobs.popleft()
         seconds = time.monotonic() - grader.started
         grader.begin()
+        self._idle_s = 0.0
         job.future.set_result(Graded(job.messages, ending, seconds))
 
     def _keep_time(self, elapsed_s: float) -> None:
-        for grader in [*self._fast, *self._slow]:
-            if grader.stopped or not (grader.jobs or not grader.pid):
+        for grader in list(self._graders):
+            if grader.pid and not grader.jobs:
                 continue
-            grader.stalled_s += elapsed_s
-            used = grader.used_cpu_s()
+            grader.busy_s += elapsed_s
             if not grader.pid:
-                if grader.stalled_s > START_TIMEOUT_S:
+                if grader.busy_s > START_TIMEOUT_S:
                     self._lose(grader)
-            elif used >= self._deadline_s or grader.stalled_s > max(MIN_STALL_S, STALL_FACTOR * self._deadline_s):
-                self.num_kills += 1
-                self._finish(grader, "timeout")
-                self._drop(grader)
-            elif used >= min(SUSPECT_CPU_S, self._deadline_s / 2) and not grader.slow:
-                grader.slow = True
-                self._fast.remove(grader)
-                self._slow.append(grader)
-                job = grader.jobs.popleft()
-                self._retry(grader.jobs)  # those behind it: the grader is dropped before it comes to them
-                grader.jobs.append(job)
-        now = time.monotonic()
-        if self._waiting or any(g.jobs for g in self._fast):
-            self._busy_at = now
-        self._slow_running = self._num_workers
-        if now - self._busy_at < QUIET_S:
-            since = [g.started for g in self._slow] + [job.patient_since or 0.0 for job in self._patient]
-            self._slow_running = int(any(now - each > MAX_WAIT_S for each in since))
-        self._slow.sort(key=Grader.used_cpu_s)  # so that what ends soon does not wait for bombs
-        for i, grader in enumerate(self._slow):
-            grader.stop(i >= self._slow_running)
+            elif grader.used_cpu_s() >= self._deadline_s or grader.busy_s > self._stuck_s:
+                job = grader.jobs[0]
+                self._receive(grader)  # it may have answered in this moment
+                if grader in self._graders and grader.jobs and grader.jobs[0] is job:
+                    self._end_late(grader)
+        self._idle_s = self._idle_s + elapsed_s if self._waiting else 0.0
+        if self._idle_s > 2 * self._stuck_s:
+            self._idle_s = 0.0
+            warn(
+                f"grading: nothing was answered for {2 * self._stuck_s:.0f} s; {len(self._waiting)} answers wait, "
+                f"{self._waiting[0].name} first; {len(self.pids())} processes"
+            )
 
-    def _retry(self, jobs: deque[Job]) -> None:
-        while jobs:
-            job = jobs.pop()
-            job.messages = []
-            (self._patient if job.patient_since else self._waiting).appendleft(job)
+    def _end_late(self, grader: Grader) -> None:
+        job, used_s = grader.jobs[0], grader.used_cpu_s()
+        if used_s < self._deadline_s:
+            warn(
+                f"grading: {job.name} is stuck for {grader.busy_s:.0f} s in process {grader.pid}, which used "
+                f"{used_s:.2f} CPU seconds; it is tried again by another (attempt {job.attempts} of {MAX_ATTEMPTS})"
+            )
+            self._lose(grader)
+            return
+        self.num_kills += 1
+        if job.alone or job.messages:  # no reply to another task can be held back
+            self._finish(grader, "timeout")
+        job.alone = True
+        self._drop(grader)
 
     def _lose(self, grader: Grader) -> None:
-        """It died, or never came up: its jobs go to others."""
+        """It died, is stuck, or never came up: its jobs go to others."""
         if grader.pid:
             self.num_lost += 1
         else:
             self._failed_starts += 1
-        if grader.jobs and grader.jobs[0].attempts >= MAX_ATTEMPTS:
-            job = grader.jobs.popleft()
-            job.future.set_result(Graded(job.messages, "crash", time.monotonic() - grader.started))
+        if grader.jobs:
+            grader.jobs[0].alone = True
+            if grader.jobs[0].attempts >= MAX_ATTEMPTS:
+                self._finish(grader, "crash")
         self._drop(grader)
         if self._failed_starts >= MAX_FAILED_STARTS * self._num_workers:
             self._failed_starts = 0
-            self._fail(
-                RuntimeError("graders do not start: `python -m megatron_t1.reward.processes.worker 0` may show why")
-            )
+            command = f"python -m megatron_t1.reward.processes.worker 0 {self._module}"
+            self._fail(RuntimeError(f"graders do not start: `{command}` may show why"))
 
     def _fail(self, error: Exception) -> None:
-        for job in (*self._waiting, *self._patient):
+        for job in self._waiting:
             if job.begin():
                 job.future.set_exception(error)
         self._waiting.clear()
-        self._patient.clear()
 
     def _drop(self, grader: Grader) -> None:
         """End a grader; what it still held is waiting again."""
-        (self._slow if grader.slow else self._fast).remove(grader)
+        self._graders.remove(grader)
         self._selector.unregister(grader.connection)
         grader.kill()
-        self._retry(grader.jobs)
+        for job in reversed(grader.jobs):
+            job.messages = []
+            self._waiting.appendleft(job)

@@ -1,11 +1,13 @@
 """The process side of the pool: a small zygote that forks graders, and the grader's loop.
 
-`python -m megatron_t1.reward.processes.worker FD` is the zygote: it imports and warms the parser once, then forks one
-grader for every socket it is handed. It is a fresh process (never a fork of the trainer: threads, CUDA and process
-groups do not survive a fork) and imports neither torch nor Megatron. A grader cannot open files, start processes or
-reach a network, and dies with the zygote.
+`python -m megatron_t1.reward.processes.worker FD MODULE` is the zygote: it imports MODULE, runs its `warm_up()` once,
+then forks one grader for every socket it is handed; a grader answers each task with what MODULE's `grade_task(task)`
+yields. The zygote is a fresh process (never a fork of the trainer: threads, CUDA and process groups do not survive a
+fork) and imports neither torch nor Megatron. A grader cannot open files, start processes or reach a network, and dies
+with the zygote.
 
-Frames are a 4-byte length and JSON, in both directions: nothing a grader sends is ever executed or unpickled.
+Frames are a 4-byte length and JSON, in both directions: nothing a grader sends is ever executed or unpickled. Every
+task has an `id`, and so has every reply to it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import json
 import os
 import resource
@@ -20,13 +23,13 @@ import signal
 import socket
 import struct
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_FRAME_BYTES = 64 << 20
-SHORT_CHARS = 1 << 15
-"""Penalties and the cheap verdict on so much text take milliseconds, so replies to such tasks are sent together."""
-NEEDS_PATIENCE = {"done": True, "needs_patience": True}
-"""A grader's last message on a task that may take it to the deadline: the task comes again, with `patient` set."""
+MAX_UNSENT_CPU_S = 0.005
+"""Replies to short tasks are sent together until they cost so much: it is billed to the first of them."""
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, CLONE_NEWNET, CLONE_NEWUSER = 1, 38, 0x40000000, 0x10000000
 
 
@@ -46,16 +49,16 @@ class Frames:
         if not chunk:
             raise EOFError("the other side closed")
         self._buffer += chunk
-        found = []
+        messages = []
         while len(self._buffer) >= 4:
             size = struct.unpack_from("<I", self._buffer)[0]
             if size > MAX_FRAME_BYTES:
                 raise EOFError(f"a frame of {size} bytes")
             if len(self._buffer) < 4 + size:
                 break
-            found.append(json.loads(self._buffer[4 : 4 + size]))
+            messages.append(json.loads(self._buffer[4 : 4 + size]))
             del self._buffer[: 4 + size]
-        return found
+        return messages
 
 
 def encode(message: Any) -> bytes:
@@ -81,9 +84,9 @@ def lock_down(memory_bytes: int) -> None:
     sys.setrecursionlimit(3000)
 
 
-def _grader(connection: socket.socket, parent: int, memory_bytes: int) -> None:
-    from megatron_t1.reward import grading
-
+def _grader(
+    connection: socket.socket, parent: int, memory_bytes: int, grade_task: Callable[[Any], Iterator[dict[str, Any]]]
+) -> None:
     os.setsid()
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -95,28 +98,23 @@ def _grader(connection: socket.socket, parent: int, memory_bytes: int) -> None:
     frames = Frames()
     connection.sendall(encode(os.getpid()))
     replies = bytearray()
-
-    def send() -> None:
-        connection.sendall(replies)
-        replies.clear()
-
+    sent_at_cpu_s = time.process_time()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            for task in frames.feed(connection.recv(1 << 20)):
-                # What takes long is not to be blamed on the tasks before it: their replies go out first.
-                if len(task.get("text", "")) > SHORT_CHARS or "gold_to_check" in task:
-                    send()
-                for message in grading.grade_task(task):
-                    replies += encode(message)
-                    if not message["done"]:
-                        send()
-            send()
+            tasks = frames.feed(connection.recv(1 << 20))
+            for i, task in enumerate(tasks, 1):
+                for message in grade_task(task):
+                    replies += encode({**message, "id": task["id"]})
+                    last_or_slow = i == len(tasks) or time.process_time() - sent_at_cpu_s > MAX_UNSENT_CPU_S
+                    if last_or_slow or not message["done"]:
+                        connection.sendall(replies)
+                        replies.clear()
+                        sent_at_cpu_s = time.process_time()
 
 
-def zygote(control: socket.socket) -> None:
+def zygote(control: socket.socket, module: str) -> None:
     """Warm up, then fork a grader for every socket received until the control socket closes."""
-    from megatron_t1.reward import grading
-
+    grading = importlib.import_module(module)
     grading.warm_up()
     gc.collect()
     gc.freeze()
@@ -136,11 +134,11 @@ def zygote(control: socket.socket) -> None:
         if os.fork() == 0:
             control.close()
             try:
-                _grader(connection, parent, memory_bytes)
+                _grader(connection, parent, memory_bytes, grading.grade_task)
             finally:
                 os._exit(0)
         connection.close()
 
 
 if __name__ == "__main__":
-    zygote(socket.socket(fileno=int(sys.argv[1])))
+    zygote(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])

@@ -42,10 +42,11 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-class _Meter:
-    """What the comparison at hand has cost so far."""
+class Meter:
+    """What a comparison has cost so far."""
 
-    spent_us = 0.0
+    def __init__(self) -> None:
+        self.spent_us = 0.0
 
     def charge(self, microseconds: float) -> None:
         self.spent_us += microseconds
@@ -53,16 +54,8 @@ class _Meter:
             raise UndecidableError("too much to compute")
 
 
-METER = _Meter()
-
-
-def start_meter() -> None:
-    """A new comparison begins."""
-    METER.spent_us = 0.0
-
-
-def _charge_elementary(times: float = 1.0) -> None:
-    METER.charge(times * (60 + 3 * (mpmath.mp.dps / 50) ** 2))  # measured from 50 to 5,000 digits
+def _charge_elementary(meter: Meter, times: float = 1.0) -> None:
+    meter.charge(times * (60 + 3 * (mpmath.mp.dps / 50) ** 2))  # measured from 50 to 5,000 digits
 
 
 def magnitude(x: Any) -> float:
@@ -70,74 +63,59 @@ def magnitude(x: Any) -> float:
     return float(mpmath.mag(x)) * 0.30103 if x != 0 and mpmath.isfinite(x) else 0.0
 
 
-def _power(base: Any, exponent: Any) -> Any:
+def _power(meter: Meter, base: Any, exponent: Any) -> Any:
     if magnitude(exponent) > 8 or abs(float(mpmath.re(exponent)) * magnitude(base)) > MAX_MAGNITUDE:
         raise UndecidableError("power too large")
     if base == 0 and mpmath.re(exponent) <= 0:
         raise UndecidableError("0 to a power that is not positive")
-    _charge_elementary(0.2 if mpmath.isint(exponent) else 2)
+    _charge_elementary(meter, 0.2 if mpmath.isint(exponent) else 2)
     return base**exponent
 
 
-def _exp(x: Any) -> Any:
+def _exp(meter: Meter, x: Any) -> Any:
     if abs(x) > MAX_MAGNITUDE:
         raise UndecidableError("exponential too large")
-    _charge_elementary()
+    _charge_elementary(meter)
     return mpmath.exp(x)
 
 
-def _log(x: Any, base: Any = None) -> Any:
-    _charge_elementary()
+def _log(meter: Meter, x: Any, base: Any = None) -> Any:
+    _charge_elementary(meter)
     if x == 0 or (base is not None and mpmath.log(base) == 0):
         raise UndecidableError("logarithm of 0")
     return mpmath.log(x) if base is None else mpmath.log(x) / mpmath.log(base)
 
 
-def _gamma_like(name: str, args: list[Any]) -> Any:
+def _gamma_like(meter: Meter, name: str, args: list[Any]) -> Any:
     if any(abs(a) > MAX_FACTORIAL for a in args):
         raise UndecidableError(f"{name} of a large number")
-    METER.charge(1000)
+    meter.charge(1000)
     if all(mpmath.isint(a) and mpmath.re(a) >= 0 for a in args):
         whole = [int(mpmath.re(a)) for a in args]
         return mpmath.mpf(math.factorial(*whole) if name == "factorial" else math.comb(*whole))
     if mpmath.mp.dps > MAX_GAMMA_DIGITS:
         raise UndecidableError(f"{name} of a number that is not whole")
-    METER.charge(20_000 if mpmath.mp.dps > 100 else 0)
+    meter.charge(20_000 if mpmath.mp.dps > 100 else 0)
     return mpmath.factorial(args[0]) if name == "factorial" else mpmath.binomial(args[0], args[1])
 
 
-def _binder(node: Any) -> tuple[str, Any, Any, list[Any]] | None:
-    """(name, body, bound variable, bounds) of ours, or of SymPy's from math-verify's parser."""
-    if isinstance(node, Binder):
-        symbol, body, variable, *bounds = node.args
-        return symbol.name, body, variable, bounds
-    name = {"Sum": "sum", "Product": "prod", "Integral": "int", "Limit": "lim"}.get(type(node).__name__)
-    if name == "lim":
-        body, variable, point, side = node.args
-        return f"lim{side}", body, variable, [point]
-    if name and len(node.args) == 2:
-        variable, *bounds = node.args[1].args
-        return name, node.args[0], variable, bounds
-    return None
-
-
-def _bound(name: str, body: Any, variable: Any, bounds: list[Any], values: Values) -> Any:
+def _bound(meter: Meter, name: str, body: Any, variable: Any, bounds: list[Any], values: Values) -> Any:
     """Finite sums and products are computed; what else binds a variable gets a made-up value by its body and bounds."""
-    endless = any(b in (sympy.oo, -sympy.oo) or r"\infty" in {s.name for s in b.free_symbols} for b in bounds)
-    ends = [] if endless else [evaluate(b, values) for b in bounds]
+    endless = any(r"\infty" in {s.name for s in b.free_symbols} for b in bounds)
+    ends = [] if endless else [evaluate(b, values, meter) for b in bounds]
     indexed = any(INDEX in s.name for s in body.free_symbols)
     if name in ("sum", "prod") and len(ends) == 2 and all(map(mpmath.isint, ends)) and not indexed:
         first, last = ends
         total = mpmath.mpf(0 if name == "sum" else 1)
         for k in range(int(first), int(last) + 1):
-            METER.charge(20)
-            term = evaluate(body, {**values, variable.name: mpmath.mpf(k)})
+            meter.charge(20)
+            term = evaluate(body, {**values, variable.name: mpmath.mpf(k)}, meter)
             total = total + term if name == "sum" else total * term
             if magnitude(total) > MAX_MAGNITUDE:
                 raise UndecidableError("series too large")
         return total
-    parts = [evaluate(body, {**values, variable.name: _made_up("bound variable")})]
-    parts += [_made_up(str(b)) if b in (sympy.oo, -sympy.oo) else evaluate(b, values) for b in bounds]
+    parts = [evaluate(body, {**values, variable.name: _made_up("bound variable")}, meter)]
+    parts += [evaluate(b, values, meter) for b in bounds]
     return _made_up_value(name, parts, values)
 
 
@@ -152,13 +130,13 @@ def _made_up_value(name: str, args: list[Any], values: Values) -> Any:
     return values.setdefault(key, _made_up(key))
 
 
-def evaluate(node: Any, values: Values) -> Any:
+def evaluate(node: Any, values: Values, meter: Meter) -> Any:
     """Value of a parsed tree at the current mpmath precision; symbols are looked up in `values` or made up by name.
 
     Raises:
         UndecidableError: undefined, too large, too much work, or a kind of node that is not supported.
     """
-    METER.charge(8)
+    meter.charge(8)
     name = type(node).__name__
     if node.is_Symbol:
         return values.setdefault(node.name, _made_up(node.name))
@@ -174,12 +152,13 @@ def evaluate(node: Any, values: Values) -> Any:
         return +mpmath.e
     if node is sympy.I:
         return mpmath.mpc(0, 1)
-    if (binder := _binder(node)) is not None:
-        return _bound(*binder, values)
-    if name in ("Integral", "Derivative") or not node.args:
+    if isinstance(node, Binder):
+        symbol, body, variable, *bounds = node.args
+        return _bound(meter, symbol.name, body, variable, bounds, values)
+    if not node.args:
         raise UndecidableError(f"{name} is not evaluated")
-    args = [evaluate(a, values) for a in node.args]
-    METER.charge(len(args) * (mpmath.mp.dps / 500) ** 2)
+    args = [evaluate(a, values, meter) for a in node.args]
+    meter.charge(len(args) * (mpmath.mp.dps / 500) ** 2)
     if node.is_Add:
         return functools.reduce(lambda a, b: a + b, args)
     if node.is_Mul:
@@ -188,20 +167,23 @@ def evaluate(node: Any, values: Values) -> Any:
             raise UndecidableError("product too large")
         return product
     if node.is_Pow:
-        return _power(*args)
+        return _power(meter, *args)
     if name == "exp":
-        return _exp(args[0])
+        return _exp(meter, args[0])
     if name == "log":
-        return _log(*args)
+        return _log(meter, *args)
     if name in ("factorial", "binomial"):
-        return _gamma_like(name, args)
+        return _gamma_like(meter, name, args)
     if name in _ELEMENTARY:
         if magnitude(args[0]) > 1000:
             raise UndecidableError("angle too large")
-        _charge_elementary()
+        _charge_elementary(meter)
         return _ELEMENTARY[name](*args)
     if name in _PLAIN:
         return _PLAIN[name](*([mpmath.re(a) for a in args] if name in ("Max", "Min", "floor", "ceiling") else args))
+    if name in ("bmod", "pmod") and all(map(mpmath.isint, args)) and args[1] > 0:
+        args[0] %= args[1]
+        return args[0] if name == "bmod" else _made_up_value(name, args, values)
     if isinstance(node, sympy.Function):
         return _made_up_value(name, args, values)
     raise UndecidableError(f"{name} is not supported")

@@ -1,0 +1,407 @@
+r"""Reads a normalised answer, once, into typed values. Nothing is compared here, and the work is bounded.
+
+What can be read in two ways keeps both: "(1, 2)" is a tuple and an interval, "x > 3" a relation and a region, "1,200" a
+number and a list. Whatever is nothing else is an expression, which latex.py reads when it is asked for. Helpers that
+take a text apart give None, or nothing, for a text that is not of their kind.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from megatron_t1.reward.answers.brackets import closing, split_at, split_top, unwrap
+from megatron_t1.reward.answers.compare_trees import MIRRORED
+from megatron_t1.reward.answers.latex import parse_latex
+from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
+from megatron_t1.reward.answers.quantities import CLOCK, NEGATION, in_base, is_text, ratio, split_unit
+from megatron_t1.reward.answers.trees import rational
+
+MAX_ITEMS = 64
+"""Longest list compared item by item."""
+MAX_NESTING = 8
+"""Deepest structure read: tuples of sets of tuples ..."""
+
+_TRAILING_CLAUSE = re.compile(
+    r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*\\mathbb\{?[ZNRQ]\}?(?:[_^+*{}>0\s]*)\)?$"
+    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each)|where)\b[^{}]*\}"
+    r"|(?<![a-z])for (?:all|any|every|each)\b).*$",
+    re.S,
+)
+_HARMLESS_LEAD = re.compile(
+    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|the answer is)\s*:?\s*\}", re.I
+)
+_BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
+_OPERATOR = re.compile(r"\\(?:le|ge|ne|approx|in|equiv|simeq|sim|notin|subset|to|Rightarrow)(?![a-zA-Z])|[<>=]")
+_CUP = re.compile(r"\\cup(?![a-zA-Z])")
+_GREEK = (
+    "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|"
+    "Delta|Omega|ell|Gamma|Phi"
+)
+_SUB = r"(?:_(?:\{[^{}]*\}|\\?[A-Za-z0-9]+))"
+SYMBOL = rf"(?:[A-Za-z]|\\(?:{_GREEK})(?![a-zA-Z])\s*){_SUB}?'*"
+_NAME = re.compile(
+    rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
+    rf"|\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})+\s*\)"  # (x, y)
+    r"|(?:\\(?:angle|triangle|vec|overline|overrightarrow|hat))?\s*\{?[A-Z]{1,4}\}?"  # AB, \angle ABC
+    rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Z]{_SUB}?(?:\s*:\s*[A-Z]{_SUB}?)+"  # |AB|, A:B
+    r"|\\text\{[^{}0-9]*\}\s*[A-Za-z]?|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*"  # words
+)
+_FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{_SUB}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
+_Bounds = tuple[str, bool, str, bool]
+"""(low, low closed, high, high closed)"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What every kind of answer has."""
+
+    text: str
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal keys, equal answers."""
+        return compact(self.text)
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        """Its expression.
+
+        Raises:
+            UndecidableError: it is none that latex.py knows.
+        """
+        return parse_latex(self.text)
+
+
+@dataclass(frozen=True)
+class Literal(Answer):
+    r"""Equal to its own spelling only: \infty, 1010_2, and what is too long or too deep to be read."""
+
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Words(Answer):
+    """A text, a name of points, a clock time."""
+
+
+@dataclass(frozen=True)
+class Number(Answer):
+    """A plain number, known exactly."""
+
+    exact: Exact
+    listed: List | None = None
+    """Its other reading: 1,200 is also 1 and 200."""
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        return rational(self.exact.value)
+
+
+@dataclass(frozen=True)
+class Expression(Answer):
+    """Mathematics without structure."""
+
+
+@dataclass(frozen=True)
+class Quantity(Answer):
+    """A value with its unit; `%` and `deg` are units."""
+
+    value: Number | Expression
+    unit: str
+
+
+class Interval(NamedTuple):
+    """Its two ends."""
+
+    low: Answer
+    low_closed: bool
+    high: Answer
+    high_closed: bool
+
+
+@dataclass(frozen=True)
+class Region(Answer):
+    """A union of intervals."""
+
+    intervals: tuple[Interval, ...]
+    variable: str
+    """Whose values they are; '' when that isn't said."""
+
+
+@dataclass(frozen=True)
+class Set(Answer):
+    items: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Tuple(Answer):
+    """Two items or more in brackets."""
+
+    opening: str
+    closing: str
+    items: tuple[Answer, ...]
+    region: Region | None
+    """Its other reading: an interval."""
+
+
+@dataclass(frozen=True)
+class List(Answer):
+    """Items without brackets, or inequalities that are a region together."""
+
+    items: tuple[Answer, ...]
+    region: Region | None
+
+
+@dataclass(frozen=True)
+class Matrix(Answer):
+    rows: tuple[tuple[Answer, ...], ...]
+
+
+@dataclass(frozen=True)
+class Relation(Answer):
+    r"""Sides with operators between them; "x = 5", "x = y = 5", "f(x) = ..." and "x \in S" name a value."""
+
+    sides: tuple[Answer, ...]
+    operators: tuple[str, ...]
+    name: str
+    """'' when it isn't the name of a value."""
+    value: Answer | None
+    value_of_x: Answer | None
+    """The value with its argument called x: of f(t) = t^2 it is x^2."""
+    region: Region | None
+
+
+@dataclass(frozen=True)
+class Approximation(Answer):
+    r"""1/6 \approx 0.167"""
+
+    exact: Answer
+    rounded: tuple[Answer, ...]
+
+
+# --- what the whole is -----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def read(text: str) -> Answer:
+    """The answer that a normalised text is. Bounded work, whatever the text is."""
+    s = unwrap(_TRAILING_CLAUSE.sub("", text))
+    number = exact_number(s)
+    if number is None and is_text(s.replace(",", " ")):
+        return Words(s)
+    items = _list_items(s)
+    if len(items) < 2:
+        return _item(s, 0)
+    if len(items) > MAX_ITEMS:
+        return Literal(s, f"a list of {len(items)} items")
+    listed = List(s, _items(items, 0), _region(s, 0))
+    return listed if number is None else Number(s, number, listed)
+
+
+def _items(texts: list[str], depth: int) -> tuple[Answer, ...]:
+    return tuple(_item(text, depth) for text in texts)
+
+
+@functools.lru_cache(maxsize=4096)  # a text may be a side, a value and a bound
+def _item(text: str, depth: int) -> Answer:
+    """The answer that a text within `depth` others is; no list."""
+    s, depth = unwrap(text), depth + 1
+    if (number := exact_number(s)) is not None:
+        return Number(s, number)
+    if depth > MAX_NESTING:
+        return Literal(s, "nested too deep")
+    if (cells := _matrix_cells(s)) is not None:
+        return Matrix(s, tuple(_items(row, depth) for row in cells))
+    bracketed, members = _bracketed_items(s), _set_items(s)
+    if len(bracketed) > MAX_ITEMS or len(members or ()) > MAX_ITEMS:
+        return Literal(s, "too many items")
+    if bracketed:
+        return Tuple(s, s[0], s[-1], _items(bracketed, depth), _region(s, depth))
+    if members is not None:
+        return Set(s, _items(members, depth))
+    sides, operators = _split_relation(s)
+    if operators:
+        return _read_relation(s, sides, operators, depth)
+    return _region(s, depth) or _leaf(s)
+
+
+def _leaf(s: str) -> Answer:
+    s = _HARMLESS_LEAD.sub("", s)
+    if "\\infty" in s and not _BINDER.search(s):
+        return Literal(s)
+    if based := in_base(s):
+        return Literal(based)
+    if is_text(s) or CLOCK.fullmatch(s):
+        return Words(s)
+    value, unit = split_unit(s)
+    value = ratio(unwrap(value))
+    number = exact_number(value)
+    plain = Expression(value) if number is None else Number(value, number)
+    return Quantity(s, plain, unit) if unit else plain
+
+
+# --- relations and regions -------------------------------------------------------------------------------------------
+
+
+def _split_relation(s: str) -> tuple[list[str], list[str]]:
+    sides, operators = split_at(s, _OPERATOR)
+    return sides, ["\\approx" if o in ("\\sim", "\\simeq") else o for o in operators]
+
+
+def _is_name(s: str) -> bool:
+    return bool(_NAME.fullmatch(s.strip())) and s.strip() not in ("e", "\\pi") and not NEGATION.search(s)
+
+
+def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -> Relation | Approximation:
+    named = _is_name(sides[0])
+    if operators[-1] == "\\approx" and not (len(operators) == 1 and named):
+        exact = re.split(r"\\(?:approx|sim|simeq)(?![a-zA-Z])", s)[0]
+        return Approximation(s, _item(exact, depth), _items(sides[operators.index("\\approx") + 1 :], depth))
+    text = ""
+    if named and operators == ["\\in"] and not sides[1].startswith("\\mathbb"):
+        text = sides[1]
+    elif named and set(operators) <= {"=", "\\approx"}:
+        skipped = len(list(itertools.takewhile(_is_name, sides[:-1])))  # x = y = 5
+        text = sides[skipped]
+        for operator, side in zip(operators[skipped:], sides[skipped + 1 :], strict=True):
+            text += f" {operator} {side}"
+    else:
+        named = False
+    value = value_of_x = _item(text, depth) if named else None
+    if named and (argument := _FUNCTION_NAME.fullmatch(sides[0])):
+        value_of_x = _item(re.sub(rf"(?<![a-zA-Z\\]){argument[1]}(?![a-zA-Z])", "x", text), depth)
+    name = sides[0] if named else ""
+    return Relation(s, _items(sides, depth), tuple(operators), name, value, value_of_x, _region(s, depth))
+
+
+def _region(s: str, depth: int) -> Region | None:
+    bounds = _bounds_of_region(s)
+    if bounds is None or len(bounds) > MAX_ITEMS:
+        return None
+    intervals = tuple(Interval(_item(a, depth), a_in, _item(b, depth), b_in) for a, a_in, b, b_in in bounds)
+    sides, operators = _split_relation(s)
+    names = [side for side in sides if operators and _is_name(side)]
+    return Region(s, intervals, names[0] if len(names) == 1 else "")
+
+
+def _bounds_of_region(s: str) -> list[_Bounds] | None:
+    """A union of intervals, written as intervals, inequalities or a set of x with a condition."""
+    sides, operators = _split_relation(s)
+    if operators == ["\\in"] and _is_name(sides[0]):
+        s = sides[1]
+    if m := re.fullmatch(r"\\\{([^|:]*)[|:](.*)\\\}", s, re.S):
+        s = m[2].strip()
+    if excluded := _excluded(s):
+        ends = ["-\\infty", *excluded, "\\infty"]
+        return [(low, False, high, False) for low, high in itertools.pairwise(ends)]
+    pieces = split_at(s, _CUP)[0]
+    if len(pieces) == 1:
+        pieces = split_top(s, ",;") if operators or _split_relation(s)[1] else [s]
+    bounds: list[_Bounds] = []
+    for piece in pieces:
+        if len(pieces) > 1 and (points := _set_items(piece)):  # [1, 2] \cup {5}
+            bounds += [(point, True, point, True) for point in points]
+        elif interval := _bounds_of_interval(piece):
+            bounds.append(interval)
+        else:
+            return None
+    return bounds
+
+
+def _bounds_of_interval(s: str) -> _Bounds | None:
+    if len(pair := _bracketed_items(s)) == 2:
+        return pair[0], s[0] == "[", pair[1], s[-1] == "]"
+    sides, operators = _split_relation(s)
+    if not operators or any(o not in MIRRORED for o in operators):
+        return None
+    if len(operators) == 1:
+        left, right, operator = sides[0], sides[1], operators[0]
+        if re.fullmatch(r"\|\s*[a-z]\s*\|", left) and operator in ("<", "\\le"):
+            return f"-({right})", operator == "\\le", right, operator == "\\le"
+        if not _is_name(left):
+            left, right, operator = right, left, MIRRORED[operator]
+        if not _is_name(left):
+            return None
+        closed = operator in ("\\le", "\\ge")
+        return ("-\\infty", False, right, closed) if operator in ("<", "\\le") else (right, closed, "\\infty", False)
+    if len(operators) == 2 and _is_name(sides[1]):
+        first, second = operators
+        if {first, second} <= {"<", "\\le"}:
+            return sides[0], first == "\\le", sides[2], second == "\\le"
+        if {first, second} <= {">", "\\ge"}:
+            return sides[2], second == "\\ge", sides[0], first == "\\ge"
+    return None
+
+
+def _excluded(s: str) -> list[str]:
+    r"""Values, rising, that "x \ne 1, x \ne 2" or "\mathbb{R} \setminus \{1, 2\}" leave out; [] when unclear."""
+    if m := re.fullmatch(r"(?:\\mathbb\{R\}|\(-\\infty,\s*\\infty\))\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S):
+        values = _set_items(m[1]) or []
+    else:
+        values, named = [], False
+        for piece in split_top(s, ",;"):
+            sides, operators = _split_relation(piece)
+            if operators == ["\\ne"] and _is_name(sides[0]):
+                named = True
+            elif operators or not named:
+                return []
+            values += _list_items(sides[-1])
+    numbers = [(exact_number(value), value) for value in values]
+    if len(values) > 1 and any(number is None for number, _ in numbers):
+        return []
+    return [value for _, value in sorted(numbers, key=lambda pair: pair[0].value if pair[0] else 0)]
+
+
+# --- brackets and lists ----------------------------------------------------------------------------------------------
+
+
+def _bracketed_items(s: str) -> list[str]:
+    """Two items or more in round or square brackets."""
+    if len(s) > 2 and s[0] in "([" and s[-1] in ")]" and closing(s) == len(s) - 1:
+        items = split_top(s[1:-1], ",;")
+        return items if len(items) >= 2 else []
+    return []
+
+
+def _set_items(s: str) -> list[str] | None:
+    pieces = split_at(s, _CUP)[0]
+    if len(pieces) > 1:
+        members = [_set_items(piece) for piece in pieces]
+        return None if None in members else list(itertools.chain(*(m for m in members if m)))
+    m = re.fullmatch(r"\\\{(.*)\\\}", s, re.S)
+    if not m or closing(s[1:]) != len(s) - 2 or "|" in m[1]:
+        return None
+    return _list_items(m[1])
+
+
+def _matrix_cells(s: str) -> list[list[str]] | None:
+    if s[:1] == "[" and s[-1:] == "]" and "\\begin" in s:  # [ array ]
+        s = s[1:-1].strip()
+    m = re.fullmatch(r"\\begin\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{[a-zA-Z]+\}", s, re.S)
+    if not m:
+        return None
+    rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[1]) if row.strip()]
+    return rows if sum(map(len, rows)) <= MAX_ITEMS else None
+
+
+def _list_items(s: str) -> list[str]:
+    r"""Items of a list: split at commas, \pm written out, `p=5,q=2;p=7,q=2` grouped to pairs."""
+    items: list[str] = []
+    for item in split_top(s, ",;"):
+        if 1 <= len(re.findall(r"\\(?:pm|mp)(?![a-zA-Z])", item)) <= 2:
+            for plus, minus in (("+", "-"), ("-", "+")):
+                upper = re.sub(r"\\pm(?![a-zA-Z])", plus, item)
+                items.append(re.sub(r"\\mp(?![a-zA-Z])", minus, upper).lstrip("+ "))
+        else:
+            items.append(item)
+    pairs = [item.split("=", 1) for item in items if item.count("=") == 1]
+    names = [name.strip() for name, _ in pairs]
+    width = len(set(names))
+    if len(pairs) == len(items) > width > 1 and names == names[:width] * (len(items) // width):
+        values = [value.strip() for _, value in pairs]
+        items = [f"({', '.join(values[i : i + width])})" for i in range(0, len(values), width)]
+    return items
