@@ -32,6 +32,7 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prompts_per_step")
+        self.optim.check_steps(self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class SFTConfig:
         at_least(self, 1, "batch_size", "epochs")
         if self.max_steps is not None and self.max_steps < 1:
             raise FieldError("max_steps", self.max_steps, "must be at least 1, or null for all epochs")
+        if self.max_steps is not None:
+            self.optim.check_steps(self.max_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if os.environ.get("RANK", "0") != "0":
             # One rank speaks: mostly all fail of the same cause, and the launcher ends this one while it waits.
-            time.sleep(3.0)
+            time.sleep(10.0)
         print(f"t1 {command}: error: {error}", file=sys.stderr)
         return 1
 

@@ -187,6 +187,12 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise FieldError(name, getattr(self, name), "must lie in [0, 1)")
 
+    def check_steps(self, total_steps: int) -> None:
+        """Raises FieldError when the warm-up leaves nothing of the steps for the schedule."""
+        if total_steps <= self.warmup_steps and self.schedule != "constant":
+            rule = f"leaves nothing of the {total_steps} steps for the {self.schedule} schedule; lower it"
+            raise FieldError("optim.warmup_steps", self.warmup_steps, rule)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorConfig:

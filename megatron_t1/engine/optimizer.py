@@ -17,11 +17,7 @@ def build_optimizer(
     parallel: ParallelConfig,
     total_steps: int,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    if total_steps <= cfg.warmup_steps and cfg.schedule != "constant":
-        raise ValueError(
-            f"optim.warmup_steps = {cfg.warmup_steps} leaves nothing of the {total_steps} steps for the {cfg.schedule} "
-            "schedule; lower it"
-        )
+    cfg.check_steps(total_steps)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             lr=cfg.lr,
