@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_t1.models.ops import Piece
+from megatron_t1.models.weight_map import Piece
 from megatron_t1.push.sync import WeightSync
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.servers import Servers, open_servers

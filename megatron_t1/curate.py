@@ -35,7 +35,7 @@ from megatron_t1.reward.answers.normalize import compact, exact_number, normaliz
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
 from megatron_t1.types import Prompt, Sample
-from megatron_t1.weights.digest import weights_digest
+from megatron_t1.weights.folder_digest import weights_digest
 
 REASONS = {
     "no_question": "the question is missing or empty",

@@ -45,7 +45,7 @@ from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt, TrainSequence
-from megatron_t1.weights.digest import weights_digest
+from megatron_t1.weights.folder_digest import weights_digest
 from megatron_t1.weights.hf_folder import HFFolder
 
 

@@ -15,9 +15,9 @@ from megatron_t1.config import Config
 from megatron_t1.data.template import Template
 from megatron_t1.models import spec_of
 from megatron_t1.reward.score import Scorer
-from megatron_t1.rollout.bank import StepBank
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.finished_samples import StepBank
 from megatron_t1.rollout.heap import frozen_heap
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Group, Prompt

@@ -29,8 +29,8 @@ from megatron_t1.platform.detect import Platform
 from megatron_t1.push.ranks import NoServerError
 from megatron_t1.push.sync import WeightSync
 from megatron_t1.rank0 import Rank0
-from megatron_t1.rollout.bank import Bank
 from megatron_t1.rollout.client import NoServerLeftError
+from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.server import ServerError
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.types import Group, Prompt

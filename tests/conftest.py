@@ -16,7 +16,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from megatron_t1.servers import process, servers, sources
+from megatron_t1.servers import launch, servers, sources
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.servers import Servers
 from tests.forks import ROOT, Forks, environment
@@ -33,7 +33,7 @@ TIERS = {
     "slurm": {"slurm"},
 }
 """Fixture -> marks of the tests that use it, directly or through other fixtures. All else is `make test-fast`."""
-STARTED = {"megatron_t1", "megatron_t1.servers.supervise", "torch.distributed.run", "tests.workers.zygote"}
+STARTED = {"megatron_t1", "megatron_t1.servers.die_with_parent", "torch.distributed.run", "tests.workers.zygote"}
 """Words of the command lines that start ranks and servers: no test does it but through those fixtures."""
 
 
@@ -141,7 +141,7 @@ def open_servers() -> Callable[..., AbstractContextManager[Servers]]:
 @pytest.fixture(scope="session")
 def vllm_forks() -> Iterator[Forks]:
     """Processes that have imported vLLM."""
-    env = environment(**process.environment(RolloutConfig(device="cpu"), index=0, key="", device="cpu"))
+    env = environment(**launch.environment(RolloutConfig(device="cpu"), index=0, key="", device="cpu"))
     started = Forks(("vllm.entrypoints.launchers.api_server.entry", "vllm.v1.engine.async_llm"), env)
     yield started
     started.close()
@@ -153,10 +153,10 @@ def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Serv
 
     def launch(cfg: RolloutConfig, model_dir: Path, *, index, host, port, key, device, transport, log):
         log.parent.mkdir(parents=True, exist_ok=True)
-        _, _, module, *options = process.command(
+        _, _, module, *options = launch.command(
             cfg, model_dir, host=host, port=port, device=device, transport=transport
         )
-        env = process.environment(cfg, index=index, key=key, device=device)
+        env = launch.environment(cfg, index=index, key=key, device=device)
         return vllm_forks.start(module, *options, env=env, stdout=log)[0]
 
     @contextmanager

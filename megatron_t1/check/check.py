@@ -20,7 +20,7 @@ from megatron_t1.check.machines import Machines, layout_of, seconds_of
 from megatron_t1.config import Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
-from megatron_t1.engine.layout import check_divisible
+from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
@@ -136,21 +136,16 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, foun
         check_divisible(spec, parallel)
     except ValueError as error:
         found.problems += str(error).partition(": ")[2].split("; ")
-    group = parallel.tensor * parallel.pipeline
-    found.must(
-        world % group == 0,
-        f"{world} trainer processes do not divide by parallel.tensor x parallel.pipeline = {group}",
-    )
+    try:
+        check_world(parallel, world)
+    except ValueError as error:
+        found.problems.append(str(error))
     on_node = world // machines.trainer_nodes(command)
     found.should(
         parallel.tensor <= on_node,
         f"parallel.tensor = {parallel.tensor} reaches over nodes of {on_node} trainer processes: slow; lower it and "
         "raise parallel.pipeline",
     )
-    if clash := sorted(set(cfg.model.transformer) & set(spec.transformer)):
-        found.problems.append(
-            f"model.transformer sets {clash}, which the checkpoint's config.json decides; remove them"
-        )
     if cfg.model.transformer.get("fp8"):
         found.should(
             installed("transformer-engine") is not None,

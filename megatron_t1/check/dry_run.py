@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_t1.check.machines import Machines
 from megatron_t1.config import Config
-from megatron_t1.servers.process import command as vllm_command
+from megatron_t1.servers.launch import command as vllm_command
 
 
 def dry_run(cfg: Config, command: str, machines: Machines, options: list[str]) -> str:

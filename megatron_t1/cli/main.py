@@ -116,9 +116,9 @@ def _read(command: str, arguments: list[str], cls: type[T]) -> T:
 
 def _on_ranks(parallel: Any, command: str, arguments: list[str]) -> int:
     """Run this command on as many trainer processes of this machine as it takes; nobody has started them yet."""
-    from megatron_t1.cli import launch
+    from megatron_t1.cli import ranks
 
-    return launch.start(launch.num_processes(parallel), [command, *arguments], alone=main)
+    return ranks.start(ranks.num_processes(parallel), [command, *arguments], alone=main)
 
 
 def _trainer_job(command: str) -> Callable[[list[str]], int]:

@@ -22,11 +22,11 @@ TRANSFORMER_FIELDS = (
     *("offload_modules", "min_offloaded_tensor_size", "deallocate_pipeline_outputs"),
     *("fp8", "fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
     *("fp8_dot_product_attention", "fp8_multi_head_attention", "tp_only_amax_red", "first_last_layers_bf16"),
-    *("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "fp32_residual_connection"),
+    *("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
     *("disable_bf16_reduced_precision_matmul", "deterministic_mode", "attention_backend"),
-    *("apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion"),
+    *("apply_rope_fusion", "bias_activation_fusion", "masked_softmax_fusion"),
     *("persist_layer_norm", "memory_efficient_layer_norm"),
-    *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_dtype", "moe_router_fusion"),
+    *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
     *("moe_router_padding_for_fp8", "moe_shared_expert_overlap", "moe_flex_dispatcher_backend", "moe_deepep_num_sms"),
 )
 """What `model.transformer` may set: speed and memory. The other fields of Megatron's config change what is computed or

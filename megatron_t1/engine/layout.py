@@ -1,9 +1,25 @@
-"""What a layout asks of a model's sizes."""
+"""What a layout asks of the number of processes and of a model's sizes."""
 
 from __future__ import annotations
 
 from megatron_t1.engine.config import ParallelConfig
 from megatron_t1.models.spec import ModelSpec
+
+
+def check_world(parallel: ParallelConfig, world_size: int) -> None:
+    """
+    Raises:
+        ValueError: so many trainer processes can't be laid out so.
+    """
+    for names, size in (
+        ("parallel.tensor", parallel.tensor),
+        ("parallel.expert_tensor x parallel.expert", (parallel.expert_tensor or parallel.tensor) * parallel.expert),
+    ):
+        if world_size % (size * parallel.pipeline):
+            raise ValueError(
+                f"{world_size} trainer processes do not divide by {names} x parallel.pipeline = "
+                f"{size} x {parallel.pipeline}; start a multiple of {size * parallel.pipeline}"
+            )
 
 
 def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:

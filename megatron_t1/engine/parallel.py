@@ -14,7 +14,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 from megatron_t1.engine.config import ParallelConfig
-from megatron_t1.models.ops import Shard, Shards
+from megatron_t1.engine.layout import check_world
+from megatron_t1.models.weight_map import Shard, Shards
 from megatron_t1.platform.detect import Platform
 
 T = TypeVar("T")
@@ -30,17 +31,7 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
         return
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    world = int(os.environ["WORLD_SIZE"])
-    expert_tensor = cfg.expert_tensor or cfg.tensor
-    for names, size in (
-        ("parallel.tensor", cfg.tensor),
-        ("parallel.expert_tensor x parallel.expert", expert_tensor * cfg.expert),
-    ):
-        if world % (size * cfg.pipeline):
-            raise ValueError(
-                f"{world} trainer processes do not divide by {names} x parallel.pipeline = {size} x {cfg.pipeline}; "
-                f"start a multiple of {size * cfg.pipeline}"
-            )
+    check_world(cfg, int(os.environ["WORLD_SIZE"]))
     timeout = datetime.timedelta(seconds=cfg.timeout_s)
     # Both backends in one group: control messages and exports travel as CPU tensors, training as the device's.
     backend = "gloo" if platform.backend == "gloo" else "cpu:gloo,cuda:nccl"
@@ -55,7 +46,7 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
         pipeline_model_parallel_size=cfg.pipeline,
         virtual_pipeline_model_parallel_size=cfg.virtual_pipeline if cfg.virtual_pipeline > 1 else None,
         expert_model_parallel_size=cfg.expert,
-        expert_tensor_parallel_size=expert_tensor,
+        expert_tensor_parallel_size=cfg.expert_tensor or cfg.tensor,
         distributed_timeout_minutes=max(1, round(cfg.timeout_s / 60)),
     )
     seed_everything(seed)

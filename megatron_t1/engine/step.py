@@ -31,7 +31,7 @@ from megatron_t1.engine.model import T1GPTModel, build_model, output_head, packe
 from megatron_t1.engine.optimizer import build_optimizer
 from megatron_t1.engine.parallel import shards
 from megatron_t1.models import spec_of
-from megatron_t1.models.ops import Piece
+from megatron_t1.models.weight_map import Piece
 from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch, TrainSequence
 from megatron_t1.weights import hf_io

@@ -24,8 +24,8 @@ from megatron_t1.engine.config import ModelConfig, ParallelConfig
 from megatron_t1.engine.model import T1GPTModel, build_model
 from megatron_t1.engine.parallel import initialize, shards
 from megatron_t1.models import spec_of
-from megatron_t1.models.ops import Piece
 from megatron_t1.models.spec import ModelSpec
+from megatron_t1.models.weight_map import Piece
 from megatron_t1.platform.detect import setup
 from megatron_t1.weights.buffers import TwoBuffers
 from megatron_t1.weights.hf_folder import CheckpointError, TensorInfo

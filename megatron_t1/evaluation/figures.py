@@ -89,7 +89,7 @@ def summarize(label: str, name: str, rows: Iterable[dict[str, Any]], settings: d
         interval=(low, high),
         interval_method=stats.interval_method(num_samples),
         pass_at_k={str(k): _pass_at_k(correct, k) for k in ks},
-        majority_at_k={str(k): majority_at_k(answers, k) for k in ks},
+        majority_at_k={str(k): majority_interval(answers, k) for k in ks},
         mean_tokens=float(np.mean(lengths)),
         median_tokens=float(np.median(lengths)),
         max_tokens=max(lengths),
@@ -116,7 +116,7 @@ def _pass_at_k(correct: dict[str, list[bool]], k: int) -> Interval:
     return mean_interval([stats.pass_at_k(len(samples), sum(samples), k) for samples in correct.values()])
 
 
-def majority_at_k(answers: dict[str, list[str | None]], k: int) -> Interval:
+def majority_interval(answers: dict[str, list[str | None]], k: int) -> Interval:
     """`answers`: by question; those that are right are RIGHT_ANSWER."""
     return mean_interval([stats.majority_at_k(given, RIGHT_ANSWER, k) for given in answers.values()])
 

@@ -25,7 +25,7 @@ from megatron_t1.data.template import Template
 from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.evaluate import missing, questions_digest, response_row
-from megatron_t1.evaluation.figures import RIGHT_ANSWER, majority_at_k
+from megatron_t1.evaluation.figures import RIGHT_ANSWER, majority_interval
 from megatron_t1.evaluation.resume import collecting, open_folder
 from megatron_t1.evaluation.samplers import graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
@@ -234,7 +234,7 @@ def _majority(thinkings: Sequence[dict[str, Any]]) -> Iterator[MajorityPoint]:
     most = min(map(len, answers.values()))
     mean_tokens = float(np.mean([row["num_tokens"] for row in thinkings]))
     for n in islice((2**i for i in range(10) if 2**i <= most), 10):
-        majority = majority_at_k(answers, n)
+        majority = majority_interval(answers, n)
         yield MajorityPoint(
             num_samples=n,
             mean_tokens=n * mean_tokens,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_t1.models import decoder
-from megatron_t1.models.ops import GateUp, Rename, Vocab
 from megatron_t1.models.spec import HFConfig, ModelSpec, family
+from megatron_t1.models.weight_map import GateUp, Rename, Vocab
 
 _LAYER = "transformer.encoder.layers.{layer}."
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_t1.models.ops import QKV, GateUp, Op, Rename, Vocab
 from megatron_t1.models.spec import HFConfig
+from megatron_t1.models.weight_map import QKV, GateUp, Op, Rename, Vocab
 
 LAYER = "decoder.layers.{layer}."
 HF_LAYER = "model.layers.{layer}."

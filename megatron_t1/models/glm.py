@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_t1.models import decoder
-from megatron_t1.models.ops import GateUp, Op
 from megatron_t1.models.spec import HFConfig, ModelSpec, family
+from megatron_t1.models.weight_map import GateUp, Op
 
 
 @family("GlmForCausalLM")

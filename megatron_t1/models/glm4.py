@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_t1.models import decoder
 from megatron_t1.models.glm import glm_fields
-from megatron_t1.models.ops import Op, Rename
 from megatron_t1.models.spec import HFConfig, ModelSpec, family
+from megatron_t1.models.weight_map import Op, Rename
 
 
 @family("Glm4ForCausalLM")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_t1.models.ops import Op
+from megatron_t1.models.weight_map import Op
 
 # Fields of any Hugging Face config that do not change what the forward pass computes from its weights and tokens.
 _WITHOUT_EFFECT = {

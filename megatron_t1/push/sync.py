@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_t1.models.ops import Piece
+from megatron_t1.models.weight_map import Piece
 from megatron_t1.push.fanout import Fanout
 from megatron_t1.push.layout import Layout
 from megatron_t1.push.ranks import NoServerError, Ranks, SyncError

@@ -36,7 +36,7 @@ from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
 from megatron_t1.push.shm import SharedFile
 from megatron_t1.push.tcp import PieceServer
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.process import own_address, reserve_port
+from megatron_t1.servers.launch import own_address, reserve_port
 from megatron_t1.servers.server import Server
 from megatron_t1.servers.servers import Servers
 from megatron_t1.weights.plan import Plan

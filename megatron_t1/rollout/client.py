@@ -21,8 +21,8 @@ import aiohttp
 import msgspec
 from tqdm import tqdm
 
-from megatron_t1.rollout.bank import StepBank
 from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.finished_samples import StepBank
 from megatron_t1.rollout.reply import AbortedError, Request, RestartedError, Tokenizer, samples_of
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers

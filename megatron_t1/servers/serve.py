@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import KEY_FILE
-from megatron_t1.servers.process import has_weights
+from megatron_t1.servers.launch import has_weights
 from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_t1.servers.supervise import ENDED_BY_ITSELF
+from megatron_t1.servers.die_with_parent import ENDED_BY_ITSELF
 
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 65536

@@ -42,6 +42,7 @@ class Servers:
 
     @property
     def transport(self) -> Transport:
+        """How new weights will reach them (`push/transports.py`): servers are started for it."""
         if self.cfg.transport != "auto":
             return self.cfg.transport
         if self.device == "cuda":

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from megatron_t1.servers.config import RolloutConfig, Transport
 from megatron_t1.servers.keys import KEY_FILE, REMOTE_KEY_ENV, new_key, read_key, shared_key
-from megatron_t1.servers.process import end_group, launch, public_address, reserve_port, signal_group
+from megatron_t1.servers.launch import end_group, launch, public_address, reserve_port, signal_group
 from megatron_t1.servers.registry import Entry, Registry
 from megatron_t1.servers.server import Server, ServerError
 

@@ -32,7 +32,7 @@ from megatron_t1.synthesize import browse, prompts
 from megatron_t1.synthesize.chain import Outcome, Workshop
 from megatron_t1.synthesize.config import SynthesizeConfig
 from megatron_t1.synthesize.store import Store
-from megatron_t1.weights.digest import weights_digest
+from megatron_t1.weights.folder_digest import weights_digest
 
 STAGES = (*prompts.STAGES, "filter")
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from megatron_t1.models.ops import Piece
+from megatron_t1.models.weight_map import Piece
 from megatron_t1.weights.hf_folder import (
     CheckpointError,
     HFFolder,

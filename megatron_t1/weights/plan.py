@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_t1.models.ops import Piece, Shards
 from megatron_t1.models.spec import ModelSpec
+from megatron_t1.models.weight_map import Piece, Shards
 
 # Transformer Engine keeps a norm's weight in the linear layer that follows it.
 _TE_ALIAS = {

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_t1.engine.config import ParallelConfig
-from megatron_t1.models.ops import QKV, GateUp, Op, Piece, Rename, Shard, Vocab
 from megatron_t1.models.spec import FAMILIES, HFConfig, ModelSpec
+from megatron_t1.models.weight_map import QKV, GateUp, Op, Piece, Rename, Shard, Vocab
 from megatron_t1.weights.plan import Plan
 from tests.models.families import chatglm_config, chatglm_names, expert_names
 from tests.tiny import ARCHITECTURES

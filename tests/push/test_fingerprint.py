@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_t1.models.ops import Piece
+from megatron_t1.models.weight_map import Piece
 from megatron_t1.weights.plan import Plan
 
 

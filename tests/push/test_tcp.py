@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from megatron_t1.models.ops import Piece
+from megatron_t1.models.weight_map import Piece
 from megatron_t1.push import tcp
 from megatron_t1.push.layout import Layout
 from megatron_t1.push.tcp import PieceServer, fetch
-from megatron_t1.servers.process import own_address
+from megatron_t1.servers.launch import own_address
 from megatron_t1.weights.plan import Plan
 
 TOKEN = "a-token"

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_t1.push.sync import WeightSync, folder_pieces
-from megatron_t1.rollout.bank import Bank
 from megatron_t1.rollout.client import NoServerLeftError, RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.server import ServerError
 from megatron_t1.servers.servers import Servers

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import shared_key
-from megatron_t1.servers.process import gpus
+from megatron_t1.servers.launch import gpus
 from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.serve import _lost
 from megatron_t1.servers.server import Server, ServerError

@@ -162,7 +162,8 @@ def test_no_process_of_a_server_outlives_a_kill(tmp_path: Path, victim: str) -> 
         f"os.rename({str(pids)!r} + '.tmp', {str(pids)!r}); time.sleep(600)"
     )
     starter = (
-        "import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'megatron_t1.servers.supervise',"
+        "import os, subprocess, sys, time; subprocess.Popen("
+        "[sys.executable, '-m', 'megatron_t1.servers.die_with_parent',"
         f" str(os.getpid()), sys.executable, '-c', {server!r}], start_new_session=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", starter])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_t1.models import spec_of
-from megatron_t1.models.ops import QKV, GateUp, Piece, Rename, Shard, Vocab
+from megatron_t1.models.weight_map import QKV, GateUp, Piece, Rename, Shard, Vocab
 from megatron_t1.weights import hf_io
 from megatron_t1.weights.plan import Plan
 from tests.tiny import make_tiny_qwen2

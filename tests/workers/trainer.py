@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_t1.models.ops import Piece
+from megatron_t1.models.weight_map import Piece
 from megatron_t1.push import tcp
 from megatron_t1.push.ranks import SyncError
 from megatron_t1.push.sync import WeightSync

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_t1.weights.digest import weights_digest
+from megatron_t1.weights.folder_digest import weights_digest
 
 
 def test_a_copy_has_the_same_digest_and_other_weights_another(tiny_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Starting one vLLM server process: its command line, its environment, its port, and the end of its process group."""
+"""Launching one vLLM server: its command line, environment, GPUs and port, and the end of its process group."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def launch(
 ) -> subprocess.Popen[bytes]:
     """Starts server `index` as a process group of its own that ends when this process does; appends to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    supervisor = [sys.executable, "-m", "megatron_t1.servers.supervise", str(os.getpid())]
+    supervisor = [sys.executable, "-m", "megatron_t1.servers.die_with_parent", str(os.getpid())]
     with log.open("ab") as file:
         return subprocess.Popen(
             [*supervisor, *command(cfg, model_dir, host=host, port=port, device=device, transport=transport)],
