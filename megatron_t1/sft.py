@@ -2,7 +2,8 @@
 
     for step: batch -> pack -> forward, negative log-likelihood, backward, optimizer -> log -> checkpoint
 
-Which tokens are targets is decided in `data/packing.py`. The order of the examples is a function of (seed, epoch) alone, so a resumed run sees what it would have seen.
+Which tokens are targets is decided in `data/packing.py`. The order of the examples is a function of (seed, epoch)
+alone, so a resumed run sees what it would have seen.
 """
 
 from __future__ import annotations
