@@ -161,10 +161,11 @@ def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Serv
 
     @contextmanager
     def open_forked(cfg: RolloutConfig, model_dir: Path, run_dir: Path) -> Iterator[Servers]:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sources, "launch", launch)
-            with servers.open_servers(cfg, model_dir, run_dir) as opened:
-                yield opened
+        with Servers(cfg, model_dir, run_dir) as opened:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(sources, "launch", launch)
+                opened.start()
+            yield opened.wait_ready()
 
     return open_forked
 
