@@ -149,7 +149,7 @@ def vllm_forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Servers]]:
-    """`open_servers` whose vLLM processes are forked. For tests that kill none."""
+    """`open_servers` whose vLLM processes are forked; one that is started again is not."""
 
     def launch(cfg: RolloutConfig, model_dir: Path, *, index, host, port, key, device, transport, log):
         log.parent.mkdir(parents=True, exist_ok=True)
