@@ -149,7 +149,7 @@ def vllm_forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Servers]]:
-    """`open_servers` whose vLLM processes are forked. For tests that kill none."""
+    """`open_servers` whose vLLM processes are forked; one that is started again is not."""
 
     def launch(cfg: RolloutConfig, model_dir: Path, *, index, host, port, key, device, transport, log):
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -161,10 +161,11 @@ def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Serv
 
     @contextmanager
     def open_forked(cfg: RolloutConfig, model_dir: Path, run_dir: Path) -> Iterator[Servers]:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sources, "launch", launch)
-            with servers.open_servers(cfg, model_dir, run_dir) as opened:
-                yield opened
+        with Servers(cfg, model_dir, run_dir) as opened:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(sources, "launch", launch)
+                opened.start()
+            yield opened.wait_ready()
 
     return open_forked
 

@@ -108,13 +108,15 @@ class Forks:
             err.touch()
             ranks = self.start(target, *arguments, num_ranks=num_ranks, stdout=out, stderr=err, **options)
             pids, deadline = [rank.pid for rank in ranks], time.monotonic() + timeout_s
-            while None in (codes := self.codes(pids)):
-                if any(codes):
-                    deadline = min(deadline, time.monotonic() + 10)
-                if time.monotonic() > deadline:
-                    for rank in ranks:
-                        rank.kill()
-                time.sleep(0.02)
+            try:
+                while None in (codes := self.codes(pids)) and time.monotonic() < deadline:
+                    if any(codes):
+                        deadline = min(deadline, time.monotonic() + 10)
+                    time.sleep(0.02)
+            finally:
+                for rank in ranks:
+                    rank.kill()
+            codes = [rank.wait(60) for rank in ranks]
             failed = next((code for code in codes if code), 0)
             return subprocess.CompletedProcess([str(target)], failed, out.read_text(), err.read_text())
 

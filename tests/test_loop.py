@@ -82,12 +82,13 @@ def server(start_t1, tuned, tmp_path_factory):
     assert process.wait(30) == 0
 
 
+@pytest.mark.timeout(3000)
 def test_the_whole_pipeline_on_two_ranks(data, start_t1, t1, tmp_path):
     """SFT, evaluation, RL, evaluation, scaling, report; then resumed, when nothing is left to do."""
     few = {"scaling.budgets": "[8,16]", "evaluate.sampling.num_samples": 1, "scaling.sampling.num_samples": 1}
     arguments = options(data, tmp_path, **few, **{"parallel.nproc_per_node": 2, "rl.steps": 2})
     process = start_t1("run", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output, _ = process.communicate(timeout=800)
+    output, _ = process.communicate(timeout=2000)
     assert process.returncode == 0, output[-6000:]
     assert "pass@1" in output
     summary = json.loads((tmp_path / "summary.json").read_text())

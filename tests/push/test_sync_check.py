@@ -100,7 +100,7 @@ def test_the_command_checks_a_live_server_from_megatron_ranks(
     name, held = server.all[0].name, server.all[0].version
     code, output, errors = command("--parallel.nproc_per_node", 2, "--parallel.tensor", 2)
     assert code == 1, errors
-    assert output.count(f"{name}") == output.count("held OTHER weights before") == 4
+    assert output.count(f"{name}") == output.count("held OTHER weights before") == 4, errors
     code, output, errors = command()
     assert code == 0, errors
     assert output.count("  ok\n") == 4

@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def pair(open_servers, folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+def pair(fork_servers, folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     cfg = RolloutConfig(
         device="cpu",
         num_servers=2,
@@ -54,7 +54,7 @@ def pair(open_servers, folders: list[Path], tmp_path_factory: pytest.TempPathFac
         connect_retries=2,
         vllm_args={"logprobs-mode": "raw_logprobs"},
     )
-    with open_servers(cfg, folders[0], tmp_path_factory.mktemp("pair")) as servers:
+    with fork_servers(cfg, folders[0], tmp_path_factory.mktemp("pair")) as servers:
         yield servers
 
 
