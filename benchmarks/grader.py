@@ -1,12 +1,15 @@
 """How fast a step's worth of responses is graded, against math-verify alone, and what kills cost.
 
     python -m benchmarks.grader [--responses 2048] [--workers 2] [--rounds 3]
+    python -m benchmarks.grader --soak 100000
 
 A step: 32 MATH500 problems with 64 responses each, every one several thousand characters of solution text before its
 box; 40% give the gold in one of four spellings, the others another problem's answer; 5% are hostile inputs. math-verify
 runs the same texts as its users run it: `verify(parse(gold), parse(response))` in one process a core, timeouts on. All
-rows are measured in turns, `--rounds` times; medians are printed. Answers that need a kill have to be made: a gold that
-only ANTLR reads, and an answer on which ANTLR takes minutes.
+rows are measured in turns, `--rounds` times; medians are printed. No answer needs a kill; those of the third row are
+made for it (tests/reward/burning.py).
+
+`--soak N` grades N answers while graders are killed at random, and compares every verdict with the one computed alone.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from megatron_t1.grade import pair_from_row
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
 from megatron_t1.types import Prompt, Reward, Sample
-from tests.reward.cases import BOMB, BOMB_GOLD, rows
+from tests.reward.burning import BURNS
+from tests.reward.cases import rows
+from tests.reward.soak import soak
 
 
 def step(num_responses: int, hostile_share: float, bomb_share: float) -> list[dict[str, Any]]:
@@ -57,7 +62,7 @@ def step(num_responses: int, hostile_share: float, bomb_share: float) -> list[di
         text = f"{thinking}</think> The answer is $\\boxed{{{generator.choice(spellings)(answer)}}}$."
         gold = problem["answer"]
         if kind == "bomb":
-            gold, text = BOMB_GOLD, thinking + f"</think> \\boxed{{{BOMB}}}"
+            gold = BURNS
         elif kind == "hostile":
             text = generator.choice(hostile)["prediction"]
         made.append({"id": i, "gold": gold, "prediction": text, "question": problem["problem"]})
@@ -108,7 +113,8 @@ def time_ours(rows: list[dict[str, Any]], workers: int) -> dict[str, Any]:
     async def everything(scorer: Scorer) -> list[tuple[Reward, float]]:
         return await asyncio.gather(*(one(scorer, *pair) for pair in pairs))
 
-    with Scorer(RewardConfig(num_workers=workers, tasks_per_worker=10**6)) as scorer:  # a dead grader's CPU is lost
+    cfg = RewardConfig(num_workers=workers, tasks_per_worker=10**6)  # a dead grader's CPU is lost
+    with Scorer(cfg, "tests.reward.burning") as scorer:
         scorer.score_all(pairs[:8])  # start-up
         process = psutil.Process()
         before = _cpu_s(process)
@@ -151,7 +157,15 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=2048)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--soak", type=int, default=0)
     args = parser.parse_args()
+    if args.soak:
+        report = soak(args.soak, num_workers=args.workers)
+        print(
+            f"{args.soak} answers in {report.seconds:.0f} s: {len(report.wrong)} wrong, {report.num_killed} processes "
+            f"killed at random, {report.num_late} graders at their deadline, slowest answer {report.slowest_s:.1f} s"
+        )
+        sys.exit(bool(report.wrong))
     shares = {"honest only": (0.0, 0.0), "5% hostile": (0.05, 0.0), "5% hostile, 1% need a kill": (0.05, 0.01)}
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(args.rounds):

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -112,6 +113,27 @@ def test_nothing_is_imported_after_the_warm_up() -> None:
     ]
     lines = "".join(json.dumps(task) + "\n" for task in tasks)
     subprocess.run([sys.executable, "-c", code], input=lines, text=True, check=True, cwd=Path(__file__).parents[2])
+
+
+def test_an_endless_number_costs_no_more_than_other_text() -> None:
+    """16,000 digits after "The answer is" once took seconds: a wrong timeout is a wrong reward."""
+    used_s = time.process_time()
+    assert verify("0", "The answer is 0." + "9" * 16_000).outcome == "wrong"
+    assert time.process_time() - used_s < 0.3
+
+
+def test_what_only_a_slow_parser_read() -> None:
+    """Kinds that needed the parser that could run away."""
+    right = [
+        (r"x\equiv 3\pmod 5", r"x \equiv 3 \pmod{5}"), (r"x\equiv 3\pmod 5", r"x\equiv 8 \ (\text{mod } 5)"),
+        ("2", r"17 \bmod 5"), (r"\{1\}\cup\{2,3\}", r"\{1,2,3\}"), (r"(0,1]\cup\{5\}", r"\{5\}\cup(0,1]"),
+        (r"\frac{\hbar\omega}{2}", r"\frac12\omega\hbar"), (r"{n \choose 2}", r"\frac{n(n-1)}{2}"),
+        ("x_1^2", "x^{2}_{1}"), ("y_1''", "y''_{1}"), (r"\frac12", r"{1 \over 2}"),
+    ]  # fmt: skip
+    wrong = [(r"x\equiv 3\pmod 5", r"x\equiv 4\pmod 5"), (r"x\equiv 3\pmod 5", r"x\equiv 3\pmod 7"),
+             ("3", r"17 \bmod 5 = 3"), (r"\{1\}\cup\{2\}", r"\{1\}"), ("x_1^2", "x_2^2")]  # fmt: skip
+    assert [pair for pair in right if verify(*pair, "answer").outcome != "correct"] == []
+    assert [pair for pair in wrong if verify(*pair, "answer").outcome == "correct"] == []
 
 
 def test_a_long_response_is_read_at_its_end() -> None:

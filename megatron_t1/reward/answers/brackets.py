@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 _OPEN, _CLOSE = "([{", ")]}"
+MAX_LAYERS = 32
+"""Brackets around brackets beyond this are no answer; each layer is walked."""
 
 
 def depths(s: str) -> list[int]:
@@ -48,7 +50,9 @@ def closing(s: str) -> int:
 def unwrap(s: str) -> str:
     """Drop outer braces and parentheses that group nothing but the whole; tuples keep theirs."""
     s = s.strip()
-    while len(s) > 2 and (s[0], s[-1]) in (("{", "}"), ("(", ")")) and closing(s) == len(s) - 1:
+    for _ in range(MAX_LAYERS):
+        if len(s) < 3 or (s[0], s[-1]) not in (("{", "}"), ("(", ")")) or closing(s) != len(s) - 1:
+            break
         if s[-2] == "\\" or (s[0] == "(" and len(split_top(s[1:-1], ",;")) > 1):
             break
         s = s[1:-1].strip()

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import TypeVar
 
 from megatron_t1.reward.answers.compare_trees import (
     MIRRORED,
@@ -44,7 +43,6 @@ from megatron_t1.reward.answers.read import (
     Words,
 )
 
-T = TypeVar("T")
 MAX_TEXT_WORDS = 4
 """Longer text answers are sentences, which have too many spellings."""
 
@@ -102,8 +100,11 @@ class _Comparison:
             case Tuple(), Tuple():
                 same_brackets = (gold.opening, gold.closing) == (answer.opening, answer.closing)
                 return same_brackets and self.in_order(gold.items, answer.items)
+            case Interval(), Interval():
+                same_ends = (gold.low_closed, gold.high_closed) == (answer.low_closed, answer.high_closed)
+                return same_ends and self.equal(gold.low, answer.low) and self.equal(gold.high, answer.high)
             case Set(), Set():
-                return self.in_any_order(gold.items, answer.items, self.equal)
+                return self.in_any_order(gold.items, answer.items)
             case Set(items=(only,)), _:
                 return self.equal(only, answer)
             case _, Set(items=(only,)):
@@ -112,7 +113,7 @@ class _Comparison:
         if g_region and a_region:
             if _names_clash(g_region.variable, a_region.variable):
                 return False
-            if self.regions_equal(g_region, a_region):
+            if self.in_any_order(g_region.intervals, a_region.intervals):
                 return True
             bracketed = isinstance(gold, Tuple) or isinstance(answer, Tuple)
             if bracketed or len(g_region.intervals) != 1 or len(a_region.intervals) != 1:
@@ -133,43 +134,41 @@ class _Comparison:
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
-    def in_any_order(self, gold: Sequence[T], answer: Sequence[T], same: Callable[[T, T], bool]) -> bool:
+    def in_any_order(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         """Every gold item has its own partner in the answer."""
         if len(gold) != len(answer):
             return False
         left = list(answer)
         for item in gold:
-            partner = next((i for i, candidate in enumerate(left) if _surely(same, item, candidate)), None)
+            partner = next((i for i, candidate in enumerate(left) if self.surely_equal(item, candidate)), None)
             if partner is None:
                 return False
             left.pop(partner)
         return True
 
+    def surely_equal(self, gold: Answer, answer: Answer) -> bool:
+        try:
+            return self.equal(gold, answer)
+        except UndecidableError:  # this pair is no match; another one may be
+            return False
+
     def in_order(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         return len(gold) == len(answer) > 0 and all(map(self.equal, gold, answer))
-
-    def intervals_equal(self, gold: Interval, answer: Interval) -> bool:
-        same_ends = (gold.low_closed, gold.high_closed) == (answer.low_closed, answer.high_closed)
-        return same_ends and self.equal(gold.low, answer.low) and self.equal(gold.high, answer.high)
-
-    def regions_equal(self, gold: Region, answer: Region) -> bool:
-        return self.in_any_order(gold.intervals, answer.intervals, self.intervals_equal)
 
     def lists_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a list."""
         g_region, a_region = _region(gold), _region(answer)
         if g_region and a_region:
-            return self.regions_equal(g_region, a_region)
+            return self.in_any_order(g_region.intervals, a_region.intervals)
         if isinstance(gold, List) and isinstance(answer, List):
-            return self.in_any_order(gold.items, answer.items, self.equal) or self.in_any_order(
-                _once(gold.items), _once(answer.items), self.equal
-            )
+            once = _once(gold.items), _once(answer.items)
+            return self.in_any_order(gold.items, answer.items) or self.in_any_order(*once)
         g_items, a_items = (_members(each) for each in (gold, answer))
         match _value(gold), _value(answer):
             case (Tuple(opening="(", closing=")"), _) | (_, Tuple(opening="(", closing=")")):
                 return self.in_order(g_items, a_items)
             case (Set(), _) | (_, Set()):
-                return self.in_any_order(g_items, a_items, self.equal)
+                return self.in_any_order(g_items, a_items)
         # "15 39/40, or 639/40": several spellings of the one gold
         return isinstance(answer, List) and all(self.equal(gold, item) for item in answer.items)
 
@@ -266,13 +265,6 @@ class _Comparison:
 
 
 _PLAIN_FRACTION = re.compile(r"[\d\s.{}()+\-/*]*(?:\\(?:frac|cdot|times)[\d\s.{}()+\-/*]*)*")
-
-
-def _surely(same: Callable[[T, T], bool], gold: T, answer: T) -> bool:
-    try:
-        return same(gold, answer)
-    except UndecidableError:  # this pair is no match; another one may be
-        return False
 
 
 def _once(items: Sequence[Answer]) -> list[Answer]:

@@ -58,20 +58,20 @@ def _closing_braces(text: str) -> dict[int, int]:
 
 def _boxes(text: str) -> list[tuple[int, int, str | None]]:
     """(start, end, content) of the outermost boxes; content None when it is unclosed."""
-    found: list[tuple[int, int, str | None]] = []
+    boxes: list[tuple[int, int, str | None]] = []
     pairs = _closing_braces(text)
     for match in BOX.finditer(text):
         start, end = match.span()
-        if found and start < found[-1][1]:
+        if boxes and start < boxes[-1][1]:
             continue
         brace = re.compile(r"\s*\{").match(text, end)
         if brace is not None:
             close = pairs.get(brace.end() - 1)
-            found.append((start, end, None) if close is None else (start, close + 1, text[brace.end() : close]))
+            boxes.append((start, end, None) if close is None else (start, close + 1, text[brace.end() : close]))
         else:  # `\boxed 4`
             token = re.compile(r"\s*(-?[\w./]{1,40})").match(text, end)
-            found.append((start, token.end() if token else end, token[1].rstrip(".") if token else None))
-    return found
+            boxes.append((start, token.end() if token else end, token[1].rstrip(".") if token else None))
+    return boxes
 
 
 def last_box(text: str) -> str | None:

@@ -169,17 +169,9 @@ class _Parser:
         self.in_bars = bars
         return inner
 
-    def raw_group(self) -> str:
-        """Text of a subscript or decoration, as part of a name."""
-        if self.next != "{":
-            return self.take()
-        self.take()
-        level, out = 1, []
-        while level:
-            token = self.take()
-            level += (token == "{") - (token == "}")
-            out.append(token)
-        return "".join(out[:-1])
+    def name_part(self) -> str:
+        """Text of a subscript or decoration."""
+        return "".join(self.group())
 
     def base(self) -> Any:
         token = self.next
@@ -208,9 +200,9 @@ class _Parser:
 
     def letter(self, token: str) -> Any:
         if token == "C" and self.tokens[self.position : self.position + 1] == ["("]:
-            start, found = self.position, self.arguments()
-            if len(found) == 2:
-                return sympy.binomial(*found, evaluate=False)
+            start, arguments = self.position, self.arguments()
+            if len(arguments) == 2:
+                return sympy.binomial(*arguments, evaluate=False)
             self.position = start
         if token in "fghFGH" and self.next == "(":
             return sympy.Function(token)(*self.arguments())
@@ -222,17 +214,17 @@ class _Parser:
             if self.take() == "'":
                 primes += "'"
             else:
-                name += "_" + self.raw_group()
+                name += "_" + self.name_part()
         return sympy.Symbol(name + primes)
 
     def arguments(self) -> list[Any]:
         closing = _BRACKETS[self.take()]
-        found = [self.expression()]
+        arguments = [self.expression()]
         while self.next == ",":
             self.take()
-            found.append(self.expression())
+            arguments.append(self.expression())
         self.expect(closing)
-        return found
+        return arguments
 
     def command(self, name: str) -> Any:
         if name == "pi":
@@ -240,8 +232,7 @@ class _Parser:
         if name in _GREEK:
             return self.symbol(name)
         if name == "frac":
-            top, bottom = self.argument(), self.argument()
-            return quotient(top, bottom)
+            return quotient(self.argument(), self.argument())
         if name == "sqrt":
             degree: Any = sympy.Integer(2)
             if self.next == "[":
@@ -253,24 +244,21 @@ class _Parser:
             return self.function(name)
         if name in ("max", "min", "gcd", "lcm") and self.next in ("(", "\\{"):
             arguments = self.arguments()
-            if name in ("max", "min"):
-                return (sympy.Max if name == "max" else sympy.Min)(*arguments, evaluate=False)
-            return sympy.Function(name)(*arguments)
-        if name == "ldots":
-            return sympy.Symbol("...")
+            extremes = {"max": sympy.Max, "min": sympy.Min}
+            return extremes[name](*arguments, evaluate=False) if name in extremes else sympy.Function(name)(*arguments)
         if name in _BINDERS:
             return self.integral() if name == "int" else self.binder(name)
-        if name == "infty":
-            return sympy.Symbol("\\infty")
+        if name in ("infty", "ldots"):
+            return sympy.Symbol(f"\\{name}")
         if name == "det":
             return self.matrix_value(_MATRICES)
         if name == "begin":
             self.position -= 1
             return self.matrix_value({"vmatrix"})
         if name in _DECORATIONS:
-            return self.symbol(f"{name} {self.raw_group()}")
+            return self.symbol(f"{name} {self.name_part()}")
         if name == "text":
-            return self.symbol(self.raw_group().strip())
+            return self.symbol(self.name_part().strip())
         raise UndecidableError(f"\\{name} is not known")
 
     def function(self, name: str) -> Any:
@@ -320,11 +308,11 @@ class _Parser:
 
     def bounds(self) -> tuple[list[str], list[str]]:
         """Tokens below and above a big operator."""
-        found: dict[str, list[str]] = {"_": [], "^": []}
-        while self.next in found and not found[str(self.next)]:
+        sides: dict[str | None, list[str]] = {"_": [], "^": []}
+        while self.next in sides and not sides[self.next]:
             side = self.take()
-            found[side] = self.group()
-        return found["_"], found["^"]
+            sides[side] = self.group()
+        return sides["_"], sides["^"]
 
     def binder(self, name: str) -> Any:
         below, above = self.bounds()
@@ -355,12 +343,12 @@ class _Parser:
     def matrix_value(self, kinds: set[str]) -> Any:
         r"""Of \begin{vmatrix} ... \end{vmatrix}, or of a matrix after \det, written out."""
         self.expect("\\begin")
-        kind = self.raw_group()
+        kind = self.name_part()
         end = next((i for i in range(self.position, len(self.tokens)) if self.tokens[i] == "\\end"), None)
         if kind not in kinds or end is None:
             raise UndecidableError(f"{kind} is not a value")
         inside, self.position = self.tokens[self.position : end], end + 1
-        self.raw_group()
+        self.name_part()
         rows: list[list[list[str]]] = [[[]]]
         for token in inside:
             if token == "\\\\":

@@ -26,17 +26,16 @@ _UNICODE = {
 }  # fmt: skip
 _CIRCLED = {chr(0x2460 + i): f"{i + 1}," for i in range(20)}
 _COMMANDS = {
-    "leq": "le", "leqslant": "le", "leqq": "le", "geq": "ge", "geqslant": "ge", "geqq": "ge", "neq": "ne", "lt": "<",
-    "gt": ">", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "land": ",",
-    "lor": ",", "vee": ",", "varnothing": "emptyset", "rightarrow": "to", "longrightarrow": "to", "implies":
-    "Rightarrow", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|",
-    "backslash": "setminus", "ast": "cdot", "div": "/", "degree": "^\\circ", "textdegree": "^\\circ", "dots": "ldots",
-    "cdots": "ldots", "dotsm": "ldots", "dotsb": "ldots", "varepsilon": "epsilon", "varphi": "phi", "colon": ":",
-    "langle": "(", "rangle": ")", "mod": "bmod",
-    "arcctg": "arccot", "tg": "tan", "ctg": "cot", "mid": "|", "cupdot": "cup", "sqcup": "cup",
+    "leq": "\\le", "leqslant": "\\le", "leqq": "\\le", "geq": "\\ge", "geqslant": "\\ge", "geqq": "\\ge",
+    "neq": "\\ne", "lt": "<", "gt": ">", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom",
+    "tbinom": "\\binom", "land": ",", "lor": ",", "vee": ",", "varnothing": "\\emptyset", "rightarrow": "\\to",
+    "longrightarrow": "\\to", "implies": "\\Rightarrow", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[",
+    "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|", "backslash": "\\setminus", "ast": "\\cdot", "div": "/",
+    "degree": "^\\circ", "textdegree": "^\\circ", "dots": "\\ldots", "cdots": "\\ldots", "dotsm": "\\ldots",
+    "dotsb": "\\ldots", "varepsilon": "\\epsilon", "varphi": "\\phi", "colon": ":", "langle": "(", "rangle": ")",
+    "mod": "\\bmod", "arcctg": "\\arccot", "tg": "\\tan", "ctg": "\\cot", "mid": "|", "cupdot": "\\cup",
+    "sqcup": "\\cup",
 }  # fmt: skip
-_TO_PUNCTUATION = {"lt", "gt", "land", "lor", "vee", "lbrace", "rbrace", "lbrack", "rbrack", "vert", "lvert", "rvert"}
-_TO_PUNCTUATION |= {"langle", "rangle", "div", "degree", "textdegree", "colon", "mid"}
 _DROPPED = re.compile(
     r"\\(?:left|right|bigg?[lrm]?|Bigg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|"
     r"boldsymbol|bm|mathop|mathbin|mathrel|phantom)(?![a-zA-Z])\.?"
@@ -62,16 +61,6 @@ def _font(match: re.Match[str]) -> str:
     if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner):
         return inner
     return rf"\text{{{inner}}}"
-
-
-def _command(match: re.Match[str]) -> str:
-    name = match.group(1)
-    if name not in _COMMANDS:
-        return match.group(0)
-    new = _COMMANDS[name]
-    if name in ("lbrace", "rbrace"):
-        return "\\" + new
-    return new if name in _TO_PUNCTUATION else f"\\{new}"
 
 
 def _unicode(text: str) -> str:
@@ -116,7 +105,7 @@ def normalize(text: str) -> str:
     s = _SPACES.sub(" ", s)
     s = _TEXT.sub(lambda m: rf"\text{{{m[1]}}}" if re.search(r"[^\W\d_]", m[1]) else m[1], s)
     s = _FONT.sub(_font, s)
-    s = re.sub(r"\\([a-zA-Z]+)", _command, s)
+    s = re.sub(r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0]), s)
     s = re.sub(
         r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%", s
     )
@@ -139,13 +128,8 @@ def normalize(text: str) -> str:
     s = re.sub(r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2", s)
     s = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", s)
     s = re.sub(r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty ", s)
-    s = (
-        s.replace("<=", r"\le ")
-        .replace(">=", r"\ge ")
-        .replace("!=", r"\ne ")
-        .replace("**", "^")
-        .replace("*", r"\cdot ")
-    )
+    for spelling, ours in (("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("**", "^"), ("*", r"\cdot ")):
+        s = s.replace(spelling, ours)
     s = _AND_OR.sub(", ", s)
     s = re.sub(r"\+\s*\\infty", r"\\infty", s)
     s = re.sub(r"\s+", " ", s)

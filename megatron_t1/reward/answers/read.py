@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_t1.reward.answers.brackets import closing, split_at, split_top, unwrap
 from megatron_t1.reward.answers.compare_trees import MIRRORED
@@ -114,8 +114,9 @@ class Quantity(Answer):
     unit: str
 
 
-class Interval(NamedTuple):
-    """Its two ends."""
+@dataclass(frozen=True)
+class Interval(Answer):
+    """A part of the line between two ends."""
 
     low: Answer
     low_closed: bool
@@ -282,7 +283,10 @@ def _region(s: str, depth: int) -> Region | None:
     bounds = _bounds_of_region(s)
     if bounds is None or len(bounds) > MAX_ITEMS:
         return None
-    intervals = tuple(Interval(_item(a, depth), a_in, _item(b, depth), b_in) for a, a_in, b, b_in in bounds)
+    intervals = tuple(
+        Interval(f"{'(['[low_in]}{low},{high}{')]'[high_in]}", _item(low, depth), low_in, _item(high, depth), high_in)
+        for low, low_in, high, high_in in bounds
+    )
     sides, operators = _split_relation(s)
     names = [side for side in sides if operators and _is_name(side)]
     return Region(s, intervals, names[0] if len(names) == 1 else "")

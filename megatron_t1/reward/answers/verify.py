@@ -38,7 +38,7 @@ def _gold(gold: str, mode: AnswerMode) -> str:
     return normalize(gold)
 
 
-def _found(text: str, mode: AnswerMode) -> tuple[str | None, str]:
+def _extracted(text: str, mode: AnswerMode) -> tuple[str | None, str]:
     if mode == "answer":
         bare = text.strip()
         if extract.BOX.search(bare):
@@ -66,7 +66,7 @@ def verify_cheaply(
     if mode == "mc":
         verdict = _choose(gold, text, choices)
         return verdict, verdict.extracted
-    answer, where = _found(text, mode)
+    answer, where = _extracted(text, mode)
     if answer is None:
         return Verdict("no_answer", None, where), None
     if len(answer) > extract.MAX_ANSWER_CHARS:
