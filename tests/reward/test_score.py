@@ -116,9 +116,9 @@ def test_a_reply_to_another_task_is_not_taken() -> None:
 
 
 def test_soak() -> None:
-    report = soak(2500)
+    report = soak(1500)
     assert report.wrong == []
-    assert report.num_killed >= 5
+    assert report.num_killed >= 3
 
 
 def test_random_kills_lose_nothing_and_change_no_verdict() -> None:
