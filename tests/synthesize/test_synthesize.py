@@ -69,8 +69,8 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def config(questions: Path, out: Path, url: str, **more: Any) -> SynthesizeConfig:
-    endpoint = EndpointConfig(urls=(url,), timeout_s=2.0, price_in=1.0, price_out=10.0)
+def config(questions: Path, out: Path, url: str, timeout_s: float = 300.0, **more: Any) -> SynthesizeConfig:
+    endpoint = EndpointConfig(urls=(url,), timeout_s=timeout_s, price_in=1.0, price_out=10.0)
     given: dict[str, Any] = {"endpoints": {"big": endpoint}, "num_attempts": 6, **more}
     return SynthesizeConfig(questions=str(questions), out=str(out), reward=RewardConfig(num_workers=1), **given)
 
@@ -126,7 +126,7 @@ def test_trouble_changes_nothing_and_a_second_run_asks_nothing(
     with serving(ScriptedEndpoint(solver)) as server:
         synthesize(config(questions, tmp_path / "calm", server.url))
     with serving(ScriptedEndpoint(solver, trouble=0.3)) as server:
-        synthesize(config(questions, tmp_path / "rough", server.url))
+        synthesize(config(questions, tmp_path / "rough", server.url, timeout_s=5.0))
         assert sum(server.troubles.values()) > 100
         assert files(tmp_path / "rough") == files(tmp_path / "calm")
         before = server.served.total()
