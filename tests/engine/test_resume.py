@@ -73,6 +73,26 @@ def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, t
         assert (resumed[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layout", "num_ranks", "bucket_size"),
+    [
+        ({}, 1, 0),
+        ({"pipeline": 2}, 2, 0),  # the shared embedding's gradient is a bucket of its own
+        ({"overlap_grad_reduce": True}, 3, 50_000),
+    ],
+    ids=["one process", "PP2 tied", "DP3 with several buckets"],
+)
+def test_what_is_loaded_is_what_was_saved(dtype, layout, num_ranks, bucket_size, run_ranks, tmp_path):
+    # Megatron pads buckets to multiples of 128 numbers (of 384 for DP3); none of these matrices is one.
+    model_dir = make_tiny_qwen2(tmp_path / "hf", vocab_size=321, hidden_size=96, num_heads=3, num_kv_heads=1)
+    worker = WORKERS / "checkpoint_worker.py"
+    output = run_ranks(worker, num_ranks, model_dir, tmp_path / "run", dtype, json.dumps(layout), bucket_size)
+    differences = json.loads(output.splitlines()[-1])
+    assert (differences.pop("num_buckets") > 1) == (num_ranks > 1)
+    assert {name: value for name, value in differences.items() if value > 1e-6} == {}
+
+
 def test_an_unfinished_checkpoint_is_never_picked_up(straight, train, tmp_path):
     folder, layout, ranks, metrics, _ = straight
     cut_after_three(folder, tmp_path)
