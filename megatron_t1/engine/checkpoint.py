@@ -212,7 +212,8 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     """Collective. Fill engine and anchor from a checkpoint of any layout; returns its `state.json`.
 
     Raises:
-        ValueError: not a finished checkpoint, or one from before or after the experts were spread over ranks.
+        ValueError: not a finished checkpoint, one from before or after the experts were spread over ranks, or one of
+            local layers for Transformer Engine's.
     """
     if not (path / "state.json").exists():
         raise ValueError(f"{path} is not a finished checkpoint: it has no state.json")
@@ -225,7 +226,17 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
             "the weights (t1 convert to-hf) and start from them"
         )
     _prime(engine)
-    loaded = dist_checkpointing.load(_sharded_state(engine, anchor, is_loading=True), str(path))
+    try:
+        loaded = dist_checkpointing.load(_sharded_state(engine, anchor, is_loading=True), str(path))
+    except CheckpointException as error:  # a BaseException: it would pass by every handler above
+        reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        if "_extra_state" in reasons:
+            raise ValueError(
+                f"{path} was written with model.layers = local and can't go on with Transformer Engine's layers: it "
+                "lacks what these keep (_extra_state). Resume with --model.layers local, or export the weights (t1 "
+                "convert to-hf) and start from them"
+            ) from error
+        raise ValueError(f"{path} can't be loaded ({reasons})") from error
     for number, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
     engine.optimizer.load_state_dict(loaded["optimizer"])

@@ -7,14 +7,17 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from megatron_t1.convert import to_hf
+from megatron_t1.engine import checkpoint
 from megatron_t1.engine.checkpoint import _rotate, finished
-from megatron_t1.engine.config import CheckpointConfig
+from megatron_t1.engine.config import CheckpointConfig, ParallelConfig
 from tests.forks import WORKERS
 from tests.tiny import make_tiny_qwen2
 
@@ -91,6 +94,27 @@ def test_what_is_loaded_is_what_was_saved(dtype, layout, num_ranks, bucket_size,
     differences = json.loads(output.splitlines()[-1])
     assert (differences.pop("num_buckets") > 1) == (num_ranks > 1)
     assert {name: value for name, value in differences.items() if value > 1e-6} == {}
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("Missing key in checkpoint state_dict: decoder.final_layernorm._extra_state/shard_0_1.",
+         r"was written with model.layers = local .* Resume with --model.layers local"),
+        ("No space left on device", r"can't be loaded \(rank 0: No space left on device\)"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_load_says_why(reason, said, monkeypatch, tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 1}')
+
+    def fails(*_):
+        raise CheckpointException("load", {0: _wrap_exception(RuntimeError(reason))})
+
+    monkeypatch.setattr(checkpoint, "_prime", lambda engine: None)
+    monkeypatch.setattr(checkpoint, "_sharded_state", lambda *_, **options: {})
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fails)
+    with pytest.raises(ValueError, match=said):
+        checkpoint.load(tmp_path, SimpleNamespace(parallel=ParallelConfig()), None)
 
 
 def test_an_unfinished_checkpoint_is_never_picked_up(straight, train, tmp_path):
