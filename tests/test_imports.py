@@ -17,7 +17,8 @@ PACKAGE = ROOT / "megatron_t1"
 # light, and the command line reads them before anything else.
 FLOORS = [
     {"types", "files", "fields", "stop", "warn"},
-    {"platform", "algo", "data", "models", "servers", "reward", "metrics"},
+    {"platform"},
+    {"algo", "data", "models", "servers", "reward", "metrics"},
     {"weights", "rollout"},
     {"engine", "push"},
     {"config"},

@@ -9,6 +9,7 @@ random, and data order and sampling seeds are functions of (seed, step).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -51,22 +53,39 @@ def finished(folder: Path) -> list[Path]:
 
 def _sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> dict[str, Any]:
     models = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(engine.chunks)}
-    state: dict[str, Any] = {
-        **models,
-        "optimizer": engine.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA),
-        "scheduler": engine.scheduler.state_dict(),
-    }
+    with _padding_counted(engine):
+        optimizer = engine.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA)
+    state: dict[str, Any] = {**models, "optimizer": optimizer, "scheduler": engine.scheduler.state_dict()}
     if anchor is not None:
         average = {id(w): a for w, a in zip(anchor.weights, anchor.average, strict=True)}
         for number, chunk in enumerate(anchor.chunks):
             shards = chunk.sharded_state_dict(prefix="anchor.")
             for shard in nested_values(shards):
                 # In bfloat16 the forward pass's weights are roundings of the average; the average is what must survive.
-                if isinstance(shard, ShardedTensor) and id(shard.data) in average:
+                # A gated MLP's first matrix comes as a factory of its two halves, which take the dtype from the data.
+                if isinstance(shard, ShardedTensor | ShardedTensorFactory) and id(shard.data) in average:
                     shard.data = average[id(shard.data)].data
-                    shard.dtype = shard.data.dtype
+                    if isinstance(shard, ShardedTensor):
+                        shard.dtype = shard.data.dtype
             state[f"anchor{number}"] = shards
     return state
+
+
+@contextlib.contextmanager
+def _padding_counted(engine: Engine) -> Iterator[None]:
+    """Megatron gathers the optimizer's buckets without the padding at their ends, then cuts the parameters out at
+    offsets that count it: from the second bucket on it would save the wrong numbers."""
+    parts = [part for part in engine.optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    buffers = [buffer for part in parts for buffer in part.buffers]
+    padded = [*buffers, *(bucket for buffer in buffers for bucket in buffer.buckets)]
+    unpadded = [part.numel_unpadded for part in padded]
+    for part in padded:
+        part.numel_unpadded = part.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, numel in zip(padded, unpadded, strict=True):
+            part.numel_unpadded = numel
 
 
 def save(
@@ -193,7 +212,8 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     """Collective. Fill engine and anchor from a checkpoint of any layout; returns its `state.json`.
 
     Raises:
-        ValueError: not a finished checkpoint, or one from before or after the experts were spread over ranks.
+        ValueError: not a finished checkpoint, one from before or after the experts were spread over ranks, or one of
+            local layers for Transformer Engine's.
     """
     if not (path / "state.json").exists():
         raise ValueError(f"{path} is not a finished checkpoint: it has no state.json")
@@ -206,7 +226,17 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
             "the weights (t1 convert to-hf) and start from them"
         )
     _prime(engine)
-    loaded = dist_checkpointing.load(_sharded_state(engine, anchor, is_loading=True), str(path))
+    try:
+        loaded = dist_checkpointing.load(_sharded_state(engine, anchor, is_loading=True), str(path))
+    except CheckpointException as error:  # a BaseException: it would pass by every handler above
+        reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        if "_extra_state" in reasons:
+            raise ValueError(
+                f"{path} was written with model.layers = local and can't go on with Transformer Engine's layers: it "
+                "lacks what these keep (_extra_state). Resume with --model.layers local, or export the weights (t1 "
+                "convert to-hf) and start from them"
+            ) from error
+        raise ValueError(f"{path} can't be loaded ({reasons})") from error
     for number, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
     engine.optimizer.load_state_dict(loaded["optimizer"])

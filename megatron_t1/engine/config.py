@@ -45,7 +45,8 @@ class ModelConfig:
     layers: Literal["auto", "local"] = "auto"
     """`auto` takes Transformer Engine's layers when installed; `local` never does."""
     transformer: dict[str, Any] = field(default_factory=dict)
-    """Fields of Megatron's TransformerConfig for speed and memory (TRANSFORMER_FIELDS): {fp8: hybrid}."""
+    """Fields of Megatron's TransformerConfig for speed and memory (TRANSFORMER_FIELDS): {fp8: hybrid}, whose
+    fp8_recipe is tensorwise: scales come from each tensor itself, for one more pass over it than delayed scaling."""
 
     def __post_init__(self) -> None:
         if refused := sorted(set(self.transformer) - set(TRANSFORMER_FIELDS)):
@@ -54,6 +55,13 @@ class ModelConfig:
                 self.transformer,
                 f"sets {refused}, which the checkpoint's config.json decides, or parallel, or T1's loss, or which "
                 f"Megatron does not know; it may set {', '.join(TRANSFORMER_FIELDS)}",
+            )
+        if self.transformer.get("fp8_recipe") == "delayed":
+            raise FieldError(
+                "transformer.fp8_recipe",
+                "delayed",
+                "must be tensorwise (the default), blockwise or mxfp8: delayed scaling takes its scales from the "
+                "training steps before, which a resumed run and the anchor's passes don't have",
             )
 
     def folder(self) -> Path:

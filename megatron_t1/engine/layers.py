@@ -165,7 +165,7 @@ def local_block_spec(
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         if num_experts:
-            # Transformer Engine keeps this norm by itself there, and a checkpoint of either kind loads into the other.
+            # Transformer Engine keeps this norm by itself there; so named, its checkpoints load into these layers.
             del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
         if sandwich_norms:
             spec.module = LocalSandwichLayer

@@ -85,6 +85,8 @@ def transformer_config(
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         **_moe_defaults(spec, platform, cfg),
     }
+    if cfg.transformer.get("fp8"):
+        fields["fp8_recipe"] = "tensorwise"  # keeps no scales, so there are none to save, and none are stale
     return TransformerConfig(**{**fields, **cfg.transformer})
 
 

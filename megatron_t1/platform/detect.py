@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_t1.platform import cpu
+from megatron_t1.platform import cpu, gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,17 @@ def _transformer_engine_version() -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def setup() -> Platform:
-    """Detect the platform and, on the CPU, teach torch the answers that Megatron-Core expects of CUDA. Idempotent."""
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local_rank)
+    """Detect the platform and, on the CPU, teach torch the answers that Megatron-Core expects of CUDA. Idempotent.
+
+    Raises:
+        ValueError: there are GPUs that torch can't use, or fewer than ranks.
+    """
+    if gpus.usable():
+        index = gpus.index_of(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(index)
         return Platform(
             name="cuda",
-            device=torch.device("cuda", local_rank),
+            device=torch.device("cuda", index),
             backend="nccl",
             transformer_engine=_transformer_engine_version(),
             apex=_usable_apex(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_t1.push.ranks import NoServerError
 from megatron_t1.servers.server import Server, ServerError, parse_version
@@ -29,6 +29,7 @@ class Fanout:
         self._offsets: dict[Server, int] = {}
         self.failed: dict[str, str] = {}
         """Server name -> why it was dropped from the current push."""
+        self._paused = False
         self.seconds: dict[str, float] = {}
         """Phase -> wall seconds of the current push."""
 
@@ -39,12 +40,14 @@ class Fanout:
         self.targets = list(targets)
         self.failed = {}
         self.seconds = {}
+        self._paused = False
         if not targets:
             raise NoServerError(f"push of version {version}: no server is alive:\n{self.servers.describe_failures()}")
 
     def pause(self) -> None:
         """Deals with the requests in flight by the stated rule (`rollout.pause_mode`) and holds new ones back."""
         mode = self.servers.cfg.pause_mode
+        self._paused = True
         self.each("pause", lambda server: self._post(server, f"/pause?mode={mode}"), spoils=False)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -100,15 +103,26 @@ class Fanout:
         `spoils`: a failure leaves unknown weights. Raises NoServerError when none is left.
         """
         began = time.monotonic()
-        with ThreadPoolExecutor(len(self.targets)) as pool:
-            errors = list(pool.map(lambda server: _error_of(call, server), self.targets))
+        targets = list(self.targets)
+        with ThreadPoolExecutor(len(targets)) as pool:
+            errors = list(pool.map(lambda server: _error_of(call, server), targets))
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
-        for server, error in zip(list(self.targets), errors, strict=True):
-            if error is not None:
+        for server, error in zip(targets, errors, strict=True):
+            # vLLM's NCCL engine has a thread of its own for one of the calls: it may have dropped the server already.
+            if error is not None and server in self.targets:
                 self._drop(server, phase, error, spoils)
         if not self.targets:
             reasons = "\n".join(self.failed.values())
             raise NoServerError(f"push of version {self.version} reached no server:\n{reasons}")
+
+    def lose_all(self, phase: str, reason: Exception, *, spoils: bool) -> NoReturn:
+        """Drops all servers still in the push, for a failure that does not say whose it is; raises NoServerError."""
+
+        def lose(server: Server) -> None:
+            raise ServerError(f"server {server.name}: {reason!r}")
+
+        self.each(phase, lose, spoils=spoils)
+        raise AssertionError("`each` raises when no server is left")
 
     def _drop(self, server: Server, phase: str, error: ServerError, spoils: bool) -> None:
         message = f"push of version {self.version}, phase {phase}: {error}"
@@ -117,7 +131,7 @@ class Fanout:
             server.unusable = f"unknown weights: {message}"
         else:
             message += f"; it keeps version {server.version}"
-            if phase == "pause" and not server.exited():
+            if self._paused and not server.exited():
                 _error_of(lambda s: s.call("POST", "/resume", timeout_s=2), server)
         self.failed[server.name] = message
         warn(f"server {server.name} left out: {message}")

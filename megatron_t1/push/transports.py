@@ -157,9 +157,13 @@ class NcclTransport:
         self._plan = plan
         self._ranks = ranks
         self._engine: Any = None
+        self._source: Any = None
         self._members: list[Server] = []
 
     def prepare(self) -> list[str]:
+        if torch.cuda.is_available():
+            # vLLM reads the parameters on streams that do not wait for the one that still writes the new ones.
+            torch.cuda.synchronize()
         return []
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
@@ -180,22 +184,44 @@ class NcclTransport:
         if meeting is not None:
             self.close()
             host, port, world_size = meeting
-            self._engine = WeightTransferTrainerFactory.trainer_init(
-                NCCLTrainerInitInfo(master_address=host, master_port=port, world_size=world_size, rank=self._plan.rank),
-                client=fanout,  # type: ignore[arg-type]
-                source=_nccl_source(self._plan),
+            info = NCCLTrainerInitInfo(
+                master_address=host, master_port=port, world_size=world_size, rank=self._plan.rank
             )
-            self._members = list(fanout.targets) if fanout is not None else []
+            failure = None
+            try:
+                self._source = _nccl_source(self._plan)
+                self._engine = WeightTransferTrainerFactory.trainer_init(
+                    info,
+                    client=fanout,  # type: ignore[arg-type]
+                    source=self._source,
+                )
+                self._members = list(fanout.targets) if fanout is not None else []
+            except Exception as error:  # of NCCL, of the store where its members meet, or of a server
+                failure = error
+            # A rank that went on alone would wait for rank 0 to gather what it sends.
+            met = self._ranks.from_0("meeting", failure is None)
+            if failure is not None or not met:
+                self.close()
+            if failure is not None:
+                if fanout is not None and not isinstance(failure, SyncError):
+                    fanout.lose_all("meeting", failure, spoils=False)
+                raise SyncError(f"push of version {push.version}, NCCL meeting: {failure!r}") from failure
+            if not met:
+                return
         # NCCL itself waits for a dead worker without end; aborting the group lets the broadcast return.
         watchdog = threading.Timer(self._ranks.timeout_s, self.close)
         watchdog.start()
         try:
+            self._source.items = None
             self._engine.send_weights()
-        except SyncError:
-            self.close()
-            raise
         except Exception as error:
             self.close()
+            if fanout is not None and (isinstance(error, NoServerError) or not isinstance(error, SyncError)):
+                self._source.drain()
+                if fanout.targets:
+                    fanout.lose_all("broadcast", error, spoils=True)
+            if isinstance(error, SyncError):
+                raise
             raise SyncError(f"push of version {push.version}, NCCL broadcast: {error!r}") from error
         finally:
             watchdog.cancel()
@@ -221,8 +247,23 @@ def _nccl_source(plan: Plan) -> Any:
         def metadata(self) -> list[ParamMeta]:
             return [ParamMeta(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
 
+        items: Iterator[tuple[str, torch.Tensor]] | None = None
+        """What is left of the present push's iteration."""
+
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield from plan.gather(device=torch.accelerator.current_accelerator() or "cpu")
+            self.items = self._gather()
+            return self.items
+
+        def _gather(self) -> Iterator[tuple[str, torch.Tensor]]:
+            try:
+                yield from plan.gather(device=torch.accelerator.current_accelerator() or "cpu")
+            except RuntimeError as error:
+                raise SyncError(f"weight push, NCCL: a trainer rank could not be reached: {error}") from error
+
+        def drain(self) -> None:
+            """Rank 0: takes what the other ranks still send, so that a push without servers ends for them too."""
+            for _ in self.items or iter(self):
+                pass
 
     return PlanSource()
 

@@ -96,9 +96,14 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         }
     else:
         options["gpu-memory-utilization"] = cfg.gpu_memory_utilization
+        # As the trainer computes them; logits rounded to bfloat16 blur every logprob by some 0.03 nats.
+        options["hf-overrides"] = {"head_dtype": "float32"}
     if not has_weights(model_dir):
         options["load-format"] = "dummy"  # a Megatron checkpoint: the trainer pushes before it asks
-    options |= {name.replace("_", "-"): value for name, value in cfg.vllm_args.items()}
+    given = {name.replace("_", "-"): value for name, value in cfg.vllm_args.items()}
+    if isinstance(given.get("hf-overrides"), dict):
+        given["hf-overrides"] = options.get("hf-overrides", {}) | given["hf-overrides"]
+    options |= given
     words = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     for name, value in options.items():
         if isinstance(value, bool):

@@ -200,6 +200,6 @@ def open_servers(cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str)
 def _device(cfg: RolloutConfig) -> str:
     if cfg.device != "auto":
         return cfg.device
-    import torch
+    from megatron_t1.platform import gpus
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if gpus.usable() else "cpu"

@@ -7,14 +7,17 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from megatron_t1.convert import to_hf
+from megatron_t1.engine import checkpoint
 from megatron_t1.engine.checkpoint import _rotate, finished
-from megatron_t1.engine.config import CheckpointConfig
+from megatron_t1.engine.config import CheckpointConfig, ParallelConfig
 from tests.forks import WORKERS
 from tests.tiny import make_tiny_qwen2
 
@@ -71,6 +74,47 @@ def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, t
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     for name, value in weights.items():
         assert (resumed[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layout", "num_ranks", "bucket_size"),
+    [
+        ({}, 1, 0),
+        ({"pipeline": 2}, 2, 0),  # the shared embedding's gradient is a bucket of its own
+        ({"overlap_grad_reduce": True}, 3, 50_000),
+    ],
+    ids=["one process", "PP2 tied", "DP3 with several buckets"],
+)
+def test_what_is_loaded_is_what_was_saved(dtype, layout, num_ranks, bucket_size, run_ranks, tmp_path):
+    # Megatron pads buckets to multiples of 128 numbers (of 384 for DP3); none of these matrices is one.
+    model_dir = make_tiny_qwen2(tmp_path / "hf", vocab_size=321, hidden_size=96, num_heads=3, num_kv_heads=1)
+    worker = WORKERS / "checkpoint_worker.py"
+    output = run_ranks(worker, num_ranks, model_dir, tmp_path / "run", dtype, json.dumps(layout), bucket_size)
+    differences = json.loads(output.splitlines()[-1])
+    assert (differences.pop("num_buckets") > 1) == (num_ranks > 1)
+    assert {name: value for name, value in differences.items() if value > 1e-6} == {}
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("Missing key in checkpoint state_dict: decoder.final_layernorm._extra_state/shard_0_1.",
+         r"was written with model.layers = local .* Resume with --model.layers local"),
+        ("No space left on device", r"can't be loaded \(rank 0: No space left on device\)"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_load_says_why(reason, said, monkeypatch, tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 1}')
+
+    def fails(*_):
+        raise CheckpointException("load", {0: _wrap_exception(RuntimeError(reason))})
+
+    monkeypatch.setattr(checkpoint, "_prime", lambda engine: None)
+    monkeypatch.setattr(checkpoint, "_sharded_state", lambda *_, **options: {})
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fails)
+    with pytest.raises(ValueError, match=said):
+        checkpoint.load(tmp_path, SimpleNamespace(parallel=ParallelConfig()), None)
 
 
 def test_an_unfinished_checkpoint_is_never_picked_up(straight, train, tmp_path):

@@ -20,6 +20,12 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
         "EP2": ({"expert": 2}, MOE),
         "TP2 SP, EP2 of whole experts": ({"tensor": 2, **SP, "expert": 2, "expert_tensor": 1}, MOE),
         "EP2 distributed optimizer": ({"expert": 2, "distributed_optimizer": True}, {"qwen3_moe", "glm4_moe"}),
+        "TP2 SP distributed optimizer": ({"tensor": 2, **SP, "distributed_optimizer": True}, {"glm4_moe"}),
+        "PP2 distributed optimizer": ({"pipeline": 2, "distributed_optimizer": True}, {"glm4_moe", "qwen2 tied"}),
+        "TP2 SP, EP2 of whole experts, distributed optimizer": (
+            {"tensor": 2, **SP, "expert": 2, "expert_tensor": 1, "distributed_optimizer": True},
+            {"glm4_moe"},
+        ),
     },
     4: {
         "TP4, a KV head on two ranks": ({"tensor": 4}, {"qwen2", "qwen3", "glm4 bias", "chatglm"}),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_t1.push.ranks import SyncError
+from megatron_t1.push.ranks import NoServerError
 from megatron_t1.push.sync import WeightSync
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.server import Server, ServerError
@@ -145,14 +146,47 @@ def test_a_lost_worker_ends_the_push_at_the_deadline(servers: Servers, monkeypat
     assert opened[0][1].aborted.is_set()
 
 
-def test_a_broadcast_that_fails_is_a_sync_error(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broadcast_that_fails_loses_the_servers_and_not_the_trainer(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     communicators(monkeypatch)
+    gathered: list[str] = []
 
-    def fails(**arguments: Any) -> None:
+    def fails(iterator: Any, **arguments: Any) -> None:
+        next(iterator)
         raise RuntimeError("NCCL error: remote process exited")
 
     monkeypatch.setattr(vllms_engine(), "packed_nccl_broadcast_producer", fails)
     with WeightSync(reference.whole(TENSORS), servers.cfg, servers) as sync:
-        with pytest.raises(SyncError, match=r"push of version 3, NCCL broadcast: .*remote process exited"):
+        gather = sync.plan.gather
+
+        def counted(**arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
+            for item in gather(**arguments):
+                gathered.append(item[0])
+                yield item
+
+        monkeypatch.setattr(sync.plan, "gather", counted)
+        with pytest.raises(NoServerError, match=r"push of version 3, phase broadcast: .*remote process exited"):
             sync.push(3)
-    assert servers.usable() == []
+    assert gathered == list(TENSORS), "other ranks would wait for rank 0 to take what they send"
+    assert all("unknown weights" in server.unusable for server in servers.all)
+
+
+def test_servers_that_do_not_come_to_the_meeting_are_asked_again(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = communicators(monkeypatch)
+    meet = vllms_engine().open_trainer_endpoint
+
+    def late(info: Any) -> Communicator:
+        raise TimeoutError("1 of 7 members came within 300 s")
+
+    with WeightSync(reference.whole(TENSORS), servers.cfg, servers) as sync:
+        monkeypatch.setattr(vllms_engine(), "open_trainer_endpoint", late)
+        with pytest.raises(NoServerError, match=r"version 4, phase meeting: .*1 of 7 members .*keeps version 0"):
+            sync.push(4)
+        assert [server.paths[-1] for server in servers.all] == ["/resume"] * 2
+        monkeypatch.setattr(vllms_engine(), "open_trainer_endpoint", meet)
+        assert sync.bring_up() == [server.name for server in servers.all]
+    assert len(opened) == 1
+    assert [server.version for server in servers.all] == [4, 4]

@@ -1,15 +1,18 @@
-"""Servers on other hosts: announced, found, replaced; the key that hosts agree on; the GPUs that a server gets."""
+"""Servers on other hosts: announced, found, replaced; the key that hosts agree on; the GPUs that a server gets and what
+it is told for them."""
 
 from __future__ import annotations
 
+import json
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import shared_key
-from megatron_t1.servers.launch import gpus
+from megatron_t1.servers.launch import command, gpus
 from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.serve import _lost
 from megatron_t1.servers.server import Server, ServerError
@@ -131,3 +134,20 @@ def test_gpus_count_along_the_visible_ones(visible, gpu_ids, index, expected) ->
 def test_too_few_visible_gpus_are_said() -> None:
     with pytest.raises(ServerError, match="needs GPU number 3 and CUDA_VISIBLE_DEVICES=0,1 shows 2"):
         gpus(RolloutConfig(num_servers=2, tp=2), "0,1", 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("cuda", {}, {"head_dtype": "float32"}),
+        ("cuda", {"hf_overrides": {"rope_theta": 1e6}}, {"head_dtype": "float32", "rope_theta": 1e6}),
+        ("cuda", {"hf-overrides": {"head_dtype": "model"}}, {"head_dtype": "model"}),
+        ("cpu", {}, None),
+        ("cpu", {"hf_overrides": {"rope_theta": 1e6}}, {"rope_theta": 1e6}),
+    ],
+)
+def test_the_head_is_float32_on_gpus(device, given, expected, tiny_dir: Path) -> None:
+    cfg = RolloutConfig(vllm_args=given)
+    words = command(cfg, tiny_dir, host="localhost", port=1, device=device, transport="shm")
+    values = [json.loads(value) for word, value in pairwise(words) if word == "--hf-overrides"]
+    assert values == ([] if expected is None else [expected])

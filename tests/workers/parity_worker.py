@@ -1,7 +1,8 @@
-"""Every family on every layout of one number of ranks: logits, gradients and the exported folder, for the tests.
+"""Every family on every layout of one number of ranks: logits, the exported folder, and a clipped step with its
+gradients and norm, for the tests.
 
 argv: folder of the checkpoints, folder for the results, {layout: [ParallelConfig fields, [family, ...]]} as JSON. With
-the distributed optimizer a layout takes a real step and saves it; `checkpoint_of` another layout starts from that.
+the distributed optimizer a layout saves a checkpoint; `checkpoint_of` another layout loads and exports that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from megatron_t1.platform.detect import setup
 from tests.engine.batch import make_sequences
 from tests.workers.gradients import gradient_pieces
 
+LR = 0.1
+CLIP_GRAD = 0.05
+"""Below every family's gradient norm."""
 ADAM_EPS = 1e-2
+"""So far above the clipped gradients that a step shows their scale."""
 
 
 def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
@@ -63,10 +68,9 @@ def main() -> None:
         initialize(parallel, platform, 0)
         for family in families:
             folder, result = checkpoints / family, out / layout / family
-            lr = 1e-3 if parallel.distributed_optimizer else 0.0
             engine = Engine(
                 ModelConfig(hf_path=str(folder), dtype="float32"), parallel,
-                OptimConfig(lr=lr, clip_grad=0.0, adam_eps=ADAM_EPS), platform, total_steps=2, temperature=1.0,
+                OptimConfig(lr=LR, clip_grad=CLIP_GRAD, adam_eps=ADAM_EPS), platform, total_steps=2, temperature=1.0,
             )  # fmt: skip
             if resumed:
                 checkpoint.load(out / resumed / family / "checkpoints/step_00000001", engine, None)
@@ -76,10 +80,12 @@ def main() -> None:
             sequences = make_sequences(engine.spec.vocab_size)
             microbatches = engine.pack(sequences)
             results = {f"logits/{sample}": logits for sample, logits in all_logits(engine, microbatches).items()}
-            engine.step(microbatches, sum(len(s.response_ids) for s in sequences), sft_token_loss)
+            engine.save_hf(result)
+            metrics = engine.step(microbatches, sum(len(s.response_ids) for s in sequences), sft_token_loss)
+            results["norm"] = torch.tensor(metrics["grad_norm"], dtype=torch.float64)
+            results |= {f"after/{name}": tensor.clone() for name, tensor in Plan(engine.pieces()).gather()}
             if not parallel.distributed_optimizer:  # else a rank's gradient buffer holds its own shard only
                 results |= {f"grad/{name}": grad for name, grad in Plan(gradient_pieces(engine)).gather()}
-            engine.save_hf(result)  # after a step at learning rate 0: still the bytes that were loaded
             if dist.get_rank() == 0:
                 save_file(results, result / "results")
             if parallel.distributed_optimizer:
