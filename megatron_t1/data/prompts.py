@@ -114,7 +114,7 @@ def gold_of(value: Any, name: str = "answer") -> str:
     if is_missing(value):
         raise ValueError(f'no reference answer: "{name}" is missing or empty')
     if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
-        raise ValueError(f'"{name}" is {str(value)[:60]!r}, a {type(value).__name__}; it must be text or a number')
+        raise ValueError(f'"{name}" is {value!r:.60}, a {type(value).__name__}; it must be text or a number')
     return str(value).strip()
 
 

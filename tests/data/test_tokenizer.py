@@ -280,3 +280,29 @@ def test_other_prompts_open_no_thinking(fast: Path, ending: str) -> None:
     ids = template.ids(ending)
     assert opened_thinking(template.tokenizer, ids) == ""
     assert template.without_opening("<think>a</think>b", ids) == "<think>a</think>b"
+
+
+def test_a_folder_that_lost_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    for left in ("", "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 7031645\n", whole[:2000]):
+        (tmp_path / "tokenizer.json").write_text(left)
+        with pytest.raises(ValueError, match="its tokenizer can't be loaded"):
+            load_tokenizer(tmp_path)
+    empty = json.loads(whole)
+    empty["model"]["vocab"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(empty))
+    with pytest.raises(ValueError, match=r"its tokenizer (has no vocabulary|can't be loaded)"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer has no vocabulary: tokenizer.json .* is missing or empty"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_mark_before_the_chat_template_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path)
+    before = Template(tmp_path).prompt_ids([{"role": "user", "content": "hi"}])
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Template(tmp_path).prompt_ids([{"role": "user", "content": "hi"}]).tolist() == before.tolist()
