@@ -41,7 +41,15 @@ from megatron_t1.weights.hf_folder import (
     is_torch_dist,
     name_dtype,
 )
-from megatron_t1.weights.hf_io import CARRIED, MAX_SHARD_BYTES, Carried, check_coverage
+from megatron_t1.weights.hf_io import (
+    CARRIED,
+    MAX_SHARD_BYTES,
+    Carried,
+    Readable,
+    check_coverage,
+    repeats_the_embedding,
+    unused,
+)
 from megatron_t1.weights.torch_dist import TorchDistWriter, cut
 
 _DTYPES_FILE = "hf_dtypes.json"
@@ -157,11 +165,13 @@ def verify(a: Path, b: Path, *, hf_dir: Path | None = None) -> Iterator[Differen
         hf_dir: config.json for a Megatron checkpoint that has none beside it.
     """
     left, right = _open(a, hf_dir), _open(b, hf_dir)
+    only_left = _learned_only_in(left, right)
     with _progress("verify", sum(info.num_bytes for info in left.tensors.values())) as done:
         for name, info in left.tensors.items():
             other = right.tensors.get(name)
             if other is None:
-                yield Difference(name, f"only in {a}")
+                if name in only_left:
+                    yield Difference(name, f"only in {a}")
             elif info.shape != other.shape:
                 yield Difference(name, f"shape {info.shape} and {other.shape}")
             else:
@@ -170,8 +180,13 @@ def verify(a: Path, b: Path, *, hf_dir: Path | None = None) -> Iterator[Differen
                 if found := _compare(name, left.read(name), right.read(name)):
                     yield found
             done(info.num_bytes)
-    for name in sorted(right.tensors.keys() - left.tensors.keys()):
+    for name in _learned_only_in(right, left):
         yield Difference(name, f"only in {b}")
+
+
+def _learned_only_in(one: Readable, other: Readable) -> list[str]:
+    """Its tensors that the other lacks, but for those that are computed or repeat the tied embedding."""
+    return [name for name in unused(one, other.tensors) if not repeats_the_embedding(one, name, other.tensors)]
 
 
 def verify_and_say(a: Path, b: Path, *, hf_dir: Path | None = None) -> int:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
-from megatron_t1.data.prompts import parse_rows
+from megatron_t1.data.prompts import is_missing, parse_rows
 from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
@@ -149,7 +149,7 @@ def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
 def _answer_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
     """The answer field; or the solution's last box, or what stands after #### in GSM8K. '' when there is none."""
     answer = row.get(cfg.answer_field)
-    if answer is not None and not isinstance(answer, (list, dict, bool)) and str(answer).strip():
+    if isinstance(answer, (str, int, float)) and not isinstance(answer, bool) and not is_missing(answer):
         text = str(answer).strip()
         if marked := _GSM8K_ANSWER.search(text):
             return marked[1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 import json
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,20 +17,32 @@ from typing import IO, Any
 import psutil
 
 _SYNC_INTERVAL_S = 2.0
+ENCODING = "utf-8-sig"
+"""Of text that people bring: UTF-8 whatever the locale says, without the mark that Excel puts before it."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that somebody else wrote.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding=ENCODING)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to `path` when the block succeeds and removed when it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    tmp = Path(name)
+    tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    tmp.touch(exist_ok=False)  # with the mode that the umask says
     try:
         yield tmp
         with tmp.open("rb+") as file:
             os.fsync(file.fileno())
-        tmp.chmod(0o644)  # mkstemp gives 0600
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -49,14 +61,18 @@ def sync_folder(folder: Path) -> None:
 def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to `path` when the block succeeds and removed when it raises.
 
-    What a killed process of this host left of an earlier attempt is removed first.
+    Where `path` is a link, that is beside what it leads to. What a killed process of this host left of an earlier
+    attempt is removed first.
 
     Args:
         num_bytes: about what will be written.
 
     Raises:
-        OSError: `path` exists, or the disk has too little space left.
+        OSError: `path` exists, or can't be renamed to, or the disk has too little space left.
     """
+    path = path.resolve()
+    if path == Path.cwd() or path.is_mount():
+        raise OSError(f"{path} is where a disk is mounted, or the current folder: name a folder inside it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OSError(f"{path} exists already: remove it, or name another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,10 +86,14 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     building.mkdir()
     try:
         yield building
-        os.rename(building, path)
-        sync_folder(path.parent)
-    finally:
+    except BaseException:
         shutil.rmtree(building, ignore_errors=True)
+        raise
+    try:
+        os.rename(building, path)
+    except OSError as error:
+        raise OSError(f"all of it is in {building}, which can't be renamed to {path}: {error.strerror}") from None
+    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.config import GradeConfig
+from megatron_t1.data.prompts import is_missing
+from megatron_t1.files import ENCODING
 from megatron_t1.reward.score import Scorer
 from megatron_t1.types import AnswerMode, Prompt, Reward, Sample, text_sample
 
@@ -34,7 +36,7 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
     for key in ("gold", "prediction", "question"):
         if isinstance(row.get(key), (list, dict, bool)):
             raise ValueError(f"{key}={str(row[key])[:60]} must be text or a number")
-    if row["gold"] in (None, ""):
+    if is_missing(row["gold"]):
         raise ValueError("gold is empty: there is nothing to compare with")
     choices = row.get("choices") or ()
     if not isinstance(choices, (list, tuple)):
@@ -56,7 +58,7 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
 
 
 def _read(path: Path) -> Iterator[tuple[Any, Prompt, Sample]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding=ENCODING) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

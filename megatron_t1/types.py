@@ -68,7 +68,7 @@ class Sample:
     logprobs: np.ndarray
     """float32 [num_response_tokens], of the sampled tokens AFTER temperature (and min_p/top_p)."""
     text: str
-    """Detokenised response, special tokens left out."""
+    """Detokenised response, special tokens left out; with the `<think>` before it that the prompt has opened."""
     finish_reason: FinishReason
     """`stop`: an end token was sampled; `length`: cut at the limit."""
     weight_versions: tuple[tuple[int, int, int], ...]

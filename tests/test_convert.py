@@ -306,3 +306,28 @@ def test_a_killed_conversion_leaves_no_checkpoint_and_the_next_one_clears_up(job
     (to_megatron if job == "to-megatron" else to_hf)(given, out)
     assert [path.name for path in out.parent.iterdir()] == ["result"]
     assert not list(verify(source, out))
+
+
+def test_a_tied_head_that_is_stored_twice_is_the_same_checkpoint(tmp_path):
+    plain = make_tiny_qwen2(tmp_path / "plain", tied=True)
+    tensors = load_file(plain / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    shutil.copytree(plain, tmp_path / "twice")
+    twice = {
+        **tensors,
+        "lm_head.weight": embedding.clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": embedding[0].clone(),
+    }
+    save_file(twice, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    to_megatron(tmp_path / "twice", tmp_path / "megatron")
+    for one, other in (("twice", "megatron"), ("megatron", "twice"), ("plain", "twice")):
+        assert not list(verify(tmp_path / one, tmp_path / other))
+    save_file({**twice, "lm_head.weight": embedding + 1}, tmp_path / "twice" / "model.safetensors", {"format": "pt"})
+    assert [difference.name for difference in verify(plain, tmp_path / "twice")] == ["lm_head.weight"]
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    folder = make_tiny_qwen2(tmp_path / "model")
+    shutil.copyfile(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has adapter_model.safetensors beside model.safetensors, and vLLM"):
+        HFFolder(folder)

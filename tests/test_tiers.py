@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["megatron_t1", "megatron_t1.servers.supervise", "torch.distributed.run", "tests.workers.zygote"]
+    "module", ["megatron_t1", "megatron_t1.servers.die_with_parent", "torch.distributed.run", "tests.workers.zygote"]
 )
 def test_what_starts_ranks_or_servers_needs_a_fixture_that_marks_the_test(module: str) -> None:
     with pytest.raises(RuntimeError, match=r"test_tiers\.py.* starts ranks or servers without a fixture of"):

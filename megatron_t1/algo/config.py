@@ -33,11 +33,11 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("entropy_coef", "kl_coef"):
             if getattr(self, name) < 0:
-                raise FieldError(name, getattr(self, name), "is negative; use 0 to switch the term off")
+                raise FieldError(name, getattr(self, name), "must be 0 or more; 0 switches the term off")
         for name in ("clip_ratio_low", "clip_ratio_high", "tis_cap"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise FieldError(name, value, "must be positive; use null to switch it off")
+                raise FieldError(name, value, "must be above 0; null switches it off")
         if self.kl_estimator not in get_args(KlEstimator):
             raise FieldError("kl_estimator", self.kl_estimator, f"must be one of {', '.join(get_args(KlEstimator))}")
         if self.clips and self.tis_cap is not None:

@@ -22,6 +22,7 @@ from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.evaluation.questions import question_sets
+from megatron_t1.files import ENCODING, read_text
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform.installed import installed
@@ -121,7 +122,7 @@ def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | Non
     )
     path = model_dir / "generation_config.json"
     if path.exists():
-        ends = json.loads(path.read_text()).get("eos_token_id")
+        ends = json.loads(read_text(path)).get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         found.should(
             ends == [None] or template.eos_token_id in ends,
@@ -215,7 +216,7 @@ def _data(cfg: Config, command: str, files: dict[str, Path], template: Template,
             found.problems.append(str(error))
     for name, path in files.items():
         try:
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding=ENCODING) as file:
                 head = list(itertools.islice((line for line in file if line.strip()), _LINES_READ))
                 count = len(head) + sum(1 for line in file if line.strip())
         except (ValueError, OSError) as error:

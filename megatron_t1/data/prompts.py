@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -17,6 +18,7 @@ import numpy as np
 from megatron_t1.data.config import DataConfig
 from megatron_t1.data.template import Template
 from megatron_t1.data.tokenizer import load_tokenizer
+from megatron_t1.files import ENCODING
 from megatron_t1.types import AnswerMode, Message, Prompt, TrainSequence
 
 T = TypeVar("T")
@@ -91,11 +93,29 @@ def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Questi
     return Question(
         id=str(_need(row, "id", (str, int))),
         messages=messages,
-        gold=str(_need(row, "answer", (str, int, float))),
+        gold=gold_of(row.get("answer")),
         mode=mode,
         choices=tuple(choices),
         meta={name: value for name, value in row.items() if name not in known},
     )
+
+
+def is_missing(value: Any) -> bool:
+    """None, blank text, or the NaN that stands for a missing value in tables."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def gold_of(value: Any, name: str = "answer") -> str:
+    """A reference answer as text: text or a number stays what it is, whatever file it came from.
+
+    Raises:
+        ValueError: it is missing, or something else (a list, bytes, a date), whose text nobody would answer.
+    """
+    if is_missing(value):
+        raise ValueError(f'no reference answer: "{name}" is missing or empty')
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
+        raise ValueError(f'"{name}" is {value!r:.60}, a {type(value).__name__}; it must be text or a number')
+    return str(value).strip()
 
 
 def _unique(make: Callable[[dict[str, Any]], Q]) -> Callable[[dict[str, Any], int], Q]:
@@ -128,7 +148,7 @@ def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[TrainSeque
             prompts[key] = template.prompt_ids(messages)
         response = _need(row, "response", (str,))
         template.check_response(response)
-        return prompts[key], response
+        return prompts[key], template.without_opening(response, prompts[key])
 
     examples = parse_rows(path, parse)
     responses = template.response_ids([response for _, response in examples])
@@ -173,6 +193,7 @@ def load_texts(path: Path, model_dir: Path) -> list[TrainSequence]:
         response = _need(row, "response", (str,))
         template.check_response(response)
         prompt_ids = template.prompt_ids(_messages(row, None))
+        response = template.without_opening(response, prompt_ids)
         return TrainSequence(prompt_ids=prompt_ids, response_ids=template.response_ids([response])[0])
 
     return parse_rows(path, parse)
@@ -211,7 +232,7 @@ def parse_rows(
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding=ENCODING) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line
@@ -223,7 +244,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _need(row: dict[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
     value = row.get(name)
-    if value is None or value == "":
+    if is_missing(value):
         raise ValueError(f'"{name}" is missing or empty')
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f'"{name}" is {value!r}; it must be a {" or ".join(kind.__name__ for kind in kinds)}')

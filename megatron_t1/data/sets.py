@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_t1.data.config import INSTRUCTION
-from megatron_t1.data.prompts import Question, parse_rows, question_of
+from megatron_t1.data.prompts import Question, gold_of, is_missing, parse_rows, question_of
+from megatron_t1.files import ENCODING, read_text
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -132,7 +133,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]] | None:
     try:
         if path.suffix == ".csv":
             csv.field_size_limit(1 << 24)
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding=ENCODING, newline="") as file:
                 rows: list[Any] = list(csv.DictReader(file))
         elif path.suffix == ".parquet":
             from pyarrow import ArrowException, parquet
@@ -142,7 +143,7 @@ def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]] | None:
             except ArrowException as error:
                 raise ValueError(str(error)) from None
         else:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(read_text(path))
             if isinstance(rows, dict):
                 rows = next((value for value in rows.values() if isinstance(value, list)), [])
     except (ValueError, csv.Error) as error:
@@ -159,16 +160,15 @@ def _question(
     gold = _first(row, "answer", "Answer", "Correct Answer")
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError('no question: one of "prompt", "messages", "problem", "question" must hold its text')
-    if gold is None or gold == "":
-        raise ValueError('no reference answer: "answer" is missing or empty')
+    gold = gold_of(gold)
     identity = str(_first(row, "id", "ID", "unique_id", "Record ID") or fallback_id)
     mode, choices = "mc" if row.get("kind") == "multiple_choice" else "response", tuple[str, ...]()
     if "Correct Answer" in row:
-        options = [str(row[name]).strip() for name in ("Correct Answer", *_wrong_options(row))]
+        options = [gold_of(row[name], name) for name in ("Correct Answer", *_wrong_options(row))]
         choices = tuple(random.Random(f"{seed}/{identity}").sample(options, len(options)))
         mode, gold = "mc", "ABCDEFGHIJ"[choices.index(options[0])]
         problem += "\n\n" + "\n".join(f"({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", choices, strict=False))
-    elif isinstance(gold, str) and "#### " in gold:
+    elif "#### " in gold:
         gold = gold.rsplit("#### ", 1)[1].replace(",", "")
     if mode == "mc" and instruction == INSTRUCTION:
         instruction = "Please reason step by step, and put the letter of the right option within \\boxed{}."
@@ -179,7 +179,7 @@ def _question(
             *([{"role": "system", "content": system_prompt}] if system_prompt else []),
             {"role": "user", "content": text},
         ],
-        gold=str(gold).strip(),
+        gold=gold,
         mode="mc" if mode == "mc" else "response",
         choices=choices,
         meta={"level": _level(row), "subject": _subject(row)},
@@ -187,11 +187,11 @@ def _question(
 
 
 def _wrong_options(row: dict[str, Any]) -> list[str]:
-    return [name for name in (f"Incorrect Answer {i}" for i in range(1, 10)) if str(row.get(name) or "").strip()]
+    return [name for name in (f"Incorrect Answer {i}" for i in range(1, 10)) if not is_missing(row.get(name))]
 
 
 def _first(row: dict[str, Any], *names: str) -> Any:
-    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+    return next((row[name] for name in names if not is_missing(row.get(name))), None)
 
 
 def _level(row: dict[str, Any]) -> str | None:

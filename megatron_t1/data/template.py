@@ -17,7 +17,20 @@ import numpy as np
 from megatron_t1.data.tokenizer import load_tokenizer
 from megatron_t1.types import Message
 
+_OPENED = re.compile(r"<(?:think|thinking|thought)>\s*$", re.I)
+_OPENING = re.compile(r"\s*<(?:think|thinking|thought)>", re.I)
+_CLOSING = re.compile(r"</(?:think|thinking|thought)>", re.I)
+_LONGEST_OPENING = 16  # tokens
 _BATCH = 1000  # texts tokenised at a time: many are quicker, all at once would take 100 bytes a token
+
+
+def opened_thinking(tokenizer: Any, prompt_ids: Sequence[int] | np.ndarray) -> str:
+    """The `<think>` and the space behind it that a prompt ends with, as the templates of R1's distillates have it.
+
+    The response begins inside that thinking; its text alone would not show it. '' for other prompts.
+    """
+    opened = _OPENED.search(tokenizer.decode(prompt_ids[-_LONGEST_OPENING:]))
+    return opened[0] if opened else ""
 
 
 class Template:
@@ -85,6 +98,24 @@ class Template:
             raise ValueError(
                 f'"response" contains the control token {spelled[0]}: leave it out, the end of the turn is added'
             )
+
+    def without_opening(self, response: str, prompt_ids: np.ndarray) -> str:
+        """What is left of a whole response for a model whose prompt has opened the thinking already.
+
+        Raises:
+            ValueError: the response never closes it.
+        """
+        opened = opened_thinking(self.tokenizer, prompt_ids)
+        if not opened:
+            return response
+        if not _CLOSING.search(response):
+            raise ValueError(
+                f"the chat template opens the thinking ({opened.strip()}) and the response never closes it: put "
+                "</think> before its answer"
+            )
+        begun = _OPENING.match(response)
+        rest = response[begun.end() :] if begun else response
+        return rest.lstrip() if opened[-1].isspace() else rest
 
     def response_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int64 [num_response_tokens] of each text: the assistant's words and the end token."""

@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_t1.files import read_text
+
 # GLM-4's conversation, for a checkpoint that keeps it in its code: https://github.com/THUDM/GLM-4
 GLM4_CHAT_TEMPLATE = (
     "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
@@ -28,12 +30,22 @@ def load_tokenizer(model_dir: Path) -> Any:
     """A `PreTrainedTokenizerFast` of the folder's tokenizer.
 
     Raises:
-        ValueError: there is none, or it can't be read.
+        ValueError: there is none, or it can't be read, or it has no vocabulary.
     """
     try:
-        return _load(model_dir)
+        tokenizer = _load(model_dir)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{model_dir}: its tokenizer can't be loaded: {error}") from None
+    # For a folder without the file, the library makes one that has its special tokens alone.
+    ids = tokenizer("a 1", add_special_tokens=False)["input_ids"]
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise ValueError(
+            f"{model_dir}: its tokenizer has no vocabulary: tokenizer.json (or tokenizer.model) is missing or empty; "
+            "fetch it again from where the model came from"
+        )
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
+    return tokenizer
 
 
 def _load(model_dir: Path) -> Any:
@@ -47,11 +59,11 @@ def _load(model_dir: Path) -> Any:
     ranks = _tiktoken_ranks(vocabulary)
     tokenizer = _from_sentencepiece(vocabulary) if ranks is None else _from_tiktoken(ranks)
     path = model_dir / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
+    config = json.loads(read_text(path)) if path.exists() else {}
     _add_tokens(tokenizer, config)
     template = model_dir / "chat_template.jinja"
     if template.exists():
-        config["chat_template"] = template.read_text()
+        config["chat_template"] = read_text(template)
     if ranks is not None and tokenizer.token_to_id("[gMASK]") is not None:
         config.setdefault("chat_template", GLM4_CHAT_TEMPLATE)
     named = {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name)}

@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import set_name
-from megatron_t1.data.template import Template
+from megatron_t1.data.template import Template, opened_thinking
 from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.evaluate import missing, questions_digest, response_row
@@ -140,12 +140,14 @@ class Scaling:
         cuts = [cut for cut in self._cuts() if (cut.row["id"], cut.row["sample"], cut.budget) not in have]
         asked = {question.id: question.prompt(template) for question in self.questions}
         opening, same = template.ids(self.cfg.answer_opening), template is thinker
+        thought = asked if same else {question.id: question.prompt(thinker) for question in self.questions}
         sampling = SamplingConfig(temperature=0.0, num_samples=1, max_new_tokens=self.cfg.max_answer_tokens)
 
         def forced(cut: _Cut) -> Prompt:
             ids, prompt = cut.row["token_ids"][: cut.budget], asked[cut.row["id"]]
-            before = thinker.tokenizer.decode(ids, skip_special_tokens=True) + self.cfg.answer_opening
-            tail = [ids, opening] if same else [template.ids(before)]
+            opened = opened_thinking(thinker.tokenizer, thought[prompt.id].token_ids)
+            before = opened + thinker.tokenizer.decode(ids, skip_special_tokens=True) + self.cfg.answer_opening
+            tail = [ids, opening] if same else [template.ids(template.without_opening(before, prompt.token_ids))]
             return replace(prompt, token_ids=np.concatenate([prompt.token_ids, *tail]), meta={"before": before})
 
         async def score(prompt: Prompt, sample: Sample) -> Reward:

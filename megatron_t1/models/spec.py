@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_t1.files import read_text
 from megatron_t1.models.weight_map import Op
 
 # Fields of any Hugging Face config that do not change what the forward pass computes from its weights and tokens.
 _WITHOUT_EFFECT = {
+    "_attn_implementation_autoset",
     "_name_or_path",
     "architectures",
     "bos_token_id",
@@ -33,10 +35,21 @@ _WITHOUT_EFFECT = {
     "pad_token_id",
     "problem_type",
     "return_dict",
+    "tokenizer_class",
     "torch_dtype",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
+    # How to generate, of which old exporters wrote every default.
+    *("bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample"),
+    *("early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id"),
+    *("forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups"),
+    *("num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values", "repetition_penalty"),
+    *("return_dict_in_generate", "sep_token_id", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
+    *("finetuning_task", "task_specific_params"),
 }
+_HARMLESS_VALUES = {"pretraining_tp": 1}
 
 
 class HFConfig:
@@ -50,7 +63,7 @@ class HFConfig:
     def load(cls, model_dir: Path) -> HFConfig:
         path = model_dir / "config.json"
         try:
-            return cls(json.loads(path.read_text()), str(path))
+            return cls(json.loads(read_text(path)), str(path))
         except FileNotFoundError:
             raise ValueError(f"{model_dir} has no config.json: it is not a Hugging Face model folder") from None
         except json.JSONDecodeError as error:
@@ -86,7 +99,10 @@ class HFConfig:
         Raises:
             ValueError: a scaled rotary embedding (YaRN and its like).
         """
-        parameters = dict(self.get("rope_parameters") or {})
+        parameters, scaling = self.get("rope_parameters"), self.get("rope_scaling") or {}
+        if scaling.get("rope_type", scaling.get("type")) == "default":  # rope_parameters by their older name
+            parameters, scaling = parameters or scaling, {}
+        parameters = dict(parameters or {})
         kind = parameters.pop("rope_type", parameters.pop("type", "default"))
         values = {}
         for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", fraction)):
@@ -94,8 +110,8 @@ class HFConfig:
             if inner is not None and outer is not None and inner != outer:
                 raise ValueError(f"{self.origin}: {name} = {outer} contradicts rope_parameters, where it is {inner}")
             values[name] = float(next(value for value in (inner, outer, default) if value is not None))
-        if kind != "default" or parameters or self.get("rope_scaling"):
-            name = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
+        if kind != "default" or parameters or scaling:
+            name = "rope_scaling" if scaling else "rope_parameters"
             raise ValueError(
                 f"{self.origin}: {name} = {self.get(name)!r} is not supported: only the plain rotary embedding is"
             )
@@ -105,7 +121,9 @@ class HFConfig:
         unread = sorted(
             name
             for name, value in self._fields.items()
-            if name not in self._read and name not in _WITHOUT_EFFECT and value not in (None, False, {}, [])
+            if name not in self._read
+            and name not in _WITHOUT_EFFECT
+            and value not in (None, False, {}, [], _HARMLESS_VALUES.get(name))
         )
         if unread:
             listed = ", ".join(f"{name} = {self._fields[name]!r}" for name in unread)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 import numpy as np
 
+from megatron_t1.data.template import opened_thinking
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.server import Server, ServerError, parse_version
 from megatron_t1.types import Sample
@@ -112,7 +113,8 @@ def _sample(
     return Sample(
         token_ids=token_ids,
         logprobs=logprobs,
-        text=tokenizer.decode(choice.token_ids, skip_special_tokens=True),
+        text=opened_thinking(tokenizer, request.token_ids)
+        + tokenizer.decode(choice.token_ids, skip_special_tokens=True),
         finish_reason=choice.finish_reason,
         weight_versions=_versions(server, choice.weight_versions, count, held),
         server=server.url,

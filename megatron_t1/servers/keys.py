@@ -8,6 +8,7 @@ import secrets
 import tempfile
 from pathlib import Path
 
+from megatron_t1.files import read_text
 from megatron_t1.servers.server import ServerError
 
 KEY_FILE = "server_key"
@@ -29,7 +30,7 @@ def read_key(path: Path) -> str:
         raise KeyFileError(f"key file {path} is not there; `t1 serve` prints where it keeps its own")
     if path.stat().st_mode & 0o077:
         raise KeyFileError(f"key file {path} is readable by others; chmod 600 it")
-    return path.read_text().strip()
+    return read_text(path).strip()
 
 
 def new_key(path: Path) -> str:

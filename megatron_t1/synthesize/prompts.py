@@ -21,6 +21,7 @@ import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
+from megatron_t1.files import read_text
 from megatron_t1.types import Message
 
 STAGES = ("attempt", "critique", "integrate", "rewrite")
@@ -79,13 +80,13 @@ def load(folder: Path | None) -> Prompts:
 
     response = find("response.j2")
     return Prompts(
-        {name: _stage(name, find(f"{name}.yaml")) for name in STAGES}, _template(response, response.read_text())
+        {name: _stage(name, find(f"{name}.yaml")) for name in STAGES}, _template(response, read_text(response))
     )
 
 
 def _stage(name: str, path: Path) -> Stage:
     try:
-        stage = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stage = yaml.safe_load(read_text(path))
         if not isinstance(stage, dict) or not isinstance(stage.get("messages"), list):
             raise ValueError("must be a mapping with `messages`, a list")
         messages = []

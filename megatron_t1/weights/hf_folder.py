@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_t1.files import read_text
 from megatron_t1.weights.buffers import bytes_of
 
 INDEX = "model.safetensors.index.json"
@@ -111,11 +112,16 @@ def _indexed(folder: Path) -> dict[str, Path]:
             raise CheckpointError(
                 f"{folder} has neither {SINGLE} nor {INDEX}: no weights in safetensors format{megatron}"
             )
+        if strays := sorted({path.name for path in folder.glob("*.safetensors")} - {SINGLE}):
+            raise CheckpointError(
+                f"{folder} has {', '.join(strays)} beside {SINGLE}, and vLLM would read them as its weights: move them "
+                "to another folder (an adapter is merged into the weights first)"
+            )
         return {}
     try:
         files = {
             name: folder / file
-            for name, file in json.loads(index.read_text(), object_pairs_hook=_unique)["weight_map"].items()
+            for name, file in json.loads(read_text(index), object_pairs_hook=_unique)["weight_map"].items()
         }
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is no index of safetensors: {error}") from None
@@ -232,14 +238,16 @@ def copy_beside(source: Path, target: Path) -> None:
         if path.name.startswith(".") or path.suffix in _WEIGHT_SUFFIXES or path.name in _WEIGHT_FILES:
             continue
         if path.is_file() and not path.name.endswith(".index.json"):
-            shutil.copy2(path, target)
+            shutil.copyfile(path, target / path.name)  # not its mode: it may be read-only, and the copy is edited
         elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, target / path.name)
+            (target / path.name).mkdir()
+            for template in path.iterdir():
+                shutil.copyfile(template, target / path.name / template.name)
 
 
 def name_dtype(config: Path, dtype: torch.dtype) -> None:
     """A model in another precision than its checkpoint came in must not be announced in the old one."""
-    fields = json.loads(config.read_text())
+    fields = json.loads(read_text(config))
     name = str(dtype).removeprefix("torch.")
     key = "torch_dtype" if "torch_dtype" in fields else "dtype"
     if fields.get(key, name) != name:

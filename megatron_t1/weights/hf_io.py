@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -94,18 +95,26 @@ def check_coverage(folder: HFFolder, wanted: Mapping[str, tuple[int, ...]], carr
                 f"{folder.file_of(name)}: {name} has shape {have[name].shape}, the config asks for {shape}"
             )
     unread = (name for name in unused(folder, wanted) if not name.startswith(carried))
-    if extra := [name for name in unread if not _repeats_the_embedding(folder, name, wanted)]:
+    if extra := [name for name in unread if not repeats_the_embedding(folder, name, wanted)]:
         raise CheckpointError(
             f"{folder.folder} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"
         )
 
 
-def unused(folder: HFFolder, wanted: Iterable[str]) -> list[str]:
+class Readable(Protocol):
+    """A checkpoint of either kind."""
+
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+def unused(folder: Readable, wanted: Iterable[str]) -> list[str]:
     """The folder's tensors outside of `wanted`, but for those that are known to be computed."""
     return sorted(name for name in folder.tensors.keys() - set(wanted) if not name.endswith(_IGNORED_SUFFIX))
 
 
-def _repeats_the_embedding(folder: HFFolder, name: str, wanted: Mapping[str, tuple[int, ...]]) -> bool:
+def repeats_the_embedding(folder: Readable, name: str, wanted: Container[str]) -> bool:
     """A tied checkpoint may repeat the embedding as the head; it may not bring a different head."""
     embedding = "model.embed_tokens.weight"
     return (

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -119,3 +122,55 @@ def test_bad_rows_are_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="can't be read as parquet"):
         load_set(str(tmp_path / "broken.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (["4"], "a list; it must be text or a number"),
+        ({"value": 4}, "a dict; it must be"),
+        (True, "a bool; it must be"),
+        (float("nan"), "no reference answer"),
+        ("  ", "no reference answer"),
+        (None, "no reference answer"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["problem", "prompt"])
+def test_golds_that_are_neither_text_nor_a_number_are_named_by_line(
+    tmp_path: Path, asked: str, answer: Any, message: str
+) -> None:
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps({"id": "a", asked: "2+2?", "answer": answer}))
+    with pytest.raises(ValueError, match=f"odd.jsonl:1: .*{message}"):
+        load_set(str(path))
+
+
+@pytest.mark.parametrize("answer", [b"4", datetime.date(2024, 1, 1), float("nan"), [4], datetime.timedelta(1)], ids=str)
+def test_parquet_types_that_are_no_answers_are_refused(tmp_path: Path, answer: Any) -> None:
+    path = tmp_path / "odd.parquet"
+    parquet.write_table(pyarrow.table({"problem": ["2+2?"], "answer": [answer]}), path)
+    with pytest.raises(ValueError, match=r"odd.parquet:1: .*answer"):
+        load_set(str(path))
+
+
+def test_numbers_of_parquet_are_answers(tmp_path: Path) -> None:
+    path = tmp_path / "good.parquet"
+    for answer in (4, 0.5, Decimal("0.25")):
+        parquet.write_table(pyarrow.table({"problem": ["2+2?"], "answer": [answer]}), path)
+        assert load_set(str(path))[0].gold == str(answer)
+
+
+def test_a_mark_before_a_file_is_no_part_of_its_first_name(tmp_path: Path) -> None:
+    texts = {
+        "csv": "id,problem,answer\nx7,2+2?,4\n",
+        "json": '[{"id": "x7", "problem": "2+2?", "answer": "4"}]',
+        "jsonl": '{"id": "x7", "problem": "2+2?", "answer": "4"}\n',
+    }
+    for suffix, text in texts.items():
+        path = tmp_path / f"excel.{suffix}"
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load_set(str(path))[0].id == "x7"
+    path = tmp_path / "wide.csv"
+    path.write_bytes(texts["csv"].encode("utf-16"))
+    with pytest.raises(ValueError, match=r"wide.csv can't be read as csv"):
+        load_set(str(path))

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_t1.data.config import DataConfig
 from megatron_t1.data.prompts import load_sft
-from megatron_t1.data.template import Template
+from megatron_t1.data.template import Template, opened_thinking
 from megatron_t1.data.tokenizer import load_tokenizer
 from tests.tiny import make_tiny_tokenizer
 
@@ -252,3 +252,57 @@ def test_a_damaged_tokenizer_is_an_error_that_names_the_folder(change, message, 
         Template(tmp_path)
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>", "<thought>\n\n"])
+def test_a_template_that_opens_the_thinking_is_not_opened_twice(tmp_path: Path, opening: str) -> None:
+    make_tiny_tokenizer(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant\n{% endif %}", f"assistant\n{opening}{{% endif %}}"))
+    template = Template(tmp_path)
+    prompt_ids = template.prompt_ids([{"role": "user", "content": "hi"}])
+    assert opened_thinking(template.tokenizer, prompt_ids) == opening
+    for response in (f"{opening}a</think>b", "a</think>b"):
+        assert template.without_opening(response, prompt_ids) == "a</think>b"
+    data = tmp_path / "sft.jsonl"
+    data.write_text(json.dumps({"prompt": "hi", "response": "<think>a</think>b"}))
+    (example,) = load_sft(data, template, DataConfig())
+    text = template.tokenizer.decode([*example.prompt_ids, *example.response_ids])
+    assert text.endswith(f"assistant\n{opening}a</think>b<|im_end|>")
+    data.write_text(json.dumps({"prompt": "hi", "response": "only \\boxed{4}"}))
+    with pytest.raises(ValueError, match=r"sft.jsonl:1: the chat template opens the thinking .* never closes it"):
+        load_sft(data, template, DataConfig())
+
+
+@pytest.mark.parametrize("ending", ["assistant\n", "assistant\n<think>\n\n</think>\n\n", "<think> is a tag"])
+def test_other_prompts_open_no_thinking(fast: Path, ending: str) -> None:
+    template = Template(fast)
+    ids = template.ids(ending)
+    assert opened_thinking(template.tokenizer, ids) == ""
+    assert template.without_opening("<think>a</think>b", ids) == "<think>a</think>b"
+
+
+def test_a_folder_that_lost_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    for left in ("", "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 7031645\n", whole[:2000]):
+        (tmp_path / "tokenizer.json").write_text(left)
+        with pytest.raises(ValueError, match="its tokenizer can't be loaded"):
+            load_tokenizer(tmp_path)
+    empty = json.loads(whole)
+    empty["model"]["vocab"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(empty))
+    with pytest.raises(ValueError, match=r"its tokenizer (has no vocabulary|can't be loaded)"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer has no vocabulary: tokenizer.json .* is missing or empty"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_mark_before_the_chat_template_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path)
+    before = Template(tmp_path).prompt_ids([{"role": "user", "content": "hi"}])
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Template(tmp_path).prompt_ids([{"role": "user", "content": "hi"}]).tolist() == before.tolist()

@@ -63,3 +63,34 @@ def test_released_configs_are_read(release, tmp_path):
 def test_what_changes_the_function_is_refused(release, change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, {**RELEASED[release], **change})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_attn_implementation_autoset": True},
+        {"unsloth_fixed": True, "unsloth_version": "2024.9"},
+        {"tokenizer_class": "Qwen2Tokenizer", "pretraining_tp": 1},
+        {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "num_beams": 1, "max_length": 20, "length_penalty": 1.0},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 1000000.0}},
+        {"rope_scaling": {"type": "default"}},
+    ],
+)
+def test_what_changes_nothing_is_read_over(fields, tmp_path):
+    plain = read(tmp_path, RELEASED["Qwen2.5-32B"])
+    assert read(tmp_path, {**RELEASED["Qwen2.5-32B"], **fields}) == plain
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pretraining_tp": 2},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 7.0}},
+        {"quantization_config": {"bits": 4}},
+    ],
+)
+def test_what_looks_like_it_but_changes_something_is_refused(fields, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(fields)).split("_")[0]):
+        read(tmp_path, {**RELEASED["Qwen2.5-32B"], **fields})

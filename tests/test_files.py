@@ -1,0 +1,75 @@
+"""Files people bring and files that are made: marks, masks, links, read-only sources."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_t1.files import new_folder, read_text, write_text
+from megatron_t1.weights.hf_folder import copy_beside
+
+
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbf" + "ü".encode())
+    assert read_text(path) == "ü"
+    path.write_bytes("ü".encode("utf-16"))
+    with pytest.raises(ValueError, match="text is not UTF-8 text"):
+        read_text(path)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002, 0o022])
+def test_files_have_the_mode_that_the_umask_says(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "a", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_new_folder_behind_a_link_is_made_where_the_link_leads(tmp_path: Path, there: bool) -> None:
+    target, link = tmp_path / "disk" / "target", tmp_path / "out"
+    (target if there else target.parent).mkdir(parents=True)
+    link.symlink_to(target)
+    with new_folder(link, 1) as building:
+        assert building.parent == target.parent
+        (building / "file").touch()
+    assert link.is_symlink()
+    assert (target / "file").exists()
+
+
+def test_a_folder_that_can_not_be_renamed_to_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("."), tmp_path, Path("/proc")):
+        with pytest.raises(OSError, match="name a folder inside it"), new_folder(path, 1):
+            raise AssertionError("the work had begun")
+
+
+def test_what_was_made_stays_when_it_can_not_be_renamed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match=r"all of it is in .*, which can't be renamed") as caught:  # noqa: PT012
+        with new_folder(out, 1) as building:
+            (building / "file").touch()
+            (out / "of somebody else").mkdir(parents=True)
+    assert str(building) in str(caught.value)
+    assert (building / "file").exists()
+
+
+def test_copies_of_read_only_files_can_be_written(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    target.mkdir()
+    for path in (source / "config.json", source / "additional_chat_templates" / "rag.jinja"):
+        path.touch()
+        path.chmod(0o444)
+    (source / "additional_chat_templates").chmod(0o555)
+    copy_beside(source, target)
+    for path in ("config.json", "additional_chat_templates", "additional_chat_templates/rag.jinja"):
+        assert (target / path).stat().st_mode & 0o200
