@@ -152,6 +152,7 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, foun
             installed("transformer-engine") is not None,
             "model.transformer.fp8 needs Transformer Engine, which is not installed here",
         )
+        found.must(cfg.model.layers == "auto", "model.transformer.fp8 needs model.layers = auto")
         found.must(
             cfg.model.dtype == "bfloat16", f"model.transformer.fp8 needs model.dtype = bfloat16, not {cfg.model.dtype}"
         )

@@ -118,6 +118,11 @@ def build_model(
     check_divisible(spec, parallel)
     config = transformer_config(cfg, spec, parallel, platform)
     block_spec = te_block_spec if cfg.layers == "auto" and platform.transformer_engine else local_block_spec
+    if config.fp8 and block_spec is local_block_spec:
+        raise ValueError(
+            f"model.transformer.fp8 = {config.fp8} needs Transformer Engine's layers, which are not installed or "
+            "turned off by model.layers = local: the run would train without FP8"
+        )
     padding = parallel.tensor
     padded_vocab = -(-spec.vocab_size // padding) * padding
     chunks = []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from megatron_t1.engine.config import ModelConfig, ParallelConfig
-from megatron_t1.engine.model import transformer_config
+from megatron_t1.engine.model import build_model, transformer_config
 from megatron_t1.fields import FieldError
 from megatron_t1.models import spec_of
 from megatron_t1.platform.detect import Platform
@@ -30,3 +32,14 @@ def test_the_recipe_is_stateless(fields: dict[str, str], recipe: str, tiny_dir: 
 def test_delayed_scaling_is_refused() -> None:
     with pytest.raises(FieldError, match=r"transformer.fp8_recipe = 'delayed' must be tensorwise .* resumed run"):
         ModelConfig(transformer={"fp8": "hybrid", "fp8_recipe": "delayed"})
+
+
+@pytest.mark.parametrize(("transformer_engine", "layers"), [(None, "auto"), ("2.11.0", "local")])
+def test_fp8_without_transformer_engines_layers_is_refused(
+    transformer_engine: str | None, layers: Literal["auto", "local"], tiny_dir: Path
+) -> None:
+    """Megatron's own layers would train without FP8 and say nothing."""
+    platform = replace(H100, transformer_engine=transformer_engine)
+    model = ModelConfig(hf_path=str(tiny_dir), layers=layers, transformer={"fp8": "hybrid", "apply_rope_fusion": False})
+    with pytest.raises(ValueError, match="fp8 = hybrid needs Transformer Engine"):
+        build_model(model, spec_of(tiny_dir), ParallelConfig(), platform)
