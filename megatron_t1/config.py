@@ -111,6 +111,9 @@ class Config:
     """Name of the result of `t1 evaluate` or `t1 scaling` in run_dir; empty: the command's."""
     resume: bool = False
     """Go on from the newest checkpoint in run_dir; without it a run_dir that has one is refused."""
+    resume_with_changes: bool = False
+    """Go on although data, seed, batch size, model, optimizer, sampling or loss are not the checkpoint's; what changed
+    is kept in changes.jsonl of the stage."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -125,6 +128,13 @@ class Config:
     curate: CurateConfig = field(default_factory=CurateConfig)
 
     def __post_init__(self) -> None:
+        if self.resume_with_changes and not self.resume:
+            raise FieldError("resume_with_changes", True, "needs --resume too")
+        # Others would be folders: one in the other, the parent, a hidden one.
+        if self.label and (self.label.startswith(".") or not self.label.isprintable() or {"/", "\\"} & set(self.label)):
+            raise FieldError(
+                "label", self.label, "must be a name without / and \\ that does not begin with a dot: it names a folder"
+            )
         if self.sampling.temperature <= 0:
             raise FieldError(
                 "sampling.temperature",

@@ -53,6 +53,7 @@ def run(cfg: LogprobsConfig) -> Comparison | None:
     Raises:
         ValueError: malformed texts, or a text that is too long for a microbatch.
         ServerError: the server can't be reached, or answers nonsense.
+        FloatingPointError: a logprob of either is not a finite number; all is written and said.
     """
     platform, model_dir = setup(), Path(cfg.model)
     initialize(cfg.parallel, platform, seed=0)
@@ -72,19 +73,28 @@ def run(cfg: LogprobsConfig) -> Comparison | None:
         comparison = _report(cfg, texts, ours, theirs)
     dist.barrier()
     dist.destroy_process_group()
+    if comparison:
+        check_finite(comparison)
     return comparison
 
 
 def compare(ours: list[np.ndarray], theirs: list[np.ndarray], num_worst: int) -> Comparison:
     """A token that one of them has at minus infinity, or not at all, differs infinitely."""
     differences = [np.abs(a.astype(np.float64) - b) for a, b in zip(ours, theirs, strict=True)]
-    flat = np.nan_to_num(np.concatenate(differences), nan=math.inf)
+    flat = np.concatenate(differences)
+    flat[np.isnan(flat)] = math.inf
     owners = np.concatenate([np.full(len(d), i) for i, d in enumerate(differences)])
     places = np.concatenate([np.arange(len(d)) for d in differences])
     order = np.argsort(-flat, kind="stable")[:num_worst]
     return Comparison(
         float(flat.max()), float(flat.mean()), len(flat), [(int(owners[i]), int(places[i])) for i in order]
     )
+
+
+def check_finite(comparison: Comparison) -> None:
+    """Raises FloatingPointError when a logprob of either is not a finite number."""
+    if not math.isfinite(comparison.largest):
+        raise FloatingPointError("a logprob is no finite number; the worst tokens show where")
 
 
 def _report(

@@ -44,6 +44,7 @@ from megatron_t1.report.report import write_report
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers
+from megatron_t1.stop import STOP
 from megatron_t1.types import Prompt, TrainSequence
 from megatron_t1.weights.folder_digest import weights_digest
 from megatron_t1.weights.hf_folder import HFFolder
@@ -53,7 +54,8 @@ from megatron_t1.weights.hf_folder import HFFolder
 def trainer_ranks(cfg: Config) -> Iterator[Platform]:
     """Platform and process groups; says on rank 0 what was found."""
     platform = setup()
-    initialize(cfg.parallel, platform, cfg.seed)
+    with STOP.joining():
+        initialize(cfg.parallel, platform, cfg.seed)
     if is_main():
         print(f"{platform.describe()}; {dist.get_world_size()} trainer processes", flush=True)
     yield platform
@@ -342,9 +344,11 @@ def _evaluate(
         replace_other=replace_other,
     )
     low, high = result.interval
+    refused = result.outcomes.get("refused", 0)
     print(
         f"{label}: pass@1 {result.pass_at_1:.3f} (95%: {low:.3f} to {high:.3f}) on {result.num_questions} questions "
-        f"x {result.num_samples}, {result.mean_tokens:.0f} tokens a response, {100 * result.share_cut:.1f}% cut off",
+        f"x {result.num_samples}, {result.mean_tokens:.0f} tokens a response, {100 * result.share_cut:.1f}% cut off"
+        + (f", {refused} refused (counted as wrong)" if refused else ""),
         flush=True,
     )
 

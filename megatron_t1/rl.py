@@ -23,6 +23,7 @@ from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import from_main, is_main
+from megatron_t1.engine.settings import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
 from megatron_t1.platform.detect import Platform
@@ -61,7 +62,7 @@ class Trainer:
     def __init__(self, cfg: Config, platform: Platform, prompts: list[Prompt], rank0: Rank0 | None) -> None:
         """
         Raises:
-            ValueError: what `check` refuses; a begun run in run_dir without `resume`.
+            ValueError: what `check` refuses; a begun run in run_dir without `resume`, or of other settings.
         """
         check(cfg, prompts)
         self.cfg, self.prompts, self.rank0 = cfg, prompts, rank0
@@ -76,12 +77,32 @@ class Trainer:
         )
         self.engine.load_weights(Path(cfg.model.hf_path))
         self.anchor = Anchor(self.engine, cfg.anchor)
-        self.steps_done = checkpoint.resume(self.folder / "checkpoints", self.engine, self.anchor, allowed=cfg.resume)
+        self.settings = self._settings() if is_main() else {}
+        self.steps_done = checkpoint.resume(
+            self.folder / "checkpoints",
+            self.engine,
+            self.anchor,
+            allowed=cfg.resume,
+            settings=self.settings,
+            may_change=cfg.resume_with_changes,
+        )
         self.sync = WeightSync(self.engine.pieces(), cfg.rollout, rank0.servers if rank0 else None)
         self.bank = Bank(self.folder / "bank")
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
         self.watch = Stopwatch()
         self._rewards: list[float] = []  # of the steps since the last checkpoint
+
+    def _settings(self) -> dict[str, Any]:
+        cfg = self.cfg
+        rows = ((p.id, p.token_ids.tobytes(), p.gold, p.mode, *p.choices) for p in self.prompts)
+        return named(
+            **{"data.train": data_identity(rows), "seed": cfg.seed, "rl.prompts_per_step": cfg.rl.prompts_per_step},
+            **{"model": model_identity(cfg.model), "model.dtype": cfg.model.dtype, "rl.optim": cfg.rl.optim},
+            sampling=cfg.sampling,
+            loss=cfg.loss,
+            anchor=cfg.anchor,
+            **{"reward.penalties": cfg.reward.penalties},
+        )
 
     def push(self) -> None:
         """Bring the servers to the policy as it is; its version is the number of steps that made it."""
@@ -164,7 +185,7 @@ class Trainer:
             self.steps_done,
             self.engine,
             self.anchor,
-            {"seed": self.cfg.seed, "weight_version": self.steps_done},
+            {"seed": self.cfg.seed, "weight_version": self.steps_done, "settings": self.settings},
             self.cfg.rl.checkpoint,
             score=float(np.mean(self._rewards)),
         )

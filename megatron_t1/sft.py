@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from megatron_t1.algo.loss import sft_token_loss
 from megatron_t1.config import Config
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
+from megatron_t1.engine.settings import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch
 from megatron_t1.platform.detect import Platform
@@ -38,11 +40,20 @@ def batches(examples: list[TrainSequence], batch_size: int, seed: int, start: in
             number += 1
 
 
+def _settings(cfg: Config, examples: list[TrainSequence]) -> dict[str, Any]:
+    rows = ((example.prompt_ids.tobytes(), example.response_ids.tobytes()) for example in examples)
+    return named(
+        **{"data.sft": data_identity(rows), "sft.batch_size": cfg.sft.batch_size, "sft.optim": cfg.sft.optim},
+        **{"seed": cfg.seed, "model": model_identity(cfg.model), "model.dtype": cfg.model.dtype},
+    )
+
+
 def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Path:
     """Fine-tune `model.hf_path` on the examples; returns the exported Hugging Face folder. Collective.
 
     Raises:
-        ValueError: a batch larger than the data; a finished or begun run in run_dir without `resume`.
+        ValueError: a batch larger than the data; a finished or begun run in run_dir without `resume`, or of other
+            settings.
         Stopped: the run was asked to stop; a checkpoint of the steps done is written.
     """
     folder = Path(cfg.run_dir) / "sft"
@@ -53,13 +64,21 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
     engine = Engine(cfg.model, cfg.parallel, cfg.sft.optim, platform, total_steps=total, temperature=1.0)
     cfg.parallel.check_fits(max(example.num_tokens for example in examples))
     engine.load_weights(Path(cfg.model.hf_path))
-    done = checkpoint.resume(folder / "checkpoints", engine, None, allowed=cfg.resume)
+    settings = _settings(cfg, examples) if is_main() else {}
+    done = checkpoint.resume(
+        folder / "checkpoints",
+        engine,
+        None,
+        allowed=cfg.resume,
+        settings=settings,
+        may_change=cfg.resume_with_changes,
+    )
     log = MetricsLog(Path(cfg.run_dir), "sft", first_step=done) if is_main() else None
     watch = Stopwatch()
     losses: list[float] = []  # of the steps since the last checkpoint
 
     def save(step: int) -> None:
-        folder_of_all, state = folder / "checkpoints", {"seed": cfg.seed}
+        folder_of_all, state = folder / "checkpoints", {"seed": cfg.seed, "settings": settings}
         checkpoint.save(folder_of_all, step, engine, None, state, cfg.sft.checkpoint, score=-float(np.mean(losses)))
         losses.clear()
 

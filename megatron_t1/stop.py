@@ -7,7 +7,11 @@ for all ranks, at a point where all of them ask for its decision.
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -42,6 +46,31 @@ class StopSignal:
             yield
         finally:
             self._interruptible = False
+
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """The signal ends the process inside the block, by its reason and EXIT_STOPPED; `install` came before.
+
+        While the process waits in C++ for other ranks, no handler of Python's runs: a thread of ours sees the signal.
+        """
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+
+        def watch() -> None:
+            while received := ours.recv(1):
+                if received[0] in _SIGNALS:
+                    name = signal.Signals(received[0]).name
+                    print(f"t1: {name} came while the ranks were joining", file=sys.stderr, flush=True)
+                    os._exit(EXIT_STOPPED)
+            ours.close()
+
+        threading.Thread(target=watch, name="joining", daemon=True).start()
+        before = signal.set_wakeup_fd(theirs.fileno())
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            theirs.close()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

@@ -18,7 +18,8 @@ AnswerMode = Literal["answer", "response", "text", "mc"]
 FinishReason = Literal["stop", "length"]
 Message = dict[str, str]
 """One turn of a conversation: `role` and `content`."""
-Outcome = Literal["correct", "wrong", "no_answer", "timeout", "crash"]
+Outcome = Literal["correct", "wrong", "no_answer", "timeout", "crash", "refused"]
+"""`refused`: an endpoint would not answer this question; there was nothing to grade."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ class ScriptedEndpoint:
         broken: dict[str, Any] = {
             "no choices": {"choices": []},
             "null": {"choices": [{**good, "message": {"content": None}}]},
-            "bad finish": {"choices": [{**good, "finish_reason": "content_filter"}]},
+            "bad finish": {"choices": [{**good, "finish_reason": "error"}]},
         }
         return web.json_response(broken.get(kind, {}))
 

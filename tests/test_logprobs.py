@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_t1.convert import to_megatron
 from megatron_t1.data.prompts import load_texts
 from megatron_t1.data.template import Template
-from megatron_t1.logprobs import compare
+from megatron_t1.logprobs import check_finite, compare
 from megatron_t1.push.sync import WeightSync, folder_pieces
 from tests.push import reference
 from tests.tiny import make_tiny_tokenizer
@@ -128,3 +128,12 @@ def test_a_malformed_text_is_named_by_line(row, message, tmp_path):
     with pytest.raises(ValueError, match=r"texts\.jsonl:2") as error:
         load_texts(path, tmp_path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("odd", [np.nan, -np.inf, np.inf])
+def test_a_logprob_that_is_no_number_is_an_error(odd):
+    good, bad = [np.array([-1.0, -2.0])], [np.array([-1.0, odd])]
+    check_finite(compare(good, good, 1))
+    for ours, theirs in ((good, bad), (bad, good), (bad, bad)):
+        with pytest.raises(FloatingPointError, match="no finite number"):
+            check_finite(compare(ours, theirs, 1))

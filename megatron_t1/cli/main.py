@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_t1.cli.streams import outlive_the_terminal
 from megatron_t1.stop import EXIT_STOPPED, STOP, Stopped
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    outlive_the_terminal()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -135,7 +137,7 @@ def _trainer_job(command: str) -> Callable[[list[str]], int]:
             return _on_ranks(cfg.parallel, command, arguments)
         if os.environ["RANK"] == "0":
             # Whoever reads this file later says `--resume` again.
-            write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False)))
+            write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False, resume_with_changes=False)))
         from megatron_t1 import pipeline
 
         STOP.install()

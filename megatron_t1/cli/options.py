@@ -8,6 +8,8 @@ It goes on after an error, so that a person is told everything at once; an error
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -18,8 +20,10 @@ import msgspec
 import yaml
 
 from megatron_t1.fields import FieldError
+from megatron_t1.files import read_text
 
 T = TypeVar("T")
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -91,11 +95,13 @@ def _collect(cls: type, arguments: Sequence[str], problems: list[str]) -> dict[s
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(read_text(path))
     except OSError as error:
         problems.append(f"{path} can't be read: {error.strerror}")
     except yaml.YAMLError as error:
         problems.append(f"{path} is not YAML: {error}")
+    except ValueError as error:
+        problems.append(str(error))
     else:
         if settings is None or isinstance(settings, dict):
             return settings or {}
@@ -152,6 +158,8 @@ def _build(cls: Any, settings: dict[str, Any], problems: list[str], path: str = 
                 good[name] = _convert(value, hints[name])
             except msgspec.ValidationError as error:
                 problems.append(f"{path}{name} = {value!r} must be {_wanted(hints[name], value, str(error))}")
+            except ValueError as error:
+                problems.append(f"{path}{name} = {value!r} {error}")
     return _construct(cls, good, settings.keys(), problems, path, default)
 
 
@@ -169,7 +177,30 @@ def default_of(field: Field[Any], parent: Any) -> Any:
     return field.default_factory() if field.default_factory is not MISSING else None
 
 
+def _expanded(value: Any) -> Any:
+    """Paths with `~` and the environment's variables written out, as a shell does it; other text stays as it is.
+
+    Raises:
+        ValueError: a variable that is not set.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    text = str(value)
+    if not isinstance(value, (str, Path)) or re.search(r"\s|://", text):
+        return value
+    if not text.startswith(("~", "$")) and "/" not in text:
+        return value
+    text = os.path.expandvars(os.path.expanduser(text))
+    if left := _VARIABLE.search(text):
+        raise ValueError(f"names {left[0]}, which the environment does not have")
+    return type(value)(text)
+
+
 def _convert(value: Any, hint: Any) -> Any:
+    return _expanded(_typed(value, hint))
+
+
+def _typed(value: Any, hint: Any) -> Any:
     if not isinstance(value, _Word):
         return msgspec.convert(value, hint, strict=False, dec_hook=_path_of)
     if value == "null" and NoneType in get_args(hint):

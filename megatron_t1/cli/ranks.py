@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import psutil
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_t1.engine.config import ParallelConfig
 
@@ -24,6 +25,20 @@ def num_processes(cfg: ParallelConfig) -> int:
     return cfg.nproc_per_node or torch.cuda.device_count() or cfg.num_ranks
 
 
+def config_of(count: int) -> LaunchConfig:
+    """Of `count` ranks on this machine, which meet on its loopback address: its name need not resolve."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+    )
+
+
 def start(count: int, arguments: list[str], *, alone: Callable[[list[str]], int]) -> int:
     """Run `t1 <arguments>` on `count` ranks (a single one is this process: `alone`); returns the exit code."""
     if count == 1:
@@ -31,23 +46,14 @@ def start(count: int, arguments: list[str], *, alone: Callable[[list[str]], int]
         return alone(arguments)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # A failed rank has said why; the launcher's own traceback would push that off the screen.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ["PYTHONSAFEPATH"] = "1"  # `python -m` would put the current folder before the installed modules
     os.environ.setdefault("OMP_NUM_THREADS", "4" if torch.cuda.is_available() else "1")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
     signal.signal(signal.SIGUSR1, lambda *_: _signal_children(signal.SIGUSR1))
     try:
-        elastic_launch(config, sys.executable)("-m", "megatron_t1", *arguments)
+        elastic_launch(config_of(count), sys.executable)("-m", "megatron_t1", *arguments)
     except ChildFailedError as error:
         return error.get_first_failure()[1].exitcode or 1
     except SignalException:  # Ctrl-C, after the ranks were ended

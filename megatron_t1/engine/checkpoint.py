@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.config import CheckpointConfig
 from megatron_t1.engine.parallel import from_main, is_main
+from megatron_t1.engine.settings import changes, check_changes
 from megatron_t1.engine.step import Engine
 from megatron_t1.files import sync_folder, write_json
 from megatron_t1.warn import warn
@@ -276,11 +277,24 @@ def _set_states_with_step(part: DistributedOptimizer, model_param: torch.Tensor,
     DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": state["step"]})
 
 
-def resume(folder: Path, engine: Engine, anchor: Anchor | None, *, allowed: bool) -> int:
+def resume(
+    folder: Path,
+    engine: Engine,
+    anchor: Anchor | None,
+    *,
+    allowed: bool,
+    settings: dict[str, Any] | None = None,
+    may_change: bool = False,
+) -> int:
     """Collective. Load the newest undamaged checkpoint in `folder`, if there is one; returns how many steps are done.
 
+    Args:
+        settings: rank 0's, what decides the training (`engine.settings`); `save` was given the same in its state.
+        may_change: go on where they differ from the checkpoint's.
+
     Raises:
-        ValueError: there is a checkpoint and the user did not ask to resume; or all of them are damaged.
+        ValueError: there is a checkpoint and the user did not ask to resume; or of other settings; or all of them are
+            damaged.
     """
     checkpoints = from_main(finished(folder) if is_main() else None)
     if not checkpoints:
@@ -290,6 +304,10 @@ def resume(folder: Path, engine: Engine, anchor: Anchor | None, *, allowed: bool
     for path in reversed(checkpoints):
         problem = damage(path)
         if problem is None:
+            state = from_main(_state(path) if is_main() else None)
+            changed = from_main(changes(state.get("settings", {}), settings or {}) if is_main() else None)
+            if is_main() or not may_change:
+                check_changes(path, state["step"], changed, allowed=may_change)
             return int(load(path, engine, anchor)["step"])
         if is_main():
             warn(f"checkpoint {path} is damaged: {problem}; looking at the one before")

@@ -43,7 +43,8 @@ def evaluate(
         replace_other: an earlier run with other settings is replaced; otherwise it is an error.
 
     Raises:
-        ValueError: the folder holds another evaluation, or this one and `resume` is not given.
+        ValueError: the folder holds another evaluation, or this one and `resume` is not given; or the endpoint refused
+            all that it was asked.
     """
     label, set_name = folder.parent.name, folder.name
     path, part = folder / "responses.jsonl", folder / "responses.part.jsonl"
@@ -65,6 +66,11 @@ def evaluate(
                     sum(response.num_tokens for response in responses),
                 ),
             )
+        outcomes = [row["reward"]["outcome"] for row in iter_jsonl(part)]
+        if set(outcomes) == {"refused"}:
+            reason = next(iter_jsonl(part))["reward"]["reason"]
+            part.unlink()  # what a resumed evaluation asks again
+            raise ValueError(f"{label} {set_name}: all {len(outcomes)} requests were refused, the first one: {reason}")
         number_of = {question.id: number for number, question in enumerate(questions)}
         sort_jsonl(part, path, key=lambda row: (number_of[row["id"]], row["sample"]))
     result = summarize(label, set_name, iter_jsonl(path), settings)

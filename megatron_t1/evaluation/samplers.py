@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from megatron_t1.data.prompts import Question, parse_rows
+from megatron_t1.data.prompts import Question, is_missing, parse_rows
 from megatron_t1.data.template import Template
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.score import Scorer
@@ -112,7 +112,7 @@ class EndpointSampler:
                 stop=sampling.stop,
             )
         except RefusedError as refused:
-            reward = Reward(value=0.0, correct=False, outcome="no_answer", extracted=None, reason=f"refused: {refused}")
+            reward = Reward(value=0.0, correct=False, outcome="refused", extracted=None, reason=f"refused: {refused}")
             return Response("", 0, "stop", reward)
         prompt = question.prompt(None)
         sample = text_sample(reply.text, reply.finish_reason)
@@ -132,6 +132,14 @@ class StoredSampler:
         def parse(row: dict[str, Any], number: int) -> None:
             if "id" not in row or not isinstance(row.get("response"), str):
                 raise ValueError('"id" and "response" are needed')
+            finish = row.get("finish_reason")
+            count: Any = 0 if is_missing(row.get("num_tokens")) else row["num_tokens"]
+            whole = isinstance(count, (int, float)) and not isinstance(count, bool) and float(count).is_integer()
+            if not whole or count < 0:
+                raise ValueError(f'"num_tokens" is {count!r}; it must be a number of tokens, or null')
+            if finish not in (None, "stop", "length"):
+                raise ValueError(f'"finish_reason" is {finish!r}; it must be stop or length, or null')
+            row = {**row, "num_tokens": int(count), "finish_reason": finish or "stop"}
             self._stored[str(row["id"])].append(row)
 
         parse_rows(path, parse)
@@ -151,9 +159,9 @@ class StoredSampler:
         wanted = [(ask.question, ask.first + j) for ask in asks for j in range(ask.count)]
         rows = [self._stored[question.id][number] for question, number in wanted]
         pairs = (
-            (question.prompt(None), text_sample(row["response"], row.get("finish_reason", "stop")))
+            (question.prompt(None), text_sample(row["response"], row["finish_reason"]))
             for (question, _), row in zip(wanted, rows, strict=True)
         )
         for (question, number), row, reward in zip(wanted, rows, self._scorer.score_iter(pairs), strict=True):
-            finish = row.get("finish_reason", "stop")
-            on_done(question, number, [Response(row["response"], int(row.get("num_tokens", 0)), finish, reward)])
+            response = Response(row["response"], row["num_tokens"], row["finish_reason"], reward)
+            on_done(question, number, [response])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_t1.fields import FieldError, above, at_least, http_only
 from megatron_t1.servers.keys import read_key
@@ -67,7 +67,9 @@ class EndpointConfig:
     price_out: float = 0.0
     """Price of a million generated tokens."""
     extra_body: dict[str, Any] = field(default_factory=dict)
-    """More fields of every request: {"reasoning_effort": "high"}."""
+    """More fields of every request: {"reasoning_effort": "high"}; null leaves one out: {"temperature": null}."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens", ""] = "max_tokens"
+    """Field that limits the generated tokens; newer models take `max_completion_tokens` alone. Empty: none is sent."""
 
     def __post_init__(self) -> None:
         http_only(self, "urls")

@@ -17,6 +17,8 @@ import json
 import random
 import resource
 import time
+import urllib.parse
+import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,13 @@ from megatron_t1.warn import warn
 _MAX_REPLY_BYTES = 64 << 20
 _MAX_PAUSE_S = 60.0
 _MAX_RETRY_AFTER_S = 900.0
+
+
+_FINISH_REASONS: dict[Any, FinishReason] = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", None), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
+}
+"""Spellings of an ending by itself or at the limit. Any other one (content_filter, tool_calls) would come again."""
 
 
 class EndpointError(RuntimeError):
@@ -63,14 +72,19 @@ class Reply:
 class ChatEndpoint:
     """A client of one endpoint. Use as an async context manager, on one event loop."""
 
-    def __init__(self, cfg: EndpointConfig, key: str | None = None) -> None:
-        """`key`: in place of the one that the config names."""
+    def __init__(self, cfg: EndpointConfig, key: str | None = None, *, direct: bool = False) -> None:
+        """
+        Args:
+            key: in place of the one that the config names.
+            direct: pass by the environment's proxies: the endpoint is a server of ours.
+        """
         if not cfg.urls:
             raise ValueError("endpoint.urls is empty: give the base URL of the endpoint")
         self.cfg = cfg
         self.events: Counter[str] = Counter()
         """Requests, rate limits and failures by kind."""
         self._urls = [_chat_url(url) for url in cfg.urls]
+        self._proxies = {url: None if direct else _proxy_of(url) for url in self._urls}
         self._busy = Counter(dict.fromkeys(self._urls, 0))
         self._key = cfg.key() if key is None else key
         self._gate = _Gate(cfg.max_in_flight)
@@ -112,9 +126,8 @@ class ChatEndpoint:
         body: dict[str, Any] = {
             "model": self.cfg.model,
             "messages": list(messages),
-            "max_tokens": max_new_tokens,
+            self.cfg.max_tokens_field: max_new_tokens,
             "temperature": temperature,
-            **self.cfg.extra_body,
         }
         optional: dict[str, Any] = {
             "top_p": (top_p, 1.0),
@@ -126,7 +139,8 @@ class ChatEndpoint:
         prefill = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         if prefill:
             body |= {"add_generation_prompt": False, "continue_final_message": True}
-        data = json.dumps(body).encode()
+        body |= self.cfg.extra_body
+        data = json.dumps({name: value for name, value in body.items() if name and value is not None}).encode()
         failures, limited_since = 0, None
         while True:
             await self._gate.enter()
@@ -136,9 +150,12 @@ class ChatEndpoint:
                 await self._wait_for_hold()
                 self.events["requests"] += 1
                 url = min(self._urls, key=self._busy.__getitem__)
-                reply = _parse(await self._post(url, data), prefill)
+                reply = await self._post(url, data)
                 self._gate.answered()
-                return reply
+                return _parse(reply, prefill)
+            except RefusedError as refused:
+                self._count("refused", f"{url}: a request was refused with {refused}")
+                raise
             except _RateLimitedError as limit:
                 self._count("rate limited", f"{url}: {limit}; waiting, then with fewer requests at a time")
                 self._gate.limited(asked_at)
@@ -178,7 +195,9 @@ class ChatEndpoint:
         self._busy[url] += 1
         headers = {"Content-Type": "application/json"}
         try:
-            async with self._session.post(url, data=data, headers=headers, allow_redirects=False) as response:
+            async with self._session.post(
+                url, data=data, headers=headers, allow_redirects=False, proxy=self._proxies[url]
+            ) as response:
                 raw = await _bounded(response)
         finally:
             self._busy[url] -= 1
@@ -197,7 +216,6 @@ class ChatEndpoint:
             )
         if status >= 500 or status in (408, 409, 425):
             raise aiohttp.ClientError(said)
-        self._count("refused", f"{url}: a request was refused with {said}")
         raise RefusedError(said)
 
 
@@ -271,6 +289,17 @@ def _chat_url(base: str) -> str:
     return base + "/chat/completions"
 
 
+def _proxy_of(url: str) -> str | None:
+    """What the environment says for it (HTTP_PROXY, HTTPS_PROXY, NO_PROXY); None for this machine itself."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if host == "localhost" or host.startswith("127.") or host == "::1" or urllib.request.proxy_bypass(host):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+
+
 async def _bounded(response: aiohttp.ClientResponse) -> bytes:
     parts, size = [], 0
     async for part in response.content.iter_any():
@@ -297,21 +326,47 @@ def _parse(reply: Any, prefill: str) -> Reply:
     """Replies are other people's data: everything is checked before use."""
     try:
         choice = reply["choices"][0]
-        message, finish = choice["message"], choice["finish_reason"]
-        text = message.get("content") or ""
+        message, finish = choice["message"], choice.get("finish_reason")
+        refusal = message.get("refusal")
+        text = _text_of(message.get("content"))
         thinking = message.get("reasoning_content") or message.get("reasoning") or ""
         usage = reply.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise _GarbageError(f"a reply without an answer ({error!r}): {str(reply)[:100]}") from None
-    if not isinstance(text, str) or not isinstance(thinking, str):
+    if not isinstance(thinking, str):
         raise _GarbageError("a reply whose content is no text")
+    if finish == "error":
+        raise _GarbageError("finish_reason is 'error'")
+    if refusal or finish not in _FINISH_REASONS:
+        raise RefusedError(f"finish_reason {finish!r}" + (f": {str(refusal)[:200]}" if refusal else ""))
     num_prompt, num_generated = (count if type(count) is int and count >= 0 else 0 for count in counts)
     if not (text or thinking or num_generated):  # a model may end at once; then it has generated its end token
         raise _GarbageError("a reply without text")
-    if finish not in ("stop", "length"):
-        raise _GarbageError(f"finish_reason is {finish!r}")
     if thinking:
         text = f"<think>{thinking}</think>{text}"
     text = (prefill + text).encode("utf-8", "replace").decode()  # half of a surrogate pair can't be stored
-    return Reply(text=text, finish_reason=finish, num_prompt_tokens=num_prompt, num_tokens=num_generated)
+    return Reply(
+        text=text, finish_reason=_FINISH_REASONS[finish], num_prompt_tokens=num_prompt, num_tokens=num_generated
+    )
+
+
+def _text_of(content: Any) -> str:
+    """A message's content; of one in parts, thinking comes in <think> tags.
+
+    Raises:
+        _GarbageError: it is neither text nor parts of text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise _GarbageError(f"a reply whose content is no text: {str(content)[:100]}")
+    texts = []
+    for part in content:
+        if part.get("type") in ("thinking", "reasoning"):
+            texts.append(f"<think>{_text_of(part.get(part['type'], part.get('text')))}</think>")
+        elif isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise _GarbageError(f"a reply with a part that is no text: {str(part)[:100]}")
+    return "".join(texts)

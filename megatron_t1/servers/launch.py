@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_t1.files import read_text
 from megatron_t1.servers.config import HOST_BACKEND, RolloutConfig
 from megatron_t1.servers.guard import KEY_ENV
 from megatron_t1.servers.server import ServerError
@@ -21,6 +22,7 @@ _COMMON_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONUNBUFFERED": "1",
+    "PYTHONSAFEPATH": "1",  # a folder vllm/ where the job was started is not the installed one
 }
 # Without them the start takes longer, the first request compiles for seconds, and a push spends 0.4 s a GB on page
 # faults.
@@ -86,7 +88,7 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         "disable-uvicorn-access-log": True,
     }
     if device == "cpu":
-        longest = cfg.max_model_len or json.loads((model_dir / "config.json").read_text())["max_position_embeddings"]
+        longest = cfg.max_model_len or json.loads(read_text(model_dir / "config.json"))["max_position_embeddings"]
         options |= {
             "enforce-eager": True,
             "kv-cache-memory-bytes": cfg.kv_cache_bytes,

@@ -55,7 +55,7 @@ def synthesize(cfg: SynthesizeConfig) -> dict[str, Any]:
             identities["model"] = weights_digest(Path(cfg.model))
             servers = stack.enter_context(open_servers(cfg.rollout, cfg.model, out / "servers"))
             served = EndpointConfig(urls=tuple(server.url for server in servers.all))
-            endpoints = {"model": ChatEndpoint(served, servers.all[0].key), **endpoints}
+            endpoints = {"model": ChatEndpoint(served, servers.all[0].key, direct=True), **endpoints}
         scorer = stack.enter_context(Scorer(cfg.reward))
         try:
             asyncio.run(_run(Workshop(cfg, loaded, endpoints, identities, scorer, store), questions))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_t1.cli.options import read
+from megatron_t1.config import Config
 from megatron_t1.evaluation.config import EvaluateConfig
 from megatron_t1.synthesize.config import SynthesizeConfig
 
@@ -41,3 +42,40 @@ def test_good_endpoints_are_kept_beside_another_fault() -> None:
 
 def test_a_single_value_for_a_list_is_shown_as_a_list() -> None:
     assert told(EvaluateConfig, "--sets", "math500") == ["sets = 'math500' must be a list: [math500]"]
+
+
+def test_paths_are_written_out_as_a_shell_does_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    words = {
+        "run_dir": ("~/runs/x", "/home/me/runs/x"),
+        "model.hf_path": ("$SCRATCH/m", "/scratch/me/m"),
+        "data.sft": ("/data/${SCRATCH}x/a.jsonl", "/data//scratch/mex/a.jsonl"),
+        "data.train": ("$SCRATCH", "/scratch/me"),
+        "data.heldout": ("a~b/c.jsonl", "a~b/c.jsonl"),
+        "data.system_prompt": ("Give 1/2 as $x$ or $SCRATCH/y.", "Give 1/2 as $x$ or $SCRATCH/y."),
+        "evaluate.sets": ("[~/a.jsonl, math500]", ("/home/me/a.jsonl", "math500")),
+        "rollout.urls": ("[http://host/$SCRATCH]", ("http://host/$SCRATCH",)),
+    }
+    cfg = read(Config, [f"--{name}={word}" for name, (word, _) in words.items()])
+    for name, (_, meant) in words.items():
+        section, _, field = name.rpartition(".")
+        assert getattr(getattr(cfg, section) if section else cfg, field) == meant
+    with pytest.raises(ValueError, match=r"run_dir = '\$NOWHERE/x' names \$NOWHERE, which the environment"):
+        read(Config, ["--run_dir=$NOWHERE/x"])
+
+
+@pytest.mark.parametrize("label", ["Qwen/Qwen2.5-7B", "step_10/final", "..", ".", ".hidden", "a\\b", "a\nb"])
+def test_a_label_that_would_be_a_path_is_refused(label):
+    with pytest.raises(ValueError, match=r"label = .* must be a name without /"):
+        read(Config, ["--label", label])
+
+
+def test_labels_that_are_names_stay():
+    for label in ("", "step_10", "Qwen2.5-7B (ours)", "ü"):
+        assert read(Config, ["--label", label]).label == label
+
+
+def test_changes_are_taken_on_resume_alone():
+    with pytest.raises(ValueError, match="resume_with_changes = True needs --resume too"):
+        read(Config, ["--resume_with_changes"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,3 +211,66 @@ def test_a_chat_endpoint_answers_as_the_server_does(
         return [(r["id"], r["response"].replace("\ufffd", ""), r["num_tokens"], r["finish_reason"]) for r in rows]
 
     assert said("chat") == said("ours")
+
+
+def refuse(*texts: str) -> Callable[[dict[str, Any]], str]:
+    return lambda body: "REFUSE" if any(text in str(body) for text in texts) else "so \\boxed{7}"
+
+
+def test_a_refusal_is_its_questions_outcome_and_counted(scorer: Scorer, tmp_path: Path) -> None:
+    greedy = CFG.sampling_of("set")
+    with serving(ScriptedEndpoint(refuse("3+7"))) as server:
+        sampler = EndpointSampler(EndpointConfig(urls=(server.url,), max_retries=0), scorer)
+        result = evaluate(sampler, QUESTIONS, tmp_path / "chat" / "set", greedy, {}, 0)
+    assert result.outcomes == {"correct": 12, "refused": 3}
+    assert result.pass_at_1 == pytest.approx(0.8)
+
+
+def test_an_evaluation_in_which_all_is_refused_is_an_error_and_no_result(scorer: Scorer, tmp_path: Path) -> None:
+    greedy, folder = CFG.sampling_of("set"), tmp_path / "chat" / "set"
+    with serving(ScriptedEndpoint(refuse("7"))) as server:
+        sampler = EndpointSampler(EndpointConfig(urls=(server.url,), max_retries=0), scorer)
+        with pytest.raises(ValueError, match=r"all 15 requests were refused, the first one: refused: 400.*too long"):
+            evaluate(sampler, QUESTIONS, folder, greedy, {}, 0)
+    assert not (folder / "summary.json").exists()
+    with serving(ScriptedEndpoint(refuse("nothing"))) as server:
+        sampler = EndpointSampler(EndpointConfig(urls=(server.url,), max_retries=0), scorer)
+        assert evaluate(sampler, QUESTIONS, folder, greedy, {}, 0, resume=True).pass_at_1 == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"num_tokens": None}, (0, "stop")),
+        ({"num_tokens": float("nan"), "finish_reason": None}, (0, "stop")),
+        ({"num_tokens": 7.0, "finish_reason": "length"}, (7, "length")),
+        ({}, (0, "stop")),
+    ],
+)
+def test_stored_responses_without_counts_are_read(scorer: Scorer, tmp_path: Path, fields: dict, kept: tuple) -> None:
+    path = tmp_path / "stored.jsonl"
+    path.write_text("".join(json.dumps({"id": q.id, "response": "\\boxed{7}", **fields}) + "\n" for q in QUESTIONS))
+    sampling = SamplingConfig(num_samples=1, temperature=0)
+    evaluate(StoredSampler(path, scorer), QUESTIONS, tmp_path / "stored" / "set", sampling, {}, 0)
+    rows = map(json.loads, (tmp_path / "stored" / "set" / "responses.jsonl").read_text().splitlines())
+    assert {(row["num_tokens"], row["finish_reason"]) for row in rows} == {kept}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_tokens": "many"}, "\"num_tokens\" is 'many'"),
+        ({"num_tokens": -1}, '"num_tokens" is -1'),
+        ({"num_tokens": 1.5}, '"num_tokens" is 1.5'),
+        ({"num_tokens": float("inf")}, '"num_tokens" is inf'),
+        ({"num_tokens": True}, '"num_tokens" is True'),
+        ({"finish_reason": "eos"}, "\"finish_reason\" is 'eos'"),
+    ],
+)
+def test_stored_responses_with_odd_fields_are_named_by_line(
+    scorer: Scorer, tmp_path: Path, fields: dict, message: str
+) -> None:
+    path = tmp_path / "stored.jsonl"
+    path.write_text(json.dumps({"id": "q0", "response": "x", **fields}))
+    with pytest.raises(ValueError, match=f"stored.jsonl:1: {message}"):
+        StoredSampler(path, scorer)

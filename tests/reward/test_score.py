@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -261,3 +262,17 @@ def test_penalties_can_be_switched_off() -> None:
     with Scorer(off) as scorer:
         (reward,) = scorer.score_all([pair("4", "wait " * 3000 + r"\boxed{4}")])
     assert (reward.value, reward.penalties) == (1, {})
+
+
+def test_graders_start_where_t1_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among files that are called like modules, and with a Python whose libraries an environment module brings."""
+    for name in ("token", "random", "re", "json", "sympy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    passed = {"LD_LIBRARY_PATH": "/opt/python/lib", "PYTHONUSERBASE": "/opt/base"}
+    for name, value in passed.items():
+        monkeypatch.setenv(name, value)
+    with Scorer(RewardConfig(num_workers=1)) as scorer:
+        assert scorer.score_all([pair("4", r"\boxed{4}")])[0].correct
+        environment = Path(f"/proc/{scorer.pids()[0]}/environ").read_bytes().decode().split("\0")
+    assert {f"{name}={value}" for name, value in passed.items()} < set(environment)

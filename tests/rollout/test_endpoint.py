@@ -156,3 +156,90 @@ def test_a_reply_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         (reply,), client = ask_all(EndpointConfig(urls=(server.url,), max_retries=0), ["x"])
     assert isinstance(reply, NoAnswerError)
     assert client.events == {"requests": 1, "GarbageError": 1}
+
+
+def parsed(message: dict[str, Any], finish: Any = "stop") -> Reply:
+    return endpoint._parse({"choices": [{"message": message, "finish_reason": finish}]}, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+        (
+            [{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}, {"type": "text", "text": "b"}],
+            "<think>t</think>b",
+        ),
+        ([{"type": "reasoning", "text": "t"}, {"type": "output_text", "text": "b"}], "<think>t</think>b"),
+        ([{"type": "thinking", "thinking": "t"}], "<think>t</think>"),
+    ],
+)
+def test_content_in_parts_is_put_together(content: Any, text: str) -> None:
+    assert parsed({"content": content}).text == text
+
+
+@pytest.mark.parametrize(
+    "content", [["a"], [{"type": "image_url"}], [{"type": "text", "text": 3}], {"text": "a"}, 3, [[]], []]
+)
+def test_content_that_is_no_text_is_asked_for_again(content: Any) -> None:
+    with pytest.raises(endpoint._GarbageError):
+        parsed({"content": content})
+
+
+@pytest.mark.parametrize(
+    ("finish", "told"),
+    [("eos", "stop"), (None, "stop"), ("end_turn", "stop"), ("max_tokens", "length"), ("length", "length")],
+)
+def test_an_ending_is_understood_in_other_spellings(finish: Any, told: str) -> None:
+    assert parsed({"content": "a"}, finish).finish_reason == told
+
+
+@pytest.mark.parametrize(
+    ("message", "finish"),
+    [
+        ({"content": None}, "content_filter"),
+        ({"content": "half an ans"}, "content_filter"),
+        ({"content": None}, "tool_calls"),
+        ({"content": None, "refusal": "I can't help with that"}, "stop"),
+    ],
+)
+def test_an_answer_that_would_not_come_another_time_is_a_refusal(message: dict[str, Any], finish: str) -> None:
+    with pytest.raises(RefusedError):
+        parsed(message, finish)
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({}, {"max_tokens": 9}),
+        ({"max_tokens_field": "max_completion_tokens"}, {"max_completion_tokens": 9}),
+        ({"max_tokens_field": ""}, {}),
+        ({"extra_body": {"max_tokens": None, "max_completion_tokens": 99}}, {"max_completion_tokens": 99}),
+    ],
+)
+def test_the_limit_is_sent_in_the_field_that_the_endpoint_takes(options: dict[str, Any], limits: dict) -> None:
+    bodies: list[dict[str, Any]] = []
+    with serving(ScriptedEndpoint(lambda body: bodies.append(body) or "ok")) as server:
+        ask_all(EndpointConfig(urls=(server.url,), **options), ["x"])
+    assert {name: value for name, value in bodies[0].items() if name.startswith("max")} == limits
+    assert "" not in bodies[0]
+
+
+def test_endpoints_are_asked_through_the_proxy_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("http_proxy", "proxy:3129")
+    monkeypatch.setenv("NO_PROXY", "inside.example")
+    proxies = {
+        "https://api.example/v1": "http://proxy:3128",
+        "http://api.example/v1": "http://proxy:3129",
+        "http://inside.example/v1": None,
+        "http://127.0.0.1:8000": None,
+        "http://localhost:8000": None,
+    }
+    assert {url: endpoint._proxy_of(url) for url in proxies} == proxies
+    assert set(ChatEndpoint(EndpointConfig(urls=("http://10.0.0.1",)), direct=True)._proxies.values()) == {None}
+    (reply,), _ = ask_all(EndpointConfig(urls=("http://api.example",), max_retries=0), ["x"])
+    assert "proxy:3129" in str(reply)

@@ -95,6 +95,12 @@ class Grader:
         self.connection.close()
 
 
+_PASSED_ON = {
+    *("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE"),
+    "LD_LIBRARY_PATH",  # of a Python that an environment module brings
+}
+
+
 class Zygote:
     """The warmed process graders are forked from; started on first use, and again when it is gone."""
 
@@ -108,14 +114,13 @@ class Zygote:
     def _start(self) -> None:
         self.close()
         ours, theirs = socket.socketpair()
-        environment = {
-            k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "PYTHONPATH")
-        }
+        environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
+        environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_t1.reward.processes.worker", str(theirs.fileno()), self._module],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                env=environment | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
+                env=environment, start_new_session=True,
             )  # fmt: skip
         self._control = ours
 
