@@ -173,19 +173,22 @@ run_trainer() { # COMMAND RANKS_PER_NODE NODES...
   shift 2
   local nodelist
   nodelist=$(IFS=,; echo "$*")
+  # With one connection tensor-parallel collectives run beside backward GEMMs; microbatches differ in length.
+  local cuda=(env "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    "PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}")
   # shellcheck disable=SC2016  # the variables are those of each rank
   local rank='RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec "$@"'
   while :; do
     export MASTER_ADDR=$1
     if [ -n "${T1_DRY_RUN:-}" ]; then
-      step "$LOGS/trainer.log" $# "$ranks" "$nodelist" bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}"
+      step "$LOGS/trainer.log" $# "$ranks" "$nodelist" "${cuda[@]}" bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}"
       return
     fi
     [ -n "$ASKED_TO_STOP" ] && requeue
     MASTER_PORT=$(free_port)
     export MASTER_PORT
     step "$LOGS/trainer.log" $# "$ranks" "$nodelist" \
-      bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}" &
+      "${cuda[@]}" bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}" &
     TRAINER=$!
     await_trainer
     code=$?

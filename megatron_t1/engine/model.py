@@ -5,6 +5,7 @@ The model ends at the hidden states: the output layer's GEMM belongs to the fuse
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def transformer_config(
         "init_method": _leave_as_is,
         "output_layer_init_method": _leave_as_is,
         "embedding_init_method": _leave_as_is,
-        "gradient_accumulation_fusion": platform.apex,
+        "gradient_accumulation_fusion": platform.apex and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": platform.name == "cuda",
         # Older Transformer Engines can't fuse the interleaved kind.

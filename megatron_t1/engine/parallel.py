@@ -19,6 +19,7 @@ from megatron_t1.models.weight_map import Shard, Shards
 from megatron_t1.platform.detect import Platform
 
 T = TypeVar("T")
+_NCCL_TIMEOUT_S = 1800.0
 
 
 def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
@@ -41,13 +42,15 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    # While rank 0 generates, the others wait in the default group's gloo half: NCCL need not hold 32 GPUs for as long.
+    timeout_s = min(cfg.timeout_s, _NCCL_TIMEOUT_S) if platform.backend == "nccl" else cfg.timeout_s
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=cfg.tensor,
         pipeline_model_parallel_size=cfg.pipeline,
         virtual_pipeline_model_parallel_size=cfg.virtual_pipeline if cfg.virtual_pipeline > 1 else None,
         expert_model_parallel_size=cfg.expert,
         expert_tensor_parallel_size=cfg.expert_tensor or cfg.tensor,
-        distributed_timeout_minutes=max(1, round(cfg.timeout_s / 60)),
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     seed_everything(seed)
 

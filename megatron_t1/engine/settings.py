@@ -16,7 +16,7 @@ from typing import Any
 from megatron_t1.engine.config import ModelConfig
 from megatron_t1.files import append_jsonl
 from megatron_t1.warn import warn
-from megatron_t1.weights.digest import weights_digest
+from megatron_t1.weights.folder_digest import weights_digest
 from megatron_t1.weights.hf_folder import is_torch_dist
 
 

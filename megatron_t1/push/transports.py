@@ -41,6 +41,9 @@ from megatron_t1.servers.server import Server
 from megatron_t1.servers.servers import Servers
 from megatron_t1.weights.plan import Plan
 
+_NCCL_BUFFER_BYTES = 256 << 20
+"""vLLM's 1 GiB costs rank 0 up to 10 GB and each worker 5 GB: two of them, and their parts put together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
@@ -185,7 +188,11 @@ class NcclTransport:
             self.close()
             host, port, world_size = meeting
             info = NCCLTrainerInitInfo(
-                master_address=host, master_port=port, world_size=world_size, rank=self._plan.rank
+                master_address=host,
+                master_port=port,
+                world_size=world_size,
+                rank=self._plan.rank,
+                packed_buffer_size_bytes=_NCCL_BUFFER_BYTES,
             )
             failure = None
             try:

@@ -6,31 +6,31 @@ from typing import Any
 
 import pytest
 
-from megatron_t1.cli import launch
-from megatron_t1.servers import process
+from megatron_t1.cli import ranks
+from megatron_t1.servers import launch
 from megatron_t1.servers.config import RolloutConfig
 
 
 def test_ranks_of_one_machine_meet_on_its_loopback_address() -> None:
-    config = launch.config_of(2)
+    config = ranks.config_of(2)
     assert (config.local_addr, config.rdzv_endpoint) == ("127.0.0.1", "127.0.0.1:0")
 
 
 def test_ranks_and_servers_import_installed_modules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     for device in ("cpu", "cuda"):
-        env = process.environment(RolloutConfig(), index=0, key="", device=device)
+        env = launch.environment(RolloutConfig(), index=0, key="", device=device)
         assert env["PYTHONSAFEPATH"] == "1"
     seen: list[str | None] = []
 
     def elastic_launch(*_: Any) -> Any:
-        return lambda *_: seen.append(launch.os.environ.get("PYTHONSAFEPATH"))
+        return lambda *_: seen.append(ranks.os.environ.get("PYTHONSAFEPATH"))
 
-    monkeypatch.setattr(launch, "elastic_launch", elastic_launch)
-    before = launch.signal.getsignal(launch.signal.SIGUSR1)
+    monkeypatch.setattr(ranks, "elastic_launch", elastic_launch)
+    before = ranks.signal.getsignal(ranks.signal.SIGUSR1)
     monkeypatch.setenv("PYTHONSAFEPATH", "0")
     try:
-        launch.start(2, [], alone=lambda _: 0)
+        ranks.start(2, [], alone=lambda _: 0)
     finally:
-        launch.signal.signal(launch.signal.SIGUSR1, before)
+        ranks.signal.signal(ranks.signal.SIGUSR1, before)
     assert seen == ["1"]
