@@ -170,9 +170,6 @@ class NcclTransport:
         return []
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
         meeting: Any = "failed"
         try:
             if fanout is not None:
@@ -184,37 +181,8 @@ class NcclTransport:
             meeting = self._ranks.from_0("start", meeting)
         if meeting == "failed":
             return
-        if meeting is not None:
-            self.close()
-            host, port, world_size = meeting
-            info = NCCLTrainerInitInfo(
-                master_address=host,
-                master_port=port,
-                world_size=world_size,
-                rank=self._plan.rank,
-                packed_buffer_size_bytes=_NCCL_BUFFER_BYTES,
-            )
-            failure = None
-            try:
-                self._source = _nccl_source(self._plan)
-                self._engine = WeightTransferTrainerFactory.trainer_init(
-                    info,
-                    client=fanout,  # type: ignore[arg-type]
-                    source=self._source,
-                )
-                self._members = list(fanout.targets) if fanout is not None else []
-            except Exception as error:  # of NCCL, of the store where its members meet, or of a server
-                failure = error
-            # A rank that went on alone would wait for rank 0 to gather what it sends.
-            met = self._ranks.from_0("meeting", failure is None)
-            if failure is not None or not met:
-                self.close()
-            if failure is not None:
-                if fanout is not None and not isinstance(failure, SyncError):
-                    fanout.lose_all("meeting", failure, spoils=False)
-                raise SyncError(f"push of version {push.version}, NCCL meeting: {failure!r}") from failure
-            if not met:
-                return
+        if meeting is not None and not self._meet(fanout, push, *meeting):
+            return
         # NCCL itself waits for a dead worker without end; aborting the group lets the broadcast return.
         watchdog = threading.Timer(self._ranks.timeout_s, self.close)
         watchdog.start()
@@ -223,7 +191,8 @@ class NcclTransport:
             self._engine.send_weights()
         except Exception as error:
             self.close()
-            if fanout is not None and (isinstance(error, NoServerError) or not isinstance(error, SyncError)):
+            lost_a_rank = isinstance(error, SyncError) and not isinstance(error, NoServerError)
+            if fanout is not None and not lost_a_rank:
                 self._source.drain()
                 if fanout.targets:
                     fanout.lose_all("broadcast", error, spoils=True)
@@ -232,6 +201,41 @@ class NcclTransport:
             raise SyncError(f"push of version {push.version}, NCCL broadcast: {error!r}") from error
         finally:
             watchdog.cancel()
+
+    def _meet(self, fanout: Fanout | None, push: Push, host: str, port: int, world_size: int) -> bool:
+        """Makes a new group; False where rank 0 could not. A rank that went on alone would wait for ever for rank 0 to
+        gather what it sends."""
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        self.close()
+        info = NCCLTrainerInitInfo(
+            master_address=host,
+            master_port=port,
+            world_size=world_size,
+            rank=self._plan.rank,
+            packed_buffer_size_bytes=_NCCL_BUFFER_BYTES,
+        )
+        failure = None
+        try:
+            self._source = _nccl_source(self._plan)
+            self._engine = WeightTransferTrainerFactory.trainer_init(
+                info,
+                client=fanout,  # type: ignore[arg-type]
+                source=self._source,
+            )
+            self._members = list(fanout.targets) if fanout is not None else []
+        except Exception as error:  # of NCCL, of the store where its members meet, or of a server
+            failure = error
+        met: bool = self._ranks.from_0("meeting", failure is None)
+        if failure is None:
+            return met
+        self.close()
+        if isinstance(failure, SyncError):
+            raise failure
+        if fanout is not None:
+            fanout.lose_all("meeting", failure, spoils=False)
+        raise SyncError(f"push of version {push.version}, NCCL meeting: {failure!r}") from failure
 
     def close(self) -> None:
         self._members = []
@@ -251,11 +255,11 @@ def _nccl_source(plan: Plan) -> Any:
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class PlanSource(WeightSource):
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
-
         items: Iterator[tuple[str, torch.Tensor]] | None = None
         """What is left of the present push's iteration."""
+
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             self.items = self._gather()
