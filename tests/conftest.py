@@ -94,13 +94,13 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def run_ranks(forks: Forks) -> Callable[..., str]:
-    """`run_ranks(script, num_ranks, *arguments)`: its output; it must succeed."""
+    """`run_ranks(script, num_ranks, *arguments)`: what it said, stdout last; it must succeed."""
 
     def run(script: Path, num_ranks: int, *arguments: object, timeout_s: float = 600) -> str:
         done = forks.run(script, *arguments, num_ranks=num_ranks, timeout_s=timeout_s)
         told = f"{script.name} {arguments} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         assert done.returncode == 0, told
-        return done.stdout
+        return done.stderr + done.stdout
 
     return run
 

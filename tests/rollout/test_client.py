@@ -289,7 +289,7 @@ def test_a_server_that_never_answers_is_left_at_the_deadline(monkeypatch) -> Non
         with client_of(stuck, good, monkeypatch=monkeypatch, request_timeout_s=1.0) as client:
             groups = client.generate(prompts, dataclasses.replace(SAMPLING, num_samples=2), seed=0)
             assert {s.server for g in groups for s in g.samples} == {good}
-            assert "request_timeout_s=1 s" in client.servers.all[0].unusable
+            assert "request_timeout_s = 1 s" in client.servers.all[0].unusable
 
 
 def test_a_wrong_key_is_said_at_the_start(server: Servers, monkeypatch) -> None:
