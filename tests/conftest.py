@@ -151,7 +151,7 @@ def vllm_forks() -> Iterator[Forks]:
 def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Servers]]:
     """`open_servers` whose vLLM processes are forked; one that is started again is not."""
 
-    def launch(cfg: RolloutConfig, model_dir: Path, *, index, host, port, key, device, transport, log):
+    def fork(cfg: RolloutConfig, model_dir: Path, *, index, host, port, key, device, transport, log):
         log.parent.mkdir(parents=True, exist_ok=True)
         _, _, module, *options = launch.command(
             cfg, model_dir, host=host, port=port, device=device, transport=transport
@@ -163,7 +163,7 @@ def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Serv
     def open_forked(cfg: RolloutConfig, model_dir: Path, run_dir: Path) -> Iterator[Servers]:
         with Servers(cfg, model_dir, run_dir) as opened:
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(sources, "launch", launch)
+                patched.setattr(sources, "launch", fork)
                 opened.start()
             yield opened.wait_ready()
 
