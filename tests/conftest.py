@@ -37,6 +37,7 @@ STARTED = {"megatron_t1", "megatron_t1.servers.die_with_parent", "torch.distribu
 """Words of the command lines that start ranks and servers: no test does it but through those fixtures."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist asks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks them; keeps a file (of models/: the folder) to one worker of xdist, files that start most at the front."""
     num_marks: Counter[str] = Counter()
