@@ -19,7 +19,7 @@ from megatron_t1.algo.loss import sft_token_loss
 from megatron_t1.config import Config
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
-from megatron_t1.engine.settings import data_identity, model_identity, named
+from megatron_t1.engine.resume_check import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch
 from megatron_t1.platform.detect import Platform

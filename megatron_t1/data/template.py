@@ -1,7 +1,7 @@
 """Conversations into token ids, by the tokenizer and chat template that the checkpoint brings.
 
 Control tokens come from the template alone: a person's text that spells `<|im_end|>` is text, letter by letter. Left
-out: code that comes with a checkpoint (`trust_remote_code` stays off).
+out: code that comes with a checkpoint (`trust_remote_code` stays off), and which tokens are targets (`packing.py`).
 """
 
 from __future__ import annotations

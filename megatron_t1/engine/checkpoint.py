@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.config import CheckpointConfig
 from megatron_t1.engine.parallel import from_main, is_main
-from megatron_t1.engine.settings import changes, check_changes
+from megatron_t1.engine.resume_check import changes, check_changes
 from megatron_t1.engine.step import Engine
 from megatron_t1.files import sync_folder, write_json
 from megatron_t1.warn import warn
@@ -289,7 +289,7 @@ def resume(
     """Collective. Load the newest undamaged checkpoint in `folder`, if there is one; returns how many steps are done.
 
     Args:
-        settings: rank 0's, what decides the training (`engine.settings`); `save` was given the same in its state.
+        settings: rank 0's, what decides the training (`resume_check.py`); `save` was given the same in its state.
         may_change: go on where they differ from the checkpoint's.
 
     Raises:

@@ -60,7 +60,7 @@ def weights(hf: HFConfig) -> dict[str, Op]:
 
 
 def qkv(sizes: dict[str, Any], names: tuple[str, ...], *, bias: bool) -> dict[str, Op]:
-    """The QKV projection, `names` being those of its Hugging Face modules (see `ops.QKV`)."""
+    """The QKV projection, `names` being those of its Hugging Face modules (see `weight_map.QKV`)."""
     return {
         LAYER + f"self_attention.linear_qkv.{kind}": QKV(
             names=tuple(f"{name}.{kind}" for name in names),

@@ -1,4 +1,4 @@
-"""Launching one vLLM server: its command line, environment, GPUs and port, and the end of its process group."""
+"""Launching one vLLM server: its command line, environment and GPUs, a port held for it, the end of its group."""
 
 from __future__ import annotations
 

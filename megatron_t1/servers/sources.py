@@ -1,6 +1,6 @@
 """Where a run's servers come from: processes started here, URLs given by the user, or announcements of other hosts.
 
-Each source opens the list that `Servers` works on and brings a lost server back, or a fresh look at it.
+Each source opens the list that `Servers` works on (ports are chosen here), and brings a lost server back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Hugging Face folders into and out of the ranks' weights.
 
 Reading opens only the slices that this rank needs. Writing gathers one tensor after the other on rank 0 and swaps the
-finished folder in at the end, so a killed export leaves no folder that looks whole.
+finished folder in at the end, so a killed export leaves no folder that looks whole. Padded vocabulary rows never come
+here: `models.weight_map.Vocab` cuts them off.
 """
 
 from __future__ import annotations

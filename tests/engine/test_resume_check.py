@@ -10,7 +10,7 @@ import pytest
 
 from megatron_t1.algo.config import LossConfig
 from megatron_t1.engine.config import ModelConfig
-from megatron_t1.engine.settings import changes, check_changes, data_identity, model_identity, named
+from megatron_t1.engine.resume_check import changes, check_changes, data_identity, model_identity, named
 from megatron_t1.rollout.config import SamplingConfig
 from tests.tiny import make_tiny_qwen2
 
