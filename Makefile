@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN ?= runs/quickstart
 SEED ?= 0
 # Tests run in two processes: half of what they do is to wait for a server or for the slower of two ranks.
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-fast lint install lock clean slurm-tools
 

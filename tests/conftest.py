@@ -37,23 +37,15 @@ STARTED = {"megatron_t1", "megatron_t1.servers.die_with_parent", "torch.distribu
 """Words of the command lines that start ranks and servers: no test does it but through those fixtures."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist asks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks them; keeps a file (of models/: the folder) to one worker of xdist, files that start most at the front."""
-    num_marks: Counter[str] = Counter()
+    """Marks them, and puts the files that start most at the front."""
+    num_marks: Counter[Path] = Counter()
     for item in items:
         marks = {mark for fixture in getattr(item, "fixturenames", ()) for mark in TIERS.get(fixture, ())}
         for mark in marks:
             item.add_marker(mark)
-        group = _group(item)
-        item.add_marker(pytest.mark.xdist_group(group))
-        num_marks[group] = max(num_marks[group], len(marks))
-    items.sort(key=lambda item: -num_marks[_group(item)])
-
-
-def _group(item: pytest.Item) -> str:
-    file = item.nodeid.partition("::")[0]
-    return "tests/models" if file.startswith("tests/models/") else file
+        num_marks[item.path] = max(num_marks[item.path], len(marks))
+    items.sort(key=lambda item: -num_marks[item.path])
 
 
 _running: pytest.Item | None = None
