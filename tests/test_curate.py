@@ -102,7 +102,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
 def test_config_errors_name_the_field(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"inputs = .*nothing\.jsonl"):
         CurateConfig(inputs=(str(tmp_path / "nothing.jsonl"),))
-    with pytest.raises(ValueError, match=r"curate\.max_pass_rate"):
+    with pytest.raises(ValueError, match="max_pass_rate = 30 must lie in"):
         CurateConfig(max_pass_rate=30)
 
 

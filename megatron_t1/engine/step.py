@@ -252,7 +252,7 @@ class Engine(ForwardEngine):
                 metrics[name] = metrics.get(name, 0.0) + value / num_targets
             for name, value in maxima.items():
                 metrics[f"{name}_max"] = max(metrics.get(f"{name}_max", -math.inf), value)
-        metrics["num_tokens"] = float(num_targets)
+        metrics["num_tokens"] *= num_targets  # a count, not a mean
         return metrics
 
 
