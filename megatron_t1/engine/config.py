@@ -48,7 +48,7 @@ class ModelConfig:
     transformer: dict[str, Any] = field(default_factory=dict)
     """Fields of Megatron's TransformerConfig for speed and memory (TRANSFORMER_FIELDS): {fp8: hybrid}, whose
     fp8_recipe is tensorwise: a scale a tensor, from the tensor itself. What a sequence's numbers are then depends a
-    little on what is packed with it; not so with {fp8: e4m3, fp8_recipe: blockwise}, for 2% more time a step."""
+    little on what is packed with it; not so with {fp8: e4m3, fp8_recipe: blockwise}, for 5% more time a step."""
 
     def __post_init__(self) -> None:
         if refused := sorted(set(self.transformer) - set(TRANSFORMER_FIELDS)):

@@ -10,9 +10,8 @@ servers through the `Fanout` that rank 0 holds, and says when it reads the train
 | nccl      | vLLM's NCCL broadcast from rank 0's GPU         | none but vLLM's own  | until all answered      |
 
 shm and tcp serve CUDA servers too, through host memory. `nccl` stands on vLLM's own trainer engine and has not been
-run: there was no GPU where it was written; its messages are checked against vLLM's classes. Left out: CUDA IPC, which
-needs trainer and server on the same GPU (we place them on different ones) and travels over HTTP as a pickle; and NCCL
-M2N, whose placements can't express pipeline or expert parallelism, and whose worker takes the ranks after the trainer's
+run: it takes two GPUs; its messages are checked against vLLM's classes. Left out: CUDA IPC, which needs trainer and
+server on the same GPU and travels over HTTP as a pickle; and NCCL M2N, whose placements can't express pipeline or expert parallelism, and whose worker takes the ranks after the trainer's
 for one server's, so that it can't serve several.
 """
 
