@@ -11,8 +11,9 @@ servers through the `Fanout` that rank 0 holds, and says when it reads the train
 
 shm and tcp serve CUDA servers too, through host memory. `nccl` stands on vLLM's own trainer engine and has not been
 run: it takes two GPUs; its messages are checked against vLLM's classes. Left out: CUDA IPC, which needs trainer and
-server on the same GPU and travels over HTTP as a pickle; and NCCL M2N, whose placements can't express pipeline or expert parallelism, and whose worker takes the ranks after the trainer's
-for one server's, so that it can't serve several.
+server on the same GPU and travels over HTTP as a pickle; and NCCL M2N, whose placements can't express pipeline or
+expert parallelism, and whose worker takes the ranks after the trainer's for one server's, so that it can't serve
+several.
 """
 
 from __future__ import annotations
