@@ -6,15 +6,18 @@ line answers at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 from megatron_t1.algo.config import LossConfig
 from megatron_t1.data.config import INSTRUCTION, DataConfig
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, Dtype, ModelConfig, OptimConfig, ParallelConfig
 from megatron_t1.evaluation.config import EvaluateConfig, ScalingConfig
 from megatron_t1.fields import FieldError, at_least, within
+from megatron_t1.files import write_text
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
@@ -141,6 +144,23 @@ class Config:
                 self.sampling.temperature,
                 "must be above 0, RL samples; evaluation has its own (evaluate.sampling.temperature)",
             )
+
+
+def dump(config: Any) -> str:
+    """A job's config as YAML that `--config` reads again."""
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True, width=110)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def keep(cfg: Config) -> None:
+    """Write run_dir/config.yaml, once nothing refuses the run any more: it is what the results there were made with."""
+    # Whoever reads this file later says `--resume` again.
+    write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False, resume_with_changes=False)))
 
 
 @dataclass(frozen=True, kw_only=True)

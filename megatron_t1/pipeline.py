@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_t1 import curate, rl, sft
 from megatron_t1.check.context import context_needs, too_long
-from megatron_t1.config import Config
+from megatron_t1.config import Config, keep
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.parallel import initialize, is_main
@@ -84,6 +84,7 @@ def run_rl(cfg: Config) -> None:
         trainer = rl.Trainer(cfg, platform, prompts, rank0)
         stack.callback(trainer.close)
         if rank0:
+            keep(cfg)
             rank0.ready(prompts[0])
         trainer.push()
         _say(f"trained model: {trainer.train()}")
@@ -209,6 +210,7 @@ def run_all(cfg: Config) -> None:
             trainer = rl.Trainer(tuned, platform, train, rank0)
             stack.callback(trainer.close)
             if rank0:
+                keep(cfg)
                 rank0.ready(train[0])
             trainer.push()
 

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.algo.loss import sft_token_loss
-from megatron_t1.config import Config
+from megatron_t1.config import Config, keep
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
@@ -73,6 +73,8 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
         settings=settings,
         may_change=cfg.resume_with_changes,
     )
+    if is_main():
+        keep(cfg)
     log = MetricsLog(Path(cfg.run_dir), "sft", first_step=done) if is_main() else None
     watch = Stopwatch()
     losses: list[float] = []  # of the steps since the last checkpoint

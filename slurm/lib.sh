@@ -187,6 +187,8 @@ run_trainer() { # COMMAND RANKS_PER_NODE NODES...
     [ -n "$ASKED_TO_STOP" ] && requeue
     MASTER_PORT=$(free_port)
     export MASTER_PORT
+    T1_TURN=$(date +%s%N) # of this job, the ones before have ended: run_dir is not in use by them
+    export T1_TURN
     step "$LOGS/trainer.log" $# "$ranks" "$nodelist" \
       "${cuda[@]}" bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}" &
     TRAINER=$!

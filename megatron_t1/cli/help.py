@@ -15,7 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import docstring_parser
 import yaml
 
-from megatron_t1.cli.options import class_of_each, default_of, plain
+from megatron_t1.cli.options import class_of_each, default_of
+from megatron_t1.config import plain
 
 
 def help_of(command: str, summary: str, cls: Any, sections: Collection[str] = ()) -> str:

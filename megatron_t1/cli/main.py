@@ -111,7 +111,9 @@ def _read(command: str, arguments: list[str], cls: type[T]) -> T:
         raise SystemExit(0)
     config = options.read(cls, [word for word in arguments if word != "--print_config"])
     if "--print_config" in arguments:
-        print(options.dump(config), end="")
+        from megatron_t1.config import dump
+
+        print(dump(config), end="")
         raise SystemExit(0)
     return config
 
@@ -124,24 +126,21 @@ def _on_ranks(parallel: Any, command: str, arguments: list[str]) -> int:
 
 
 def _trainer_job(command: str) -> Callable[[list[str]], int]:
-    """A job on all trainer ranks: starts them when nobody has, keeps the config it was told, runs."""
+    """A job on all trainer ranks: starts them when nobody has, keeps others out of run_dir, runs."""
 
     def job(arguments: list[str]) -> int:
-        from megatron_t1.cli.options import dump
         from megatron_t1.config import Config
-        from megatron_t1.files import write_text
+        from megatron_t1.lock import locked
 
         cfg = _read(command, arguments, Config)
         cfg.model.folder()  # refused before processes start
         if "RANK" not in os.environ:
             return _on_ranks(cfg.parallel, command, arguments)
-        if os.environ["RANK"] == "0":
-            # Whoever reads this file later says `--resume` again.
-            write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False, resume_with_changes=False)))
-        from megatron_t1 import pipeline
+        with locked(Path(cfg.run_dir)) if os.environ["RANK"] == "0" else contextlib.nullcontext():
+            from megatron_t1 import pipeline
 
-        STOP.install()
-        {"run": pipeline.run_all, "sft": pipeline.run_sft, "rl": pipeline.run_rl}[command](cfg)
+            STOP.install()
+            {"run": pipeline.run_all, "sft": pipeline.run_sft, "rl": pipeline.run_rl}[command](cfg)
         return 0
 
     return job
@@ -153,9 +152,12 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
 
         cfg = _read(command, arguments, Config)
         from megatron_t1 import pipeline
+        from megatron_t1.lock import locked
 
         _stop_on_signals()
-        {"evaluate": pipeline.run_evaluate, "scaling": pipeline.run_scaling}[command](cfg, cfg.label or command)
+        label = cfg.label or command
+        with locked(Path(cfg.run_dir) / command / label):
+            {"evaluate": pipeline.run_evaluate, "scaling": pipeline.run_scaling}[command](cfg, label)
         return 0
 
     return job
@@ -178,8 +180,10 @@ def _curate(arguments: list[str]) -> int:
 
     cfg = _read("curate", arguments, Config)
     from megatron_t1 import pipeline
+    from megatron_t1.lock import locked
 
-    pipeline.run_curate(cfg)
+    with locked(Path(cfg.run_dir) / "curate"):
+        pipeline.run_curate(cfg)
     return 0
 
 

@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -43,17 +43,6 @@ def parse(cls: type[T], arguments: Sequence[str]) -> tuple[T | None, list[str]]:
     """The config with every faulty field at its default (None when one is needed), and a line for each fault."""
     problems: list[str] = []
     return _build(cls, _collect(cls, arguments, problems), problems), problems
-
-
-def dump(config: Any) -> str:
-    """The config as YAML that `--config` reads again."""
-    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True, width=110)
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
 class _Word(str):

@@ -15,8 +15,8 @@ from megatron_t1.check.check import Findings, check
 from megatron_t1.check.dry_run import dry_run
 from megatron_t1.check.machines import Machines, layout_of
 from megatron_t1.cli.main import main
-from megatron_t1.cli.options import dump, parse, read
-from megatron_t1.config import Config
+from megatron_t1.cli.options import parse, read
+from megatron_t1.config import Config, dump
 from megatron_t1.models import spec_of
 from tests.forks import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
