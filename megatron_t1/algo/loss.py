@@ -9,7 +9,7 @@ change the gradient.
 
 KL to the anchor, with x = logp - anchor_logprob of the sampled token and `sg` a constant for the gradient:
 
-    centered  sg(c) logp              T1. c = the sample's sum of x minus the batch's mean of that sum;
+    centered  sg(c) logp              T1. c = the sample's sum of x less the mean of the prompt's others (`algo.kl`);
                                       expected gradient that of KL(policy||anchor)
     k1        x                       unbiased value; expected on-policy gradient zero: for ablations only
     k2        x^2 / 2                 biased value; expected gradient exactly that of KL(policy||anchor)

@@ -16,7 +16,8 @@ size, and u = t under sequence parallelism, else 1.
     head         4 s_c V / t + 12 s h      the logits of one chunk of s_c tokens, hidden states and their gradients
     update       the largest tensor in float32, while the optimizer changes it, if that is more than the two above
 
-Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P, the anchor 2 P.
+Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P. The anchor's stage
+is a forward of the anchor, 2 P, and with loss.kl_estimator = centered one of the policy, 2 P more.
 
     train        flops / (GPUs x peak x _TRAIN_SHARE)
     generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
@@ -221,6 +222,7 @@ def step_seconds(
     max_tokens: int,
     max_num_seqs: int,
     utilization: float,
+    anchor_forwards: int,
 ) -> dict[str, float]:
     """Seconds of an RL step by stage, for `num_samples` samples of `mean_tokens` tokens, the longest `max_tokens`."""
     b = _BYTES[server_dtype]
@@ -241,7 +243,7 @@ def step_seconds(
     push = _BYTES[layout.dtype] * sizes.total / (gpu.network_bytes_per_s * _NET_SHARE)
     return {
         "generate": generate,
-        "anchor": flops / rate * bubble,
+        "anchor": anchor_forwards * flops / rate * bubble,
         "train": flops * (4 if layout.recompute else 3) / rate * bubble,
         "push": push,
     }

@@ -104,4 +104,5 @@ def seconds_of(
         max_tokens=cfg.sampling.max_new_tokens,
         max_num_seqs=cfg.rollout.max_num_seqs,
         utilization=cfg.rollout.gpu_memory_utilization,
+        anchor_forwards=2 if cfg.loss.kl_estimator == "centered" else 1,
     )

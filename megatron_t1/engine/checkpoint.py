@@ -209,6 +209,7 @@ def damage(path: Path) -> str | None:
     return "; ".join(problems[name] for name in sorted(problems)) or None
 
 
+@torch.no_grad()
 def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     """Collective. Fill engine and anchor from a checkpoint of any layout; returns its `state.json`.
 
