@@ -21,7 +21,7 @@ class LossConfig:
     entropy_coef: float = 1e-3
     """alpha, the weight of the token entropy bonus; our choice, no published value is known to us."""
     kl_coef: float = 2e-4
-    """beta, the weight of the KL to the anchor."""
+    """beta, the weight of the KL to the anchor; at 0 there is no anchor."""
     kl_estimator: KlEstimator = "centered"
     """How KL is estimated: centered (T1), k1, k2, k3, k3_score, or full (over the whole vocabulary)."""
     kl_baseline: KlBaseline = "prompt"

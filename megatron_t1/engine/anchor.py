@@ -1,7 +1,8 @@
 """The regularizer's anchor: an exponential moving average of the policy, sharded like it.
 
 anchor <- decay x anchor + (1 - decay) x policy after every step. The average is held in float32 (in bfloat16 a step's
-small difference would be lost to rounding); a copy in the model's precision computes the forward pass.
+small difference would be lost to rounding); a copy in the model's precision computes the forward pass. At decay 1
+nothing moves, and the copy is all there is.
 
 `fill` writes its logprobs and T1's centred KL (`algo.kl`) onto the microbatches, before the first backward. The KL is
 the policy's, so the policy is asked too, in the same way: the servers' logprobs are of another distribution where top_p
@@ -35,7 +36,8 @@ class Anchor:
         # way, whose rounding would part the anchor from a policy that it equals.
         self.weights = [param for chunk in self.chunks for param in chunk.parameters()]
         self._policy = [param for chunk in engine.chunks for param in chunk.parameters()]
-        self.average = [w if w.dtype == torch.float32 else w.float() for w in self.weights]
+        moves = cfg.decay < 1
+        self.average = [w.float() if moves and w.dtype != torch.float32 else w for w in self.weights]
         self.reset()
 
     @torch.no_grad()
@@ -46,8 +48,9 @@ class Anchor:
 
     @torch.no_grad()
     def update(self) -> None:
-        for average, policy in zip(self.average, self._policy, strict=True):
-            average.lerp_(policy.float(), 1.0 - self._decay)
+        if self._decay < 1:
+            for average, policy in zip(self.average, self._policy, strict=True):
+                average.lerp_(policy.float(), 1.0 - self._decay)
         self.publish()
 
     @torch.no_grad()

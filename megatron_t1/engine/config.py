@@ -207,7 +207,8 @@ class AnchorConfig:
     """The EMA anchor."""
 
     decay: float = 0.99
-    """Share of the old anchor that a step keeps; 1 keeps the starting policy, 0 follows the policy at once."""
+    """Share of the old anchor that a step keeps; 1 keeps the starting policy, 0 follows the policy at once. There is no
+    anchor at loss.kl_coef = 0."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "decay")
