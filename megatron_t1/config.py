@@ -82,8 +82,8 @@ class CurateConfig:
     """Share of an evaluation question's trigrams of words in a question from which on the two overlap."""
     min_duplicate_similarity: float = 0.8
     """Jaccard similarity of trigrams from which on two questions with the same answer are one."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=16))
-    """How pass rates are measured: as RL will sample. T1 takes 16 samples."""
+    num_samples: int = 16
+    """Samples a question for its pass rate, drawn as RL will draw them: by `sampling`."""
     max_pass_rate: float = 0.3
     """Questions solved more often are dropped."""
     drop_never_solved: bool = False
@@ -93,6 +93,7 @@ class CurateConfig:
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "min_evaluation_share", "min_duplicate_similarity", "max_pass_rate")
+        at_least(self, 1, "num_samples")
         for name in ("inputs", "evaluation"):
             if missing := [path for path in getattr(self, name) if not Path(path).is_file()]:
                 raise FieldError(name, missing, "must be files that are there")

@@ -4,9 +4,9 @@ none of an evaluation set, and of those the ones that the model does not solve a
     raw files -> clean -> candidates.jsonl -> sample 16 each -> sampled.jsonl -> select -> curate.output
 
 `clean` needs no model: it drops what is listed in `REASONS`, one line a dropped question in dropped.jsonl. `sample`
-asks the servers, several questions at a time; a question is written down when its last sample is graded, and is never
-asked again. Its seed is a function of (seed, question), so an interrupted run, resumed, ends in the same file as one
-that was not. Everything lies in run_dir/curate.
+asks the servers as RL will, several questions at a time; a question is written down when its last sample is graded, and
+is never asked again. Its seed is a function of (seed, question), so an interrupted run, resumed, ends in the same file
+as one that was not. Everything lies in run_dir/curate.
 
 Left out: solutions (RL does not need them) and judging by a model what rules cannot judge.
 """
@@ -34,6 +34,7 @@ from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Sample
 from megatron_t1.weights.folder_digest import weights_digest
 
@@ -193,7 +194,7 @@ def prepare(cfg: CurateConfig, reward: RewardConfig, folder: Path, *, resume: bo
     return json.loads(counts_path.read_text())
 
 
-_MAY_CHANGE = ("output", "max_pass_rate", "drop_never_solved", "clean_only", "sampling", "inputs", "evaluation")
+_MAY_CHANGE = ("output", "max_pass_rate", "drop_never_solved", "clean_only", "num_samples", "inputs", "evaluation")
 
 
 def _digest(path: Path) -> str:
@@ -201,35 +202,39 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sample(cfg: CurateConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
+def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
     """Measure the pass rate of every prompt that sampled.jsonl does not have yet; None for those that are too long.
+    Beside it stands the share of its samples that were cut at `max_new_tokens`: they have no answer.
 
     Raises:
         ValueError: sampled.jsonl is of another model, sampling or seed.
     """
     path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
-    settings = {"weights": weights, "sampling": asdict(cfg.sampling), "seed": seed}
+    settings = {"weights": weights, "sampling": asdict(sampling), "seed": seed}
     check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
     rows = read_jsonl(path)
     write_jsonl(path, rows)  # without a last line that was cut
     done = {row["id"] for row in rows}
     left = [prompt for prompt in prompts if prompt.id not in done]
     max_tokens = min(server.max_model_len for server in rank0.servers.usable())
-    fitting = [p for p in left if len(p.token_ids) + cfg.sampling.max_new_tokens <= max_tokens]
+    fitting = [p for p in left if len(p.token_ids) + sampling.max_new_tokens <= max_tokens]
     fits = {prompt.id for prompt in fitting}
     append_jsonl(path, ({"id": p.id, "pass_rate": None} for p in left if p.id not in fits))
     bar = tqdm(total=len(prompts), initial=len(prompts) - len(fitting), desc="sample", unit="question")
-    correct: dict[int, list[bool]] = {}
+    graded: dict[int, list[Sample]] = {}
 
     def note(i: int, _: int, samples: list[Sample]) -> None:
-        graded = correct.setdefault(i, [])
-        graded += [sample.reward is not None and sample.reward.correct for sample in samples]
-        if len(graded) == cfg.sampling.num_samples:
-            append_jsonl(path, [{"id": fitting[i].id, "pass_rate": sum(correct.pop(i)) / len(graded)}])
+        graded.setdefault(i, []).extend(samples)
+        if len(graded[i]) == sampling.num_samples:
+            every = graded.pop(i)
+            correct = sum(sample.reward is not None and sample.reward.correct for sample in every)
+            cut = sum(sample.finish_reason == "length" for sample in every)
+            row = {"id": fitting[i].id, "pass_rate": correct / len(every), "share_cut": cut / len(every)}
+            append_jsonl(path, [row])
             bar.update()
 
-    counts, seeds = [cfg.sampling.num_samples] * len(fitting), [sample_seed(seed, prompt.id) for prompt in fitting]
-    rank0.client.generate_each(fitting, counts, seeds, cfg.sampling, rank0.scorer.score, note)
+    counts, seeds = [sampling.num_samples] * len(fitting), [sample_seed(seed, prompt.id) for prompt in fitting]
+    rank0.client.generate_each(fitting, counts, seeds, sampling, rank0.scorer.score, note)
     bar.close()
 
 
@@ -238,8 +243,12 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
     candidates = read_jsonl(folder / "candidates.jsonl")
     kept = candidates
     fates = Counter(counts)
+    share_cut = None
     if not cfg.clean_only:
-        rates = {row["id"]: row["pass_rate"] for row in read_jsonl(folder / "sampled.jsonl")}
+        sampled = read_jsonl(folder / "sampled.jsonl")
+        rates = {row["id"]: row["pass_rate"] for row in sampled}
+        cuts = [row["share_cut"] for row in sampled if row["pass_rate"] is not None]
+        share_cut = sum(cuts) / max(1, len(cuts))
         kept = []
         for row in candidates:
             rate = rates[row["id"]]
@@ -254,7 +263,10 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
     path = Path(cfg.output or folder / "prompts.jsonl")
     write_jsonl(path, kept)
     fates["kept"] = len(kept)
-    write_json(folder / "summary.json", fates)
+    write_json(folder / "summary.json", {**fates, "share_cut": share_cut})
     lines = [f"{'read':<16} {fates['read']:>9,}"]
     lines += [f"- {name:<14} {fates[name]:>9,}  {why}" for name, why in REASONS.items() if fates[name]]
-    return path, "\n".join([*lines, f"{'kept':<16} {fates['kept']:>9,}  {path}"])
+    lines.append(f"{'kept':<16} {fates['kept']:>9,}  {path}")
+    if share_cut is not None:
+        lines.append(f"{share_cut:.1%} of the samples were cut at sampling.max_new_tokens and count as not solved")
+    return path, "\n".join(lines)

@@ -172,7 +172,7 @@ def run_curate(cfg: Config) -> None:
         prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
         with open_rank0(cfg, template) as rank0:
             _serve_folder(cfg, rank0)
-            curate.sample(cfg.curate, rank0, prompts, folder, cfg.seed)
+            curate.sample(replace(cfg.sampling, num_samples=cfg.curate.num_samples), rank0, prompts, folder, cfg.seed)
     print(curate.select(cfg.curate, folder, counts)[1])
 
 

@@ -134,14 +134,18 @@ def test_pass_rates_are_those_of_the_samples(real: Rank0, template: Template, tm
     rows = _read(tmp_path / "candidates.jsonl")
     _write(tmp_path / "candidates.jsonl", [{**row, "answer": gold} for row, gold in zip(rows, golds, strict=True)])
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
-    cfg = CurateConfig(sampling=SAMPLING, max_pass_rate=0.25)
-    curate.sample(cfg, real, prompts, tmp_path, seed=5)
+    cfg = CurateConfig(max_pass_rate=0.25)
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=5)
     rates = {row["id"]: row["pass_rate"] for row in _read(tmp_path / "sampled.jsonl")}
     expected = {
         prompt.id: sum(verify(gold, s.text).outcome == "correct" for s in samples) / 4
         for prompt, samples, gold in zip(prompts, said, golds, strict=True)
     }
     assert rates == expected
+    cut = [[s.finish_reason == "length" for s in samples] for samples in said]
+    assert {row["id"]: row["share_cut"] for row in _read(tmp_path / "sampled.jsonl")} == {
+        prompt.id: sum(each) / 4 for prompt, each in zip(prompts, cut, strict=True)
+    }
     assert max(rates.values()) > 0
     path, table = curate.select(cfg, tmp_path, {"read": 12})
     kept = {row["id"]: row["pass_rate"] for row in _read(path)}
@@ -150,6 +154,7 @@ def test_pass_rates_are_those_of_the_samples(real: Rank0, template: Template, tm
     learnable, _ = curate.select(replace(cfg, drop_never_solved=True), tmp_path, {"read": 12})
     assert all(0 < row["pass_rate"] <= 0.25 for row in _read(learnable))
     assert "kept" in table
+    assert f"{sum(map(sum, cut)) / 48:.1%} of the samples were cut" in table
 
 
 def test_what_is_done_is_not_asked_again(
@@ -157,19 +162,18 @@ def test_what_is_done_is_not_asked_again(
 ) -> None:
     _candidates(tmp_path, 5)
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
-    cfg = CurateConfig(sampling=SAMPLING)
-    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
     whole = sorted(_read(tmp_path / "sampled.jsonl"), key=lambda row: row["id"])
     lines = (tmp_path / "sampled.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "sampled.jsonl").write_text("".join(lines[:2]) + lines[2][:9])  # killed while writing the third
     asked = []
     ask = real.client.generate_each
     monkeypatch.setattr(real.client, "generate_each", lambda p, *a: (asked.extend(p), ask(p, *a))[1])
-    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
     assert {p.id for p in asked} == {p.id for p in prompts} - {json.loads(line)["id"] for line in lines[:2]}
     assert sorted(_read(tmp_path / "sampled.jsonl"), key=lambda row: row["id"]) == whole
     with pytest.raises(ValueError, match="another run_dir"):
-        curate.sample(cfg, real, prompts, tmp_path, seed=2)
+        curate.sample(SAMPLING, real, prompts, tmp_path, seed=2)
 
 
 def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, tmp_path: Path) -> None:
@@ -177,8 +181,8 @@ def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, 
     rows = _read(tmp_path / "candidates.jsonl")
     _write(tmp_path / "candidates.jsonl", [*rows, {**rows[0], "id": "long", "prompt": "x" * 600}])
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
-    cfg = CurateConfig(sampling=SAMPLING, max_pass_rate=1.0)
-    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    cfg = CurateConfig(max_pass_rate=1.0)
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
     path, table = curate.select(cfg, tmp_path, {"read": 2})
     assert [row["id"] for row in _read(path)] == ["q0"]
     assert "- too_long " in table
@@ -193,7 +197,7 @@ def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
     arguments = [
         "curate", "--run_dir", tmp_path / "run", "--model.hf_path", tiny_dir,
         "--rollout.urls", json.dumps([server.all[0].url]), "--rollout.key_file", server.run_dir / "server_key",
-        "--curate.inputs", json.dumps([raw]), "--curate.sampling.max_new_tokens", 16,
+        "--curate.inputs", json.dumps([raw]), "--sampling.max_new_tokens", 16,
         "--rollout.max_num_seqs", 32, "--rollout.device", "cpu",
         "--curate.output", tmp_path / "prompts.jsonl", "--reward.num_workers", 1, "--model.dtype", "float32",
     ]  # fmt: skip
@@ -217,11 +221,10 @@ def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
     # The same without an interruption. The command left its model's weights, under its own version, in the server.
     pushed = int(server.all[0].call("GET", "/weight_info", timeout_s=60)["weight_version"])
     server.all[0].version = server.required_version = pushed
-    cfg = CurateConfig(sampling=SamplingConfig(num_samples=16, max_new_tokens=16))
     prompts = load_prompts(folder / "candidates.jsonl", template, DataConfig())
-    curate.sample(cfg, real, prompts, tmp_path / "whole", seed=0)
+    curate.sample(SamplingConfig(num_samples=16, max_new_tokens=16), real, prompts, tmp_path / "whole", seed=0)
     whole = {row["id"]: row for row in _read(tmp_path / "whole/sampled.jsonl")}
     assert whole == {row["id"]: row for row in map(json.loads, rows)}
     (tmp_path / "whole/candidates.jsonl").write_text((folder / "candidates.jsonl").read_text())
-    path, _ = curate.select(cfg, tmp_path / "whole", {"read": 40})
+    path, _ = curate.select(CurateConfig(), tmp_path / "whole", {"read": 40})
     assert path.read_text() == (tmp_path / "prompts.jsonl").read_text()
