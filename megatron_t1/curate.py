@@ -26,16 +26,19 @@ from tqdm import tqdm
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
 from megatron_t1.data.prompts import is_missing, parse_rows
+from megatron_t1.data.sets import file_of, load_texts
 from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
+from megatron_t1.reward.answers.verify import verify_cheaply
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Sample
+from megatron_t1.warn import warn
 from megatron_t1.weights.folder_digest import weights_digest
 
 REASONS = {
@@ -50,6 +53,7 @@ REASONS = {
     "near_evaluation": "a question of an evaluation set is in it, nearly word for word",
     "duplicate": "the same question came before",
     "near_duplicate": "nearly the same question with the same answer came before",
+    "contradicted": "the same question is there with another answer: one of the two is wrong",
     "too_long": "prompt and response do not fit into the model's context",
     "too_easy": "solved more often than curate.max_pass_rate",
     "never_solved": "solved in no sample (curate.drop_never_solved)",
@@ -75,18 +79,23 @@ class _Question:
     gold: str
 
 
-def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]:
+def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path | None) -> Counter[str]:
     """Write candidates.jsonl and dropped.jsonl; returns how many were read, dropped for each reason, and left.
 
     Raises:
-        ValueError: a line is not a JSON object, or a file has no field of the given name at all.
+        ValueError: a line is not a JSON object, or one of an evaluation set has no question.
     """
     if not cfg.inputs:
         raise ValueError("curate.inputs is empty: give it JSON lines files of questions and answers")
     evaluation = EvaluationQuestions(cfg.min_evaluation_share)
-    for path in map(Path, cfg.evaluation):
-        for number, row in _rows(path):
-            evaluation.add(f"{path.name}:{number}", _question_of(cfg, row))
+    if not cfg.evaluation:
+        warn(
+            "curate.evaluation is empty: nothing keeps the questions that the model will be measured on out of its "
+            "training; name their sets or files"
+        )
+    for name in cfg.evaluation:
+        for row_name, text in load_texts(name, sets_dir=sets_dir, field=cfg.question_field):
+            evaluation.add(row_name, text)
     seen = TrainingQuestions(cfg.min_duplicate_similarity)
     questions: list[_Question] = []
     dropped: list[dict[str, Any]] = []
@@ -107,7 +116,8 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]
                 drop(name, reason, text, gold[:_SHOWN] or None)
             else:
                 questions.append(_Question(name=name, source=str(row.get("source") or path.name), text=text, gold=gold))
-    candidates = []
+    candidates: dict[str, _Question] = {}
+    contradicted: dict[str, tuple[str, str]] = {}
     with Scorer(reward) as scorer:
         problems = scorer.check_golds(question.gold for question in questions)
         for question, problem in zip(questions, tqdm(problems, "check", len(questions), unit="question"), strict=True):
@@ -116,15 +126,22 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]
             elif overlap := evaluation.find(question.text):
                 drop(question.name, "in_evaluation" if overlap[1] == 1 else "near_evaluation", question.text, overlap)
             elif twin := seen.find_or_add(question.name, question.text, _answer_key(question.gold)):
-                drop(question.name, "duplicate" if twin[1] == 1 else "near_duplicate", question.text, twin)
+                if twin[1] == 1 and _contradict(question.gold, candidates[twin[0]].gold):
+                    contradicted[question.name] = twin[0], candidates[twin[0]].gold
+                    contradicted[twin[0]] = question.name, question.gold
+                    drop(question.name, "contradicted", question.text, contradicted[question.name])
+                else:
+                    drop(question.name, "duplicate" if twin[1] == 1 else "near_duplicate", question.text, twin)
             else:
-                candidates.append(question)
+                candidates[question.name] = question
+    for name in [name for name in candidates if name in contradicted]:
+        drop(name, "contradicted", candidates.pop(name).text, contradicted[name])
     write_jsonl(folder / "dropped.jsonl", dropped)
     write_jsonl(
         folder / "candidates.jsonl",
         (
             {"id": q.name, "prompt": q.text + cfg.prompt_suffix, "answer": q.gold, "source": q.source}
-            for q in candidates
+            for q in candidates.values()
         ),
     )
     return counts + Counter(row["reason"] for row in dropped)
@@ -133,6 +150,12 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]
 def _answer_key(gold: str) -> str:
     number = exact_number(normalize(gold))
     return str(number.value) if number else compact(normalize(gold))
+
+
+def _contradict(gold: str, other: str) -> bool:
+    """Two answers of one question are plainly not the same; False when only a computer algebra could tell."""
+    verdict, _ = verify_cheaply(gold, other, "answer")
+    return verdict is not None and verdict.outcome != "correct"
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -174,21 +197,24 @@ def _unusable(cfg: CurateConfig, text: str, gold: str) -> str | None:
     return next((reason for reason, hit in tests.items() if hit), None)
 
 
-def prepare(cfg: CurateConfig, reward: RewardConfig, folder: Path, *, resume: bool) -> dict[str, int]:
+def prepare(
+    cfg: CurateConfig, reward: RewardConfig, folder: Path, *, sets_dir: Path | None = None, resume: bool
+) -> dict[str, int]:
     """`clean`, or with `resume` what it left in `folder`; the counts.
 
     Raises:
         ValueError: see `clean`; or the folder holds a curation that was not asked to go on, or of something else.
     """
     counts_path = folder / "cleaned.json"
+    files = {name: Path(name) for name in cfg.inputs} | {name: file_of(name, sets_dir) for name in cfg.evaluation}
     settings = {
-        "files": {path: _digest(Path(path)) for path in (*cfg.inputs, *cfg.evaluation)},
+        "files": {name: _digest(path) for name, path in files.items()},
         **{f"curate.{name}": value for name, value in asdict(cfg).items() if name not in _MAY_CHANGE},
     }
     if counts_path.exists():
         check_settings(folder / "settings.json", settings, resume=resume, elsewhere="another run_dir")
     else:
-        counts = clean(cfg, reward, folder)
+        counts = clean(cfg, reward, folder, sets_dir)
         write_json(folder / "settings.json", settings)
         write_json(counts_path, counts)
     return json.loads(counts_path.read_text())
