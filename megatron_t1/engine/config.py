@@ -178,9 +178,9 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How the learning rate goes on after the warm-up."""
     min_lr_ratio: float = 0.0
-    """The schedule ends at this share of `lr`."""
+    """The schedule ends at this share of `lr`, in the step after the last."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; the last of them has `lr`."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
