@@ -60,7 +60,7 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
         ]
         microbatches = engine.pack(sequences)
         assert len(microbatches) == MICROBATCHES
-        anchor.fill(microbatches, len(sequences))
+        anchor.fill(microbatches, sequences, LossConfig())
         engine.step(microbatches, MICROBATCHES * TOKENS, lambda *a: t1_token_loss(*a, cfg=LossConfig()))
         anchor.update()
 

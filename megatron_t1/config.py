@@ -68,11 +68,12 @@ class CurateConfig:
     output: str = ""
     """File of prompts to write, for data.train; empty: run_dir/curate/prompts.jsonl."""
     evaluation: tuple[str, ...] = ()
-    """Files of questions that may not come back in the output, JSON lines."""
+    """Questions that may not come back in the output: sets by name or question files, as in evaluate.sets (whose local
+    copies are looked for in evaluate.sets_dir). Name all that a model will be measured on."""
     id_field: str = "id"
     """Field of a question's name; where it is missing, file and line are its name."""
     question_field: str = "problem"
-    """Field of the question in `inputs` and `evaluation`; `prompt` and `question` are tried next."""
+    """Field of the question in `inputs` and `evaluation`; the usual names are tried next."""
     answer_field: str = "answer"
     """Field of the answer; where it is missing or empty, the last box of the solution is the answer."""
     solution_field: str = "solution"
@@ -85,8 +86,8 @@ class CurateConfig:
     """Share of an evaluation question's trigrams of words in a question from which on the two overlap."""
     min_duplicate_similarity: float = 0.8
     """Jaccard similarity of trigrams from which on two questions with the same answer are one."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_samples=16))
-    """How pass rates are measured: as RL will sample. T1 takes 16 samples."""
+    num_samples: int = 16
+    """Samples a question for its pass rate, drawn as RL will draw them: by `sampling`."""
     max_pass_rate: float = 0.3
     """Questions solved more often are dropped."""
     drop_never_solved: bool = False
@@ -96,8 +97,10 @@ class CurateConfig:
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "min_evaluation_share", "min_duplicate_similarity", "max_pass_rate")
-        for name in ("inputs", "evaluation"):
-            if missing := [path for path in getattr(self, name) if not Path(path).is_file()]:
+        at_least(self, 1, "num_samples")
+        named = [path for path in self.evaluation if Path(path).suffix]  # the others are sets, by name
+        for name, paths in (("inputs", self.inputs), ("evaluation", named)):
+            if missing := [path for path in paths if not Path(path).is_file()]:
                 raise FieldError(name, missing, "must be files that are there")
 
 

@@ -4,9 +4,9 @@ none of an evaluation set, and of those the ones that the model does not solve a
     raw files -> clean -> candidates.jsonl -> sample 16 each -> sampled.jsonl -> select -> curate.output
 
 `clean` needs no model: it drops what is listed in `REASONS`, one line a dropped question in dropped.jsonl. `sample`
-asks the servers, several questions at a time; a question is written down when its last sample is graded, and is never
-asked again. Its seed is a function of (seed, question), so an interrupted run, resumed, ends in the same file as one
-that was not. Everything lies in run_dir/curate.
+asks the servers as RL will, several questions at a time; a question is written down when its last sample is graded, and
+is never asked again. Its seed is a function of (seed, question), so an interrupted run, resumed, ends in the same file
+as one that was not. Everything lies in run_dir/curate.
 
 Left out: solutions (RL does not need them) and judging by a model what rules cannot judge.
 """
@@ -26,15 +26,19 @@ from tqdm import tqdm
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
 from megatron_t1.data.prompts import is_missing, parse_rows
+from megatron_t1.data.sets import file_of, load_texts
 from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
+from megatron_t1.reward.answers.verify import verify_cheaply
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Sample
+from megatron_t1.warn import warn
 from megatron_t1.weights.folder_digest import weights_digest
 
 REASONS = {
@@ -49,6 +53,7 @@ REASONS = {
     "near_evaluation": "a question of an evaluation set is in it, nearly word for word",
     "duplicate": "the same question came before",
     "near_duplicate": "nearly the same question with the same answer came before",
+    "contradicted": "the same question is there with another answer: one of the two is wrong",
     "too_long": "prompt and response do not fit into the model's context",
     "too_easy": "solved more often than curate.max_pass_rate",
     "never_solved": "solved in no sample (curate.drop_never_solved)",
@@ -74,18 +79,23 @@ class _Question:
     gold: str
 
 
-def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]:
+def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path | None) -> Counter[str]:
     """Write candidates.jsonl and dropped.jsonl; returns how many were read, dropped for each reason, and left.
 
     Raises:
-        ValueError: a line is not a JSON object, or a file has no field of the given name at all.
+        ValueError: a line is not a JSON object, or one of an evaluation set has no question.
     """
     if not cfg.inputs:
         raise ValueError("curate.inputs is empty: give it JSON lines files of questions and answers")
     evaluation = EvaluationQuestions(cfg.min_evaluation_share)
-    for path in map(Path, cfg.evaluation):
-        for number, row in _rows(path):
-            evaluation.add(f"{path.name}:{number}", _question_of(cfg, row))
+    if not cfg.evaluation:
+        warn(
+            "curate.evaluation is empty: nothing keeps the questions that the model will be measured on out of its "
+            "training; name their sets or files"
+        )
+    for name in cfg.evaluation:
+        for row_name, text in load_texts(name, sets_dir=sets_dir, field=cfg.question_field):
+            evaluation.add(row_name, text)
     seen = TrainingQuestions(cfg.min_duplicate_similarity)
     questions: list[_Question] = []
     dropped: list[dict[str, Any]] = []
@@ -106,7 +116,8 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]
                 drop(name, reason, text, gold[:_SHOWN] or None)
             else:
                 questions.append(_Question(name=name, source=str(row.get("source") or path.name), text=text, gold=gold))
-    candidates = []
+    candidates: dict[str, _Question] = {}
+    contradicted: dict[str, tuple[str, str]] = {}
     with Scorer(reward) as scorer:
         problems = scorer.check_golds(question.gold for question in questions)
         for question, problem in zip(questions, tqdm(problems, "check", len(questions), unit="question"), strict=True):
@@ -115,15 +126,22 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]
             elif overlap := evaluation.find(question.text):
                 drop(question.name, "in_evaluation" if overlap[1] == 1 else "near_evaluation", question.text, overlap)
             elif twin := seen.find_or_add(question.name, question.text, _answer_key(question.gold)):
-                drop(question.name, "duplicate" if twin[1] == 1 else "near_duplicate", question.text, twin)
+                if twin[1] == 1 and _contradict(question.gold, candidates[twin[0]].gold):
+                    contradicted[question.name] = twin[0], candidates[twin[0]].gold
+                    contradicted[twin[0]] = question.name, question.gold
+                    drop(question.name, "contradicted", question.text, contradicted[question.name])
+                else:
+                    drop(question.name, "duplicate" if twin[1] == 1 else "near_duplicate", question.text, twin)
             else:
-                candidates.append(question)
+                candidates[question.name] = question
+    for name in [name for name in candidates if name in contradicted]:
+        drop(name, "contradicted", candidates.pop(name).text, contradicted[name])
     write_jsonl(folder / "dropped.jsonl", dropped)
     write_jsonl(
         folder / "candidates.jsonl",
         (
             {"id": q.name, "prompt": q.text + cfg.prompt_suffix, "answer": q.gold, "source": q.source}
-            for q in candidates
+            for q in candidates.values()
         ),
     )
     return counts + Counter(row["reason"] for row in dropped)
@@ -132,6 +150,12 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]
 def _answer_key(gold: str) -> str:
     number = exact_number(normalize(gold))
     return str(number.value) if number else compact(normalize(gold))
+
+
+def _contradict(gold: str, other: str) -> bool:
+    """Two answers of one question are plainly not the same; False when only a computer algebra could tell."""
+    verdict, _ = verify_cheaply(gold, other, "answer")
+    return verdict is not None and verdict.outcome != "correct"
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -173,27 +197,30 @@ def _unusable(cfg: CurateConfig, text: str, gold: str) -> str | None:
     return next((reason for reason, hit in tests.items() if hit), None)
 
 
-def prepare(cfg: CurateConfig, reward: RewardConfig, folder: Path, *, resume: bool) -> dict[str, int]:
+def prepare(
+    cfg: CurateConfig, reward: RewardConfig, folder: Path, *, sets_dir: Path | None = None, resume: bool
+) -> dict[str, int]:
     """`clean`, or with `resume` what it left in `folder`; the counts.
 
     Raises:
         ValueError: see `clean`; or the folder holds a curation that was not asked to go on, or of something else.
     """
     counts_path = folder / "cleaned.json"
+    files = {name: Path(name) for name in cfg.inputs} | {name: file_of(name, sets_dir) for name in cfg.evaluation}
     settings = {
-        "files": {path: _digest(Path(path)) for path in (*cfg.inputs, *cfg.evaluation)},
+        "files": {name: _digest(path) for name, path in files.items()},
         **{f"curate.{name}": value for name, value in asdict(cfg).items() if name not in _MAY_CHANGE},
     }
     if counts_path.exists():
         check_settings(folder / "settings.json", settings, resume=resume, elsewhere="another run_dir")
     else:
-        counts = clean(cfg, reward, folder)
+        counts = clean(cfg, reward, folder, sets_dir)
         write_json(folder / "settings.json", settings)
         write_json(counts_path, counts)
     return json.loads(counts_path.read_text())
 
 
-_MAY_CHANGE = ("output", "max_pass_rate", "drop_never_solved", "clean_only", "sampling", "inputs", "evaluation")
+_MAY_CHANGE = ("output", "max_pass_rate", "drop_never_solved", "clean_only", "num_samples", "inputs", "evaluation")
 
 
 def _digest(path: Path) -> str:
@@ -201,35 +228,39 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sample(cfg: CurateConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
+def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
     """Measure the pass rate of every prompt that sampled.jsonl does not have yet; None for those that are too long.
+    Beside it stands the share of its samples that were cut at `max_new_tokens`: they have no answer.
 
     Raises:
         ValueError: sampled.jsonl is of another model, sampling or seed.
     """
     path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
-    settings = {"weights": weights, "sampling": asdict(cfg.sampling), "seed": seed}
+    settings = {"weights": weights, "sampling": asdict(sampling), "seed": seed}
     check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
     rows = read_jsonl(path)
     write_jsonl(path, rows)  # without a last line that was cut
     done = {row["id"] for row in rows}
     left = [prompt for prompt in prompts if prompt.id not in done]
     max_tokens = min(server.max_model_len for server in rank0.servers.usable())
-    fitting = [p for p in left if len(p.token_ids) + cfg.sampling.max_new_tokens <= max_tokens]
+    fitting = [p for p in left if len(p.token_ids) + sampling.max_new_tokens <= max_tokens]
     fits = {prompt.id for prompt in fitting}
     append_jsonl(path, ({"id": p.id, "pass_rate": None} for p in left if p.id not in fits))
     bar = tqdm(total=len(prompts), initial=len(prompts) - len(fitting), desc="sample", unit="question")
-    correct: dict[int, list[bool]] = {}
+    graded: dict[int, list[Sample]] = {}
 
     def note(i: int, _: int, samples: list[Sample]) -> None:
-        graded = correct.setdefault(i, [])
-        graded += [sample.reward is not None and sample.reward.correct for sample in samples]
-        if len(graded) == cfg.sampling.num_samples:
-            append_jsonl(path, [{"id": fitting[i].id, "pass_rate": sum(correct.pop(i)) / len(graded)}])
+        graded.setdefault(i, []).extend(samples)
+        if len(graded[i]) == sampling.num_samples:
+            every = graded.pop(i)
+            correct = sum(sample.reward is not None and sample.reward.correct for sample in every)
+            cut = sum(sample.finish_reason == "length" for sample in every)
+            row = {"id": fitting[i].id, "pass_rate": correct / len(every), "share_cut": cut / len(every)}
+            append_jsonl(path, [row])
             bar.update()
 
-    counts, seeds = [cfg.sampling.num_samples] * len(fitting), [sample_seed(seed, prompt.id) for prompt in fitting]
-    rank0.client.generate_each(fitting, counts, seeds, cfg.sampling, rank0.scorer.score, note)
+    counts, seeds = [sampling.num_samples] * len(fitting), [sample_seed(seed, prompt.id) for prompt in fitting]
+    rank0.client.generate_each(fitting, counts, seeds, sampling, rank0.scorer.score, note)
     bar.close()
 
 
@@ -238,8 +269,12 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
     candidates = read_jsonl(folder / "candidates.jsonl")
     kept = candidates
     fates = Counter(counts)
+    share_cut = None
     if not cfg.clean_only:
-        rates = {row["id"]: row["pass_rate"] for row in read_jsonl(folder / "sampled.jsonl")}
+        sampled = read_jsonl(folder / "sampled.jsonl")
+        rates = {row["id"]: row["pass_rate"] for row in sampled}
+        cuts = [row["share_cut"] for row in sampled if row["pass_rate"] is not None]
+        share_cut = sum(cuts) / max(1, len(cuts))
         kept = []
         for row in candidates:
             rate = rates[row["id"]]
@@ -254,7 +289,10 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
     path = Path(cfg.output or folder / "prompts.jsonl")
     write_jsonl(path, kept)
     fates["kept"] = len(kept)
-    write_json(folder / "summary.json", fates)
+    write_json(folder / "summary.json", {**fates, "share_cut": share_cut})
     lines = [f"{'read':<16} {fates['read']:>9,}"]
     lines += [f"- {name:<14} {fates[name]:>9,}  {why}" for name, why in REASONS.items() if fates[name]]
-    return path, "\n".join([*lines, f"{'kept':<16} {fates['kept']:>9,}  {path}"])
+    lines.append(f"{'kept':<16} {fates['kept']:>9,}  {path}")
+    if share_cut is not None:
+        lines.append(f"{share_cut:.1%} of the samples were cut at sampling.max_new_tokens and count as not solved")
+    return path, "\n".join(lines)

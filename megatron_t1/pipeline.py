@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron_t1 import curate, rl, sft
 from megatron_t1.check.context import context_needs, too_long
 from megatron_t1.config import Config, keep
+from megatron_t1.data.dedup import words
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.parallel import initialize, is_main
@@ -168,13 +169,14 @@ def run_curate(cfg: Config) -> None:
     folder = Path(cfg.run_dir) / "curate"
     if not (cfg.curate.clean_only or cfg.model.hf_path):
         raise ValueError("give model.hf_path, whose pass rates are measured, or curate.clean_only")
-    counts = curate.prepare(cfg.curate, cfg.reward, folder, resume=cfg.resume)
+    sets_dir = Path(cfg.evaluate.sets_dir) if cfg.evaluate.sets_dir else None
+    counts = curate.prepare(cfg.curate, cfg.reward, folder, sets_dir=sets_dir, resume=cfg.resume)
     if not cfg.curate.clean_only:
         template = Template(Path(cfg.model.hf_path))
         prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
         with open_rank0(cfg, template) as rank0:
             _serve_folder(cfg, rank0)
-            curate.sample(cfg.curate, rank0, prompts, folder, cfg.seed)
+            curate.sample(replace(cfg.sampling, num_samples=cfg.curate.num_samples), rank0, prompts, folder, cfg.seed)
     print(curate.select(cfg.curate, folder, counts)[1])
 
 
@@ -288,9 +290,12 @@ def _serve_folder(cfg: Config, rank0: Rank0) -> None:
 
 
 def _refuse_overlap(train: list[Any], heldout: list[Any]) -> None:
-    shared = {prompt.text for prompt in train} & {prompt.text for prompt in heldout}
-    if shared:
-        raise ValueError(f"{len(shared)} held-out questions are in data.train too, for example {min(shared)!r}")
+    trained = {words(prompt.text) for prompt in train}
+    if shared := [prompt.text for prompt in heldout if words(prompt.text) in trained]:
+        raise ValueError(
+            f"{len(shared)} held-out questions are in data.train too, for example {min(shared)!r}: take them out of "
+            "one of the two (t1 curate does, given data.heldout as curate.evaluation)"
+        )
 
 
 def _check_context(cfg: Config, needs: dict[str, int]) -> None:

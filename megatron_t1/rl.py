@@ -76,7 +76,7 @@ class Trainer:
             temperature=cfg.sampling.temperature,
         )
         self.engine.load_weights(Path(cfg.model.hf_path))
-        self.anchor = Anchor(self.engine, cfg.anchor)
+        self.anchor = Anchor(self.engine, cfg.anchor) if cfg.loss.kl_coef else None
         self.settings = self._settings() if is_main() else {}
         self.steps_done = checkpoint.resume(
             self.folder / "checkpoints",
@@ -122,21 +122,21 @@ class Trainer:
         advantage.assign(groups)
         sequences = sequences_of(groups)
         microbatches = self.engine.pack(sequences)
-        full_kl = cfg.loss.kl_estimator == "full"
         with watch("anchor"):
-            self.anchor.fill(microbatches, len(sequences), keep_hidden=full_kl)
+            kl = self.anchor.fill(microbatches, sequences, cfg.loss) if self.anchor else {}
         with watch("train"):
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)
-            metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if full_kl else None)
+            metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
         self.steps_done += 1
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
             self.sync.begin_push(version=self.steps_done)
         with watch("anchor"):
-            self.anchor.update()
+            if self.anchor:
+                self.anchor.update()
         if self.log:
             self.log.samples(self.steps_done, groups)
-        return metrics | rollout_metrics(groups) | pushed
+        return metrics | kl | rollout_metrics(groups) | pushed
 
     def train(self) -> Path:
         """All steps that are left; returns the exported Hugging Face folder."""

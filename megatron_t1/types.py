@@ -112,6 +112,8 @@ class TrainSequence:
     advantage: float = 0.0
     rollout_logprobs: np.ndarray | None = None
     """float32 [num_response_tokens]; zeros when None"""
+    group: int = 0
+    """Number of its prompt within the step"""
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +143,7 @@ class Microbatch:
     advantage: torch.Tensor
     """float32 [T], 0 in SFT"""
     centered_kl: torch.Tensor
-    """float32 [T], the sample's centred KL repeated over its tokens; 0 in SFT"""
+    """float32 [T], the sample's centred KL (`algo.kl`) repeated over its tokens; 0 in SFT"""
     rollout_logprob: torch.Tensor
     """float32 [T], 0 in SFT"""
     anchor_logprob: torch.Tensor

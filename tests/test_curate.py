@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megatron_t1 import curate
 from megatron_t1.config import CurateConfig
-from megatron_t1.data.config import DataConfig
+from megatron_t1.data.config import INSTRUCTION, DataConfig
 from megatron_t1.data.prompts import load_prompts
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation.samplers import sample_seed
@@ -26,10 +28,12 @@ from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Sample
+from tests.forks import ROOT
 
 REWARD = RewardConfig(num_workers=1, penalties=PenaltyConfig(enabled=()))
 SAMPLING = SamplingConfig(temperature=1.0, num_samples=4, max_new_tokens=3)
 LONG = "A train leaves the station at noon and travels {} miles each hour for three hours. How far does it go?"
+TRAIN = LONG.format(60)
 RAW = [
     ("kept, with an answer", {"problem": "What is $1+1$?", "answer": 2}),
     ("kept, from the box", {"problem": "What is $2+3$?", "solution": r"First $\boxed{4}$? No: $\boxed{5}$."}),
@@ -46,6 +50,12 @@ RAW = [
     ("needs_image", {"problem": "How long is it? ![](https://example.org/x.png)", "answer": "4"}),
     ("unverifiable", {"problem": "Why?", "answer": "Because the sum of the angles of a triangle is two right angles."}),
     ("unverifiable", {"problem": "How much?", "answer": r"\frac{1}{"}),
+    ("contradicted", {"problem": "What is $7+8$?", "answer": "15"}),
+    ("contradicted", {"problem": "What is 7+8?", "answer": "16"}),
+    ("kept, twice", {"problem": "What is a half of 3?", "answer": r"\frac{3}{2}"}),
+    ("duplicate", {"problem": "What is a half of $3$?", "answer": "1.5"}),
+    ("kept, other formula", {"problem": r"Compute $(2+3)\cdot 4$.", "answer": "20"}),
+    ("kept, other formula", {"problem": r"Compute $2+3\cdot 4$.", "answer": "14"}),
     ("kept, train", {"problem": LONG.format(60), "answer": "180"}),
     ("duplicate", {"problem": LONG.format("$60$").upper(), "answer": "180"}),
     ("near_duplicate", {"problem": LONG.format(60).replace("does it go", "does it drive"), "answer": "180.0"}),
@@ -78,7 +88,8 @@ def test_clean_says_why_each_question_is_dropped(tmp_path: Path, capsys: pytest.
     fates |= {row["id"]: "kept" for row in kept}
     wanted = {f"{i} {fate}": fate.split(",")[0] for i, (fate, _) in enumerate(RAW)}
     assert fates == wanted
-    assert [row["answer"] for row in kept] == ["2", "5", "2", r"\frac{x}{2}", "7", "7", "180", "210"]
+    assert [row["answer"] for row in kept] == ["2", "5", "2", r"\frac{x}{2}", "7", "7", r"\frac{3}{2}", "20", "14",
+                                                   "180", "210"]  # fmt: skip
     assert kept[0]["prompt"].startswith("What is $1+1$?\n")
     assert kept[0]["source"] == "raw.jsonl"
     assert counts["read"] == len(RAW)
@@ -89,6 +100,66 @@ def test_clean_says_why_each_question_is_dropped(tmp_path: Path, capsys: pytest.
     with pytest.raises(ValueError, match=r"curate\.min_duplicate_similarity"):
         curate.prepare(replace(cfg, min_duplicate_similarity=0.9), REWARD, tmp_path / "out", resume=True)
     assert curate.prepare(cfg, REWARD, tmp_path / "out", resume=True) == counts
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("math.jsonl", {"problem": TRAIN}),
+        ("aime.jsonl", {"Problem": TRAIN, "Answer": 204}),
+        ("gpqa.csv", {"Question": TRAIN, "Correct Answer": "a", "Incorrect Answer 1": "b"}),
+        ("own.jsonl", {"id": 1, "messages": [{"role": "user", "content": f"{TRAIN}\n\n{INSTRUCTION}"}], "answer": 1}),
+        ("own.parquet", {"prompt": TRAIN}),
+        ("other.jsonl", {"exercise": TRAIN}),
+    ],
+)
+def test_no_layout_that_is_evaluated_comes_back(tmp_path: Path, name: str, row: dict) -> None:
+    path = tmp_path / name
+    if path.suffix == ".csv":
+        path.write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    elif path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        _write(path, [row])
+    field = "exercise" if "exercise" in row else "problem"
+    alike = (
+        TRAIN.replace("train", "cyclist").replace("three hours", "as long as it is light").replace("miles", "leagues")
+    )
+    texts = {"same": TRAIN.lower(), "asked": f"{TRAIN} {INSTRUCTION}", "alike": alike}
+    inputs = _write(tmp_path / "raw.jsonl", [{"id": name, field: text, "answer": 1} for name, text in texts.items()])
+    cfg = CurateConfig(inputs=(inputs,), evaluation=(str(path),), question_field=field)
+    curate.prepare(cfg, REWARD, tmp_path / "out", resume=False)
+    fates = {row["id"]: row["reason"] for row in _read(tmp_path / "out/dropped.jsonl")}
+    assert fates == {"same": "in_evaluation", "asked": "in_evaluation"}
+
+
+def test_a_set_by_name_comes_from_its_local_copy(tmp_path: Path) -> None:
+    first = _read(ROOT / "tests/data/grader/math500.jsonl")[0]
+    inputs = (_write(tmp_path / "raw.jsonl", [{"id": "same", "problem": first["problem"], "answer": first["answer"]}]),)
+    cfg = CurateConfig(inputs=inputs, evaluation=("math500",))
+    sets_dir = ROOT / "tests/data"
+    assert curate.prepare(cfg, REWARD, tmp_path / "out", sets_dir=sets_dir, resume=False)["in_evaluation"] == 1
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    assert "math500" in settings["files"]
+    _write(tmp_path / "math500.jsonl", [first])
+    with pytest.raises(ValueError, match="has 1 questions, the set math500 has 500"):
+        curate.prepare(cfg, REWARD, tmp_path / "other", sets_dir=tmp_path, resume=False)
+
+
+def test_evaluation_questions_that_are_missing_are_not_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = (_write(tmp_path / "raw.jsonl", [{"problem": "What is 1+1?", "answer": 2}]),)
+    cfg = CurateConfig(inputs=inputs, clean_only=True)
+    evaluation = _write(tmp_path / "eval.jsonl", [{"problem": "2?", "answer": 1}, {"text": "3?"}, {"problem": " "}])
+    with pytest.raises(ValueError, match=r"(?s)2 bad lines.*eval\.jsonl:2: no question.*eval\.jsonl:3: no question"):
+        curate.prepare(replace(cfg, evaluation=(evaluation,)), REWARD, tmp_path / "out", resume=False)
+    with pytest.raises(ValueError, match="set 'math50' is none of math500"):
+        curate.prepare(replace(cfg, evaluation=("math50",)), REWARD, tmp_path / "out", resume=False)
+    assert "warning" not in capsys.readouterr().err
+    curate.prepare(cfg, REWARD, tmp_path / "out", resume=False)
+    assert "warning: curate.evaluation is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("line", "message"), [("{", "raw.jsonl:1: not valid JSON"), ("[1]", "raw.jsonl:1: must be")])
@@ -134,14 +205,18 @@ def test_pass_rates_are_those_of_the_samples(real: Rank0, template: Template, tm
     rows = _read(tmp_path / "candidates.jsonl")
     _write(tmp_path / "candidates.jsonl", [{**row, "answer": gold} for row, gold in zip(rows, golds, strict=True)])
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
-    cfg = CurateConfig(sampling=SAMPLING, max_pass_rate=0.25)
-    curate.sample(cfg, real, prompts, tmp_path, seed=5)
+    cfg = CurateConfig(max_pass_rate=0.25)
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=5)
     rates = {row["id"]: row["pass_rate"] for row in _read(tmp_path / "sampled.jsonl")}
     expected = {
         prompt.id: sum(verify(gold, s.text).outcome == "correct" for s in samples) / 4
         for prompt, samples, gold in zip(prompts, said, golds, strict=True)
     }
     assert rates == expected
+    cut = [[s.finish_reason == "length" for s in samples] for samples in said]
+    assert {row["id"]: row["share_cut"] for row in _read(tmp_path / "sampled.jsonl")} == {
+        prompt.id: sum(each) / 4 for prompt, each in zip(prompts, cut, strict=True)
+    }
     assert max(rates.values()) > 0
     path, table = curate.select(cfg, tmp_path, {"read": 12})
     kept = {row["id"]: row["pass_rate"] for row in _read(path)}
@@ -150,6 +225,7 @@ def test_pass_rates_are_those_of_the_samples(real: Rank0, template: Template, tm
     learnable, _ = curate.select(replace(cfg, drop_never_solved=True), tmp_path, {"read": 12})
     assert all(0 < row["pass_rate"] <= 0.25 for row in _read(learnable))
     assert "kept" in table
+    assert f"{sum(map(sum, cut)) / 48:.1%} of the samples were cut" in table
 
 
 def test_what_is_done_is_not_asked_again(
@@ -157,19 +233,18 @@ def test_what_is_done_is_not_asked_again(
 ) -> None:
     _candidates(tmp_path, 5)
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
-    cfg = CurateConfig(sampling=SAMPLING)
-    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
     whole = sorted(_read(tmp_path / "sampled.jsonl"), key=lambda row: row["id"])
     lines = (tmp_path / "sampled.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "sampled.jsonl").write_text("".join(lines[:2]) + lines[2][:9])  # killed while writing the third
     asked = []
     ask = real.client.generate_each
     monkeypatch.setattr(real.client, "generate_each", lambda p, *a: (asked.extend(p), ask(p, *a))[1])
-    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
     assert {p.id for p in asked} == {p.id for p in prompts} - {json.loads(line)["id"] for line in lines[:2]}
     assert sorted(_read(tmp_path / "sampled.jsonl"), key=lambda row: row["id"]) == whole
     with pytest.raises(ValueError, match="another run_dir"):
-        curate.sample(cfg, real, prompts, tmp_path, seed=2)
+        curate.sample(SAMPLING, real, prompts, tmp_path, seed=2)
 
 
 def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, tmp_path: Path) -> None:
@@ -177,8 +252,8 @@ def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, 
     rows = _read(tmp_path / "candidates.jsonl")
     _write(tmp_path / "candidates.jsonl", [*rows, {**rows[0], "id": "long", "prompt": "x" * 600}])
     prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
-    cfg = CurateConfig(sampling=SAMPLING, max_pass_rate=1.0)
-    curate.sample(cfg, real, prompts, tmp_path, seed=1)
+    cfg = CurateConfig(max_pass_rate=1.0)
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
     path, table = curate.select(cfg, tmp_path, {"read": 2})
     assert [row["id"] for row in _read(path)] == ["q0"]
     assert "- too_long " in table
@@ -193,7 +268,7 @@ def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
     arguments = [
         "curate", "--run_dir", tmp_path / "run", "--model.hf_path", tiny_dir,
         "--rollout.urls", json.dumps([server.all[0].url]), "--rollout.key_file", server.run_dir / "server_key",
-        "--curate.inputs", json.dumps([raw]), "--curate.sampling.max_new_tokens", 16,
+        "--curate.inputs", json.dumps([raw]), "--sampling.max_new_tokens", 16,
         "--rollout.max_num_seqs", 32, "--rollout.device", "cpu",
         "--curate.output", tmp_path / "prompts.jsonl", "--reward.num_workers", 1, "--model.dtype", "float32",
     ]  # fmt: skip
@@ -217,11 +292,10 @@ def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
     # The same without an interruption. The command left its model's weights, under its own version, in the server.
     pushed = int(server.all[0].call("GET", "/weight_info", timeout_s=60)["weight_version"])
     server.all[0].version = server.required_version = pushed
-    cfg = CurateConfig(sampling=SamplingConfig(num_samples=16, max_new_tokens=16))
     prompts = load_prompts(folder / "candidates.jsonl", template, DataConfig())
-    curate.sample(cfg, real, prompts, tmp_path / "whole", seed=0)
+    curate.sample(SamplingConfig(num_samples=16, max_new_tokens=16), real, prompts, tmp_path / "whole", seed=0)
     whole = {row["id"]: row for row in _read(tmp_path / "whole/sampled.jsonl")}
     assert whole == {row["id"]: row for row in map(json.loads, rows)}
     (tmp_path / "whole/candidates.jsonl").write_text((folder / "candidates.jsonl").read_text())
-    path, _ = curate.select(cfg, tmp_path / "whole", {"read": 40})
+    path, _ = curate.select(CurateConfig(), tmp_path / "whole", {"read": 40})
     assert path.read_text() == (tmp_path / "prompts.jsonl").read_text()

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from tests.forks import ROOT
@@ -180,6 +181,20 @@ def straight(t1, tuned, server, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     t1("rl", *options(tuned, folder, **server, **{"rl.steps": 4}))
     return folder
+
+
+def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):
+    """Nor in a checkpoint: it resumes so, and not with a KL."""
+    arguments = options(tuned, tmp_path, **server, **{"loss.kl_coef": 0})
+    t1("rl", *arguments, "--rl.steps", 2)
+    stored = tmp_path / "rl/checkpoints/step_00000002"
+    assert not any("anchor" in name for name in FileSystemReader(stored).read_metadata().state_dict_metadata)
+    refused = t1("rl", *arguments, "--loss.kl_coef", 0.1, "--resume", "--resume_with_changes", expect=1)
+    assert "holds no anchor" in refused
+    t1("rl", *arguments, "--rl.steps", 3, "--resume")
+    metrics = rows(tmp_path / "rl/metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    assert not [name for row in metrics for name in row if name.startswith("kl_")]
 
 
 def test_the_models_own_chains_teach_it_and_are_measured(t1, tuned, server, tmp_path):

@@ -84,9 +84,9 @@ def _advance(engine: Engine, anchor: Anchor, steps: int) -> dict[str, float]:
     for _ in range(steps):
         sequences = make_sequences(321)
         microbatches = engine.pack(sequences)
-        anchor.fill(microbatches, len(sequences))
-        loss = partial(t1_token_loss, cfg=LossConfig(entropy_coef=0.01, kl_coef=0.02))
-        metrics = engine.step(microbatches, num_targets(sequences), loss)
+        cfg = LossConfig(entropy_coef=0.01, kl_coef=0.02)
+        anchor.fill(microbatches, sequences, cfg)
+        metrics = engine.step(microbatches, num_targets(sequences), partial(t1_token_loss, cfg=cfg))
         anchor.update()
     return metrics
 

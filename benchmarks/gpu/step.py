@@ -111,7 +111,7 @@ def _memory(check: Check, layers: str) -> None:
         phases = _Phases()
         for _ in range(3):
             with phases.measure("anchor"):
-                anchor.fill(microbatches, len(sequences))
+                anchor.fill(microbatches, sequences, LossConfig())
             with phases.measure("step"):
                 engine.step(microbatches, num_targets(sequences), partial(t1_token_loss, cfg=LossConfig()))
             with phases.measure("average"):

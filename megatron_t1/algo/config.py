@@ -11,6 +11,7 @@ CHUNK_LOGITS = {"cpu": 75 * 2**20, "cuda": 320 * 2**20}
 """Logits that the fused head holds at a time in its 3 G path, by device: a chunk of tokens over all rows of this rank,
 300 MiB and 1.25 GiB."""
 KlEstimator = Literal["centered", "k1", "k2", "k3", "k3_score", "full"]
+KlBaseline = Literal["prompt", "batch", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,12 @@ class LossConfig:
     entropy_coef: float = 1e-3
     """alpha, the weight of the token entropy bonus; our choice, no published value is known to us."""
     kl_coef: float = 2e-4
-    """beta, the weight of the KL to the anchor."""
+    """beta, the weight of the KL to the anchor; at 0 there is no anchor."""
     kl_estimator: KlEstimator = "centered"
     """How KL is estimated: centered (T1), k1, k2, k3, k3_score, or full (over the whole vocabulary)."""
+    kl_baseline: KlBaseline = "prompt"
+    """What `centered` takes from a sample's KL: the mean of the prompt's other samples (T1), of all others of the
+    batch, or none (the plain KL in the reward)."""
     clip_ratio_low: float | None = None
     """PPO clipping below 1 - clip_ratio_low; null switches it off."""
     clip_ratio_high: float | None = None
@@ -38,8 +42,11 @@ class LossConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise FieldError(name, value, "must be above 0; null switches it off")
-        if self.kl_estimator not in get_args(KlEstimator):
-            raise FieldError("kl_estimator", self.kl_estimator, f"must be one of {', '.join(get_args(KlEstimator))}")
+        for name, known in (("kl_estimator", get_args(KlEstimator)), ("kl_baseline", get_args(KlBaseline))):
+            if getattr(self, name) not in known:
+                raise FieldError(name, getattr(self, name), f"must be one of {', '.join(known)}")
+        if self.kl_baseline != "prompt" and self.kl_estimator != "centered":
+            raise FieldError("kl_baseline", self.kl_baseline, "needs loss.kl_estimator = centered; leave it out")
         if self.clips and self.tis_cap is not None:
             raise FieldError(
                 "tis_cap",

@@ -9,7 +9,7 @@ change the gradient.
 
 KL to the anchor, with x = logp - anchor_logprob of the sampled token and `sg` a constant for the gradient:
 
-    centered  sg(c) logp              T1. c = the sample's sum of x minus the batch's mean of that sum;
+    centered  sg(c) logp              T1. c = the sample's sum of x less the mean of the prompt's others (`algo.kl`);
                                       expected gradient that of KL(policy||anchor)
     k1        x                       unbiased value; expected on-policy gradient zero: for ablations only
     k2        x^2 / 2                 biased value; expected gradient exactly that of KL(policy||anchor)
@@ -92,10 +92,10 @@ def t1_token_loss(
         kl: float32 [T], full-vocabulary KL(policy||anchor) with gradient, for `kl_estimator="full"`.
 
     Returns:
-        loss float32 [T], and sums over tokens of: `entropy`, `logprob`, `pg_loss`, `kl_loss` (unweighted), `kl_k1`
-        and `kl_k3` to the anchor, `ratio` policy/rollout, `logprob_diff` and `prob_diff` (absolute, policy against
-        rollout), `clip_fraction` (tokens whose gradient the clipping stopped or TIS cut), `num_tokens`; maxima of
-        `ratio`, `logprob_diff`, `prob_diff`, all >= 0.
+        loss float32 [T], and sums over tokens of: `entropy`, `logprob`, `pg_loss`, with an anchor `kl_loss`
+        (unweighted), `kl_k1` and `kl_k3`, `ratio` policy/rollout, `logprob_diff` and `prob_diff` (absolute, policy
+        against rollout), `clip_fraction` (tokens whose gradient the clipping stopped or TIS cut), `num_tokens`; maxima
+        of `ratio`, `logprob_diff`, `prob_diff`, all >= 0.
 
     Raises:
         ValueError: `kl_estimator="full"` without `kl`.
@@ -115,24 +115,28 @@ def t1_token_loss(
     else:
         pg_loss = -tokens.advantage * logprob
 
-    k1 = logprob - tokens.anchor_logprob
-    k3 = _exp(-k1) - 1 + k1
-    match cfg.kl_estimator:
-        case "centered":
-            kl_loss = tokens.centered_kl * logprob
-        case "k1":
-            kl_loss = k1
-        case "k2":
-            kl_loss = 0.5 * k1.square()
-        case "k3":
-            kl_loss = k3
-        case "k3_score":
-            kl_loss = (logprob - logprob.detach()).exp() * k3
-        case "full":
-            if kl is None:
-                raise ValueError('loss.kl_estimator = "full" needs the full-vocabulary KL: give the head the anchor')
-            kl_loss = kl
-    loss = pg_loss - cfg.entropy_coef * entropy + cfg.kl_coef * kl_loss
+    loss = pg_loss - cfg.entropy_coef * entropy
+    to_anchor: dict[str, Tensor] = {}
+    if cfg.kl_coef:
+        k1 = logprob - tokens.anchor_logprob
+        k3 = _exp(-k1) - 1 + k1
+        match cfg.kl_estimator:
+            case "centered":
+                kl_loss = tokens.centered_kl * logprob
+            case "k1":
+                kl_loss = k1
+            case "k2":
+                kl_loss = 0.5 * k1.square()
+            case "k3":
+                kl_loss = k3
+            case "k3_score":
+                kl_loss = (logprob - logprob.detach()).exp() * k3
+            case "full":
+                if kl is None:
+                    raise ValueError('loss.kl_estimator = "full" needs a full-vocabulary KL: give the head the anchor')
+                kl_loss = kl
+        loss = loss + cfg.kl_coef * kl_loss
+        to_anchor = {"kl_loss": kl_loss, "kl_k1": k1, "kl_k3": k3}
 
     with torch.no_grad():
         logprob_diff = log_ratio.abs()
@@ -141,9 +145,7 @@ def t1_token_loss(
             "entropy": entropy,
             "logprob": logprob,
             "pg_loss": pg_loss,
-            "kl_loss": kl_loss,
-            "kl_k1": k1,
-            "kl_k3": k3,
+            **to_anchor,
             "ratio": ratio,
             "logprob_diff": logprob_diff,
             "prob_diff": prob_diff,

@@ -156,7 +156,7 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, foun
         found.must(
             cfg.model.dtype == "bfloat16", f"model.transformer.fp8 needs model.dtype = bfloat16, not {cfg.model.dtype}"
         )
-    if command in ("rl", "run") and cfg.loss.kl_estimator == "full":
+    if command in ("rl", "run") and cfg.loss.kl_estimator == "full" and cfg.loss.kl_coef:
         found.warnings.append("loss.kl_estimator = full computes the anchor's whole vocabulary in every step: slower")
 
 
@@ -277,12 +277,10 @@ def _needs(
     worst: dict[str, float] = {}
     for number in range(layout.pipeline):
         parts = estimate.stage_memory(sizes, layout, number)
-        if command == "sft":
-            parts.pop("anchor")
         if sum(parts.values()) > sum(worst.values()):
             worst = parts
     total = sum(worst.values())
-    listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items())
+    listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items() if value)
     found.facts.append(
         f"memory of the fullest trainer GPU: {total / 1e9:.3g} GB ({listed}); TP {layout.tensor}, "
         f"PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens in a microbatch"
@@ -293,7 +291,7 @@ def _needs(
         "parallel.pipeline, fewer parallel.max_tokens_per_microbatch or full recomputation",
     )
     keep = stage.checkpoint.keep + stage.checkpoint.keep_best + 1  # and the one that is being written
-    disk = keep * estimate.checkpoint_bytes(sizes, cfg.model.dtype) * (0.8 if command == "sft" else 1)
+    disk = keep * estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     folder = next(
         path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
     )

@@ -8,7 +8,8 @@ size, and u = t under sequence parallelism, else 1.
     weights      b P
     gradients    4 P                       float32, one buffer
     optimizer    12 P / D in bfloat16      float32 weights and two moments; 8 P / D in float32, where the weights serve
-    anchor       6 P in bfloat16           its float32 average and a copy in bfloat16; 4 P in float32
+    anchor       6 P in bfloat16           its float32 average and a copy in bfloat16; 4 P in float32; b P when it
+                                           does not move (anchor.decay = 1), nothing at loss.kl_coef = 0 and in SFT
     activations  s L c m                   m = min(microbatches, stages left): what 1F1B keeps on the first stage
                  c, bytes a token and layer: with Transformer Engine b (4 h / u + (3 q + 2 k + 3 f) / t); with the
                  local layers (8 + b) 2 h / u + b (3 q + 2 k + 5 f) / t, whose norms keep float32; b h / u when all is
@@ -16,7 +17,8 @@ size, and u = t under sequence parallelism, else 1.
     head         4 s_c V / t + 12 s h      the logits of one chunk of s_c tokens, hidden states and their gradients
     update       the largest tensor in float32, while the optimizer changes it, if that is more than the two above
 
-Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P, the anchor 2 P.
+Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P. The anchor's stage
+is a forward of the anchor, 2 P, and with loss.kl_estimator = centered one of the policy, 2 P more.
 
     train        flops / (GPUs x peak x _TRAIN_SHARE)
     generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
@@ -33,11 +35,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron_t1.models.spec import ModelSpec
 
 _TRAIN_SHARE, _READ_SHARE, _NET_SHARE = 0.40, 0.60, 0.50
+AnchorKind = Literal["moving", "fixed", "none"]
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
@@ -139,6 +142,7 @@ class Layout:
     """Of a step, on each data-parallel rank."""
     chunk_logits: int
     """Logits that the head holds at a time (algo.config.CHUNK_LOGITS)."""
+    anchor: AnchorKind = "moving"
 
 
 def layers_of(sizes: Sizes, layout: Layout, stage: int) -> int:
@@ -187,17 +191,17 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
         "weights": b * p,
         "gradients": 4.0 * p,
         "optimizer": (12 if narrow else 8) * p / shards,
-        "anchor": (6.0 if narrow else 4.0) * p,
+        "anchor": {"moving": 6.0 if narrow else 4.0, "fixed": b, "none": 0.0}[layout.anchor] * p,
         "activations": activations,
         "head": head,
         "update": max(0.0, 4.0 * largest - activations - head),
     }
 
 
-def checkpoint_bytes(sizes: Sizes, dtype: str) -> float:
+def checkpoint_bytes(sizes: Sizes, dtype: str, anchor: AnchorKind) -> float:
     """One checkpoint with optimizer and anchor."""
     b = _BYTES[dtype]
-    return sizes.total * (b + (12 if b < 4 else 8) + 4)
+    return sizes.total * (b + (12 if b < 4 else 8) + {"moving": 4, "fixed": b, "none": 0}[anchor])
 
 
 def cache_tokens(sizes: Sizes, gpu: Gpu, tp: int, dtype: str, utilization: float) -> float:
@@ -221,6 +225,7 @@ def step_seconds(
     max_tokens: int,
     max_num_seqs: int,
     utilization: float,
+    anchor_forwards: int,
 ) -> dict[str, float]:
     """Seconds of an RL step by stage, for `num_samples` samples of `mean_tokens` tokens, the longest `max_tokens`."""
     b = _BYTES[server_dtype]
@@ -241,7 +246,7 @@ def step_seconds(
     push = _BYTES[layout.dtype] * sizes.total / (gpu.network_bytes_per_s * _NET_SHARE)
     return {
         "generate": generate,
-        "anchor": flops / rate * bubble,
+        "anchor": anchor_forwards * flops / rate * bubble,
         "train": flops * (4 if layout.recompute else 3) / rate * bubble,
         "push": push,
     }

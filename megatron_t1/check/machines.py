@@ -85,6 +85,7 @@ def layout_of(
         tokens=min(room, math.ceil(tokens / data)),
         microbatches=max(1, math.ceil(tokens / data / room)),
         chunk_logits=CHUNK_LOGITS["cuda"],
+        anchor="none" if command == "sft" or not cfg.loss.kl_coef else "moving" if cfg.anchor.decay < 1 else "fixed",
     )
 
 
@@ -104,4 +105,5 @@ def seconds_of(
         max_tokens=cfg.sampling.max_new_tokens,
         max_num_seqs=cfg.rollout.max_num_seqs,
         utilization=cfg.rollout.gpu_memory_utilization,
+        anchor_forwards=0 if not cfg.loss.kl_coef else 2 if cfg.loss.kl_estimator == "centered" else 1,
     )

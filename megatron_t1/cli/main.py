@@ -91,7 +91,7 @@ def _line_of(command: str) -> str:
 _SECTIONS = {
     "sft": ("model", "parallel", "data", "sft"),
     "rl": ("model", "parallel", "data", "rollout", "sampling", "reward", "loss", "anchor", "rl"),
-    "curate": ("model", "data", "rollout", "reward", "curate"),
+    "curate": ("model", "data", "rollout", "sampling", "reward", "evaluate", "curate"),
     "evaluate": ("model", "data", "rollout", "reward", "evaluate"),
     "scaling": ("model", "data", "rollout", "reward", "evaluate", "scaling"),
     "serve": ("model", "rollout"),

@@ -14,16 +14,43 @@ from collections import Counter, defaultdict
 
 from datasketch import MinHash, MinHashLSH
 
-_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|text|mathrm|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|[${}~]")
-_TOKEN = re.compile(r"\\?[^\W\d_]+|\d+(?:\.\d+)?|[^\s\w.,;:?!'\"()]")
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{([^{}]*)\}")
+_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|[$~]")
+_TOKEN = re.compile(r"\\[{}]|\\?[^\W\d_]+|\d+(?:\.\d+)?|[^\s\w.,;:?!'\"]")
+_INSTRUCTION = re.compile(
+    r"(?:^|(?<=[.?!\n]))\s*"
+    r"(?:(?:please |let'?s |let us )?(?:reason|think) step by step|[^.?!\n]*\\boxed\s*\{\})[^\n]*\Z",
+    re.I,
+)
+"""What asks for the form of an answer: the last line of a question, or what follows its last sentence."""
 _NUM_PERM = 64
 INDEX_WORDS = 8
 """Length of the n-grams that find candidates; shorter evaluation questions are only compared exactly."""
 
 
 def words(question: str) -> tuple[str, ...]:
-    """Its words, numbers and operators, without case, punctuation and layout."""
-    return tuple(_TOKEN.findall(_LAYOUT.sub(lambda m: r"\frac" if "frac" in m.group() else " ", question.casefold())))
+    """Its words, numbers and operators, without case, punctuation, layout and the instruction at its end.
+
+    Parentheses and braces count, as one, where they hold more than one of these: 2^{n+1} is not 2^n+1, 2^{10} is 2^10.
+    """
+    text = _TEXT.sub(r" \1 ", (_INSTRUCTION.sub("", question.rstrip()) or question).casefold())
+    tokens: list[str] = []
+    opened: list[int] = []
+    for token in _TOKEN.findall(_LAYOUT.sub(lambda m: r"\frac" if "frac" in m.group() else " ", text)):
+        if token in "({":
+            opened.append(len(tokens))
+            tokens.append("(")
+        elif token not in ")}":
+            tokens.append(token)
+        elif opened:
+            start = opened.pop()
+            if len(tokens) - start > 2:
+                tokens.append(")")
+            else:
+                del tokens[start]
+    for start in reversed(opened):  # never closed
+        del tokens[start]
+    return tuple(tokens)
 
 
 def ngrams(tokens: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
@@ -42,7 +69,13 @@ class EvaluationQuestions:
         self._index: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
 
     def add(self, name: str, question: str) -> None:
+        """
+        Raises:
+            ValueError: a question without a word, which none could be compared with.
+        """
         tokens = words(question)
+        if not tokens:
+            raise ValueError(f"{name} holds no question: {question!r}")
         self._exact.setdefault(tokens, name)
         self._trigrams[name] = ngrams(tokens, 3)
         if len(tokens) >= INDEX_WORDS:

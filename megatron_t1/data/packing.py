@@ -24,8 +24,9 @@ def sequences_of(groups: list[Group]) -> list[TrainSequence]:
             response_ids=sample.token_ids,
             advantage=sample.advantage,
             rollout_logprobs=sample.logprobs,
+            group=number,
         )
-        for group in groups
+        for number, group in enumerate(groups)
         for sample in group.samples
     ]
 

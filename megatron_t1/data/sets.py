@@ -65,12 +65,7 @@ def load_set(
     Raises:
         ValueError: neither name nor file, no local copy and no hub, or rows that can't be read.
     """
-    path = Path(name)
-    named = NAMED.get(name)
-    if named:
-        path = _find(name, named, sets_dir)
-    elif path.suffix not in _SUFFIXES:
-        raise ValueError(f"set {name!r} is none of {', '.join(NAMED)} and no file ending in {', '.join(_SUFFIXES)}")
+    path, named = file_of(name, sets_dir), NAMED.get(name)
 
     def parse(row: dict[str, Any], number: int) -> Question:
         return _question(row, f"{name if named else path.stem}-{number}", seed, instruction, system_prompt)
@@ -80,15 +75,56 @@ def load_set(
     if len(uses) < len(questions):
         example = uses.most_common(1)[0][0]
         raise ValueError(f"{path}: {len(questions) - len(uses)} ids are used twice, for example {example!r}")
-    if named and named.subset_of_larger and len(questions) > named.size:
+    _check_size(name, path, len(questions))
+    if named and len(questions) > named.size:
         chosen = sorted(random.Random(500).sample(range(len(questions)), named.size))
         questions = [questions[i] for i in chosen]
-    if named and len(questions) != named.size:
-        raise ValueError(
-            f"{path} has {len(questions)} questions, the set {name} has {named.size}: this is another set; give the "
-            "file's path in place of the name"
-        )
     return questions
+
+
+def load_texts(name: str, *, sets_dir: Path | None = None, field: str = "problem") -> list[tuple[str, str]]:
+    """(name of the row, question) of every row of a set or file, as its author wrote it and whatever its answer is.
+
+    Args:
+        field: the question's, where a layout of its own has another.
+
+    Raises:
+        ValueError: as `load_set` does, or a row without a question.
+    """
+
+    def parse(row: dict[str, Any], number: int) -> tuple[str, str]:
+        if "prompt" in row or "messages" in row:
+            text = question_of({**row, "id": number, "answer": "-", "mode": "response", "choices": []}).text
+        else:
+            text = _problem_of(row, field)
+        return f"{name}:{number}", text
+
+    path = file_of(name, sets_dir)
+    texts = parse_rows(path, parse, _rows(path))
+    _check_size(name, path, len(texts))
+    return texts
+
+
+def file_of(name: str, sets_dir: Path | None) -> Path:
+    """Where a set or file lies on this machine; what is not there is fetched.
+
+    Raises:
+        ValueError: neither name nor file, or no local copy and no hub.
+    """
+    if named := NAMED.get(name):
+        return _find(name, named, sets_dir)
+    if Path(name).suffix not in _SUFFIXES:
+        raise ValueError(f"set {name!r} is none of {', '.join(NAMED)} and no file ending in {', '.join(_SUFFIXES)}")
+    return Path(name)
+
+
+def _check_size(name: str, path: Path, count: int) -> None:
+    named = NAMED.get(name)
+    if named and (count < named.size or (count > named.size and not named.subset_of_larger)):
+        raise ValueError(
+            f"{path} has {count} questions, the set {name} has {named.size}: this is another set; give the file's path "
+            "in place of the name"
+        )
 
 
 def set_name(name: str) -> str:
@@ -116,7 +152,7 @@ def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
             f"set {name!r} is not in evaluate.sets_dir = {sets_dir} (as {named.local[0]}.jsonl, .json, .csv or "
             f".parquet) and {named.repo}/{named.file} can't be had from the Hugging Face hub: {reason}\n"
             f"Fetch it on a machine with access (`hf download {named.repo} {named.file} --repo-type dataset`; a gated "
-            f"set needs `hf auth login`) and give its folder as evaluate.sets_dir, or the file itself in evaluate.sets"
+            f"set needs `hf auth login`) and give its folder as evaluate.sets_dir, or its path in place of the name"
         ) from None
 
 
@@ -156,11 +192,8 @@ def _question(
 ) -> Question:
     if "prompt" in row or "messages" in row:
         return question_of({"id": fallback_id, **row}, system_prompt)
-    problem = _first(row, "problem", "Problem", "question", "Question")
-    gold = _first(row, "answer", "Answer", "Correct Answer")
-    if not isinstance(problem, str) or not problem.strip():
-        raise ValueError('no question: one of "prompt", "messages", "problem", "question" must hold its text')
-    gold = gold_of(gold)
+    problem = _problem_of(row)
+    gold = gold_of(_first(row, "answer", "Answer", "Correct Answer"))
     identity = str(_first(row, "id", "ID", "unique_id", "Record ID") or fallback_id)
     mode, choices = "mc" if row.get("kind") == "multiple_choice" else "response", tuple[str, ...]()
     if "Correct Answer" in row:
@@ -184,6 +217,13 @@ def _question(
         choices=choices,
         meta={"level": _level(row), "subject": _subject(row)},
     )
+
+
+def _problem_of(row: dict[str, Any], *fields: str) -> str:
+    problem = _first(row, *fields, "problem", "Problem", "question", "Question")
+    if not isinstance(problem, str):
+        raise ValueError('no question: one of "prompt", "messages", "problem", "question" must hold its text')
+    return problem
 
 
 def _wrong_options(row: dict[str, Any]) -> list[str]:

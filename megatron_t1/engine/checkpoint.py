@@ -135,7 +135,8 @@ def save(
     if is_main():
         copy_beside(Path(engine.model_config.hf_path), building)  # config and tokenizer: a model on its own
         apart = engine.parallel.expert > 1
-        contents = {**state, "step": step, "score": score, "files": digests, "experts_apart": apart}
+        kept = {"experts_apart": apart, "anchor": anchor is not None}
+        contents = {**state, "step": step, "score": score, "files": digests, **kept}
         write_json(building / "state.json", contents)
         sync_folder(building)
         if final.exists():  # a run that resumed from an older checkpoint comes by here again
@@ -209,12 +210,13 @@ def damage(path: Path) -> str | None:
     return "; ".join(problems[name] for name in sorted(problems)) or None
 
 
+@torch.no_grad()
 def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     """Collective. Fill engine and anchor from a checkpoint of any layout; returns its `state.json`.
 
     Raises:
-        ValueError: not a finished checkpoint, one from before or after the experts were spread over ranks, or one of
-            local layers for Transformer Engine's.
+        ValueError: not a finished checkpoint, one from before or after the experts were spread over ranks, one without
+            the anchor that is asked for, or one of local layers for Transformer Engine's.
     """
     if not (path / "state.json").exists():
         raise ValueError(f"{path} is not a finished checkpoint: it has no state.json")
@@ -225,6 +227,11 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
             f"{path} was written with parallel.expert {'above' if state.get('experts_apart') else 'of'} 1 and is "
             f"loaded with {engine.parallel.expert}: its optimizer does not fit. Resume with such a layout, or export "
             "the weights (t1 convert to-hf) and start from them"
+        )
+    if anchor is not None and not state.get("anchor", True):
+        raise ValueError(
+            f"{path} was written with loss.kl_coef = 0 and holds no anchor. Resume with --loss.kl_coef 0, or export "
+            "the weights (t1 convert to-hf) and start from them in another run_dir: they are its first anchor then"
         )
     _prime(engine)
     try:
@@ -315,7 +322,7 @@ def resume(
 
 
 def num_bytes(engine: Engine, anchor: Anchor | None) -> int:
-    """Of the whole checkpoint: weights, float32 master weights and two moments, and the anchor's float32 average."""
+    """Of the whole checkpoint: weights, float32 master weights and two moments, and the anchor's average."""
     groups = mpu.get_data_parallel_group(), mpu.get_expert_data_parallel_group()
     weights = 0
     for param in (param for chunk in engine.chunks for param in chunk.parameters()):
@@ -325,4 +332,5 @@ def num_bytes(engine: Engine, anchor: Anchor | None) -> int:
     total = torch.tensor(weights)
     dist.all_reduce(total)
     element_size = engine.config.params_dtype.itemsize
-    return int(total) * (element_size + (12 if element_size < 4 else 8) + (4 if anchor else 0))
+    of_anchor = anchor.average[0].element_size() if anchor else 0
+    return int(total) * (element_size + (12 if element_size < 4 else 8) + of_anchor)

@@ -180,9 +180,9 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How the learning rate goes on after the warm-up."""
     min_lr_ratio: float = 0.0
-    """The schedule ends at this share of `lr`."""
+    """The schedule ends at this share of `lr`, in the step after the last."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; the last of them has `lr`."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -209,7 +209,8 @@ class AnchorConfig:
     """The EMA anchor."""
 
     decay: float = 0.99
-    """Share of the old anchor that a step keeps; 1 keeps the starting policy, 0 follows the policy at once."""
+    """Share of the old anchor that a step keeps; 1 keeps the starting policy, 0 follows the policy at once. There is no
+    anchor at loss.kl_coef = 0."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "decay")

@@ -33,13 +33,20 @@ def build_optimizer(
         ),
         chunks,
     )
-    scheduler = OptimizerParamScheduler(
+    return optimizer, schedule_of(cfg, optimizer, total_steps)
+
+
+def schedule_of(cfg: OptimConfig, optimizer: MegatronOptimizer, total_steps: int) -> OptimizerParamScheduler:
+    """It is asked before each step. The warm-up's last step (without one, the first) has the peak, and the schedule
+    would end in the step after the last."""
+    peak = max(cfg.warmup_steps, 1)
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=cfg.lr,
         min_lr=cfg.lr * cfg.min_lr_ratio,
-        lr_warmup_steps=cfg.warmup_steps,
-        lr_decay_steps=max(total_steps, cfg.warmup_steps + 1),
+        lr_warmup_steps=peak,
+        lr_decay_steps=max(total_steps, peak) + 1,
         lr_decay_style=cfg.schedule,
         start_wd=cfg.weight_decay,
         end_wd=cfg.weight_decay,
@@ -48,4 +55,3 @@ def build_optimizer(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
-    return optimizer, scheduler

@@ -190,8 +190,8 @@ class Engine(ForwardEngine):
 
         Args:
             num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
-            anchor: chunks of the model that made `anchor_hidden` of the microbatches; token_loss is then given the
-                full-vocabulary KL to it.
+            anchor: chunks of the model that made `anchor_hidden` of the microbatches; token_loss is given the
+                full-vocabulary KL to it where there is one.
 
         Raises:
             FloatingPointError: the loss is not finite (no step was taken), or the gradient norm was not.
@@ -204,9 +204,8 @@ class Engine(ForwardEngine):
         grad_scale = float(self.optimizer.scale_loss(torch.ones(1, device=self.platform.device))) / num_targets
 
         def anchor_head(microbatch: Microbatch) -> AnchorHead | None:
-            if anchor is None:
+            if anchor is None or microbatch.anchor_hidden is None:
                 return None
-            assert microbatch.anchor_hidden is not None, "Anchor.fill(keep_hidden=True) comes first"
             return AnchorHead(
                 hidden=microbatch.anchor_hidden.to(self.platform.device),
                 head=output_head(anchor[-1], self.spec, self.temperature),

@@ -49,6 +49,7 @@ _PANELS = (
     _Panel("Loss", ("loss", "nll")),
     _Panel("Entropy (nats a token)", ("entropy",)),
     _Panel("KL to the anchor (nats a token)", ("kl_k1", "kl_k3")),
+    _Panel("KL to the anchor (nats a sample)", ("kl_sample", "kl_sample_std")),
     _Panel("Mismatch of trainer and servers (mean)", ("logprob_diff", "prob_diff"), log=True),
     _Panel("Response tokens", ("response_tokens_mean", "response_tokens_max")),
     _Panel("Gradient norm", ("grad_norm",)),

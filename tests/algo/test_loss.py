@@ -145,6 +145,8 @@ def test_full_kl_needs_the_heads_kl():
         ({"clip_ratio_low": 0.0}, "clip_ratio_low"),
         ({"clip_ratio_high": 0.2, "tis_cap": 2.0}, "tis_cap"),
         ({"kl_estimator": "k4"}, "kl_estimator"),
+        ({"kl_baseline": "group"}, "kl_baseline"),
+        ({"kl_baseline": "none", "kl_estimator": "k3"}, "kl_baseline"),
     ],
 )
 def test_config_errors_name_the_field(given, name):

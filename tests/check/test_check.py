@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -197,6 +198,20 @@ def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> N
         assert on_rank == pytest.approx(sizes.total / 16, rel=0.01)
         assert parts["gradients"] + parts["optimizer"] + parts["anchor"] == pytest.approx(22 * on_rank)
         assert sum(parts.values()) < 80e9
+        for kind, bytes_each in (("fixed", 2), ("none", 0)):
+            other = estimate.stage_memory(sizes, replace(layout, anchor=kind), stage)["anchor"]
+            assert other == pytest.approx(bytes_each * on_rank)
+
+
+@pytest.mark.parametrize(
+    ("example", "new_tokens"), [("glm-4-9b", 10240), ("qwen2.5-14b", 10240), ("qwen2.5-32b", 16384)]
+)
+def test_responses_have_the_papers_length_and_fit_with_their_prompts(example: str, new_tokens: int) -> None:
+    cfg = read(Config, ["--config", str(ROOT / f"examples/{example}/rl.yaml")])
+    assert cfg.sampling.max_new_tokens == cfg.evaluate.sampling.max_new_tokens == new_tokens
+    assert cfg.scaling.sampling.max_new_tokens == cfg.scaling.budgets[-1] == new_tokens
+    assert cfg.rollout.max_model_len == new_tokens + 2048
+    cfg.parallel.check_fits(cfg.rollout.max_model_len)
 
 
 def test_a_dry_run_prints_what_the_batch_script_would_run(tmp_path: Path) -> None:

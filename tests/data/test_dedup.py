@@ -21,6 +21,44 @@ def test_layout_case_and_punctuation_do_not_count(other: str) -> None:
     assert words(r"Find $\dfrac{1}{2}x$.") == words(r"find \left.\frac{1}{2} \, x\right.")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"$(2+3)\cdot 4$", r"$2+3\cdot 4$"),
+        ("$2^{n+1}$", "$2^n+1$"),
+        (r"\sqrt{2x}", r"\sqrt{2}x"),
+        (r"\frac{a+b}{c}", r"\frac{a}{c}+b"),
+        (r"Find $f(x+1)$.", r"Find $f(x)+1$."),
+        ("He walks. Then he thinks step by step. How far?", "He walks."),
+    ],
+)
+def test_what_changes_the_formula_makes_another_question(one: str, other: str) -> None:
+    assert words(one) != words(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"$\left(2+3\right)\cdot{4}$", r"(2 + 3) \cdot 4"),
+        ("$2^{10}$", "2^10"),
+        (r"$(x)$ is 3\text{ cm}", r"$x$ is $3$ cm"),
+        (r"$\sqrt{(a)}$)", r"\sqrt {a}"),
+        ("What is $2+2$?", "What is 2+2?\n\nPlease reason step by step, and put your final answer within \\boxed{}."),
+        ("What is $2+2$?", "What is 2+2? Let's think step by step and output the final answer within \\boxed{}.\n"),
+        ("What is $2+2$?", "What is 2+2? Put the letter of the right option within \\boxed{}."),
+        ("Please reason step by step.", "please reason step by step"),
+    ],
+)
+def test_what_does_not_change_the_formula_makes_none(one: str, other: str) -> None:
+    assert words(one) == words(other)
+    assert words(one)
+
+
+def test_an_evaluation_question_without_a_word_is_refused() -> None:
+    with pytest.raises(ValueError, match="x:3 holds no question"):
+        EvaluationQuestions(0.6).add("x:3", " ? ")
+
+
 def test_an_evaluation_question_is_found_in_any_dress() -> None:
     evaluation = EvaluationQuestions(0.6)
     evaluation.add("eval:1", STORY)

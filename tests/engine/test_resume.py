@@ -78,19 +78,20 @@ def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, t
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("layout", "num_ranks", "bucket_size"),
+    ("layout", "num_ranks", "bucket_size", "decay"),
     [
-        ({}, 1, 0),
-        ({"pipeline": 2}, 2, 0),  # the shared embedding's gradient is a bucket of its own
-        ({"overlap_grad_reduce": True}, 3, 50_000),
+        ({}, 1, 0, 0.9),
+        ({}, 1, 0, 1),
+        ({"pipeline": 2}, 2, 0, 0.9),  # the shared embedding's gradient is a bucket of its own
+        ({"overlap_grad_reduce": True}, 3, 50_000, 0.9),
     ],
-    ids=["one process", "PP2 tied", "DP3 with several buckets"],
+    ids=["one process", "fixed anchor", "PP2 tied", "DP3 with several buckets"],
 )
-def test_what_is_loaded_is_what_was_saved(dtype, layout, num_ranks, bucket_size, run_ranks, tmp_path):
+def test_what_is_loaded_is_what_was_saved(dtype, layout, num_ranks, bucket_size, decay, run_ranks, tmp_path):
     # Megatron pads buckets to multiples of 128 numbers (of 384 for DP3); none of these matrices is one.
     model_dir = make_tiny_qwen2(tmp_path / "hf", vocab_size=321, hidden_size=96, num_heads=3, num_kv_heads=1)
     worker = WORKERS / "checkpoint_worker.py"
-    output = run_ranks(worker, num_ranks, model_dir, tmp_path / "run", dtype, json.dumps(layout), bucket_size)
+    output = run_ranks(worker, num_ranks, model_dir, tmp_path / "run", dtype, json.dumps(layout), bucket_size, decay)
     differences = json.loads(output.splitlines()[-1])
     assert (differences.pop("num_buckets") > 1) == (num_ranks > 1)
     assert {name: value for name, value in differences.items() if value > 1e-6} == {}
@@ -115,6 +116,12 @@ def test_a_checkpoint_that_does_not_load_says_why(reason, said, monkeypatch, tmp
     monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fails)
     with pytest.raises(ValueError, match=said):
         checkpoint.load(tmp_path, SimpleNamespace(parallel=ParallelConfig()), None)
+
+
+def test_an_anchor_that_was_never_kept_is_not_made_up(tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 1, "anchor": false}')
+    with pytest.raises(ValueError, match=r"kl_coef = 0 and holds no anchor\. Resume with --loss.kl_coef 0, or export"):
+        checkpoint.load(tmp_path, SimpleNamespace(parallel=ParallelConfig()), object())
 
 
 def test_an_unfinished_checkpoint_is_never_picked_up(straight, train, tmp_path):

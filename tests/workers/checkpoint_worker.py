@@ -1,7 +1,7 @@
 """One step, a checkpoint, and what a new engine has loaded of it; rank 0 prints the largest differences as JSON.
 
 argv: folder of the model, folder of the checkpoints, precision, ParallelConfig's fields as JSON, numbers in a bucket of
-gradients (0: Megatron's own size).
+gradients (0: Megatron's own size), the anchor's decay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def optimizer_state(engine) -> list[torch.Tensor]:
 
 
 def main() -> None:
-    model_dir, folder, dtype, layout, bucket_size = sys.argv[1:]
+    model_dir, folder, dtype, layout, bucket_size, decay = sys.argv[1:]
     platform = setup()
     from megatron_t1.algo.loss import sft_token_loss
     from megatron_t1.engine import checkpoint, model
@@ -47,7 +47,7 @@ def main() -> None:
             ModelConfig(hf_path=model_dir, dtype=dtype), parallel, OptimConfig(lr=1e-3), platform,
             total_steps=9, temperature=1.0,
         )  # fmt: skip
-        return engine, Anchor(engine, AnchorConfig(decay=0.9))
+        return engine, Anchor(engine, AnchorConfig(decay=float(decay)))
 
     sequences = make_sequences(vocab_size=321)
 
@@ -70,6 +70,10 @@ def main() -> None:
     resumed, resumed_anchor = build()
     checkpoint.load(path, resumed, resumed_anchor)
     differences = {"num_buckets": sum(len(buffer.buckets) for ddp in engine.ddp for buffer in ddp.buffers)}
+    other = Anchor(resumed, AnchorConfig(decay=0.5 if float(decay) == 1 else 1.0))
+    checkpoint.load(path, resumed, other)
+    parted = [(one - two).abs().max().item() for one, two in zip(anchor.weights, other.weights, strict=True)]
+    differences["anchor of another decay"] = max(parted)
     for moment in ("loaded", "a step later"):
         before, after = state(engine, anchor), state(resumed, resumed_anchor)
         for name, tensors in before.items():

@@ -41,16 +41,20 @@ def main() -> None:
 
     sequences = make_sequences(vocab_size=engine.spec.vocab_size)
     num_targets = sum(len(s.response_ids) for s in sequences)
-    microbatches = engine.pack(sequences)
-    # One more whose tokens are all masked: it must change nothing.
     per_target = ("target_positions", "targets", "sample_index", *(f.name for f in fields(TokenFields)))
-    microbatches.append(replace(microbatches[0], **{name: getattr(microbatches[0], name)[:0] for name in per_target}))
-    anchor.fill(microbatches, len(sequences), keep_hidden=True)
     results = {}
 
-    def step(name, token_loss, full_kl=False):
+    def pack():
+        microbatches = engine.pack(sequences)
+        # One more whose tokens are all masked: it must change nothing.
+        nothing = {name: getattr(microbatches[0], name)[:0] for name in per_target}
+        return [*microbatches, replace(microbatches[0], **nothing)]
+
+    def step(name, token_loss, cfg=None):
         engine.load_weights(model_dir)
-        results[name] = engine.step(microbatches, num_targets, token_loss, anchor.chunks if full_kl else None)
+        microbatches = pack()
+        kl = anchor.fill(microbatches, sequences, cfg) if cfg else {}
+        results[name] = engine.step(microbatches, num_targets, token_loss, anchor.chunks) | kl
         if not parallel.distributed_optimizer:  # else a rank's gradient buffer holds its own shard only
             tensors = dict(Plan(gradient_pieces(engine)).gather())
             if dist.get_rank() == 0:
@@ -59,14 +63,16 @@ def main() -> None:
     step("sft", sft_token_loss)
     for name, given in LOSSES.items():
         cfg = LossConfig(entropy_coef=ENTROPY_COEF, kl_coef=KL_COEF, **given)
-        step(name, partial(t1_token_loss, cfg=cfg), full_kl=cfg.kl_estimator == "full")
+        step(name, partial(t1_token_loss, cfg=cfg), cfg)
     tensors = dict(Plan(engine.pieces()).gather())
     anchor.update()
     averages = dict(Plan(engine.pieces(anchor.chunks)).gather())
+    anchor.reset()
+    results["anchor is policy"] = anchor.fill(pack(), sequences, LossConfig())
     if dist.get_rank() == 0:
         save_file(tensors, out / "weights.safetensors")
         save_file(averages, out / "anchor.safetensors")
-        (out / "metrics.json").write_text(json.dumps({**results, "num_microbatches": len(microbatches)}))
+        (out / "metrics.json").write_text(json.dumps(results))
     torch.distributed.barrier()
 
 
