@@ -8,6 +8,7 @@ changed all show as numbers. Whatever is found, the servers are on a known versi
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,12 +98,15 @@ def sync_check(
     draw = np.random.default_rng(0)
     prompts = [draw.integers(vocab_size, size=min(n, longest)).tolist() for n in PROMPT_LENGTHS]
     failed: dict[str, str] = {}
+    # Blocks that an earlier check left in a prefix cache were summed in another order than a prompt read at once: to
+    # them `before` would be a difference of its own. `after` has the same salt: blocks of the old weights would show.
+    salt = secrets.token_hex(16)
 
     def ask() -> dict[str, list[Sample]]:
         answers = {}
         for server in servers:
             try:
-                answers[server.name] = _ask(sync, server, prompts, vocab_size)
+                answers[server.name] = _ask(sync, server, prompts, vocab_size, salt)
             except ServerError as error:
                 failed[server.name] = str(error)
         return answers
@@ -134,12 +138,12 @@ class _NoText:
         return ""
 
 
-def _ask(sync: WeightSync, server: Server, prompts: Sequence[list[int]], vocab_size: int) -> list[Sample]:
+def _ask(sync: WeightSync, server: Server, prompts: Sequence[list[int]], vocab_size: int, salt: str) -> list[Sample]:
     """One sample a prompt from this server, whatever version it holds."""
     assert sync.servers is not None
     sampling = SamplingConfig(temperature=1.0, num_samples=1, max_new_tokens=NUM_NEW_TOKENS)
     with RolloutClient(sync.servers.only(server), _NoText(), vocab_size=vocab_size) as client:
-        return [samples[0] for samples in client.complete_tokens(prompts, sampling, seed=0)]
+        return [samples[0] for samples in client.complete_tokens(prompts, sampling, seed=0, cache_salt=salt)]
 
 
 def _moved(old: Sample, new: Sample) -> float:

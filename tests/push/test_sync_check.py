@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def model_of(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def prefix_cache_hits(server: Servers) -> float:
+    """Tokens of prompts that the server took from its prefix cache since it was started."""
+    with urllib.request.urlopen(f"{server.all[0].url}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:prefix_cache_hits_total"))
+
+
 def verdicts(result: SyncCheck) -> set[str]:
     return {result.verdict(row) for row in result.rows}
 
@@ -54,7 +62,10 @@ def test_a_server_with_other_weights_is_named_and_brought_to_the_right_ones(
     found = check(tiny_dir, server, model)
     assert verdicts(found) == {"held OTHER weights before"}
     assert found.wrong == [server.all[0].name]
+    # The same prompts as a moment ago: from the prefix cache they would come with sums of another order.
+    hits = prefix_cache_hits(server)
     again = check(tiny_dir, server, model)
+    assert prefix_cache_hits(server) == hits
     assert verdicts(again) == {"ok"}
     assert not again.wrong
     assert {row.moved for row in again.rows} == {0.0}
