@@ -138,6 +138,9 @@ def _trainer_job(command: str) -> Callable[[list[str]], int]:
         if os.environ["RANK"] == "0":
             # Whoever reads this file later says `--resume` again.
             write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False, resume_with_changes=False)))
+        from megatron_t1.platform import te
+
+        te.check_layers(cfg.model.layers)
         from megatron_t1 import pipeline
 
         STOP.install()
@@ -168,6 +171,9 @@ def _sync_check(arguments: list[str]) -> int:
     cfg.model.folder()
     if "RANK" not in os.environ:
         return _on_ranks(cfg.parallel, "sync-check", arguments)
+    from megatron_t1.platform import te
+
+    te.check_layers(cfg.model.layers)
     from megatron_t1 import pipeline
 
     return 0 if pipeline.run_sync_check(cfg) else 1
@@ -329,6 +335,9 @@ def _logprobs(arguments: list[str]) -> int:
     cfg = _read("logprobs", arguments, LogprobsConfig)
     if "RANK" not in os.environ:
         return _on_ranks(cfg.parallel, "logprobs", arguments)
+    from megatron_t1.platform import te
+
+    te.check_layers(cfg.layers)
     from megatron_t1.logprobs import run
 
     run(cfg)
