@@ -178,7 +178,7 @@ class LogprobsConfig:
     dtype: Dtype = "bfloat16"
     """Precision of weights and activations; transformers gets the same."""
     layers: Literal["auto", "local"] = "auto"
-    """`auto` takes Transformer Engine's layers when installed; `local` never does."""
+    """`auto` takes Transformer Engine's layers when installed, for bfloat16; `local` never does."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ from megatron_t1.evaluation.scaling import Scaling
 from megatron_t1.files import write_json
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.models import spec_of
+from megatron_t1.platform import gpus
 from megatron_t1.platform.detect import Platform, setup
 from megatron_t1.platform.installed import versions
 from megatron_t1.push.sync import WeightSync, folder_pieces
@@ -78,7 +79,7 @@ def run_rl(cfg: Config) -> None:
             _refuse_overlap(prompts, load_prompts(cfg.data.need("heldout"), template, cfg.data))
         rl.check(cfg, prompts)
         _check_context(cfg, context_needs(cfg, "rl", {"train": _longest(prompts)}, template))
-        rank0 = stack.enter_context(open_rank0(cfg, template)) if is_main() else None
+        rank0 = stack.enter_context(open_rank0(cfg, template, trainer_gpus=gpus.of_trainer())) if is_main() else None
         trainer = rl.Trainer(cfg, platform, prompts, rank0)
         stack.callback(trainer.close)
         if rank0:
@@ -193,7 +194,7 @@ def run_all(cfg: Config) -> None:
         rl.check(cfg, train)
         longest = {"train": _longest(train), "heldout": _longest(heldout)}
         _check_context(cfg, context_needs(cfg, "run", longest, template))
-        rank0 = stack.enter_context(open_rank0(cfg, template)) if is_main() else None
+        rank0 = stack.enter_context(open_rank0(cfg, template, trainer_gpus=gpus.of_trainer())) if is_main() else None
         watch.add("start", time.perf_counter() - began)
 
         hf_dir = run_dir / "sft" / "hf"
@@ -251,7 +252,11 @@ def run_sync_check(cfg: SyncCheckConfig) -> bool:
     """
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
         model_dir = Path(cfg.model.hf_path)
-        servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir)).start() if is_main() else None
+        servers = None
+        if is_main():
+            trainer_gpus = gpus.of_trainer()
+            servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir, trainer_gpus=trainer_gpus))
+            servers.start()
         engine = ForwardEngine(cfg.model, cfg.parallel, platform, temperature=1.0)
         engine.load_weights(model_dir)
         if servers:

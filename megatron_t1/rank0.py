@@ -42,12 +42,16 @@ class Rank0:
 
 
 @contextmanager
-def open_rank0(cfg: Config, template: Template) -> Iterator[Rank0]:
-    """Start servers (or take those of `rollout.urls`), client and grader; end all of them on the way out."""
+def open_rank0(cfg: Config, template: Template, *, trainer_gpus: int = 0) -> Iterator[Rank0]:
+    """Start servers (or take those of `rollout.urls`), client and grader; end all of them on the way out.
+
+    Args:
+        trainer_gpus: the first GPUs of this host, which trainer ranks use (`gpus.of_trainer`).
+    """
     model_dir = Path(cfg.model.hf_path)
     with ExitStack() as stack:
         scorer = stack.enter_context(Scorer(cfg.reward))
-        servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir)).start()
+        servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir, trainer_gpus=trainer_gpus)).start()
         vocab_size = spec_of(model_dir).vocab_size
         client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size))
         stack.enter_context(frozen_heap())

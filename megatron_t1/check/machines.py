@@ -81,7 +81,7 @@ def layout_of(
         distributed_optimizer=cfg.parallel.distributed_optimizer,
         dtype=cfg.model.dtype,
         recompute=cfg.model.transformer.get("recompute_granularity") == "full",
-        local_layers=cfg.model.layers == "local",
+        local_layers=cfg.model.layers == "local" or cfg.model.dtype == "float32",
         tokens=min(room, math.ceil(tokens / data)),
         microbatches=max(1, math.ceil(tokens / data / room)),
         chunk_logits=CHUNK_LOGITS["cuda"],

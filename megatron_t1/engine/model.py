@@ -14,6 +14,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_t1.algo.head.layout import Head
@@ -24,6 +25,8 @@ from megatron_t1.engine.parallel import shards
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch
+
+_APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 
 
 class T1GPTModel(GPTModel):
@@ -43,6 +46,11 @@ class T1GPTModel(GPTModel):
         return hidden_states
 
 
+def takes_te_layers(cfg: ModelConfig, platform: Platform) -> bool:
+    """Whether the model is built of Transformer Engine's layers."""
+    return platform.transformer_engine is not None and cfg.layers == "auto" and cfg.dtype != "float32"
+
+
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
@@ -51,7 +59,7 @@ def transformer_config(
     cfg: ModelConfig, spec: ModelSpec, parallel: ParallelConfig, platform: Platform
 ) -> TransformerConfig:
     """Megatron's config from the checkpoint's architecture, our precision and layout, and the user's extra fields."""
-    dtype = getattr(torch, cfg.dtype)
+    dtype, te_layers = getattr(torch, cfg.dtype), takes_te_layers(cfg, platform)
     fields: dict[str, Any] = {
         **spec.transformer,
         "params_dtype": dtype,
@@ -72,19 +80,19 @@ def transformer_config(
         "init_method": _leave_as_is,
         "output_layer_init_method": _leave_as_is,
         "embedding_init_method": _leave_as_is,
-        "gradient_accumulation_fusion": platform.apex and find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # The GEMM itself adds a weight's gradient to the float32 buffer, not rounded to bfloat16 before. Megatron's own
+        # layers need a module of Apex for it.
+        "gradient_accumulation_fusion": te_layers or (platform.apex and find_spec(_APEX_WEIGHT_GRADIENT) is not None),
         "masked_softmax_fusion": False,
         "bias_activation_fusion": platform.name == "cuda",
         # Older Transformer Engines can't fuse the interleaved kind.
-        "apply_rope_fusion": platform.transformer_engine is not None
-        and cfg.layers == "auto"
-        and not spec.transformer.get("rotary_interleaved", False),
+        "apply_rope_fusion": te_layers and not spec.transformer.get("rotary_interleaved", False),
         "calculate_per_token_loss": True,  # gradients are summed, the loss is already over the global token count
         "variable_seq_lengths": False,
         # Of two stages the interleaved schedule's batched exchange mixes up a rank's neighbours: they are one.
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
-        **_moe_defaults(spec, platform, cfg),
+        **_moe_defaults(spec, te_layers),
     }
     if cfg.transformer.get("fp8"):
         fields["fp8_recipe"] = "tensorwise"  # keeps no scales, so there are none to save, and none are stale
@@ -99,7 +107,7 @@ def _pipeline_layout(spec: ModelSpec, parallel: ParallelConfig) -> list[list[str
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
-def _moe_defaults(spec: ModelSpec, platform: Platform, cfg: ModelConfig) -> dict[str, Any]:
+def _moe_defaults(spec: ModelSpec, te_layers: bool) -> dict[str, Any]:
     """How a mixture of experts is trained: no loss but T1's, and routing biases stay what the checkpoint says."""
     if "num_moe_experts" not in spec.transformer:
         return {}
@@ -107,7 +115,7 @@ def _moe_defaults(spec: ModelSpec, platform: Platform, cfg: ModelConfig) -> dict
         "moe_router_load_balancing_type": "none",
         "moe_router_bias_update_rate": 0.0,
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": platform.transformer_engine is not None and cfg.layers == "auto",
+        "moe_grouped_gemm": te_layers,
     }
 
 
@@ -118,12 +126,17 @@ def build_model(
     fills, on the platform's device unless told another."""
     check_divisible(spec, parallel)
     config = transformer_config(cfg, spec, parallel, platform)
-    block_spec = te_block_spec if cfg.layers == "auto" and platform.transformer_engine else local_block_spec
-    if config.fp8 and block_spec is local_block_spec:
+    te_layers = takes_te_layers(cfg, platform)
+    block_spec = te_block_spec if te_layers else local_block_spec
+    if config.fp8 and not te_layers:
         raise ValueError(
             f"model.transformer.fp8 = {config.fp8} needs Transformer Engine's layers, which are not installed or "
-            "turned off by model.layers = local: the run would train without FP8"
+            "turned off by model.layers = local or model.dtype = float32: the run would train without FP8"
         )
+    if te_layers:
+        # The output layer, a Megatron layer whose own GEMM never runs here, refuses `gradient_accumulation_fusion`
+        # without Apex.
+        vars(megatron_layers)["_grad_accum_fusion_available"] = True
     padding = parallel.tensor
     padded_vocab = -(-spec.vocab_size // padding) * padding
     chunks = []

@@ -27,7 +27,7 @@ from megatron_t1.algo.loss import Metrics, TokenFields
 from megatron_t1.data.packing import pack
 from megatron_t1.engine import stored
 from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
-from megatron_t1.engine.model import T1GPTModel, build_model, output_head, packed_seq_params, wrap_ddp
+from megatron_t1.engine.model import T1GPTModel, build_model, output_head, packed_seq_params, takes_te_layers, wrap_ddp
 from megatron_t1.engine.optimizer import build_optimizer
 from megatron_t1.engine.parallel import shards
 from megatron_t1.models import spec_of
@@ -48,7 +48,7 @@ class ForwardEngine:
         self.platform, self.parallel, self.model_config = platform, parallel, model
         self.temperature = temperature
         self.config, self.chunks = build_model(model, self.spec, parallel, platform)
-        self.local_layers = platform.transformer_engine is None or model.layers == "local"
+        self.local_layers = not takes_te_layers(model, platform)
 
     def pieces(self, chunks: list[T1GPTModel] | None = None) -> list[Piece]:
         """This rank's Hugging Face pieces, aliasing the live weights (of the anchor, when its chunks are given)."""

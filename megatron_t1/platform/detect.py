@@ -39,8 +39,8 @@ class Platform:
             missing.append("Transformer Engine (local layer spec instead, no FP8)")
         if self.apex:
             found.append("Apex")
-        else:
-            missing.append("Apex (torch optimizer and norms instead)")
+        elif not self.transformer_engine:
+            missing.append("Apex (torch's optimizer instead of a fused one)")
         return "platform: " + ", ".join(found) + ("; not found: " + ", ".join(missing) if missing else "")
 
 

@@ -36,6 +36,11 @@ def usable() -> bool:
     )
 
 
+def of_trainer() -> int:
+    """How many GPUs of this host its trainer ranks use: the first ones, one each."""
+    return min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def index_of(local_rank: int) -> int:
     """The GPU of this host's rank number `local_rank`. Sites that bind one GPU to each task show every rank only its
     own, as number 0.

@@ -41,6 +41,9 @@ class RolloutConfig:
     """auto: cuda when torch finds a GPU."""
     gpu_ids: tuple[int, ...] = ()
     """GPUs of the servers, `tp` of them for each in order, counted along CUDA_VISIBLE_DEVICES; empty: 0, 1, 2, ..."""
+    share_gpus: bool = False
+    """Servers started here may use GPUs that trainer ranks have too: `gpu_memory_utilization` is then what they take of
+    each, and the trainer needs room in the rest. Weights go through the host's memory: NCCL refuses two on one GPU."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that a server may fill (GPU only)."""
     tp: int = 1
@@ -54,8 +57,8 @@ class RolloutConfig:
     kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
-    """How new weights reach the servers. auto: nccl on CUDA; on CPU shm, or tcp when trainer or servers span hosts. See
-    `megatron_t1.push.transports`."""
+    """How new weights reach the servers. auto: nccl on CUDA; on CPU and with share_gpus shm, or tcp when trainer or
+    servers span hosts. See `megatron_t1.push.transports`."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""
@@ -92,6 +95,8 @@ class RolloutConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise FieldError("gpu_memory_utilization", self.gpu_memory_utilization, "must lie in (0, 1]")
+        if self.share_gpus and self.transport == "nccl":
+            raise FieldError("transport", "nccl", "must be auto, shm or tcp with rollout.share_gpus")
         if self.await_servers and self.urls:
             raise FieldError("await_servers", self.await_servers, "and rollout.urls exclude each other")
         http_only(self, "urls")

@@ -143,7 +143,7 @@ def gpus(cfg: RolloutConfig, visible: str | None, index: int) -> list[str]:
     Raises:
         ServerError: fewer GPUs are visible to this process than the servers need.
     """
-    numbers = (cfg.gpu_ids or tuple(range(cfg.num_servers * cfg.tp)))[index * cfg.tp : (index + 1) * cfg.tp]
+    numbers = gpu_numbers(cfg)[index * cfg.tp : (index + 1) * cfg.tp]
     if visible is None:
         return [str(number) for number in numbers]
     names = [name.strip() for name in visible.split(",") if name.strip()]
@@ -153,6 +153,11 @@ def gpus(cfg: RolloutConfig, visible: str | None, index: int) -> list[str]:
             "lower rollout.num_servers or rollout.tp, or set rollout.gpu_ids (they count along CUDA_VISIBLE_DEVICES)"
         )
     return [names[number] for number in numbers]
+
+
+def gpu_numbers(cfg: RolloutConfig) -> tuple[int, ...]:
+    """The GPUs of all servers, `tp` for each, counted along CUDA_VISIBLE_DEVICES."""
+    return cfg.gpu_ids or tuple(range(cfg.num_servers * cfg.tp))
 
 
 def public_address() -> str:

@@ -14,9 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_t1.fields import FieldError
 from megatron_t1.servers.config import RolloutConfig, Transport
+from megatron_t1.servers.launch import gpu_numbers
 from megatron_t1.servers.server import Server, ServerError
-from megatron_t1.servers.sources import all_on_this_host, source_of
+from megatron_t1.servers.sources import LocalServers, all_on_this_host, source_of
 from megatron_t1.warn import warn
 
 _MIN_PATIENCE_S = 120.0
@@ -28,7 +30,16 @@ _MAX_KILLED_STARTS = 3
 class Servers:
     """All servers of a run. `start` returns at once; `wait_ready` blocks until they are healthy; `close` ends them."""
 
-    def __init__(self, cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str) -> None:
+    def __init__(
+        self, cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str, *, trainer_gpus: int = 0
+    ) -> None:
+        """
+        Args:
+            trainer_gpus: the first GPUs of this host, which trainer ranks use.
+
+        Raises:
+            FieldError: servers started here would be on these GPUs too, and `share_gpus` is off.
+        """
         self.cfg = cfg
         self.model_dir = Path(model_dir)
         self.run_dir = Path(run_dir)
@@ -39,13 +50,15 @@ class Servers:
         self.pushing = False
         """A weight push is under way: no server is usable until it ends, and whoever asks should wait."""
         self._source = source_of(cfg, self.model_dir, self.run_dir, self.device, self.transport)
+        if self.device == "cuda" and isinstance(self._source, LocalServers) and not cfg.share_gpus:
+            _refuse_overlap(cfg, trainer_gpus)
 
     @property
     def transport(self) -> Transport:
         """How new weights will reach them (`push/transports.py`): servers are started for it."""
         if self.cfg.transport != "auto":
             return self.cfg.transport
-        if self.device == "cuda":
+        if self.device == "cuda" and not self.cfg.share_gpus:
             return "nccl"
         return "shm" if all_on_this_host(self.cfg) else "tcp"
 
@@ -195,6 +208,17 @@ def open_servers(cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str)
     """Servers of `model_dir`, started and healthy; ended when the block is left. Logs go to `run_dir`/logs."""
     with Servers(cfg, model_dir, run_dir) as servers:
         yield servers.start().wait_ready()
+
+
+def _refuse_overlap(cfg: RolloutConfig, trainer_gpus: int) -> None:
+    numbers = gpu_numbers(cfg)
+    if shared := sorted(number for number in set(numbers) if number < trainer_gpus):
+        raise FieldError(
+            "rollout.gpu_ids",
+            list(numbers),
+            f"has GPUs {shared}, which the trainer's {trainer_gpus} ranks on this host use: give servers GPUs of their "
+            "own (fewer ranks by parallel.nproc_per_node, the others by rollout.gpu_ids), or set rollout.share_gpus",
+        )
 
 
 def _device(cfg: RolloutConfig) -> str:

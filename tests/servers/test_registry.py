@@ -3,6 +3,7 @@ it is told for them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_t1.fields import FieldError
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import shared_key
 from megatron_t1.servers.launch import command, gpus
@@ -129,6 +131,31 @@ def test_a_file_that_announces_nothing_is_named(tmp_path: Path) -> None:
 )
 def test_gpus_count_along_the_visible_ones(visible, gpu_ids, index, expected) -> None:
     assert gpus(RolloutConfig(num_servers=2, tp=2, gpu_ids=gpu_ids), visible, index) == expected
+
+
+@pytest.mark.parametrize(
+    ("trainer_gpus", "options", "fault"),
+    [
+        (1, {}, r"rollout.gpu_ids = \[0\] has GPUs \[0\], which the trainer's 1 ranks on this host use"),
+        (4, {"num_servers": 2, "tp": 2, "gpu_ids": (2, 3, 4, 5)}, r"has GPUs \[2, 3\]"),
+        (4, {"num_servers": 2, "tp": 2, "gpu_ids": (4, 5, 6, 7)}, None),
+        (0, {}, None),  # evaluation: no trainer
+        (1, {"await_servers": 1}, None),  # on other hosts
+        (1, {"device": "cpu"}, None),
+        (1, {"share_gpus": True}, None),
+    ],
+)
+def test_servers_take_no_gpu_of_the_trainer_unasked(trainer_gpus, options, fault, tmp_path: Path) -> None:
+    cfg = RolloutConfig(**{"device": "cuda", **options})
+    with pytest.raises(FieldError, match=fault) if fault else contextlib.nullcontext():
+        Servers(cfg, "", tmp_path, trainer_gpus=trainer_gpus)
+
+
+def test_a_shared_gpu_is_pushed_to_through_the_hosts_memory(tmp_path: Path) -> None:
+    assert Servers(RolloutConfig(device="cuda"), "", tmp_path).transport == "nccl"
+    assert Servers(RolloutConfig(device="cuda", share_gpus=True), "", tmp_path).transport == "shm"
+    with pytest.raises(FieldError, match="transport"):
+        RolloutConfig(share_gpus=True, transport="nccl")
 
 
 def test_too_few_visible_gpus_are_said() -> None:

@@ -2,7 +2,7 @@
 
     KL(policy||anchor) = sum_v p_v (ln p_v - ln q_v)
 
-Gradients go to the policy only. Plain torch on any device.
+Gradients go to the policy only. Plain torch on any device; `triton_full_kl` has the same as CUDA kernels.
 
 With z and u the logits of policy and anchor, centred on their own maxima M and M', and d = (z - M) - (u - M'), the one
 number to carry beyond the statistics of both is B = sum e^(z-M) d: KL = B/S - ln S + ln S', dKL/dz_v = p_v (d_v - B/S).

@@ -149,13 +149,11 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _kernels(device: torch.device, anchor: AnchorHead | None) -> TileMath:
-    if anchor is not None:
-        return full_kl
     if device.type == "cuda":
-        from megatron_t1.algo.head import triton_math
+        from megatron_t1.algo.head import triton_full_kl, triton_math
 
-        return triton_math
-    return tile_math
+        return triton_full_kl if anchor else triton_math
+    return full_kl if anchor else tile_math
 
 
 def _models(x: Tensor, head: Head, positions: Tensor, targets: Tensor, anchor: AnchorHead | None) -> list[Logits]:

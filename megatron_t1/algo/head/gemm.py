@@ -60,13 +60,10 @@ def add_matmul_(out: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1.0, overwr
     if out.dtype == dtype and not _onednn_takes(a):
         out.addmm_(a, b, beta=beta, alpha=alpha)
         return
-    if a.device.type == "cuda" and out.dtype == torch.float32 and torch.__version__ >= (2, 12):
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out_dtype=torch.float32, out=out)
+    if a.device.type == "cuda":
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out_dtype=out.dtype, out=out)
         return
-    if _onednn_takes(a):
-        product = _onednn(a, b)
-    else:
-        product = torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a, b)
+    product = _onednn(a, b) if _onednn_takes(a) else torch.mm(a, b)
     if not overwrite:
         out.add_(product, alpha=alpha)
     else:

@@ -54,8 +54,12 @@ class Head:
         return min(max(self.vocab_size - self.vocab_start, 0), self.weight.shape[0])
 
     def slices(self, num_tokens: int, max_logits: int) -> list[slice]:
-        """Cut the rows so that num_tokens x rows is about max_logits, at least 256 rows (GEMMs get slow below)."""
-        step = max(max_logits // max(num_tokens, 1), 256)
+        """Cut the rows by multiples of 256 so that num_tokens x rows is about max_logits.
+
+        With fewer rows GEMMs get slow; with an odd number of them rows of logits are not aligned, and cuBLAS takes
+        kernels without tensor memory access: the whole head was 3.3 times as slow on an H200.
+        """
+        step = max(max_logits // max(num_tokens, 1) // 256, 1) * 256
         return [slice(start, min(start + step, self.num_rows)) for start in range(0, self.num_rows, step)]
 
 

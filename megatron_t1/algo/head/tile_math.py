@@ -5,7 +5,7 @@ e^(z-M), the centred sum A = sum e^(z-M) (z-M), and the target's logit z_y. They
 entropy = ln S - A/S. M and S are never folded into one log-sum-exp: with logits of 1e5 that would round ln S away.
 
 The paths of `fused` know `TileMath` alone: this module is one, `triton_math` another (the two functions that touch
-logits as CUDA kernels), `full_kl` a third (the anchor's tile beside the policy's).
+logits as CUDA kernels), `full_kl` and `triton_full_kl` the same with the anchor's tile beside the policy's.
 """
 
 from __future__ import annotations
