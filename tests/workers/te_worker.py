@@ -55,11 +55,12 @@ def main() -> None:
                 engine = build(layers)
                 engine.load_weights(folder)
                 sequences = make_sequences(engine.spec.vocab_size)
-                kinds = {type(module).__module__.split(".")[0] for module in engine.chunks[-1].modules()}
+                classes = [cls for module in engine.chunks[-1].modules() for cls in type(module).__mro__]
+                built_of_te = any(cls.__module__.startswith("transformer_engine") for cls in classes)
                 before = engine.logprobs(sequences)
                 num_targets = sum(len(s.response_ids) for s in sequences)
                 metrics = engine.step(engine.pack(sequences), num_targets, sft_token_loss)
-                found[layers] = (metrics, before, engine.logprobs(sequences), "transformer_engine" in kinds)
+                found[layers] = (metrics, before, engine.logprobs(sequences), built_of_te)
             if checkpoints_too:
                 path = checkpoint.save(result, 1, engine, None, {}, CheckpointConfig(), score=0.0)
                 resumed = build("local")
