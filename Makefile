@@ -8,7 +8,7 @@ SEED ?= 0
 # Tests run in two processes: half of what they do is to wait for a server or for the slower of two ranks.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast lint install lock clean slurm-tools
+.PHONY: quickstart test test-fast test-slow lint install lock clean slurm-tools
 
 install: $(INSTALLED)
 
@@ -40,6 +40,10 @@ test: $(INSTALLED)
 # Without what starts trainer processes, vLLM servers or Slurm; tests/conftest.py tells by the fixtures of a test.
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not ranks and not servers and not slurm"
+
+# What `make test` leaves out: more of the same, for a new Megatron-Core or a change of its layers.
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
 
 # What the tests of slurm/ run on: a real Slurm with emulated nodes (Debian, Ubuntu; root).
 slurm-tools:

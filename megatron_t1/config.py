@@ -30,11 +30,17 @@ class RLConfig:
     steps: int = 500
     """Optimizer steps of the whole run; a resumed run goes on to the same number."""
     prompts_per_step: int = 32
+    max_logprob_diff: float | None = None
+    """Largest mean |trainer - servers| of logprobs; beyond it the run ends: when the servers got their first weights,
+    or in a step, which is dropped. Rounding makes 3e-7 in float32 and 0.01 to 0.05 in bfloat16, more with FP8. null:
+    0.01 where trainer and servers are set to float32 and sampling cuts nothing off, else 0.2. 0: no bound."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prompts_per_step")
+        if self.max_logprob_diff is not None:
+            at_least(self, 0, "max_logprob_diff")
         self.optim.check_steps(self.steps)
 
 
@@ -164,6 +170,15 @@ def keep(cfg: Config) -> None:
     """Write run_dir/config.yaml, once nothing refuses the run any more: it is what the results there were made with."""
     # Whoever reads this file later says `--resume` again.
     write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False, resume_with_changes=False)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncCheckConfig(Config):
+    """What the sync check is told."""
+
+    perturb: bool = False
+    """First push weights with a known change in every tensor, hold the servers to the trainer's logprobs on those, and
+    put the weights back: a server that keeps something of its old weights passes any push that changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch.distributed as dist
 
 from megatron_t1 import curate, rl, sft
 from megatron_t1.check.context import context_needs, too_long
-from megatron_t1.config import Config, keep
+from megatron_t1.config import Config, SyncCheckConfig, keep
 from megatron_t1.data.dedup import words
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
@@ -47,7 +46,7 @@ from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.stop import STOP
-from megatron_t1.types import Prompt, TrainSequence
+from megatron_t1.types import Prompt
 from megatron_t1.weights.folder_digest import weights_digest
 from megatron_t1.weights.hf_folder import HFFolder
 
@@ -250,7 +249,7 @@ def run_all(cfg: Config) -> None:
             )
 
 
-def run_sync_check(cfg: Config) -> bool:
+def run_sync_check(cfg: SyncCheckConfig) -> bool:
     """Push model.hf_path into all servers and compare what they answer with what the trainer's ranks compute.
 
     Returns whether every server held, took and keeps the trainer's weights. Not while a training uses the servers.
@@ -268,17 +267,14 @@ def run_sync_check(cfg: Config) -> bool:
             servers.wait_ready()
         result = sync_check(
             stack.enter_context(WeightSync(engine.pieces(), cfg.rollout, servers)),
-            lambda pairs: engine.logprobs([_sequence(*pair) for pair in pairs]),
+            engine.logprobs,
             vocab_size=engine.spec.vocab_size,
             max_tokens=cfg.parallel.max_tokens_per_microbatch,
             tolerance=TOLERANCE[cfg.model.dtype],
+            perturb=engine.pieces() if cfg.perturb else None,
         )
         _say(result.table())
         return not result.wrong
-
-
-def _sequence(prompt_ids: list[int], response_ids: list[int]) -> TrainSequence:
-    return TrainSequence(prompt_ids=np.array(prompt_ids), response_ids=np.array(response_ids))
 
 
 def _serve_folder(cfg: Config, rank0: Rank0) -> None:

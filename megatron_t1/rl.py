@@ -7,6 +7,7 @@ with entropy bonus and KL to the EMA anchor, push the new weights with their ver
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -29,6 +30,7 @@ from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
 from megatron_t1.platform.detect import Platform
 from megatron_t1.push.ranks import NoServerError
 from megatron_t1.push.sync import WeightSync
+from megatron_t1.push.sync_check import mismatch
 from megatron_t1.rank0 import Rank0
 from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.rollout.finished_samples import Bank
@@ -41,6 +43,20 @@ T = TypeVar("T")
 
 _MAX_OUTAGES = 5
 """Times that all servers may be lost in one step before the run ends."""
+_NUM_FIRST_PROMPTS = 4
+"""With which each server is held to the trainer before the first step."""
+
+
+class MismatchError(RuntimeError):
+    """What the servers sample is not the policy that the trainer computes."""
+
+
+def max_logprob_diff(cfg: Config) -> float:
+    """Bound of the mean |trainer - servers| of logprobs; inf: none. `RLConfig` has the figures behind it."""
+    if cfg.rl.max_logprob_diff is not None:
+        return cfg.rl.max_logprob_diff or math.inf
+    whole = cfg.sampling.top_p == 1 and cfg.sampling.min_p == 0  # else the servers' logprobs are of what is left
+    return 0.01 if whole and cfg.model.dtype == cfg.rollout.dtype == "float32" else 0.2
 
 
 def check(cfg: Config, prompts: list[Prompt]) -> None:
@@ -90,6 +106,7 @@ class Trainer:
         self.bank = Bank(self.folder / "bank")
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
         self.watch = Stopwatch()
+        self.max_logprob_diff = max_logprob_diff(cfg)
         self._rewards: list[float] = []  # of the steps since the last checkpoint
 
     def _settings(self) -> dict[str, Any]:
@@ -105,14 +122,31 @@ class Trainer:
         )
 
     def push(self) -> None:
-        """Bring the servers to the policy as it is; its version is the number of steps that made it."""
+        """Bring the servers to the policy as it is; its version is the number of steps that made it.
+
+        Raises:
+            MismatchError: a server answers with other logprobs than the trainer's.
+        """
         self.sync.push(version=self.steps_done)
+        if math.isinf(self.max_logprob_diff):
+            return
+        found = mismatch(
+            self.sync,
+            self.engine.logprobs,
+            [prompt.token_ids.tolist() for prompt in self.prompts[:_NUM_FIRST_PROMPTS]],
+            temperature=self.cfg.sampling.temperature,
+            vocab_size=self.engine.spec.vocab_size,
+            max_tokens=self.cfg.parallel.max_tokens_per_microbatch,
+        )
+        for server, value in found.items():
+            self._hold(value, f"server {server} on weights {self.steps_done}, before the first step")
 
     def step(self) -> dict[str, float]:
         """One step of T1. Returns its metrics, the same on every rank.
 
         Raises:
             Stopped: the run was asked to stop before the samples were complete; no step was taken.
+            MismatchError: the samples are not from the policy that was trained; the run must end here.
         """
         cfg, watch = self.cfg, self.watch
         with watch("push"):
@@ -128,6 +162,8 @@ class Trainer:
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
+        # Neither pushed nor saved yet: where this ends the run, the step was not taken.
+        self._hold(metrics["logprob_diff"], f"step {self.steps_done + 1}, which is dropped")
         self.steps_done += 1
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
             self.sync.begin_push(version=self.steps_done)
@@ -175,6 +211,16 @@ class Trainer:
         self.sync.close()
         if self.log:
             self.log.close()
+
+    def _hold(self, logprob_diff: float, where: str) -> None:
+        if logprob_diff <= self.max_logprob_diff:
+            return
+        raise MismatchError(
+            f"{where}: the mean |trainer - servers| of logprobs is {logprob_diff:.3g}, above rl.max_logprob_diff = "
+            f"{self.max_logprob_diff:g}: the servers compute another function (weights that were not renewed, another "
+            "config.json or dtype), and would teach a wrong one. `t1 sync-check --perturb` tells which server does; a "
+            "higher bound, or 0, goes on all the same"
+        )
 
     def _save(self) -> None:
         """A checkpoint of the steps done, unless it is there already."""

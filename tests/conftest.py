@@ -29,6 +29,7 @@ os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
 
 TIERS = {
     "forks": {"ranks"},
+    "te_forks": {"ranks"},
     "start_t1": {"ranks", "servers"},
     "open_servers": {"servers"},
     "vllm_forks": {"servers"},
@@ -39,8 +40,12 @@ STARTED = {"megatron_t1", "megatron_t1.servers.die_with_parent", "torch.distribu
 """Words of the command lines that start ranks and servers: no test does it but through those fixtures."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks them, and puts the files that start most at the front."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks them, leaves out slow ones that nobody asked for, and puts the files that start most at the front."""
+    if "slow" not in config.getoption("markexpr"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
     num_marks: Counter[Path] = Counter()
     for item in items:
         marks = {mark for fixture in getattr(item, "fixturenames", ()) for mark in TIERS.get(fixture, ())}

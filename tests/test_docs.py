@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from megatron_t1.cli.main import _COMMANDS, main
-from megatron_t1.config import Config, GradeConfig, LogprobsConfig
+from megatron_t1.config import Config, GradeConfig, LogprobsConfig, SyncCheckConfig
 from megatron_t1.data.quickstart import QuickstartDataConfig
 from megatron_t1.synthesize.config import SynthesizeConfig
 
@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_t1"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tests/**/README.md")]
 CONFIGS = {
-    **dict.fromkeys(("run", "sft", "rl", "curate", "evaluate", "scaling", "serve", "sync-check", "check"), Config),
+    **dict.fromkeys(("run", "sft", "rl", "curate", "evaluate", "scaling", "serve", "check"), Config),
+    "sync-check": SyncCheckConfig,
     "synthesize": SynthesizeConfig,
     "grade": GradeConfig,
     "logprobs": LogprobsConfig,

@@ -16,7 +16,12 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from tests.forks import ROOT
+from megatron_t1.config import Config, RLConfig
+from megatron_t1.engine.config import ModelConfig
+from megatron_t1.rl import max_logprob_diff
+from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.servers.config import RolloutConfig
+from tests.forks import ROOT, WORKERS
 
 EXAMPLE = ROOT / "examples/quickstart/quickstart.yaml"
 
@@ -142,6 +147,37 @@ def test_rl_is_the_same_on_every_layout(layout, count, t1, tuned, server, tmp_pa
 
 
 _REFERENCE = pytest.StashKey[tuple]()
+
+
+def test_servers_that_compute_another_function_end_the_run_before_a_step(t1, forks, tuned, server, tmp_path):
+    """Found when they got their first weights, or in a step, which is dropped."""
+    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 1, "rl.checkpoint.every_steps": 1})
+    output = t1("rl", *arguments, "--rl.max_logprob_diff", "1e-12", num_ranks=2, expect=1)
+    assert "on weights 0, before the first step: the mean |trainer - servers| of logprobs is" in output
+    assert "above rl.max_logprob_diff = 1e-12" in output
+    assert "Traceback" not in output
+    done = forks.run(WORKERS / "mismatch_worker.py", *arguments, num_ranks=2, timeout_s=600)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "step 1, which is dropped: the mean |trainer - servers|" in done.stderr
+    assert not list((tmp_path / "rl/checkpoints").glob("*"))
+    assert not rows(tmp_path / "rl/metrics.jsonl")
+
+
+def test_the_bound_is_of_the_precision_that_is_set():
+    def bound(dtype="float32", servers="float32", asked=None, **sampling):
+        return max_logprob_diff(
+            Config(
+                model=ModelConfig(dtype=dtype),
+                rollout=RolloutConfig(dtype=servers),
+                sampling=SamplingConfig(**sampling),
+                rl=RLConfig(max_logprob_diff=asked),
+            )
+        )
+
+    assert bound() == 0.01
+    assert bound("bfloat16", "bfloat16") == bound(servers="auto") == bound(min_p=0.05) == 0.2
+    assert bound(asked=0.5) == 0.5
+    assert bound(asked=0) == float("inf")
 
 
 @pytest.mark.parametrize("asked_after", [1, 2], ids=["between checkpoints", "at a checkpoint"])

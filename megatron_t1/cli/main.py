@@ -34,7 +34,7 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   compare     two evaluations, paired by question: `t1 compare runs/a/evaluate/sft runs/a/evaluate/rl`
   scaling     accuracy of model.hf_path on scaling.set or data.heldout against thinking budgets
   check       what would stop or spoil a run, and what it needs (`t1 check FILE.yaml --for rl --nodes 4 --vllm_nodes 2`)
-  sync-check  push model.hf_path unchanged and hold every server's logprobs to the trainer's; fails where they differ
+  sync-check  push model.hf_path (--perturb: changed, and back) and hold every server's logprobs to the trainer's
   synthesize  SFT chains of trial, error and verification from questions, by any chat endpoints
   serve       start vLLM servers for model.hf_path and keep them up
   report      (re)write the HTML report of run_dir
@@ -136,6 +136,9 @@ def _trainer_job(command: str) -> Callable[[list[str]], int]:
         cfg.model.folder()  # refused before processes start
         if "RANK" not in os.environ:
             return _on_ranks(cfg.parallel, command, arguments)
+        from megatron_t1.platform import te
+
+        te.check_layers(cfg.model.layers)
         with locked(Path(cfg.run_dir)) if os.environ["RANK"] == "0" else contextlib.nullcontext():
             from megatron_t1 import pipeline
 
@@ -164,12 +167,15 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
 
 
 def _sync_check(arguments: list[str]) -> int:
-    from megatron_t1.config import Config
+    from megatron_t1.config import SyncCheckConfig
 
-    cfg = _read("sync-check", arguments, Config)
+    cfg = _read("sync-check", arguments, SyncCheckConfig)
     cfg.model.folder()
     if "RANK" not in os.environ:
         return _on_ranks(cfg.parallel, "sync-check", arguments)
+    from megatron_t1.platform import te
+
+    te.check_layers(cfg.model.layers)
     from megatron_t1 import pipeline
 
     return 0 if pipeline.run_sync_check(cfg) else 1
@@ -333,6 +339,9 @@ def _logprobs(arguments: list[str]) -> int:
     cfg = _read("logprobs", arguments, LogprobsConfig)
     if "RANK" not in os.environ:
         return _on_ranks(cfg.parallel, "logprobs", arguments)
+    from megatron_t1.platform import te
+
+    te.check_layers(cfg.layers)
     from megatron_t1.logprobs import run
 
     run(cfg)

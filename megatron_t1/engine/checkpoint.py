@@ -54,7 +54,7 @@ def finished(folder: Path) -> list[Path]:
 
 def _sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> dict[str, Any]:
     models = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(engine.chunks)}
-    with _padding_counted(engine):
+    with _padding_counted(engine), _alone_ungathered(engine):
         optimizer = engine.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA)
     state: dict[str, Any] = {**models, "optimizer": optimizer, "scheduler": engine.scheduler.state_dict()}
     if anchor is not None:
@@ -87,6 +87,36 @@ def _padding_counted(engine: Engine) -> Iterator[None]:
     finally:
         for part, numel in zip(padded, unpadded, strict=True):
             part.numel_unpadded = numel
+
+
+@contextlib.contextmanager
+def _alone_ungathered(engine: Engine) -> Iterator[None]:
+    """Where the optimizer's state is not spread over ranks, Megatron's gather would copy it to the GPU and back,
+    through three buffers of its size on the host."""
+    parts = [part for part in engine.optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    alone = [part for part in parts if part.data_parallel_group.size() == 1]
+    for part in alone:
+        part.get_parameter_state_dp_zero = partial(_state_of_one_rank, part)
+    try:
+        yield
+    finally:
+        for part in alone:
+            del part.get_parameter_state_dp_zero
+
+
+def _state_of_one_rank(part: DistributedOptimizer, *, empty_data: bool, **_: bool) -> dict[Any, Any]:
+    """What `DistributedOptimizer.get_parameter_state_dp_zero` returns, on the host."""
+    state: dict[Any, Any] = {"buckets_coalesced": True}
+    for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
+        ((dtype, buckets),) = ranges.items()
+        whole = {key: torch.zeros(buffer.numel_unpadded, device="cpu") for key in ("param", "exp_avg", "exp_avg_sq")}
+        for param in (param for bucket in buckets for param in bucket["param_map"]) if not empty_data else ():
+            start, end, _ = buffer.param_index_map[param]
+            tensors = part._get_main_param_and_optimizer_states(param)
+            for key, numbers in whole.items():
+                numbers[start:end].copy_(tensors[key].detach().flatten())
+        state[number] = {dtype: {**whole, "numel_unpadded": buffer.numel_unpadded}}
+    return state
 
 
 def save(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_t1.platform import cpu, gpus
+from megatron_t1.platform import cpu, gpus, te
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,7 @@ def _usable_apex() -> bool:
 
 
 def _transformer_engine_version() -> str | None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        return None
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("transformer_engine")
-    except PackageNotFoundError:
-        return "unknown"
+    return te.version()
 
 
 @functools.lru_cache(maxsize=1)

@@ -75,10 +75,15 @@ class RolloutClient:
         sampling: SamplingConfig,
         *,
         seed: int,
+        cache_salt: str | None = None,
     ) -> list[list[Sample]]:
-        """`sampling.num_samples` continuations of every token prefix, as they are (no chat template)."""
+        """`sampling.num_samples` continuations of every token prefix, as they are (no chat template).
+
+        `cache_salt`: keeps the prefixes apart from all that the servers' prefix caches hold of other salts.
+        """
         labelled = [(f"prefix {i}", [int(t) for t in ids]) for i, ids in enumerate(token_ids)]
-        requests = self._requests(labelled, sampling, *_counts_and_seeds(len(labelled), sampling, seed))
+        counts, seeds = _counts_and_seeds(len(labelled), sampling, seed)
+        requests = self._requests(labelled, sampling, counts, seeds, cache_salt)
         return self._run(self._ask_all(requests, None, None, None))
 
     def generate_each(
@@ -137,6 +142,7 @@ class RolloutClient:
         sampling: SamplingConfig,
         counts: Sequence[int],
         seeds: Sequence[int],
+        cache_salt: str | None = None,
     ) -> list[list[Request]]:
         usable = self.servers.usable()
         limit = min((server.max_model_len for server in usable), default=0)
@@ -152,7 +158,10 @@ class RolloutClient:
                     "or drop the prompt"
                 )
             requests.append(
-                [Request(label, ids, min(chunk, count - j), seed + j, sampling) for j in range(0, count, chunk)]
+                [
+                    Request(label, ids, min(chunk, count - j), seed + j, sampling, cache_salt)
+                    for j in range(0, count, chunk)
+                ]
             )
         return requests
 
@@ -331,7 +340,9 @@ def _counts_and_seeds(number: int, sampling: SamplingConfig, seed: int) -> tuple
 
 def _body(request: Request) -> dict[str, Any]:
     sampling = request.sampling
+    salt = {} if request.cache_salt is None else {"cache_salt": request.cache_salt}
     return {
+        **salt,
         "token_ids": request.token_ids,
         "sampling_params": {
             "n": request.count,

@@ -32,6 +32,8 @@ class Request:
     count: int
     seed: int
     sampling: SamplingConfig
+    cache_salt: str | None = None
+    """Prompts of one salt share the server's prefix cache with each other and with nobody else."""
 
 
 class AbortedError(Exception):
