@@ -17,23 +17,27 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_t1.files import append_jsonl, read_jsonl, write_jsonl
+from megatron_t1.trace import Trace
 from megatron_t1.types import Group
 
 
 class Stopwatch:
     """Seconds by stage: `with watch("train"): ...`; `lap()` hands out what was measured since the last lap."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
+        self._trace = trace or Trace()
         self._lap: dict[str, float] = defaultdict(float)
         self.total: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        began = time.monotonic()
         try:
             yield
         finally:
-            self.add(stage, time.perf_counter() - start)
+            ended = time.monotonic()
+            self.add(stage, ended - began)
+            self._trace.span("trainer", stage, began, ended)
 
     def add(self, stage: str, seconds: float) -> None:
         self._lap[stage] += seconds

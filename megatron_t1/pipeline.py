@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.stop import STOP
+from megatron_t1.trace import Trace
 from megatron_t1.types import Prompt
 from megatron_t1.weights.folder_digest import weights_digest
 from megatron_t1.weights.hf_folder import HFFolder
@@ -80,7 +81,7 @@ def run_rl(cfg: Config) -> None:
             _refuse_overlap(prompts, load_prompts(cfg.data.need("heldout"), template, cfg.data))
         rl.check(cfg, prompts)
         _check_context(cfg, context_needs(cfg, "rl", {"train": _longest(prompts)}, template))
-        rank0 = stack.enter_context(open_rank0(cfg, template, trainer_gpus=gpus.of_trainer())) if is_main() else None
+        rank0 = stack.enter_context(_rank0_of_training(cfg, template)) if is_main() else None
         trainer = rl.Trainer(cfg, platform, prompts, rank0)
         stack.callback(trainer.close)
         if rank0:
@@ -197,7 +198,7 @@ def run_all(cfg: Config) -> None:
         rl.check(cfg, train)
         longest = {"train": _longest(train), "heldout": _longest(heldout)}
         _check_context(cfg, context_needs(cfg, "run", longest, template))
-        rank0 = stack.enter_context(open_rank0(cfg, template, trainer_gpus=gpus.of_trainer())) if is_main() else None
+        rank0 = stack.enter_context(_rank0_of_training(cfg, template)) if is_main() else None
         watch.add("start", time.perf_counter() - began)
 
         hf_dir = run_dir / "sft" / "hf"
@@ -275,6 +276,11 @@ def run_sync_check(cfg: SyncCheckConfig) -> bool:
         )
         _say(result.table())
         return not result.wrong
+
+
+def _rank0_of_training(cfg: Config, template: Template) -> AbstractContextManager[Rank0]:
+    trace = Trace(Path(cfg.run_dir) / "rl" / "trace.json")
+    return open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace)
 
 
 def _serve_folder(cfg: Config, rank0: Rank0) -> None:

@@ -20,6 +20,7 @@ from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.finished_samples import StepBank
 from megatron_t1.rollout.heap import frozen_heap
 from megatron_t1.servers.servers import Servers
+from megatron_t1.trace import Trace
 from megatron_t1.types import Group, Prompt
 
 
@@ -28,6 +29,7 @@ class Rank0:
     servers: Servers
     client: RolloutClient
     scorer: Scorer
+    trace: Trace
 
     def ready(self, prompt: Prompt) -> None:
         """Wait for the servers and check, on one prompt, that they return logprobs after temperature."""
@@ -42,17 +44,21 @@ class Rank0:
 
 
 @contextmanager
-def open_rank0(cfg: Config, template: Template, *, trainer_gpus: int = 0) -> Iterator[Rank0]:
+def open_rank0(
+    cfg: Config, template: Template, *, trainer_gpus: int = 0, trace: Trace | None = None
+) -> Iterator[Rank0]:
     """Start servers (or take those of `rollout.urls`), client and grader; end all of them on the way out.
 
     Args:
         trainer_gpus: the first GPUs of this host, which trainer ranks use (`gpus.of_trainer`).
+        trace: where generation and grading are noted.
     """
     model_dir = Path(cfg.model.hf_path)
     with ExitStack() as stack:
         scorer = stack.enter_context(Scorer(cfg.reward))
         servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir, trainer_gpus=trainer_gpus)).start()
         vocab_size = spec_of(model_dir).vocab_size
-        client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size))
+        trace = trace or Trace()
+        client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size, trace=trace))
         stack.enter_context(frozen_heap())
-        yield Rank0(servers, client, scorer)
+        yield Rank0(servers, client, scorer, trace)

@@ -8,6 +8,7 @@ with entropy bonus and KL to the EMA anchor, push the new weights with their ver
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -36,6 +37,7 @@ from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.server import ServerError
 from megatron_t1.stop import STOP, Stopped
+from megatron_t1.trace import Trace
 from megatron_t1.types import Group, Prompt
 from megatron_t1.warn import warn
 
@@ -105,7 +107,8 @@ class Trainer:
         self.sync = WeightSync(self.engine.pieces(), cfg.rollout, rank0.servers if rank0 else None)
         self.bank = Bank(self.folder / "bank")
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
-        self.watch = Stopwatch()
+        self.trace = rank0.trace if rank0 else Trace()
+        self.watch = Stopwatch(self.trace)
         self.max_logprob_diff = max_logprob_diff(cfg)
         self._rewards: list[float] = []  # of the steps since the last checkpoint
 
@@ -153,9 +156,10 @@ class Trainer:
             pushed = self._finish_push()
         with watch("generate"):
             groups = self._collect()
-        advantage.assign(groups)
-        sequences = sequences_of(groups)
-        microbatches = self.engine.pack(sequences)
+        with watch("pack"):
+            advantage.assign(groups)
+            sequences = sequences_of(groups)
+            microbatches = self.engine.pack(sequences)
         with watch("anchor"):
             kl = self.anchor.fill(microbatches, sequences, cfg.loss) if self.anchor else {}
         with watch("train"):
@@ -179,6 +183,7 @@ class Trainer:
         cfg = self.cfg
         bar = tqdm(total=cfg.rl.steps, initial=self.steps_done, desc="rl", unit="step", disable=not is_main())
         while self.steps_done < cfg.rl.steps:
+            began = time.monotonic()
             try:
                 metrics = self.step()
             except Stopped:
@@ -186,6 +191,9 @@ class Trainer:
                 raise
             self._rewards.append(metrics["reward"])
             seconds = self.watch.lap()
+            ended = time.monotonic()
+            self.trace.span("steps", f"step {self.steps_done}", began, ended)
+            metrics |= self._idle_shares(seconds, ended - began)
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics["weight_version"] = self.steps_done
             metrics["generate_tokens_per_s"] = metrics["num_response_tokens"] / seconds["generate"]
@@ -248,7 +256,22 @@ class Trainer:
             if is_main():
                 warn(str(error))
             return {}
+        began = report.began
+        for phase, seconds in report.seconds.items():
+            self.trace.span("push", phase, began, began + seconds)
+            began += seconds
         return {"push_seconds": report.total_s, "push_stall_seconds": report.stall_s}
+
+    def _idle_shares(self, seconds: dict[str, float], step_s: float) -> dict[str, float]:
+        """Shares of a step in which trainer and servers compute nothing; {} on ranks that ask no servers."""
+        if self.rank0 is None:
+            return {}
+        busy = [busy_s for track, busy_s in self.trace.take_busy_s().items() if track.startswith("server ")]
+        servers = len(self.rank0.servers.alive()) or 1
+        return {
+            "idle/trainer": max(0.0, 1 - (seconds["anchor"] + seconds["train"]) / step_s),
+            "idle/servers": max(0.0, 1 - sum(busy) / servers / step_s),
+        }
 
     def _collect(self) -> list[Group]:
         """The step's graded samples, on every rank. Servers that are all lost are brought back and asked for the rest.

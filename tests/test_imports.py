@@ -17,7 +17,7 @@ PACKAGE = ROOT / "megatron_t1"
 # light, and the command line reads them before anything else.
 FLOORS = [
     {"types", "files", "fields", "stop", "warn"},
-    {"lock"},
+    {"lock", "trace"},
     {"platform"},
     {"algo", "data", "models", "servers", "reward", "metrics"},
     {"weights", "rollout"},

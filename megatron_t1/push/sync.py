@@ -44,6 +44,8 @@ class PushReport:
     of the servers' work when `finish_push` was called."""
     total_s: float
     """From the begin to the last server's resumption, on rank 0."""
+    began: float
+    """When `begin_push` was called on this rank, by `time.monotonic()`."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall seconds by phase on rank 0: write, ranks, then those of `Fanout` from init to resume."""
     failed: dict[str, str] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class WeightSync:
             num_bytes=self.layout.num_bytes,
             stall_s=self._stall_s + time.monotonic() - began,
             total_s=outcome["total_s"],
+            began=self._began,
             seconds=outcome["seconds"],
             failed=outcome["failed"],
         )

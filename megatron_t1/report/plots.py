@@ -57,6 +57,7 @@ _PANELS = (
     _Panel("Shares of samples and groups", ("share_cut", "penalized", "groups_all_equal")),
     _Panel("Penalties by kind (share of samples)", ("penalty/",)),
     _Panel("Outcomes other than correct (share)", ("outcome/",)),
+    _Panel("Idle (share of a step)", ("idle/",)),
     _Panel("Tokens a second", ("generate_tokens_per_s", "train_tokens_per_s")),
 )
 

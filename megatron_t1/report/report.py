@@ -68,6 +68,7 @@ def write_report(run_dir: Path) -> Path:
         stages={stage: plots.learning_curves(rows) for stage, rows in metrics.items() if rows},
         samples=[*_eval_samples(responses), *_rl_samples(run_dir)],
         seconds=summary.get("seconds", {}),
+        idle=_idle(metrics["rl"]),
         summary={name: value for name, value in summary.items() if not isinstance(value, (dict, list))},
         config=_read_text(run_dir / "config.yaml"),
         versions=summary.get("versions", {}),
@@ -75,6 +76,12 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_text(path, html)
     return path
+
+
+def _idle(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Who -> mean share of an RL step in which it computed nothing."""
+    shares = {name: [row[name] for row in rows if name in row] for name in ("idle/trainer", "idle/servers")}
+    return {name.removeprefix("idle/"): sum(each) / len(each) for name, each in shares.items() if each}
 
 
 def _evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:

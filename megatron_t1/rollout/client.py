@@ -26,6 +26,7 @@ from megatron_t1.rollout.finished_samples import StepBank
 from megatron_t1.rollout.reply import AbortedError, Request, RestartedError, Tokenizer, samples_of
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
+from megatron_t1.trace import Trace
 from megatron_t1.types import Group, Prompt, Reward, Sample
 
 T = TypeVar("T")
@@ -37,9 +38,10 @@ _WATCH_INTERVAL_S = 2.0
 class RolloutClient:
     """Samples from all usable servers of `servers`. Close it (or use `with`) to end its thread and connections."""
 
-    def __init__(self, servers: Servers, tokenizer: Tokenizer, *, vocab_size: int) -> None:
+    def __init__(self, servers: Servers, tokenizer: Tokenizer, *, vocab_size: int, trace: Trace | None = None) -> None:
         """`vocab_size`: rows of the model's embedding; a reply with an id beyond it is refused."""
         self.servers = servers
+        self._trace = trace or Trace()
         self.cfg = servers.cfg
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
@@ -190,7 +192,8 @@ class RolloutClient:
                     unanswered.append(error)  # the others may be in the grader still
                     return []
                 if score is not None and prompts is not None:
-                    rewards = await asyncio.gather(*(score(prompts[i], sample) for sample in samples))
+                    with self._trace.busy("grading", "grade"):
+                        rewards = await asyncio.gather(*(score(prompts[i], sample) for sample in samples))
                     for sample, reward in zip(samples, rewards, strict=True):
                         sample.reward = reward
                 if bank is not None:
@@ -216,7 +219,8 @@ class RolloutClient:
             server = await self._take(request.count)
             held = server.version
             try:
-                raw = await self._post(server, _body(request))
+                with self._trace.busy(f"server {server.name}", "generate", request.count):
+                    raw = await self._post(server, _body(request))
                 return samples_of(raw, server, request, held, self.tokenizer, self.vocab_size)
             except AbortedError:
                 continue  # a push made room for itself; the same seed is asked again
