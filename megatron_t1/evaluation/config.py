@@ -47,7 +47,7 @@ class ScalingConfig:
     )
     """Of the long thinking; the forced answer is greedy."""
     end_of_thinking: str = "</think>"
-    """Text that ends a thinking."""
+    """Text that ends a thinking, beside the tags that the grader knows (</think>, </thinking>, </thought>)."""
     answer_opening: str = "</think>\\boxed{"
     """Put after a cut thinking, to force the answer."""
     max_answer_tokens: int = 64

@@ -11,6 +11,7 @@ keeps its own answer; one that the length limit cut has none and is forced at ev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -30,6 +31,7 @@ from megatron_t1.evaluation.resume import collecting, open_folder
 from megatron_t1.evaluation.samplers import graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rank0 import Rank0
+from megatron_t1.reward.answers import extract
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Reward, Sample
 
@@ -246,14 +248,20 @@ def _majority(thinkings: Sequence[dict[str, Any]]) -> Iterator[MajorityPoint]:
 
 
 def _thinking(sample: Sample, template: Template, end: str) -> tuple[int, bool]:
-    """Tokens of the response up to the end of its thinking, and whether the model ended it (or the whole response)."""
+    """Tokens of the response up to the end of its thinking, and whether the model ended it (or the whole response).
+
+    It ends where the grader begins to read: behind the last mark, if no thinking is opened after it.
+    """
     decode = template.tokenizer.decode  # with special tokens, which the end of thinking may be
-    if end not in decode(sample.token_ids):
+    mark = re.compile(f"{re.escape(end)}|{extract.THINK_CLOSE.pattern}", re.I)
+    text = decode(sample.token_ids)
+    count = len(mark.findall(text))
+    if count == 0 or extract.after_thinking(text) is None:
         return len(sample.token_ids), sample.finish_reason == "stop"
     low, high = 0, len(sample.token_ids)
-    while low < high:  # the smallest prefix whose text holds the end mark
+    while low < high:  # the smallest prefix whose text holds all marks
         middle = (low + high) // 2
-        if end in decode(sample.token_ids[:middle]):
+        if len(mark.findall(decode(sample.token_ids[:middle]))) >= count:
             high = middle
         else:
             low = middle + 1

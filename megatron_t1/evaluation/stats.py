@@ -11,20 +11,24 @@ import numpy as np
 from scipy import stats
 
 
-def wilson_interval(num_correct: int, num_samples: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion of independent trials."""
-    interval = stats.binomtest(num_correct, num_samples).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+def wilson_interval(num_correct: float, num_samples: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion of independent trials; trials that are right in part count so."""
+    share, z2 = num_correct / num_samples, float(stats.norm.ppf(0.5 + confidence / 2)) ** 2
+    centre = share + z2 / (2 * num_samples)
+    half = (z2 * (share * (1 - share) / num_samples + z2 / (4 * num_samples**2))) ** 0.5
+    scale = 1 + z2 / num_samples
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def clustered_interval(means: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the mean over questions, each question's k samples one cluster (Student's t), within [0, 1].
 
-    Miller, "Adding error bars to evals", arXiv 2411.00640.
+    Miller, "Adding error bars to evals", arXiv 2411.00640. Questions that do not differ, or a single one, show no
+    spread: their interval is Wilson's, each question one trial, as if its samples said nothing beyond their mean.
     """
     values = np.asarray(means, np.float64)
     if len(values) < 2 or np.ptp(values) == 0:
-        return wilson_interval(round(values.sum()), len(values), confidence)
+        return wilson_interval(float(values.sum()), len(values), confidence)
     low, high = stats.t.interval(confidence, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
     return max(0.0, float(low)), min(1.0, float(high))
 
@@ -59,13 +63,16 @@ def majority_at_k(answers: Sequence[Hashable | None], right: Hashable, k: int) -
 
     Ties are drawn for: m answers that tie count 1/m each. None is a sample without an answer, which does not vote.
     Exact, by counting: for c votes for `right`, the draws of the other answers with at most c votes each are the
-    coefficients of a polynomial in x (samples drawn) and y (answers that tie).
+    coefficients of a polynomial in x (samples drawn) and y (answers that tie). C(count, drawn) is weighted by
+    p^drawn (1-p)^(count-drawn) with p = k/n, which all draws of k have in common and no number overflows with.
     """
     n = len(answers)
     if not 1 <= k <= n:
         raise ValueError(f"majority of {k} of {n} samples: k must lie in [1, {n}]")
     votes = Counter(answers)
     silent, num_right = votes.pop(None, 0), votes.pop(right, 0)
+    chances = {count: stats.binom.pmf(np.arange(count + 1), count, k / n) for count in {num_right, *votes.values()}}
+    of_silent = stats.binom.pmf(np.arange(k), silent, k / n)
     total = 0.0
     for c in range(1, min(num_right, k) + 1):
         ways = np.zeros((k - c + 1, k // c + 1))  # [other samples drawn, other answers with exactly c votes]
@@ -73,16 +80,15 @@ def majority_at_k(answers: Sequence[Hashable | None], right: Hashable, k: int) -
         for count in votes.values():
             grown = np.zeros_like(ways)
             for drawn in range(min(count, c, k - c) + 1):
-                part = comb(count, drawn) * ways[: len(ways) - drawn]
+                part = chances[count][drawn] * ways[: len(ways) - drawn]
                 if drawn == c:
                     grown[drawn:, 1:] += part[:, :-1]
                 else:
                     grown[drawn:] += part
             ways = grown
         shares = ways @ (1.0 / np.arange(1, ways.shape[1] + 1))  # [other samples drawn]
-        drawn_silent = np.array([float(comb(silent, k - c - voting)) for voting in range(k - c + 1)])
-        total += comb(num_right, c) * float(shares @ drawn_silent)
-    return min(1.0, total / comb(n, k))
+        total += chances[num_right][c] * float(shares @ of_silent[k - c :: -1])
+    return min(1.0, total / float(stats.binom.pmf(k, n, k / n)))
 
 
 class PairedDifference(NamedTuple):
@@ -101,8 +107,10 @@ class PairedDifference(NamedTuple):
 def paired_difference(before: Sequence[Sequence[bool]], after: Sequence[Sequence[bool]]) -> PairedDifference:
     """Two runs on the same questions, both [questions][samples]; questions are drawn, samples belong to them.
 
-    The interval is a percentile bootstrap over questions. The p-value is McNemar's exact test (binomial on the
-    questions that changed) for one sample each, else a permutation test that swaps the runs question by question.
+    The interval is a percentile bootstrap over questions; where all of them change alike there is nothing to draw from,
+    and it reaches down to Wilson's lower bound on the share of questions that change so. The p-value is McNemar's exact
+    test (binomial on the questions that changed) for one sample each, else a permutation test that swaps the runs
+    question by question.
     """
     first, second = (np.array([np.mean(samples) for samples in run], np.float64) for run in (before, after))
     differences = second - first
@@ -111,7 +119,7 @@ def paired_difference(before: Sequence[Sequence[bool]], after: Sequence[Sequence
     test = "McNemar, exact" if single else "permutation of runs by question"
     if not differences.any():
         return PairedDifference(0.0, 0.0, 0.0, 1.0, test)
-    low, high = mean, mean
+    low, high = sorted((mean, mean * wilson_interval(len(differences), len(differences))[0]))
     if np.ptp(differences) > 0:
         found = stats.bootstrap(
             (differences,), np.mean, n_resamples=9999, batch=999, method="percentile", rng=np.random.default_rng(0)

@@ -46,7 +46,7 @@ class _Panel(NamedTuple):
 _PANELS = (
     _Panel("Reward", ("reward",)),
     _Panel("Pass rate on training prompts", ("pass_rate",)),
-    _Panel("Loss", ("loss", "nll")),
+    _Panel("Negative log-likelihood (nats a token)", ("nll",)),
     _Panel("Entropy (nats a token)", ("entropy",)),
     _Panel("KL to the anchor (nats a token)", ("kl_k1", "kl_k3")),
     _Panel("KL to the anchor (nats a sample)", ("kl_sample", "kl_sample_std")),
@@ -58,6 +58,7 @@ _PANELS = (
     _Panel("Penalties by kind (share of samples)", ("penalty/",)),
     _Panel("Outcomes other than correct (share)", ("outcome/",)),
     _Panel("Idle (share of a step)", ("idle/",)),
+    _Panel("Surrogates (only their gradients mean something)", ("loss", "pg_loss", "kl_loss")),
     _Panel("Tokens a second", ("generate_tokens_per_s", "train_tokens_per_s")),
 )
 
@@ -66,6 +67,8 @@ _PANELS = (
 def learning_curves(rows: Sequence[dict[str, float]]) -> dict[str, list[Plot]]:
     """Rows of a metrics file -> its plots, {"main": [...], "more": what no panel names}."""
     names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    if "nll" in names:  # in SFT the loss is that, in RL a surrogate
+        names = [name for name in names if name != "loss"]
     steps = np.array([row["step"] for row in rows])
     # A penalty that hit nobody in a step is not in its row.
     absent = {name: 0.0 if name.startswith("penalty/") else None for name in names}

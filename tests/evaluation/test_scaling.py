@@ -187,3 +187,8 @@ def test_thinking_tokens_are_counted_to_the_end_mark(template: Template) -> None
     assert counted("abcdef") == (6, True)
     assert counted("abcdef", "length") == (6, False)
     assert counted("a</think>b", "length") == (len("a</think>"), True)
+    # As the grader reads: after the last one, and nothing while another thinking is open.
+    assert counted("<think>a</think>b</think>\\boxed{2}") == (len("<think>a</think>b</think>"), True)
+    assert counted("a</think>b</thinking>\\boxed{2}") == (len("a</think>b</thinking>"), True)
+    assert counted("a</think>\\boxed{2}<think>b") == (len("a</think>\\boxed{2}<think>b"), True)
+    assert counted("a</think>\\boxed{2}<think>b", "length") == (len("a</think>\\boxed{2}<think>b"), False)

@@ -8,6 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy.stats import hypergeom
 
 from megatron_t1.evaluation import stats
 
@@ -50,6 +51,24 @@ def test_accuracy_interval_without_spread_is_not_a_point() -> None:
     assert mean == 1.0
     assert low == pytest.approx(1 - 0.1611, abs=1e-4)
     assert high == 1.0
+
+
+def test_one_question_is_known_as_well_as_one_trial() -> None:
+    """z = 1.96: (1 + z^2) half-widths of z sqrt(1/4 + z^2/4) around a half."""
+    mean, low, high = stats.accuracy_interval([[True] * 16 + [False] * 16])
+    half = 1.96 * (0.25 + 1.96**2 / 4) ** 0.5 / (1 + 1.96**2)
+    assert (mean, low, high) == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-4)
+    three = stats.clustered_interval([0.5] * 3)
+    assert low < three[0] < 0.5 < three[1] < high
+    assert sum(three) == pytest.approx(1)
+
+
+def test_pairs_that_all_change_alike_do_not_make_a_certainty() -> None:
+    result = stats.paired_difference([[False]] * 3, [[True]] * 3)
+    assert (result.difference, result.high) == (1.0, 1.0)
+    assert result.low == pytest.approx(3 / (3 + 1.96**2), abs=1e-4)
+    worse = stats.paired_difference([[True]] * 3, [[False]] * 3)
+    assert (worse.low, worse.high) == pytest.approx((-1, -result.low))
 
 
 def test_paired_difference_is_mcnemar_and_sees_what_unpaired_intervals_hide() -> None:
@@ -110,3 +129,10 @@ def test_majority_at_k_of_64_by_simulation() -> None:
         best = [answer for answer, count in votes.items() if count == max(votes.values())]
         won += (1 in best) / len(best)
     assert stats.majority_at_k(answers, 1, 16) == pytest.approx(won / 4000, abs=0.025)
+
+
+def test_majority_of_many_samples_does_not_overflow() -> None:
+    """Two answers, 620 against 580: that a draw of 512 goes to the first is a hypergeometric tail."""
+    votes = hypergeom(1200, 620, 512)
+    majority = stats.majority_at_k([1] * 620 + [2] * 580, 1, 512)
+    assert majority == pytest.approx(votes.sf(256) + votes.pmf(256) / 2, rel=1e-9)

@@ -184,3 +184,10 @@ def test_the_filter_works_under_the_pages_policy_in_a_browser(
     else:
         wanted = 'data-verdict="correct"' if verdict == "correct" else "question 3"
         assert 0 < len(visible) == sum(wanted in row for row in rows) < len(rows)
+
+
+def test_only_a_loss_is_called_one() -> None:
+    """What RL differentiates has no meaning as a value; SFT's loss is its negative log-likelihood, shown once."""
+    rl, sft = {"step": 1, "loss": 0.1, "pg_loss": 0.2, "kl_loss": 9.0}, {"step": 1, "loss": 1.5, "nll": 1.5}
+    titles = [[plot.title for part in plots.learning_curves([row]).values() for plot in part] for row in (rl, sft)]
+    assert titles == [["Surrogates (only their gradients mean something)"], ["Negative log-likelihood (nats a token)"]]

@@ -17,7 +17,7 @@ MAX_ANSWER_CHARS = 4000
 TAIL_CHARS = 20_000
 """Only this much of a response's end is read: whatever counts stands there, and time stays bounded."""
 
-_THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>", re.I)
+THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>", re.I)
 _THINK_OPEN = re.compile(r"<(?:think|thinking|thought)>", re.I)
 _END_TOKENS = re.compile(r"<\|[a-z_]{1,20}\|>|</?(?:answer|s)>|<end_of_turn>", re.I)
 BOX = re.compile(r"\\f?boxed\b|\\fbox\b")
@@ -38,7 +38,7 @@ _NUMBER = re.compile(
 
 def after_thinking(text: str) -> str | None:
     """The text after the last closed thinking tag; None when thinking was opened and never closed."""
-    closes = list(_THINK_CLOSE.finditer(text)) if "</" in text else []
+    closes = list(THINK_CLOSE.finditer(text)) if "</" in text else []
     tail = text[closes[-1].end() :] if closes else text
     if _THINK_OPEN.search(tail):
         return None
