@@ -145,7 +145,7 @@ class Trainer:
         """One step of T1. Returns its metrics, the same on every rank.
 
         Raises:
-            Stopped: the run was asked to stop before the samples were complete; no step was taken.
+            Stopped: the run was asked to stop before it trained; no step was taken.
             MismatchError: the samples are not from the policy that was trained; the run must end here.
         """
         cfg, watch = self.cfg, self.watch
@@ -159,6 +159,9 @@ class Trainer:
         full_kl = cfg.loss.kl_estimator == "full"
         with watch("anchor"):
             self.anchor.fill(microbatches, len(sequences), keep_hidden=full_kl)
+        self._on_main(
+            lambda: None
+        )  # asked to stop meanwhile: the samples wait in the bank, training would take longest
         with watch("train"):
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)

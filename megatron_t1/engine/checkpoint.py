@@ -91,8 +91,8 @@ def _padding_counted(engine: Engine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone_ungathered(engine: Engine) -> Iterator[None]:
-    """Where the optimizer's state is not spread over ranks, Megatron's gather would copy it to the GPU and back, through
-    three buffers of its size on the host."""
+    """Where the optimizer's state is not spread over ranks, Megatron's gather would copy it to the GPU and back, by way
+    of three buffers of its size on the host."""
     parts = [part for part in engine.optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     alone = [part for part in parts if part.data_parallel_group.size() == 1]
     for part in alone:
