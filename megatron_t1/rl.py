@@ -148,7 +148,7 @@ class Trainer:
         """One step of T1. Returns its metrics, the same on every rank.
 
         Raises:
-            Stopped: the run was asked to stop before the samples were complete; no step was taken.
+            Stopped: the run was asked to stop before it trained; no step was taken.
             MismatchError: the samples are not from the policy that was trained; the run must end here.
         """
         cfg, watch = self.cfg, self.watch
@@ -162,6 +162,8 @@ class Trainer:
             microbatches = self.engine.pack(sequences)
         with watch("anchor"):
             kl = self.anchor.fill(microbatches, sequences, cfg.loss) if self.anchor else {}
+        # Asked to stop meanwhile: the samples wait in the bank, and training would take longest.
+        self._on_main(lambda: None)
         with watch("train"):
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)

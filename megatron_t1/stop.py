@@ -1,8 +1,8 @@
 """Stopping in order when a batch system asks: SIGUSR1 (a time limit comes near) or SIGTERM (preemption, scancel).
 
-The rule: a step that trains is finished; a step that still generates is dropped, its finished samples stay on the disk
-and are not asked again; then a checkpoint is written and the process ends with EXIT_STOPPED. Rank 0's signal decides
-for all ranks, at a point where all of them ask for its decision.
+The rule: a step that trains is finished; one that does not yet (it generates, or asks the anchor) is dropped, its
+finished samples stay on the disk and are not asked again; then a checkpoint is written and the process ends with
+EXIT_STOPPED. Rank 0's signal decides for all ranks, at a point where all of them ask for its decision.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 # OPTIONS are options of the `t1` command (--rl.steps 100). With T1_DRY_RUN=1 and
 # T1_NODES="NAME NAME ..." the srun commands for these nodes are printed, not run.
 #
-# USR1 (Slurm sends it before the time limit, #SBATCH --signal=B:USR1@300) -> the trainer finishes or drops its step,
+# USR1 (Slurm sends it before the time limit, #SBATCH --signal=B:USR1@1800) -> the trainer finishes or drops its step,
 # writes a checkpoint and exits with 75 -> the job is requeued and goes on from there. A rank that was killed -> the
 # trainer is started again from the newest checkpoint while the servers stay up, RESTARTS times without a step between.
 # A node that fails -> Slurm requeues the job. Any other end of the trainer ends the job with its exit code.
@@ -20,7 +20,7 @@ VLLM_NODES=${VLLM_NODES:-0}
 VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0: servers and trainer share nodes, not GPUs; unset: half
 VLLM_TP=${VLLM_TP:-}              # GPUs of one server; unset: rollout.tp of the options or of CONFIG
 RESTARTS=${RESTARTS:-3}
-GRACE_S=${GRACE_S:-270}           # from USR1 to the end, when the trainer does not stop by itself
+GRACE_S=${GRACE_S:-1740}          # from USR1 to the end, when the trainer does not stop by itself: 60 less than --signal says
 STOPPED=75                        # exit code of a trainer that stopped as asked
 JOB=${SLURM_JOB_ID:-0}
 SESSION=$JOB.${SLURM_RESTART_COUNT:-0}
@@ -103,7 +103,7 @@ prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what w
   say "$command on ${NODES[*]}, $VLLM_NODES of them for vLLM alone, logs in $LOGS"
   mkdir -p "$LOGS" || fail 2 "RUN_DIR=$RUN_DIR can't be made: set it to a folder that all nodes share"
   "$T1_PYTHON" -m megatron_t1 check --for "$command" --nodes "${#NODES[@]}" --vllm_nodes "$VLLM_NODES" \
-    --gpus_per_node "$GPUS" --vllm_gpus "$VLLM_GPUS" ${RANKS:+--ranks_per_node "$RANKS"} "${OPTIONS[@]}" --rollout.tp "$VLLM_TP" ||
+    --gpus_per_node "$GPUS" --vllm_gpus "$VLLM_GPUS" ${RANKS:+--ranks_per_node "$RANKS"} --grace_s "$GRACE_S" "${OPTIONS[@]}" --rollout.tp "$VLLM_TP" ||
     fail 2 "t1 check refused the configuration: see above"
 }
 

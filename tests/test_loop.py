@@ -203,6 +203,17 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, st
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_step_that_has_not_trained_yet_is_dropped(straight, forks, t1, tuned, server, tmp_path):
+    """Asked to stop while the anchor is asked: the step's samples wait in the bank, the checkpoint comes at once."""
+    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 4, "parallel.nproc_per_node": 1})
+    stopped = forks.run(WORKERS / "stopped_worker.py", *arguments, timeout_s=600)
+    assert stopped.returncode == 75, stopped.stderr[-3000:]
+    assert [row["step"] for row in rows(tmp_path / "rl/metrics.jsonl")] == [1]
+    assert (tmp_path / "rl/checkpoints/step_00000001").is_dir()
+    t1("rl", *arguments, "--resume")
+    assert timeless(tmp_path) == timeless(straight)
+
+
 def timeless(run_dir: Path) -> list[dict]:
     """The metrics of every step that do not depend on the machine's speed."""
     return [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -290,8 +291,22 @@ def _needs(
         f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
         "parallel.pipeline, fewer parallel.max_tokens_per_microbatch or full recomputation",
     )
+    gpu_bytes, host_bytes = estimate.checkpoint_memory(sizes, layout, 0)
+    ranks = machines.ranks(command) // machines.trainer_nodes(command)
+    found.facts.append(
+        f"a checkpoint takes {gpu_bytes / 1e9:.3g} GB of a trainer GPU and {ranks * host_bytes / 1e9:.3g} GB of a "
+        "node's memory while it is written"
+    )
+    found.should(
+        gpu_bytes < 0.95 * gpu.memory_bytes,
+        f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
+        f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
+    )
+    size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
+    seconds = seconds_of(cfg, spec, command, machines, longest)
+    _grace(estimate.stop_seconds(sizes, layout, seconds, size, machines.trainer_nodes(command)), machines, found)
     keep = stage.checkpoint.keep + stage.checkpoint.keep_best + 1  # and the one that is being written
-    disk = keep * estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
+    disk = keep * size
     folder = next(
         path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
     )
@@ -315,9 +330,21 @@ def _needs(
         holds >= full,
         f"a vLLM server of TP {cfg.rollout.tp} has no room for one sample of {full} tokens: raise rollout.tp",
     )
-    seconds = seconds_of(cfg, spec, command, machines, longest)
     listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
     found.facts.append(
         f"time of a step: about {sum(seconds.values()):.3g} s ({listed}) on {machines.gpu}s, if responses have half of "
         "max_new_tokens on average"
+    )
+
+
+def _grace(seconds: dict[str, float], machines: Machines, found: Findings) -> None:
+    """What stopping takes at worst, against what the batch script gives it."""
+    needed = sum(seconds.values())
+    listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
+    found.facts.append(f"stopping needs about {needed:.0f} s from USR1, at worst ({listed})")
+    given, enough = machines.grace_s, 60 * math.ceil(needed / 60)
+    found.must(
+        given is None or needed <= given,
+        f"GRACE_S = {given or 0:.0f} is less than stopping needs: the time limit would kill the trainer before its "
+        f"checkpoint is whole; submit with GRACE_S={enough} and sbatch --signal=B:USR1@{enough + 60}",
     )

@@ -17,6 +17,11 @@ size, and u = t under sequence parallelism, else 1.
     head         4 s_c V / t + 12 s h      the logits of one chunk of s_c tokens, hidden states and their gradients
     update       the largest tensor in float32, while the optimizer changes it, if that is more than the two above
 
+A checkpoint needs no activations, and besides the first four, where D > 1,
+
+    gather       4 P + 4 P / D on the GPU  one of the optimizer's three parts, sent and received
+    host         (12 + b + 4) P            all that a rank writes; 8 P + 12 P / D more while it gathers
+
 Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P. The anchor's stage
 is a forward of the anchor, 2 P, and with loss.kl_estimator = centered one of the policy, 2 P more.
 
@@ -25,6 +30,13 @@ is a forward of the anchor, 2 P, and with loss.kl_estimator = centered one of th
                  tokens of the longest sample x (weights + cache) / (tensor-parallel GPUs x bandwidth x _READ_SHARE),
                  repeated when the servers hold fewer samples than there are
     push         b x parameters / (network of one node x _NET_SHARE)
+
+From a signal to stop to the end, at worst: it comes when the training of a step begins.
+
+    train, push  of that step: it is finished
+    collect      12 P / _COPY_BYTES_PER_S: the optimizer's state, to the host
+    write        the checkpoint / (nodes x _DISK_BYTES_PER_S)
+    digest       the same again: it is read back
 
 The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
 peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, NCCL's buffers, the CUDA context (about 2 GB a GPU).
@@ -41,6 +53,10 @@ from megatron_t1.models.spec import ModelSpec
 
 _TRAIN_SHARE, _READ_SHARE, _NET_SHARE = 0.40, 0.60, 0.50
 AnchorKind = Literal["moving", "fixed", "none"]
+_COPY_BYTES_PER_S = 3e9
+"""Of one process, from its GPU into memory that is not pinned."""
+_DISK_BYTES_PER_S = 1e9
+"""Of a node, to and from a shared file system under load: many are faster, few slower."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
@@ -198,6 +214,34 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     }
 
 
+def checkpoint_memory(sizes: Sizes, layout: Layout, stage: int) -> tuple[float, float]:
+    """Bytes on the GPU and on the host of one rank of a pipeline stage while a checkpoint is written."""
+    b, p = _BYTES[layout.dtype], parameters(sizes, layout, stage)
+    parts = stage_memory(sizes, layout, stage)
+    gpu: float = sum(parts[name] for name in ("weights", "gradients", "optimizer", "anchor"))
+    host: float = (12 + b + 4) * p
+    if layout.data > 1 and layout.distributed_optimizer:
+        gpu += 4 * p + 4 * p / layout.data
+        host += 8 * p + 12 * p / layout.data
+    return gpu, host
+
+
+def stop_seconds(
+    sizes: Sizes, layout: Layout, step: Mapping[str, float], checkpoint: float, nodes: int
+) -> dict[str, float]:
+    """Seconds from a signal to stop to the end by part, at worst.
+
+    Args:
+        step: seconds of a step by stage.
+        checkpoint: bytes of one.
+        nodes: that train.
+    """
+    most = max(parameters(sizes, layout, stage) for stage in range(layout.pipeline))
+    disk = checkpoint / (nodes * _DISK_BYTES_PER_S)
+    finished = {name: step[name] for name in ("train", "push") if name in step}
+    return {**finished, "collect": 12 * most / _COPY_BYTES_PER_S, "write": disk, "digest": disk}
+
+
 def checkpoint_bytes(sizes: Sizes, dtype: str, anchor: AnchorKind) -> float:
     """One checkpoint with optimizer and anchor."""
     b = _BYTES[dtype]
@@ -238,15 +282,23 @@ def step_seconds(
     # Rounds overlap: a finished sample makes room at once, so only the last one waits for the longest.
     generate = per_token_s * ((rounds - 1) * mean_tokens + max_tokens)
 
-    gpus = layout.tensor * layout.pipeline * layout.data
     tokens = num_samples * (prompt_tokens + mean_tokens)
-    flops = 2 * sizes.active * tokens
-    rate = gpus * gpu.flops_per_s * _TRAIN_SHARE
-    bubble = 1 + (layout.pipeline - 1) / max(1, layout.microbatches)
     push = _BYTES[layout.dtype] * sizes.total / (gpu.network_bytes_per_s * _NET_SHARE)
     return {
         "generate": generate,
-        "anchor": anchor_forwards * flops / rate * bubble,
-        "train": flops * (4 if layout.recompute else 3) / rate * bubble,
+        "anchor": anchor_forwards * pass_seconds(sizes, layout, gpu, tokens),
+        "train": train_seconds(sizes, layout, gpu, tokens),
         "push": push,
     }
+
+
+def pass_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, tokens: float) -> float:
+    """One forward pass over `tokens` on all of the trainer's GPUs."""
+    gpus = layout.tensor * layout.pipeline * layout.data
+    bubble = 1 + (layout.pipeline - 1) / max(1, layout.microbatches)
+    return 2 * sizes.active * tokens / (gpus * gpu.flops_per_s * _TRAIN_SHARE) * bubble
+
+
+def train_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, tokens: float) -> float:
+    """Forward and backward pass."""
+    return (4 if layout.recompute else 3) * pass_seconds(sizes, layout, gpu, tokens)

@@ -26,6 +26,8 @@ class Machines:
     """Trainer processes on a node; None: one on each of its GPUs that is not vLLM's."""
     gpu: str = "H100"
     """Which one: A100, H100, H200."""
+    grace_s: float | None = None
+    """Seconds that a trainer has from USR1 to its end; None: not said."""
 
     def __post_init__(self) -> None:
         if self.gpu not in estimate.GPUS:
@@ -92,10 +94,16 @@ def layout_of(
 def seconds_of(
     cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int]
 ) -> dict[str, float]:
+    """Of a step, by stage."""
+    sizes, gpu = estimate.Sizes.of(spec), estimate.GPUS[machines.gpu]
+    layout = layout_of(cfg, spec, command, machines, longest)
+    if command == "sft":
+        tokens = cfg.sft.batch_size * longest.get("sft", cfg.parallel.max_tokens_per_microbatch)
+        return {"train": estimate.train_seconds(sizes, layout, gpu, tokens)}
     return estimate.step_seconds(
-        estimate.Sizes.of(spec),
-        layout_of(cfg, spec, command, machines, longest),
-        estimate.GPUS[machines.gpu],
+        sizes,
+        layout,
+        gpu,
         servers=machines.servers(cfg.rollout.tp),
         server_tp=cfg.rollout.tp,
         server_dtype=cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype,

@@ -226,6 +226,7 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--vllm_gpus", type=int, help="of every node for vLLM, when --vllm_nodes is 0 (half of them)")
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
+    parser.add_argument("--grace_s", type=float, help="seconds that a trainer has from USR1 to its end (unchecked)")
     parser.add_argument("--dry-run", action="store_true", help="print the srun and vLLM commands that would run")
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]

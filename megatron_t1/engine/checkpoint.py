@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_t1.engine import writers
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.config import CheckpointConfig
 from megatron_t1.engine.parallel import from_main, is_main
@@ -153,6 +154,7 @@ def save(
             f"a checkpoint needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some "
             f"space or lower checkpoint.keep (now {cfg.keep})"
         )
+    writers.install()
     try:
         dist_checkpointing.save(_sharded_state(engine, anchor, is_loading=False), str(building))
     except CheckpointException as error:  # a BaseException: it would pass by every handler above

@@ -18,7 +18,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -148,14 +148,15 @@ def sync_check(
     """
     servers = sync.servers.alive() if sync.servers else []
     draw = np.random.default_rng(0)
-    prompts = _fitting([draw.integers(vocab_size, size=n).tolist() for n in PROMPT_LENGTHS], servers, max_tokens)
+    drawn = [draw.integers(vocab_size, size=n).tolist() for n in PROMPT_LENGTHS]
+    prompts, sampling = _fitting(drawn, servers, max_tokens)
     failed: dict[str, str] = {}
     # Blocks that an earlier check left in a prefix cache were summed in another order than a prompt read at once: to
     # them `before` would be a difference of its own. `after` has the same salt: blocks of the old weights would show.
     salt = secrets.token_hex(16)
 
     def ask() -> Answers:
-        return _ask(sync, servers, prompts, 1.0, vocab_size, salt, failed)
+        return _ask(sync, servers, prompts, sampling, vocab_size, salt, failed)
 
     before = ask()
     changed: Answers = {}
@@ -201,9 +202,10 @@ def mismatch(
     """Collective: each server's mean |server - trainer| of logprobs over its answers to `prompts`, at the version that
     it should hold. A server that does not answer is left out, and said."""
     servers = sync.servers.usable() if sync.servers else []
-    prompts = _fitting(prompts, servers, max_tokens)
+    prompts, sampling = _fitting(prompts, servers, max_tokens)
+    sampling, salt = replace(sampling, temperature=temperature), secrets.token_hex(16)
     failed: dict[str, str] = {}
-    answers = _ask(sync, servers, prompts, temperature, vocab_size, secrets.token_hex(16), failed)
+    answers = _ask(sync, servers, prompts, sampling, vocab_size, salt, failed)
     for why in failed.values():
         warn(f"not held to the trainer: {why}")
     of_trainer = _trainers(sync, trainer_logprobs, prompts, [answers])
@@ -239,10 +241,14 @@ def _push_changed(
     return changed, report
 
 
-def _fitting(prompts: Iterable[list[int]], servers: Sequence[Server], max_tokens: int) -> list[list[int]]:
-    """The prompts, cut so that the answers fit too."""
-    longest = min([max_tokens, *(server.max_model_len for server in servers)]) - NUM_NEW_TOKENS
-    return [prompt[:longest] for prompt in prompts]
+def _fitting(
+    prompts: Iterable[list[int]], servers: Sequence[Server], max_tokens: int
+) -> tuple[list[list[int]], SamplingConfig]:
+    """The prompts, cut so that the answers fit too, and how these are drawn at temperature 1."""
+    room = min([max_tokens, *(server.max_model_len for server in servers)])
+    answer = min(NUM_NEW_TOKENS, room // 2)
+    sampling = SamplingConfig(temperature=1.0, num_samples=1, max_new_tokens=answer)
+    return [prompt[: room - answer] for prompt in prompts], sampling
 
 
 class _NoText:
@@ -256,13 +262,12 @@ def _ask(
     sync: WeightSync,
     servers: Sequence[Server],
     prompts: Sequence[list[int]],
-    temperature: float,
+    sampling: SamplingConfig,
     vocab_size: int,
     salt: str,
     failed: dict[str, str],
 ) -> Answers:
     """Rank 0: one sample a prompt from each server, whatever version it holds; {} elsewhere. Adds to `failed`."""
-    sampling = SamplingConfig(temperature=temperature, num_samples=1, max_new_tokens=NUM_NEW_TOKENS)
 
     def ask(server: Server) -> list[Sample] | ServerError:
         assert sync.servers is not None

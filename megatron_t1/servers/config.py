@@ -64,8 +64,9 @@ class RolloutConfig:
     going on the new weights (their tokens then carry both versions)."""
     samples_per_request: int = 16
     """Samples of one prompt asked for in one request: fewer spread better over servers, more cost less overhead."""
-    startup_timeout_s: float = 600.0
-    """Deadline for a server to become healthy."""
+    startup_timeout_s: float = 1800.0
+    """Deadline for a server to become healthy: reading 65 GB four times from a shared disk, compiling and capturing
+    graphs may take long. One that ends in its start is noticed at once."""
     request_timeout_s: float = 3600.0
     """Deadline for one generation request, queueing included."""
     health_timeout_s: float = 60.0

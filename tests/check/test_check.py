@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -12,9 +14,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_t1.check import estimate
-from megatron_t1.check.check import Findings, check
+from megatron_t1.check.check import Findings, _grace, check
 from megatron_t1.check.dry_run import dry_run
-from megatron_t1.check.machines import Machines, layout_of
+from megatron_t1.check.machines import Machines, layout_of, seconds_of
 from megatron_t1.cli.main import main
 from megatron_t1.cli.options import parse, read
 from megatron_t1.config import Config, dump
@@ -212,6 +214,37 @@ def test_responses_have_the_papers_length_and_fit_with_their_prompts(example: st
     assert cfg.scaling.sampling.max_new_tokens == cfg.scaling.budgets[-1] == new_tokens
     assert cfg.rollout.max_model_len == new_tokens + 2048
     cfg.parallel.check_fits(cfg.rollout.max_model_len)
+
+
+def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
+    """A step of the 32B example trains for six minutes, and its checkpoint is 590 GB: five minutes are not enough."""
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    spec, longest = spec_of(tmp_path), {"train": 200}
+    sizes, layout = estimate.Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
+    step, size = seconds_of(cfg, spec, "rl", machines, longest), estimate.checkpoint_bytes(sizes, "bfloat16")
+    seconds = estimate.stop_seconds(sizes, layout, step, size, nodes=2)
+    assert seconds["train"] == step["train"]
+    assert seconds["write"] == seconds["digest"] == size / 2e9
+    assert 900 < sum(seconds.values()) < 1740
+
+    found = Findings()
+    _grace(seconds, dataclasses.replace(machines, grace_s=1740), found)
+    assert not found.problems
+    _grace(seconds, dataclasses.replace(machines, grace_s=270), found)
+    assert re.fullmatch(
+        r"GRACE_S = 270 is less than stopping needs: .*; submit with GRACE_S=960 and sbatch --signal=B:USR1@1020",
+        found.problems[0],
+    )
+
+
+def test_a_checkpoint_gathers_where_the_optimizer_is_spread(tmp_path: Path) -> None:
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    sizes = estimate.Sizes.of(spec_of(tmp_path))
+    alone = layout_of(cfg, spec_of(tmp_path), "rl", machines, {"train": 200})
+    spread = dataclasses.replace(alone, data=2)
+    p = estimate.parameters(sizes, alone, 0)
+    assert estimate.checkpoint_memory(sizes, alone, 0) == (24 * p, 18 * p)
+    assert estimate.checkpoint_memory(sizes, spread, 0) == (18 * p + 6 * p, 18 * p + 14 * p)
 
 
 def test_a_dry_run_prints_what_the_batch_script_would_run(tmp_path: Path) -> None:

@@ -87,7 +87,10 @@ def test_the_scripts_are_alike() -> None:
 
     assert len(SCRIPTS) == 5
     assert len({tuple(directives(script)) for script in SCRIPTS}) == 1
-    for wanted in ("--signal=B:USR1@300", "--requeue", "--open-mode=append", "--account", "--partition"):
+    (signalled,) = re.findall(r"--signal=B:USR1@(\d+)", "\n".join(directives(SCRIPTS[0])))
+    (grace,) = re.findall(r"GRACE_S:-(\d+)", (ROOT / "slurm/lib.sh").read_text())
+    assert int(grace) == int(signalled) - 60
+    for wanted in ("--requeue", "--open-mode=append", "--account", "--partition"):
         assert any(wanted in line for line in directives(SCRIPTS[0])), wanted
 
 

@@ -78,7 +78,7 @@ if __name__ == "__main__":
     listening = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         importlib.import_module(name)
-    # vLLM's engine, and Megatron's keeper of the results of a save, are spawned: all imports again.
+    # vLLM's engine is spawned: all imports again.
     context._concrete_contexts["spawn"] = context._concrete_contexts["fork"]
     gc.freeze()  # a collection in a fork need not look at, and copy, what was imported
     asked = serve(listening)

@@ -1,0 +1,36 @@
+"""A killed trainer leaves no process behind, the writers of a checkpoint included."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.forks import WORKERS, Forks
+
+
+def until(what: str, found: Callable[[], object], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not found():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_trainer_killed_in_a_save_takes_its_writers_with_it(forks: Forks, tiny_dir: Path, tmp_path: Path) -> None:
+    (trainer,) = forks.start(WORKERS / "saving_worker.py", tiny_dir, tmp_path, stderr=tmp_path / "errors")
+    process = psutil.Process(trainer.pid)
+    # Two writers, whatever else: Python's keeper of semaphores, for one.
+    until("the writers", lambda: trainer.poll() is not None or len(process.children(recursive=True)) >= 2)
+    assert trainer.poll() is None, (tmp_path / "errors").read_text()
+    time.sleep(0.5)  # a writer is a fork: it says that it will die a moment later
+    started = process.children(recursive=True)
+    trainer.send_signal(signal.SIGKILL)
+    until("the trainer's end", lambda: trainer.poll() is not None)
+    until(f"the end of {started}", lambda: not alive(started), timeout_s=10.0)
