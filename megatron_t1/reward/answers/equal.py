@@ -121,7 +121,7 @@ class _Comparison:
                 return True
             case (List(), _) | (_, List()):
                 return self.lists_equal(gold, answer)
-            case (Matrix(), _) | (_, Matrix()):
+            case (Matrix(), _) | (_, Matrix()) if not _is_relation(gold, answer):
                 g_rows, a_rows = _rows(gold), _rows(answer)
                 same_shape = [len(row) for row in g_rows] == [len(row) for row in a_rows]
                 return same_shape and self.in_order(list(itertools.chain(*g_rows)), list(itertools.chain(*a_rows)))
@@ -451,6 +451,10 @@ def _rows(answer: Answer) -> Sequence[Sequence[Answer]]:
     return []
 
 
+def _is_relation(*answers: Answer) -> bool:
+    return any(isinstance(answer, Relation) for answer in answers)
+
+
 def _value(answer: Answer) -> Answer:
     """What a name stands for, or the answer itself."""
     return answer.value if isinstance(answer, Relation) and answer.value else answer
@@ -469,8 +473,9 @@ def _names_clash(gold: Relation, answer: Relation) -> bool:
     g, a = compact(gold.name), compact(answer.name)
     if g == a or all(re.fullmatch(SYMBOL, name) for name in (g, a)):
         return g != a
-    applied = "(" in g and "(" in a and gold.value is not None and gold.value == gold.value_of_x
-    return applied and not isinstance(gold.value, Number)
+    arguments = [name.partition("(")[2].rstrip(")") for name in (g, a)]
+    is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
+    return is_open and not all(argument in "nstuxyz" for argument in arguments)
 
 
 def _is_open(side: Answer) -> bool:

@@ -26,7 +26,7 @@ _JOINT = re.compile(
     r"[A-Za-z](?:_\{?\w+\}?)?\s*=|[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*"
 )
 _ANCHOR = re.compile(
-    r"(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?"
+    r"(?<!\{)(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?"
     r"(?:\s*[:：]|\s*(?:是|为)|(?<=is)|(?<=are)|(?<=est))\s*"
     r"|####\s*(?=\S[^\n]{0,60}\s*\Z)",
     re.I,

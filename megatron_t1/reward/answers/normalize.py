@@ -58,6 +58,8 @@ def _font(match: re.Match[str]) -> str:
     after_number = re.search(r"[\d}]\s*$", match.string[: match.start()])  # 27\mathrm{~min}, 10\mathrm{N}
     if re.fullmatch(r"[A-Za-z]+", inner) and after_number and (len(inner) > 1 or raw != inner):
         return rf"\text{{{inner}}}"
+    if match.string[: match.start()].rstrip().endswith(("_", "_{")):
+        return f"{{{inner}}}" if match.string[: match.start()].rstrip().endswith("_") else inner
     if inner in _FUNCTIONS and not match.string[: match.start()].endswith("/"):
         return f"\\{inner} "
     if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner):
@@ -105,6 +107,7 @@ _RULES = _rules(
     # what only decorates
     (r"\\(?:h|v)?phantom\s*\{[^{}]*\}|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
     (r"\\(?:color\s*\{[^{}]*\}|textcolor\s*\{[^{}]*\}(?=\s*\{)|underline(?=\s*\{))", ""),
+    (r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}"),
     (r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}", " "),
     (rf"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|boldsymbol|"
      rf"bm|mathop|mathbin|mathrel|(?:footnote|normal)size|small|tiny|"
@@ -139,7 +142,8 @@ _RULES = _rules(
     (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
     (r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1"),
     (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
-    (r"([\^_])\s*(\d+|(?<=\^)-\d+|[A-Za-z](?![A-Za-z]*\s*\())", r"\1{\2}"),  # nobody means x^1 0
+    (r"\\text\{[^{}]*\}|([\^_])\s*(\d+|(?<=\^)-\d+|[A-Za-z](?![A-Za-z]*\s*\())",  # nobody means x^1 0
+     lambda m: f"{m[1]}{{{m[2]}}}" if m[1] else m[0]),
     (r"_\s*\{\s*\\text\{\s*([^{}]*?)\s*\}\s*\}", r"_{\1}"),
     (r"(?:(?<![\w}\])^_])\{([^{}]*)\}|(?<![\w.\\}])(\d+|[A-Za-z]))\s*\^\{\s*1\s*/\s*2\s*\}",
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
@@ -152,7 +156,7 @@ _RULES = _rules(
     (rf"(?<![\\a-zA-Z_])({'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})(?=\s*\()", r"\\\1"),
     (r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
     (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\*\*", "^"), (r"\*", r"\\cdot "),
-    (r",?\s*\\text\{\s*,?\s*(and|or)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或)",
+    (r",?\s*\\text\{\s*,?\s*(and|or|和|与|或)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或)",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
     (r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
      lambda m: m[1] + "[("[m[2] == "]"] + m[3] + "])"[m[4] == "["]),
@@ -173,7 +177,7 @@ def normalize(text: str) -> str:
     if "\\begin" not in s:  # a doubled backslash of an escaped source, not a row end
         s = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s)
     if "{align" in s or "{gather" in s or "{split" in s:
-        s = s.replace("&", "")
+        s = re.sub(r"\\\\\s*(?=[=<>]|\\[lg]e)", " ", s.replace("&", "")).replace("\\\\", ", ")
     for pattern, replacement in _RULES:
         s = pattern.sub(replacement, s)
     if ", " in s:  # 1,000, 2,000
@@ -201,6 +205,8 @@ class Exact:
     """Of the last digit when it was written as a decimal, else None: 2 in 1.25, 4 in 1.25e-2, -1 in 1.25e3."""
     digits: int = 0
     """Significant digits of a decimal."""
+    places: int = 0
+    """Digits written after the point: 2 in 1.25e-2."""
 
 
 _DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
@@ -227,7 +233,7 @@ def exact_number(s: str) -> Exact | None:
         if m[3] is None:
             return Exact(Fraction(int(m[5])) * (-1 if m[4] == "-" else 1))
         value = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3])) * (-1 if m[1] == "-" else 1)
-        return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")))
+        return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")), len(m[3]))
     if m := _REPEATING.fullmatch(s) or _GOES_ON.fullmatch(s.replace(" ", "")):
         block = m[4] or m[5]
         head = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3]))
@@ -249,5 +255,5 @@ def exact_number(s: str) -> Exact | None:
         if base is None or abs(power) > 400:
             return None
         decimals = None if base.decimals is None else base.decimals - power
-        return Exact(base.value * Fraction(10) ** power, decimals, base.digits)
+        return Exact(base.value * Fraction(10) ** power, decimals, base.digits, base.places)
     return None

@@ -93,12 +93,14 @@ for _line in _TABLE.strip().splitlines():
     _factor, _, _kind = _meaning.partition(" ")
     _UNITS |= dict.fromkeys(_words.split(), (Fraction(_factor), _powers(_kind)))
 _SCALES: dict[str, Fraction | int] = {
-    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "百": 100,
+    "hundred": 100, "thousand": 1000, "ten": 10, "tens": 10, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "百": 100,
     "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8, "hundreds": 100, "thousands": 1000,
     "millions": 10**6, "billions": 10**9, "dozens": 12,
     "tenths": Fraction(1, 10), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000),
 }  # fmt: skip
+_SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
 _OTHER_WORDS = """
+half halves third thirds quarter quarters
 or and nor but not no non never isn't is are was were be been am equals equal at least most more less fewer
 greater smaller larger bigger higher lower than over under above below up down about around maybe perhaps
 probably possibly approximately roughly almost nearly wrong incorrect false true right correct squared cubed
@@ -181,9 +183,8 @@ def numbers_equal(gold: Exact, answer: Exact) -> bool:
         return answer.decimals is not None and gold.value.denominator > 1 and rounds_to(gold.value, answer, 4)
     if answer.decimals is None:
         return answer.value.denominator > 1 and rounds_to(answer.value, gold, 3)
-    if answer.decimals > gold.decimals:
-        return gold.decimals >= 2 and rounds_to(answer.value, gold, 3)
-    return 2 <= answer.decimals < gold.decimals and rounds_to(gold.value, answer, 3)
+    longer, shorter = (answer, gold) if answer.decimals > gold.decimals else (gold, answer)
+    return shorter.places >= 2 and longer.decimals != shorter.decimals and rounds_to(longer.value, shorter, 3)
 
 
 def split_unit(s: str) -> tuple[str, Unit] | None:
@@ -224,11 +225,9 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ").strip(" .()")
     text = re.sub(r"\b(?:st|nd|rd|th)\b", " ", text).strip() if re.match(r"(?:st|nd|rd|th)\b", text) else text
     scale: Fraction | int = 1
-    while (first := re.match(rf"[A-Za-z\-]+|{_CJK}", text)) is not None:
-        if (word := first[0].casefold()) not in _SCALES:
-            break
-        scale, text = scale * _SCALES[word], text[first.end() :].removeprefix(" of ").strip()
-    text = re.sub(r"^of\s+", "", text)
+    while first := _SCALED.match(text):
+        scale, text = scale * _SCALES[first[0].casefold()], text[first.end() :].strip()
+    text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
     if text in ("", *_NAMELESS):
         return scale, NO_UNIT
     text = re.sub(r"\b(?:square|sq\.?)\s+(\w+)", r"\1^2", text, flags=re.I)
