@@ -86,10 +86,10 @@ def equal(gold: Answer, answer: Answer) -> bool:
     Raises:
         UndecidableError: the mathematics cannot be read or is too large.
     """
-    return _Comparison().equal(gold, answer)
+    return Comparison().equal(gold, answer)
 
 
-class _Comparison:
+class Comparison:
     """One verdict: all its parts share a budget."""
 
     def __init__(self) -> None:

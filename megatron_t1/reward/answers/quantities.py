@@ -93,10 +93,10 @@ for _line in _TABLE.strip().splitlines():
     _factor, _, _kind = _meaning.partition(" ")
     _UNITS |= dict.fromkeys(_words.split(), (Fraction(_factor), _powers(_kind)))
 _SCALES: dict[str, Fraction | int] = {
-    "hundred": 100, "thousand": 1000, "ten": 10, "tens": 10, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "百": 100,
-    "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8, "hundreds": 100, "thousands": 1000,
-    "millions": 10**6, "billions": 10**9, "dozens": 12,
-    "tenths": Fraction(1, 10), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000),
+    "ten": 10, "tens": 10, "dozen": 12, "dozens": 12, "hundred": 100, "hundreds": 100, "thousand": 1000,
+    "thousands": 1000, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
+    "tenths": Fraction(1, 10), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000), "百": 100, "千": 1000,
+    "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 _SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
 _OTHER_WORDS = """

@@ -1,9 +1,9 @@
-r"""What a question says about an answer to it: whether it is only copied from there, and whether percents are asked for.
+r"""What a question says about an answer to it: whether it is copied from there, and whether percents are asked for.
 
-Copying is not answering. An answer is refused that stands in the question as a formula, in this or another order, is no
-plain number and is not spelled as the gold is: always when the gold is a number or a constant ("3+4\cdot 5" for 23), and
-when it is longer than the gold where that has variables ("2(x+1)-x" for x+2). An equation that has a number as one of its
-sides ("3+4\cdot 5=23") is computed.
+Copying is not answering. An answer is refused that stands in the question as a formula, in this or another order, is
+no plain number and is not spelled as the gold is: always when the gold is a number or a constant ("3+4\cdot 5" for
+23), and when it is longer than the gold where that has variables ("2(x+1)-x" for x+2). An equation that has a number
+as one of its sides ("3+4\cdot 5=23") is computed.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ worker processes of pool.py call it.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.equal import check_readable, equal, equal_cheaply
+from megatron_t1.reward.answers.explain import explain
 from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.normalize import normalize
 from megatron_t1.reward.answers.question import asks_for_percent, is_copied
@@ -18,6 +19,7 @@ from megatron_t1.reward.answers.read import read
 from megatron_t1.types import AnswerMode, Outcome
 
 MAX_GOLD_CHARS = 200
+MAX_REASON_CHARS = 2000
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,14 @@ def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "") -
     if copied:
         return Verdict("wrong", answer, "a formula of the question, not computed")
     return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
+
+
+def explained(verdict: Verdict, gold: str, mode: AnswerMode) -> Verdict:
+    """With a reason that says what was read and which rules decided."""
+    if mode == "mc" or verdict.extracted is None:
+        return verdict
+    told = explain(_gold(gold, mode), normalize(verdict.extracted))
+    return replace(verdict, reason=f"{verdict.reason}; {told}"[:MAX_REASON_CHARS])
 
 
 def verify(
