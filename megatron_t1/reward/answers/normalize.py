@@ -54,13 +54,12 @@ _MONEY = re.compile(r"\s*(-?)(\\?\$|[£€¥￥])\s*(-?\d[\d,.]*(?:\s*(?:thousan
 
 def _font(match: re.Match[str]) -> str:
     raw = match[1] if match[1] is not None else match[2]
-    inner = raw.strip()
-    after_number = re.search(r"[\d}]\s*$", match.string[: match.start()])  # 27\mathrm{~min}, 10\mathrm{N}
-    if re.fullmatch(r"[A-Za-z]+", inner) and after_number and (len(inner) > 1 or raw != inner):
-        return rf"\text{{{inner}}}"
-    if match.string[: match.start()].rstrip().endswith(("_", "_{")):
-        return f"{{{inner}}}" if match.string[: match.start()].rstrip().endswith("_") else inner
-    if inner in _FUNCTIONS and not match.string[: match.start()].endswith("/"):
+    inner, before = raw.strip(), match.string[max(match.start() - 8, 0) : match.start()].rstrip()
+    if re.fullmatch(r"[A-Za-z]+", inner) and re.search(r"[\d}]$", before) and (len(inner) > 1 or raw != inner):
+        return rf"\text{{{inner}}}"  # 27\mathrm{~min}
+    if before.endswith(("_", "_{")):
+        return f"{{{inner}}}" if before.endswith("_") else inner
+    if inner in _FUNCTIONS and not before.endswith("/"):
         return f"\\{inner} "
     if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner):
         return inner
@@ -72,6 +71,8 @@ def _text(match: re.Match[str]) -> str:
 
 
 def _unicode(text: str) -> str:
+    if text.isascii():
+        return text
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
     text = re.sub(r"√\s*(\d+|[a-zA-Z]|\{)", lambda m: r"\sqrt" + (m[1] if m[1] == "{" else f"{{{m[1]}}}"), text)
@@ -94,75 +95,77 @@ def _unicode(text: str) -> str:
     return "".join(out)
 
 
-_Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
+_Replacement = str | Callable[[re.Match[str]], str]
 
 
-def _rules(*pairs: tuple[str, str | Callable[[re.Match[str]], str]]) -> tuple[_Rule, ...]:
-    return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
+def _rules(*rules: tuple[str, str, _Replacement]) -> tuple[tuple[str, re.Pattern[str], _Replacement], ...]:
+    """Of each: what a text that it changes has in it, a pattern, and what comes in its place."""
+    return tuple((sign, re.compile(pattern), replacement) for sign, pattern, replacement in rules)
 
 
 _JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor"}
 _LETTER_END = r"(?![a-zA-Z])"
 _RULES = _rules(
     # what only decorates
-    (r"\\(?:h|v)?phantom\s*\{[^{}]*\}|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
-    (r"\\(?:color\s*\{[^{}]*\}|textcolor\s*\{[^{}]*\}(?=\s*\{)|underline(?=\s*\{))", ""),
-    (r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}"),
-    (r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}", " "),
-    (rf"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|boldsymbol|"
-     rf"bm|mathop|mathbin|mathrel|(?:footnote|normal)size|small|tiny|"
+    ("\\", r"\\(?:h|v)?phantom\s*\{[^{}]*\}|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
+    ("\\", r"\\(?:color\s*\{[^{}]*\}|textcolor\s*\{[^{}]*\}(?=\s*\{)|underline(?=\s*\{))", ""),
+    ("{", r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}"),
+    ("\\begin", r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}", " "),
+    ("\\", rf"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|"
+     rf"boldsymbol|bm|mathop|mathbin|mathrel|(?:footnote|normal)size|small|tiny|"
      rf"[lL]arge|LARGE|[hH]uge|bfseries){_LETTER_END}\.?", ""),
     # separators of thousands, spaces
-    (r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\ |\\;)(?=\d{3}(?!\d))", ""),
-    (r"\\\$|\$|\\!", lambda m: "" if m[0] == "\\!" else " "),
-    (r"\\%", "%"),
-    (r"\\&", " and "),
-    (r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}"),
-    (r"(?<!\\)\\[()\[\]]", " "),
-    (r"\\,", " "),
-    (r"\{([,:])\}", r"\1"),
-    (r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots "),
-    (rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
+    ("", r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\ |\\;)(?=\d{3}(?!\d))", ""),
+    ("", r"\\\$|\$|\\!", lambda m: "" if m[0] == "\\!" else " "),
+    ("\\%", r"\\%", "%"),
+    ("\\&", r"\\&", " and "),
+    ("<su", r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}"),
+    ("\\", r"(?<!\\)\\[()\[\]]", " "),
+    ("\\,", r"\\,", " "),
+    ("{", r"\{([,:])\}", r"\1"),
+    ("", r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots "),
+    ("", rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
     # words and fonts
-    (r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
-    (r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*(?:\{([^{}]*)\}|([a-zA-Z]))", _font),
-    (r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
-    (r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
-    (r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
-    (r"\\text\{\s*\}", " "),
-    (r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
+    ("\\", r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
+    ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*(?:\{([^{}]*)\}|([a-zA-Z]))", _font),
+    ("\\", r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    ("p", r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
+    ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
+    ("\\text", r"\\text\{\s*\}", " "),
+    ("", r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
      r"\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b|\\text\{\s*degrees?(?=\s)",
      lambda m: r"^\circ " + (r"\text{" if m[0].startswith("\\text{") and not m[0].endswith("}") else "")),
-    (r"(\^\\circ\s*)+", r"^\\circ "),
-    (r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
+    ("\\circ", r"(\^\\circ\s*)+", r"^\\circ "),
+    ("^", r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
      lambda m: rf"\text{{{m[1] or m[2]}}}"),
     # arguments in braces
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-    (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
-    (r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1"),
-    (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
-    (r"\\text\{[^{}]*\}|([\^_])\s*(\d+|(?<=\^)-\d+|[A-Za-z](?![A-Za-z]*\s*\())",  # nobody means x^1 0
+    ("\\frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    ("\\frac", r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    ("\\frac", r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
+    ("\\", r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1"),
+    ("\\sqrt", r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
+    ("", r"\\text\{[^{}]*\}|([\^_])\s*(\d+|(?<=\^)-\d+|[A-Za-z](?![A-Za-z]*\s*\())",  # nobody means x^1 0
      lambda m: f"{m[1]}{{{m[2]}}}" if m[1] else m[0]),
-    (r"_\s*\{\s*\\text\{\s*([^{}]*?)\s*\}\s*\}", r"_{\1}"),
-    (r"(?:(?<![\w}\])^_])\{([^{}]*)\}|(?<![\w.\\}])(\d+|[A-Za-z]))\s*\^\{\s*1\s*/\s*2\s*\}",
+    ("_", r"_\s*\{\s*\\text\{\s*([^{}]*?)\s*\}\s*\}", r"_{\1}"),
+    ("^{", r"(?:(?<![\w}\])^_])\{([^{}]*)\}|(?<![\w.\\}])(\d+|[A-Za-z]))\s*\^\{\s*1\s*/\s*2\s*\}",
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
-    (r"(?<=(?<![_\\])\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})", lambda m: m[0].replace(",", "")),
-    (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
-    (r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
-    (r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2"),
+    ("{", r"(?<=(?<![_\\])\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})", lambda m: m[0].replace(",", "")),
+    ("\\mathbb", r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    ("\\", r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
+    ("\\", r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2"),
     # plain text spellings
-    (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (rf"(?<![\\a-zA-Z_])({'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})(?=\s*\()", r"\\\1"),
-    (r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
-    (r"<=", r"\\le "), (r">=", r"\\ge "), (r"!=", r"\\ne "), (r"\*\*", "^"), (r"\*", r"\\cdot "),
-    (r",?\s*\\text\{\s*,?\s*(and|or|和|与|或)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或)",
+    ("sqrt", r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    ("(", rf"(?<![\\a-zA-Z_])({'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})(?=\s*\()", r"\\\1"),
+    ("", r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
+    ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
+    ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
+    ("", r",?\s*\\text\{\s*,?\s*(and|or|和|与|或)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或)",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
-    (r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
+    ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
      lambda m: m[1] + "[("[m[2] == "]"] + m[3] + "])"[m[4] == "["]),
-    (r"\+\s*\\infty", r"\\infty"),
-    (r"\s+", " "),
-    (r"(?<=[}\s])\.(?=\s*[\])])", ""),
+    ("\\infty", r"\+\s*\\infty", r"\\infty"),
+    ("", r"\s+", " "),
+    (".", r"(?<=[}\s])\.(?=\s*[\])])", ""),
 )  # fmt: skip
 
 
@@ -178,8 +181,9 @@ def normalize(text: str) -> str:
         s = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s)
     if "{align" in s or "{gather" in s or "{split" in s:
         s = re.sub(r"\\\\\s*(?=[=<>]|\\[lg]e)", " ", s.replace("&", "")).replace("\\\\", ", ")
-    for pattern, replacement in _RULES:
-        s = pattern.sub(replacement, s)
+    for sign, pattern, replacement in _RULES:
+        if sign in s:
+            s = pattern.sub(replacement, s)
     if ", " in s:  # 1,000, 2,000
         s = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)", lambda m: m[0].replace(",", ""), s)
     s = re.sub(r"\\+$", "", s.lstrip(" ,;:=").rstrip(" .,;:^")).rstrip()
