@@ -49,7 +49,7 @@ _FUNCTIONS = {
     "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
 }  # fmt: skip
 _CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan"}
-_MONEY = re.compile(r"\s*(-?)(\\?\$|[£€¥￥])\s*(-?\d[\d,.]*(?:\s*(?:thousand|[mb]illion))?)\s*")
+_MONEY = re.compile(r"\s*(-?)(\\?\$|[£€¥￥])\s*(-?\d[\d,]*(?:\.\d+)?(?:\s*(?:thousand|[mb]illion))?)\.?\s*")
 
 
 def _font(match: re.Match[str]) -> str:
@@ -169,6 +169,15 @@ _RULES = _rules(
 )  # fmt: skip
 
 
+_BETWEEN_BRACKETS = re.compile(r"[^()\[\]{}]+")
+_GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+
+
+def _without_thousands(match: re.Match[str]) -> str:
+    """1,000, 2,000 as 1000, 2000: where some commas have a space, those without are no list's."""
+    return _GROUPED.sub(lambda m: m[0].replace(",", ""), match[0]) if ", " in match[0] else match[0]
+
+
 @functools.lru_cache(maxsize=4096)
 def normalize(text: str) -> str:
     """Canonical spelling of an answer."""
@@ -184,8 +193,8 @@ def normalize(text: str) -> str:
     for sign, pattern, replacement in _RULES:
         if sign in s:
             s = pattern.sub(replacement, s)
-    if ", " in s:  # 1,000, 2,000
-        s = re.sub(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)", lambda m: m[0].replace(",", ""), s)
+    if ", " in s:
+        s = _BETWEEN_BRACKETS.sub(_without_thousands, s)
     s = re.sub(r"\\+$", "", s.lstrip(" ,;:=").rstrip(" .,;:^")).rstrip()
     if s.endswith("}") and not s.endswith("\\}") and s.count("}") == s.count("{") + 1:
         s = s[:-1]
