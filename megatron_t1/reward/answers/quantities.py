@@ -159,7 +159,7 @@ def is_text(s: str) -> bool:
     outside = re.sub(r"\\text\{[^{}]*\}", "", s)
     if outside != s and not re.search(r"[A-Za-z0-9\\]", outside):
         return True
-    return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*[A-Za-z]{4,}", s.strip("() ")))
+    return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
 
 
 def rounds_to(exact: Fraction, decimal: Exact, min_digits: int) -> bool:
