@@ -156,8 +156,10 @@ def same_value(a: Any, b: Any, meter: Meter) -> bool:
 def _agree(a: Any, b: Any, values: Values, fully: bool, meter: Meter) -> tuple[bool, bool]:
     """(whether the gold `a` and the answer `b` have one value at a point, whether the gold's is real)."""
     with mpmath.workdps(LOW_DIGITS):
-        low = evaluate(a, values, meter), evaluate(b, values, meter)
-        is_real = abs(mpmath.im(low[0])) <= abs(low[0]) * mpmath.mpf(10) ** -30
+        meter.left_the_reals = False
+        gold = evaluate(a, values, meter)
+        is_real = not meter.left_the_reals
+        low = gold, evaluate(b, values, meter)
         both_tiny = abs(low[0]) < 1e-35 and abs(low[1]) < 1e-35
         if not both_tiny and not _close(*low):
             return False, is_real

@@ -185,6 +185,9 @@ class Comparison:
 
     def lists_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a list."""
+        match gold, answer:
+            case (List(whole=Number()), Tuple()) | (Tuple(), List(whole=Number())):
+                return False  # 1,200 and (1,200)
         g_region, a_region = _region(gold), _region(answer)
         if g_region and a_region:
             return self.in_any_order(self.merged(g_region), self.merged(a_region))
@@ -412,17 +415,14 @@ def _joined_words(answer: Answer) -> tuple[list[str], bool]:
     return sorted(NUMBER_WORDS.get(part, part) for part in parts if part), "\\lor" in answer.text
 
 
-_AROUND_POINTS = re.compile(r"\\(?:frac|angle|triangle|cdot|text|overline|sin|cos|tan|times)|[{}\s/|\[\]]")
+_AROUND_POINTS = re.compile(r"\\(?:frac|angle|triangle|cdot|text|overline|sin|cos|tan|times)|[{}\s/|:\[\]]")
 
 
 def _is_computed(gold: Relation) -> bool:
     r"""log_8 4 = 2/3 or \frac{AB}{CD} = 2: an equation that gives a value, and no condition on variables."""
     if set(gold.operators) != {"="}:
         return False
-    text = re.sub(
-        r"\\(?:frac|angle|triangle|cdot|text|overline|sin|cos|tan|times)|[{}\s/|\[\]]", "", gold.sides[0].text
-    )
-    if re.fullmatch(r"[A-Z]+(?:\([A-Z]+\))?", text) and not text.isdecimal():
+    if re.fullmatch(r"[A-Z]+(?:\([A-Z]+\))?", _AROUND_POINTS.sub("", gold.sides[0].text)):
         return True
     try:
         return not any(side.tree.free_symbols for side in gold.sides)

@@ -57,6 +57,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.spent_us = 0.0
+        self.left_the_reals = False
+        """Whether a root or logarithm of real numbers was none."""
 
     def charge(self, microseconds: float) -> None:
         self.spent_us += microseconds
@@ -153,6 +155,11 @@ def _bound(meter: Meter, name: str, body: Any, variable: Any, bounds: list[Any],
     return _made_up_value(name, parts, values)
 
 
+def _real_or_noted(meter: Meter, args: list[Any], value: Any) -> Any:
+    meter.left_the_reals |= mpmath.im(value) != 0 and not any(mpmath.im(arg) for arg in args)
+    return value
+
+
 def _made_up(key: str) -> Any:
     """A reproducible irrational-looking number for a name, the same in every process and at every precision."""
     generator = random.Random(zlib.crc32(key.encode()))
@@ -201,11 +208,11 @@ def evaluate(node: Any, values: Values, meter: Meter) -> Any:
             raise UndecidableError("product too large")
         return product
     if node.is_Pow:
-        return _real_power(meter, args[0], node.exp, args[1])
+        return _real_or_noted(meter, args, _real_power(meter, args[0], node.exp, args[1]))
     if name == "exp":
         return _exp(meter, args[0])
     if name == "log":
-        return _log(meter, *args)
+        return _real_or_noted(meter, args, _log(meter, *args))
     if name in ("gcd", "lcm") and all(map(mpmath.isint, args)):
         return mpmath.mpf((math.gcd if name == "gcd" else math.lcm)(*(int(mpmath.re(a)) for a in args)))
     if name in ("factorial", "factorial2", "binomial"):
@@ -214,7 +221,7 @@ def evaluate(node: Any, values: Values, meter: Meter) -> Any:
         if magnitude(args[0]) > 1000:
             raise UndecidableError("angle too large")
         _charge_elementary(meter)
-        return _ELEMENTARY[name](*args)
+        return _real_or_noted(meter, args, _ELEMENTARY[name](*args))
     if name in _PLAIN:
         return _PLAIN[name](*([mpmath.re(a) for a in args] if name in ("Max", "Min", "floor", "ceiling") else args))
     if name in ("bmod", "pmod") and all(map(mpmath.isint, args)) and args[1] > 0:

@@ -121,7 +121,9 @@ def _boxed(match: re.Match[str]) -> str:
 def _without_money(text: str) -> str:
     """A text in which a dollar sign before a number is no formula's: when what it would open has words in it."""
     between = re.findall(r"(?<!\$)\$(?!\$)([^$]*)\$", text)
-    if any(re.search(r"\s[A-Za-z]{3,}\s", re.sub(r"\\[a-z]+\{[^{}]*\}", "", each)) for each in between):
+    if any(
+        re.search(r"\s[A-Za-z]{3,}\s|^\d.*[+\-*/=]\s*$", re.sub(r"\\[a-z]+\{[^{}]*\}", "", each)) for each in between
+    ):
         return re.sub(r"\$(?=\d)", "", text)
     return text
 
@@ -184,7 +186,8 @@ _MC_ANCHOR = re.compile(
     r"(?:(?:it|it's|that|that's|this|the|is|must|be|would|say|i|think|go|with|choose|answer|option|choice)\s+)*"
     r"|(?:answer|option|choice|choose|correct|select|r[ée]ponse|答案|选择|选)(?-i:[^.\n。A-J]){0,60}?"
     r"(?:\bis\b|\bare\b|\bbe\b|\best\b|[:：]|\b(?:answer|option|choice|choose|select)\b|是|为|选)[*\s]*"
-    r"(?:definitely|for sure|clearly|probably|certainly|the|option|choice|surely)?\s*(?:option|choice)?\s*)" + _LETTER,
+    r"(?:definitely|for sure|clearly|probably|certainly|the|option|choice|surely)?\s*(?:option|choice)?\s*|选择?)"
+    + _LETTER,
     re.I,
 )
 _HEDGE_AFTER = re.compile(
@@ -195,7 +198,7 @@ _HEDGE_AFTER = re.compile(
 
 _AFFIRMED = re.compile(r"(?<![A-Za-z])([A-J])\)?\s+(?:is|must be)\s+(?:the\s+)?(?:correct|right|true|answer|best)\b")
 _DENIED = re.compile(
-    r"(?:\b(?:not|non|nor|neither)\b|n't\b|不是|不选|而非)\s*(?:be\b|is\b|the\b|option\b|choice\b|answer\b|\s)*\(?[A-J]\b\)?"
+    r"(?:\b(?i:not|non|nor|neither|cannot)\b|n't\b|不是|不选|而非)\s*(?:be\b|is\b|the\b|option\b|choice\b|answer\b|\s)*\(?[A-J]\b\)?"
     r"(?:\s*(?:,|\bor\b|\bnor\b|\band\b|或|和)\s*\(?[A-J]\b\)?)*"
     r"|\(?\b[A-J]\)?\s+(?:is|was|can|could)(?:\s+be)?\s*(?:not\b|n't\b|never\b|wrong\b|incorrect\b|false\b|invalid\b)[^.;,。]*"
 )
@@ -250,27 +253,29 @@ def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None,
     tail = tail if box is None else box
     if letter := _one_letter(tail) or _match_choice(tail, choices):
         return letter, "whole answer"
-    anchors = [m for m in _MC_ANCHOR.finditer(tail) if m[1].isupper()]
+    undenied = _DENIED.sub(" ", tail)
+    anchors = [m for m in _MC_ANCHOR.finditer(undenied) if m[1].isupper()]
     if anchors:
         last = anchors[-1]
-        if _HEDGE_AFTER.search(tail[last.end() :]) or _NEGATED.search(last[0]) or "不" in last[0]:
+        around = undenied[max(last.start() - 12, 0) : last.end()]
+        if _HEDGE_AFTER.search(undenied[last.end() :]) or _NEGATED.search(around) or "不" in around:
             return None, "hedged or negated choice"
         return last[1], "final phrase"
     said = phrase(tail)
     if said and (letter := _match_choice(said, choices)):
         return letter, "option text"
-    affirmed = {m[1] for m in _AFFIRMED.finditer(tail)}
-    if len(affirmed) == 1 and not (set(_LONE_LETTER.findall(tail)) - affirmed):
+    affirmed = {m[1] for m in _AFFIRMED.finditer(undenied)}
+    if len(affirmed) == 1 and not (set(_LONE_LETTER.findall(undenied)) - affirmed):
         return affirmed.pop(), "final phrase"
-    undenied = _DENIED.sub(" ", tail)
-    leading = re.match(r"\s*\(?([A-J])[).:,。，、]", undenied)
-    if _NEGATED.search(undenied if leading else tail):
+    if _NEGATED.search(undenied):
         return None, "negated choice"
+    tail = undenied
     if len(set(_MARKED_OPTION.findall(tail))) > 2:
         return None, "a list of the options"
+    leading = re.match(r"\s*\(?([A-J])[).:,。，、]", tail)
     if leading:
         others = set(_LONE_LETTER.findall(tail)) - {leading[1]}
-        if _HEDGE_AFTER.search(tail[leading.end() - 1 :]) or (others and _UNSURE.search(tail)):
+        if _HEDGE_AFTER.search(tail[leading.end() - 1 :]) or (others and (_UNSURE.search(tail) or affirmed)):
             return None, "hedged choice"
         return leading[1], "leading letter"
     marked = set(re.findall(r"\(([A-J])\)|\*\*([A-J])\*\*", tail))

@@ -35,7 +35,8 @@ _GREEK = {
 _FUNCTIONS = {
     "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
     "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "arccot": sympy.acot, "sinh": sympy.sinh,
-    "cosh": sympy.cosh, "tanh": sympy.tanh, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
+    "arcsinh": sympy.asinh, "arccosh": sympy.acosh, "arctanh": sympy.atanh, "cosh": sympy.cosh,
+    "tanh": sympy.tanh, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
 }  # fmt: skip
 _INVERSES = {
     "sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan, "cot": sympy.acot, "sinh": sympy.asinh,
@@ -55,6 +56,10 @@ _INFIX: dict[str | None, Callable[[Any, Any], Any]] = {
 }
 """Of all that stands before them in their group with all behind them."""
 _ENDS = {None, "+", "-", "/", ")", "]", "}", "\\}", ",", "\\rfloor", "\\rceil", *_TIMES, *_REMAINDERS, *_INFIX}
+
+
+_CHOOSE = re.compile(r"_ (?:\{ )?(\d+) (?:\} )?\^ (?:\{ )?(\d+)(?: \})?(?= |$)")
+"""After the C of C_{10}^{4}."""
 
 
 class UndecidableError(Exception):
@@ -215,6 +220,11 @@ class _Parser:
             if len(arguments) == 2:
                 return sympy.binomial(*arguments, evaluate=False)
             self.position = start
+        if token == "C" and (m := _CHOOSE.match(" ".join(self.tokens[self.position : self.position + 8]))):
+            n, k = int(m[1]), int(m[2])
+            if n >= k and n > 1:
+                self.position += len(m[0].split())
+                return sympy.binomial(sympy.Integer(n), sympy.Integer(k), evaluate=False)
         if token in "fghFGH" and self.next == "(":
             return sympy.Function(token)(*self.arguments())
         return sympy.E if token == "e" and self.next != "_" else self.symbol(token)

@@ -40,12 +40,13 @@ _COMMANDS = {
 }  # fmt: skip
 _PHRASES = {
     **dict.fromkeys(("all real numbers", "all reals", "\\mathbb{r}", "\\mathbb r"), "(-\\infty,\\infty)"),
-    **dict.fromkeys(("no solution", "no solutions", "none", "empty set", "no real solutions", "\\{ \\}", "\\{\\}"),
-                    "\\emptyset "),
+    **dict.fromkeys(("no solution", "no solutions", "none", "empty set", "no real solutions", "no real solution",
+                     "no solution exists", "no real roots", "\\{ \\}", "\\{\\}"), "\\emptyset "),
     **dict.fromkeys(("does not exist", "undefined", "doesn't exist"), "\\text{DNE}"),
 }  # fmt: skip
 _FUNCTIONS = {
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "sinh", "cosh", "tanh", "log",
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh",
+    "arctanh", "sinh", "cosh", "tanh", "log",
     "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
 }  # fmt: skip
 _CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan"}
@@ -67,6 +68,10 @@ def _font(match: re.Match[str]) -> str:
 
 
 def _text(match: re.Match[str]) -> str:
+    if match[1].strip() in _FUNCTIONS - {"min", "max", "sec", "inf", "sup", "det"}:
+        return f"\\{match[1].strip()} "
+    if amount := re.fullmatch(r"\s*(-?\d[\d.,/]*)(\s+[A-Za-z].*)", match[1]):  # \text{5 units}
+        return rf"{amount[1]}\text{{{amount[2]}}}"
     return rf"\text{{{match[1]}}}" if re.search(r"[^\W\d_]", match[1]) else match[1]
 
 
@@ -138,6 +143,7 @@ _RULES = _rules(
     ("\\circ", r"(\^\\circ\s*)+", r"^\\circ "),
     ("^", r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
      lambda m: rf"\text{{{m[1] or m[2]}}}"),
+    ("百", r"百分之\s*(\d[\d.]*)", r"\1%"),
     # arguments in braces
     ("\\frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     ("\\frac", r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),

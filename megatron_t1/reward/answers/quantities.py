@@ -96,7 +96,7 @@ _SCALES: dict[str, Fraction | int] = {
     "ten": 10, "tens": 10, "dozen": 12, "dozens": 12, "hundred": 100, "hundreds": 100, "thousand": 1000,
     "thousands": 1000, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
     "tenths": Fraction(1, 10), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000), "百": 100, "千": 1000,
-    "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+    "score": 20, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 _SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
 _OTHER_WORDS = """
@@ -128,7 +128,7 @@ NEGATION = re.compile(r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot
 _SHORT_WORDS = {"yes", "no", "odd", "dne", "all", "sat", "sun", "mon", "tue", "wed", "thu", "fri"}
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 NUMBER_WORDS = dict(zip(_NUMBERS.split(), map(str, range(17)), strict=True))
-_CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*([ap])?\.?\s*(?:m\.?)?", re.I)
+_CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
 _JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
 _STOP_WORDS = {"the", "a", "an", "is", "are"}
 
@@ -273,6 +273,7 @@ def units_clash(gold: Unit, answer: Unit) -> bool:
 
 def in_base(s: str) -> str | None:
     """The one spelling of a number in a named base."""
+    s = re.sub(r"^(-?)\\text\{([0-9A-Fa-f]+)\}", r"\1\2", s)
     m = re.fullmatch(r"(-?)\(?([0-9A-Fa-f.]+)\)?\s*_\s*\{?\s*(\d{1,2}|[a-z]{3,})\s*\}?", s)
     if not m or (m[2].isalpha() and len(m[2]) < 2) or (m[3].isalpha() and m[3] not in NUMBER_WORDS):
         return None

@@ -41,6 +41,7 @@ _REMARK = re.compile(
     r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$",
     re.I,
 )
+_NAME_IN_CLAUSE = re.compile(r"(?<![A-Za-z\\{])[b-zA-Z](?![A-Za-z])")
 _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:for|when|where|if|then|is|the|otherwise|with|such|that|which|of|on|by|has|have|there)(?![a-zA-Z])"
 )
@@ -63,7 +64,7 @@ _NAME = re.compile(
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{_SUB}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""
-_BARS = re.compile(r"\|\s*([a-z])\s*\|")
+_BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")
 _Bounds = tuple[str, bool, str, bool]
 """(low, low closed, high, high closed)"""
 
@@ -223,9 +224,12 @@ _THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 def read(text: str) -> Answer:
     """The answer that a normalised text is. Bounded work, whatever the text is."""
     s = unwrap(_TRAILING_CLAUSE.sub("", text))
+    if len(s) < len(text) and (names := _NAME_IN_CLAUSE.findall(text[len(s) :])) and not any(n in s for n in names):
+        return Literal(text, "a value with a clause on something else")
     if exact_number(s) is None and is_text(s.replace(",", " ")):
         return Words(s)
-    s = _REMARK.sub("", s)
+    if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
+        s = s[: remark.start()]
     if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]):
         s = s[lead.end() :].strip(" :")
     if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
@@ -237,6 +241,12 @@ def read(text: str) -> Answer:
         return Literal(s, f"a list of {len(items)} items")
     joined = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
     return List(s, _items(items, 0), _region(s, 0), None if "," in joined else _item(joined, 0))
+
+
+def _contradicts(value: str, remark: str) -> bool:
+    """5 (about 7)"""
+    number, said = exact_number(value), re.search(r"\d+(?:\.\d+)?", remark)
+    return number is not None and said is not None and abs(float(number.value) - float(said[0])) > 0.5
 
 
 def _items(texts: list[str], depth: int) -> tuple[Answer, ...]:
@@ -251,7 +261,9 @@ def _item(text: str, depth: int) -> Answer:
         return Number(s, number)
     if depth > MAX_NESTING:
         return Literal(s, "nested too deep")
-    if (cells := matrix_cells(s)) is not None:
+    if (cells := matrix_cells(s)) is not None and cells[0][1:] == cells[1:] == []:
+        return _item(cells[0][0], depth)
+    if cells is not None:
         return Matrix(s, tuple(_items(row, depth) for row in cells))
     bracketed, members = _bracketed_items(s), _set_items(s)
     if len(bracketed) > MAX_ITEMS or len(members or ()) > MAX_ITEMS:
@@ -392,16 +404,24 @@ def _bounds_of_interval(s: str) -> tuple[list[_Bounds], str] | None:
     if len(operators) == 1:
         left, right = sides
         if m := _BARS.fullmatch(left):
-            return [(f"-({right})", closed[0], right, closed[0])], m[1]
+            return [(_shifted(f"-({right})", m[2]), closed[0], _shifted(right, m[2]), closed[0])], m[1]
+        if m := _BARS.fullmatch(right):
+            below = ("-\\infty", False, _shifted(f"-({left})", m[2]), closed[0])
+            return [below, (_shifted(left, m[2]), closed[0], "\\infty", False)], m[1]
         if _is_name(left):
             return [("-\\infty", False, right, closed[0])], left
         return ([(left, closed[0], "\\infty", False)], right) if _is_name(right) else None
     if len(operators) != 2 or not set(operators) <= {"<", "\\le"}:
         return None
     if m := _BARS.fullmatch(sides[1]):
-        below = (f"-({sides[2]})", closed[1], f"-({sides[0]})", closed[0])
-        return [below, (sides[0], closed[0], sides[2], closed[1])], m[1]
+        low, high = sides[0], sides[2]
+        below = (_shifted(f"-({high})", m[2]), closed[1], _shifted(f"-({low})", m[2]), closed[0])
+        return [below, (_shifted(low, m[2]), closed[0], _shifted(high, m[2]), closed[1])], m[1]
     return ([(sides[0], closed[0], sides[2], closed[1])], sides[1]) if _is_name(sides[1]) else None
+
+
+def _shifted(bound: str, offset: str | None) -> str:
+    return f"{bound}-({offset})" if offset else bound
 
 
 def _excluded(s: str) -> list[str]:
@@ -440,7 +460,7 @@ def _set_items(s: str) -> list[str] | None:
         members = [_set_items(piece) for piece in pieces]
         return None if None in members else list(itertools.chain(*(m for m in members if m)))
     m = re.fullmatch(r"\\\{(.*)\\\}", s, re.S)
-    if not m or closing(s[1:]) != len(s) - 2 or "|" in m[1]:
+    if not m or closing(s[1:]) != len(s) - 2 or "|" in m[1] or (":" in m[1] and _OPERATOR.search(m[1])):
         return None
     return _list_items(m[1])
 
