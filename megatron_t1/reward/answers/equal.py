@@ -147,6 +147,8 @@ class Comparison:
             if bracketed or len(g_region.intervals) != 1 or len(a_region.intervals) != 1:
                 return False
         match gold, answer:
+            case Approximation(), Approximation() if _is_open(gold.exact):
+                return self.equal(gold.exact, answer.exact) and self.in_order(gold.rounded, answer.rounded)
             case Approximation(), _:
                 if self.equal(gold.exact, answer):
                     return True

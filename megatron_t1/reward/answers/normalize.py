@@ -112,7 +112,7 @@ _JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "�
 _LETTER_END = r"(?![a-zA-Z])"
 _RULES = _rules(
     # what only decorates
-    ("\\", r"\\(?:h|v)?phantom\s*\{[^{}]*\}|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
+    ("\\", r"\\(?:h|v)?phantom\s*(?:\{[^{}]*\}|.)|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
     ("\\", r"\\(?:color\s*\{[^{}]*\}|textcolor\s*\{[^{}]*\}(?=\s*\{)|underline(?=\s*\{))", ""),
     ("{", r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}"),
     ("\\begin", r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}", " "),

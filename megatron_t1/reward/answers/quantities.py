@@ -29,57 +29,25 @@ PERCENT, DEGREES, NO_UNIT = Unit(kind=(("%", 1),)), Unit(kind=(("deg", 1),)), Un
 RADIANS = Unit(kind=(("rad", 1),))
 _TEMPERATURES = {("celsius", 1), ("fahrenheit", 1)}
 _TABLE = """
-s sec secs second seconds 秒 = 1 s
-min mins minute minutes 分钟 = 60 s
-h hr hrs hour hours 小时 = 3600 s
-day days 天 日 = 86400 s
-week weeks 周 星期 = 604800 s
-month months 月 个月 = 1 month
-year years yr yrs 年 = 12 month
-m meter meters metre metres 米 = 1 m
-mm millimeter millimeters millimetre millimetres 毫米 = 1/1000 m
-cm centimeter centimeters centimetre centimetres 厘米 = 1/100 m
-dm decimeter decimeters 分米 = 1/10 m
-km kilometer kilometers kilometre kilometres 千米 公里 = 1000 m
-nm nanometer nanometers = 1/1000000000 m
-in inch inches 英寸 = 254/10000 m
-ft foot feet 英尺 = 3048/10000 m
-yd yard yards = 9144/10000 m
-mi mile miles 英里 = 1609344/1000 m
-kg kilogram kilograms 千克 公斤 = 1 kg
-g gram grams 克 = 1/1000 kg
-mg milligram milligrams 毫克 = 1/1000000 kg
-ton tons tonne tonnes 吨 = 1000 kg
-lb lbs pound pounds = 45359237/100000000 kg
-oz ounce ounces = 45359237/1600000000 kg
-l L liter liters litre litres 升 = 1/1000 m^3
-ml mL milliliter milliliters millilitre millilitres 毫升 = 1/1000000 m^3
-gal gallon gallons = 3785411784/1000000000000 m^3
-acre acres = 40468564224/10000000 m^2
-hectare hectares ha 公顷 = 10000 m^2
-dollar dollars usd bucks buck 美元 = 1 dollar
-cent cents 美分 = 1/100 dollar
-yuan rmb 元 块 = 1 yuan
-jiao 角 = 1/10 yuan
-euro euros = 1 euro
-gbp = 1 gbp
-mph = 1609344/3600000 m s^-1
-kmh kph = 1000/3600 m s^-1
-rad radian radians = 1 rad
-N newton newtons 牛 = 1 kg m s^-2
-J joule joules 焦耳 = 1 kg m^2 s^-2
-kJ kilojoule kilojoules = 1000 kg m^2 s^-2
-W watt watts = 1 kg m^2 s^-3
-kW kilowatt kilowatts = 1000 kg m^2 s^-3
-Pa pascal pascals = 1 kg m^-1 s^-2
-Hz hertz = 1 s^-1
-kHz = 1000 s^-1
-K kelvin kelvins = 1 kelvin
-C celsius 摄氏度 = 1 celsius
-F fahrenheit 华氏度 = 1 fahrenheit
-mol mole moles = 1 mol
-V volt volts = 1 volt
-A amp amps ampere amperes = 1 ampere
+s sec secs second seconds 秒 = 1 s; min mins minute minutes 分钟 = 60 s; h hr hrs hour hours 小时 = 3600 s;
+day days 天 日 = 86400 s; week weeks 周 星期 = 604800 s; month months 月 个月 = 1 month; year years yr yrs 年 = 12 month;
+m meter meters metre metres 米 = 1 m; mm millimeter millimeters millimetre millimetres 毫米 = 1/1000 m;
+cm centimeter centimeters centimetre centimetres 厘米 = 1/100 m; dm decimeter decimeters 分米 = 1/10 m;
+km kilometer kilometers kilometre kilometres 千米 公里 = 1000 m; nm nanometer nanometers = 1/1000000000 m;
+in inch inches 英寸 = 254/10000 m; ft foot feet 英尺 = 3048/10000 m; yd yard yards = 9144/10000 m;
+mi mile miles 英里 = 1609344/1000 m; kg kilogram kilograms 千克 公斤 = 1 kg; g gram grams 克 = 1/1000 kg;
+mg milligram milligrams 毫克 = 1/1000000 kg; ton tons tonne tonnes 吨 = 1000 kg;
+lb lbs pound pounds = 45359237/100000000 kg; oz ounce ounces = 45359237/1600000000 kg;
+l L liter liters litre litres 升 = 1/1000 m^3;
+ml mL milliliter milliliters millilitre millilitres 毫升 = 1/1000000 m^3;
+gal gallon gallons = 3785411784/1000000000000 m^3; acre acres = 40468564224/10000000 m^2;
+hectare hectares ha 公顷 = 10000 m^2; dollar dollars usd bucks buck 美元 = 1 dollar; cent cents 美分 = 1/100 dollar;
+yuan rmb 元 块 = 1 yuan; jiao 角 = 1/10 yuan; euro euros = 1 euro; gbp = 1 gbp; mph = 1609344/3600000 m s^-1;
+kmh kph = 1000/3600 m s^-1; rad radian radians = 1 rad; N newton newtons 牛 = 1 kg m s^-2;
+J joule joules 焦耳 = 1 kg m^2 s^-2; kJ kilojoule kilojoules = 1000 kg m^2 s^-2; W watt watts = 1 kg m^2 s^-3;
+kW kilowatt kilowatts = 1000 kg m^2 s^-3; Pa pascal pascals = 1 kg m^-1 s^-2; Hz hertz = 1 s^-1; kHz = 1000 s^-1;
+K kelvin kelvins = 1 kelvin; C celsius 摄氏度 = 1 celsius; F fahrenheit 华氏度 = 1 fahrenheit; mol mole moles = 1 mol;
+V volt volts = 1 volt; A amp amps ampere amperes = 1 ampere
 """
 
 
@@ -88,8 +56,7 @@ def _powers(text: str) -> dict[str, int]:
 
 
 _UNITS: dict[str, tuple[Fraction, dict[str, int]]] = {}
-for _line in _TABLE.strip().splitlines():
-    _words, _, _meaning = _line.partition(" = ")
+for _words, _meaning in (entry.split(" = ") for entry in _TABLE.split(";")):
     _factor, _, _kind = _meaning.partition(" ")
     _UNITS |= dict.fromkeys(_words.split(), (Fraction(_factor), _powers(_kind)))
 _SCALES: dict[str, Fraction | int] = {

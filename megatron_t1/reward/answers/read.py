@@ -53,7 +53,7 @@ _GREEK = (
     "Delta|Omega|ell|Gamma|Phi"
 )
 _SUB = r"(?:_(?:\{[^{}]*\}|\\?[A-Za-z0-9]+))"
-SYMBOL = rf"(?:[A-Za-z]|\\(?:{_GREEK})(?![a-zA-Z])\s*){_SUB}?'*"
+SYMBOL = rf"(?:\\Delta\s*)?(?:[A-Za-z]|\\(?:{_GREEK})(?![a-zA-Z])\s*){_SUB}?'*"
 _NAME = re.compile(
     rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
     rf"|\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})+\s*\)"  # (x, y)
