@@ -30,7 +30,8 @@ RADIANS = Unit(kind=(("rad", 1),))
 _TEMPERATURES = {("celsius", 1), ("fahrenheit", 1)}
 _TABLE = """
 s sec secs second seconds 秒 = 1 s; min mins minute minutes 分钟 = 60 s; h hr hrs hour hours 小时 = 3600 s;
-day days 天 日 = 86400 s; week weeks 周 星期 = 604800 s; month months 月 个月 = 1 month; year years yr yrs 年 = 12 month;
+day days 天 日 = 86400 s; week weeks 周 星期 = 604800 s;
+month months 月 个月 = 1 month; year years yr yrs 年 = 12 month;
 m meter meters metre metres 米 = 1 m; mm millimeter millimeters millimetre millimetres 毫米 = 1/1000 m;
 cm centimeter centimeters centimetre centimetres 厘米 = 1/100 m; dm decimeter decimeters 分米 = 1/10 m;
 km kilometer kilometers kilometre kilometres 千米 公里 = 1000 m; nm nanometer nanometers = 1/1000000000 m;
