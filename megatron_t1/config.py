@@ -216,11 +216,17 @@ class GradeConfig:
     input: Path
     """JSON lines: "id"; "gold", or else "answer" (text or number); "prediction", or else "response" (null: none was
     given); optionally "mode" (answer, response, text or mc; default response: the answer is looked for in a whole
-    response), "choices" (option texts, for mc), "question" (its language is not penalized) and "finish_reason" (stop or
+    response), "choices" (option texts, for mc), "question" (its language is not
+    penalized, its formulas are no answers) and "finish_reason" (stop or
     length; default stop)."""
     output: Path
     """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
     "seconds"."""
+    explain: bool = False
+    """Say in "reason" what was read from gold and answer, and by which rules they are equal or not."""
+    labels: str | None = None
+    """Key of your own verdicts in the input (true or false): accuracy, false positives and false negatives are printed
+    by "kind", and every disagreement is named."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The grader."""
 

@@ -7,8 +7,9 @@ line is known to be readable.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,7 +58,27 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
     return prompt, text_sample("" if row["prediction"] is None else str(row["prediction"]), finish_reason)
 
 
-def _read(path: Path) -> Iterator[tuple[Any, Prompt, Sample]]:
+@dataclass(frozen=True)
+class Row:
+    """A line of the input."""
+
+    id: Any
+    prompt: Prompt
+    sample: Sample
+    label: bool | None
+    """The user's own verdict."""
+    kind: str
+
+
+def _label(row: dict[str, Any], key: str | None) -> bool | None:
+    if key is None:
+        return None
+    if not isinstance(row.get(key), bool):
+        raise ValueError(f"{key}={row.get(key)!r} must be true or false: it is the key that `labels` names")
+    return bool(row[key])
+
+
+def _read(path: Path, labels: str | None) -> Iterator[Row]:
     with path.open(encoding=ENCODING) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -67,9 +88,41 @@ def _read(path: Path) -> Iterator[tuple[Any, Prompt, Sample]]:
                 if not isinstance(row, dict):
                     raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
                 prompt, sample = pair_from_row(row)
-                yield row["id"], prompt, sample
+                yield Row(row["id"], prompt, sample, _label(row, labels), str(row.get("kind", "all")))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+class Agreement:
+    """The grader's verdicts against the user's own, by kind."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self._disagreed: list[str] = []
+
+    def add(self, row: Row, correct: bool) -> None:
+        """One verdict; nothing for a row without a label."""
+        if row.label is None:
+            return
+        found = "agreed" if correct == row.label else "false positive" if correct else "false negative"
+        for kind in {row.kind, "all"}:
+            self._counts[kind][found] += 1
+        if found != "agreed":
+            self._disagreed.append(f"{found}: {row.id} ({row.kind})")
+
+    def table(self) -> str:
+        """A line a kind, the worst first, all at the end; then every disagreement."""
+        lines = ["| kind | answers | accuracy | false positives | false negatives |", "|---|---|---|---|---|"]
+        for kind, counts in sorted(
+            self._counts.items(), key=lambda pair: (pair[0] == "all", _accuracy(pair[1]), pair[0])
+        ):
+            wrong = f"{counts['false positive']} | {counts['false negative']}"
+            lines.append(f"| {kind} | {counts.total()} | {_accuracy(counts):.1%} | {wrong} |")
+        return "\n".join([*lines, *self._disagreed])
+
+
+def _accuracy(counts: Counter[str]) -> float:
+    return counts["agreed"] / counts.total()
 
 
 def as_row(identifier: Any, reward: Reward) -> dict[str, Any]:
@@ -91,11 +144,18 @@ def grade(cfg: GradeConfig) -> None:
     Raises:
         ValueError: a line of the input is not readable; the message names it.
     """
-    rows = list(_read(Path(cfg.input)))
+    rows = list(_read(Path(cfg.input), cfg.labels))
     outcomes: Counter[str] = Counter()
-    with Scorer(cfg.reward) as scorer, Path(cfg.output).open("w", encoding="utf-8", errors="backslashreplace") as out:
-        rewards = scorer.score_iter((prompt, sample) for _, prompt, sample in rows)
-        for (identifier, _, _), reward in zip(rows, tqdm(rewards, total=len(rows), unit="answer"), strict=True):
-            out.write(json.dumps(as_row(identifier, reward), ensure_ascii=False) + "\n")
+    agreement = Agreement()
+    with (
+        Scorer(cfg.reward, explain=cfg.explain) as scorer,
+        Path(cfg.output).open("w", encoding="utf-8", errors="backslashreplace") as out,
+    ):
+        rewards = scorer.score_iter((row.prompt, row.sample) for row in rows)
+        for row, reward in zip(rows, tqdm(rewards, total=len(rows), unit="answer"), strict=True):
+            out.write(json.dumps(as_row(row.id, reward), ensure_ascii=False) + "\n")
             outcomes[reward.outcome] += 1
+            agreement.add(row, reward.correct)
     print(f"{len(rows)} answers: " + ", ".join(f"{count} {name}" for name, count in outcomes.most_common()))
+    if cfg.labels is not None:
+        print(agreement.table())

@@ -10,6 +10,7 @@ import pytest
 from megatron_t1.cli.main import main
 from megatron_t1.config import GradeConfig
 from megatron_t1.grade import grade
+from megatron_t1.reward.config import RewardConfig
 from tests.reward.cases import rows
 
 
@@ -103,3 +104,45 @@ def test_text_quality_is_graded_too(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="input ="):
         GradeConfig(input=tmp_path / "nothing.jsonl", output=tmp_path / "out.jsonl")
+
+
+def test_explain_says_what_was_read_and_which_rule_decided(tmp_path: Path) -> None:
+    lines = [
+        {"id": "unit", "gold": "5 m", "prediction": r"\boxed{500\text{ cm}}"},
+        {"id": "order", "gold": "2,2,3", "prediction": r"\boxed{2,3,3}"},
+        {"id": "number", "gold": "1 1/2", "prediction": r"\boxed{11/2}"},
+        {"id": "unread", "gold": "57", "prediction": r"\boxed{5 7}"},
+        {"id": "copied", "gold": "23", "prediction": r"\boxed{3+4\cdot 5}", "question": r"What is $3+4\cdot 5$?"},
+    ]
+    out = tmp_path / "out.jsonl"
+    grade(GradeConfig(input=_write(tmp_path / "in.jsonl", lines), output=out, explain=True))
+    reasons = {row["id"]: row["reason"] for row in map(json.loads, out.open())}
+    assert "5 with the unit m; answer: a quantity, 500 with the unit 1/100 m; values and units" in reasons["unit"]
+    assert "gold: a list of 3: 2; 2; 3" in reasons["order"]
+    assert "items in any order: 2, 2, 3 and 2, 3, 3: no" in reasons["order"]
+    assert "exact numbers 3/2 and 11/2: not equal" in reasons["number"]
+    assert "two numbers without a sign between them" in reasons["unread"]
+    assert "a formula of the question" in reasons["copied"]
+
+
+def test_copies_of_the_question_can_be_allowed(tmp_path: Path) -> None:
+    line = {"id": "a", "gold": "23", "prediction": r"\boxed{3+4\cdot 5}", "question": r"What is $3+4\cdot 5$?"}
+    source, out = _write(tmp_path / "in.jsonl", [line]), tmp_path / "out.jsonl"
+    for refuse in (True, False):
+        grade(GradeConfig(input=source, output=out, reward=RewardConfig(refuse_copies=refuse)))
+        assert [json.loads(row)["correct"] for row in out.open()] == [not refuse]
+
+
+def test_labels_are_compared_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        {"id": "a", "gold": "4", "prediction": r"\boxed{4}", "mine": True, "kind": "number"},
+        {"id": "b", "gold": "4", "prediction": r"\boxed{4}", "mine": False, "kind": "number"},
+        {"id": "c", "gold": "x", "prediction": r"\boxed{y}", "mine": True, "kind": "letters"},
+    ]
+    source = _write(tmp_path / "in.jsonl", lines)
+    grade(GradeConfig(input=source, output=tmp_path / "out.jsonl", labels="mine"))
+    said = capsys.readouterr().out
+    assert "| letters | 1 | 0.0% | 0 | 1 |\n| number | 2 | 50.0% | 1 | 0 |\n| all | 3 | 33.3% | 1 | 1 |" in said
+    assert "false positive: b (number)\nfalse negative: c (letters)" in said
+    with pytest.raises(ValueError, match="line 1: right=None must be true or false"):
+        grade(GradeConfig(input=source, output=tmp_path / "out.jsonl", labels="right"))

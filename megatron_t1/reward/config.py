@@ -22,6 +22,8 @@ class RewardConfig:
     """Address space of one grader, in MiB."""
     tasks_per_worker: int = 500
     """Graders are replaced after this many answers: caches and leaks stay small."""
+    refuse_copies: bool = True
+    """An answer that is a formula of the question, where the gold is its value, is wrong; see docs/grading.md."""
     alarm_after: int = 64
     """Warn when this many samples in a row have no answer, time out or crash: the format or the grader is broken."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from megatron_t1.reward.answers.verify import gold_problem, verify_cheaply, verify_fully
+from megatron_t1.reward.answers.verify import Verdict, explained, gold_problem, verify_cheaply, verify_fully
 from megatron_t1.reward.config import PenaltyConfig
 from megatron_t1.reward.penalties import Response, find_penalties
 
@@ -31,12 +31,16 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
             text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
         ),
     )
+
+    def told(verdict: Verdict) -> dict[str, Any]:
+        return asdict(explained(verdict, task["gold"], task["mode"]) if task["explain"] else verdict)
+
     verdict, answer = verify_cheaply(task["gold"], task["text"], task["mode"], tuple(task["choices"]))
     done = verdict is not None or answer is None
-    yield {"penalties": penalties, "answer": answer, "verdict": asdict(verdict) if verdict else None, "done": done}
+    yield {"penalties": penalties, "answer": answer, "verdict": told(verdict) if verdict else None, "done": done}
     if not done:
         assert answer is not None
-        yield {"verdict": asdict(verify_fully(task["gold"], answer, task["mode"])), "done": True}
+        yield {"verdict": told(verify_fully(task["gold"], answer, task["mode"], task["question"])), "done": True}
 
 
 _LAZY_IMPORTS = ("heapq", "sympy.combinatorics", "sympy.tensor.tensor")

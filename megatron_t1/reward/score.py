@@ -35,9 +35,11 @@ class Scorer:
     penalties.
     """
 
-    def __init__(self, cfg: RewardConfig, grading: str = "megatron_t1.reward.grading"):
-        """`grading`: the module with `grade_task` and `warm_up` that the processes run."""
+    def __init__(self, cfg: RewardConfig, grading: str = "megatron_t1.reward.grading", explain: bool = False):
+        """`grading`: the module with `grade_task` and `warm_up` that the processes run; `explain`: reasons say what
+        was read and by which rules gold and answer are equal or not."""
         self.cfg = cfg
+        self._explain = explain
         self.outcomes: Counter[str] = Counter()
         """Samples graded so far by outcome, plus one count a penalty (`penalty/repetition`, ...)."""
         self._failures_in_a_row = 0
@@ -108,6 +110,8 @@ class Scorer:
             "text": sample.text,
             "token_ids": sample.token_ids.tolist() if needs_tokens else (),
             "finish_reason": sample.finish_reason,
+            "question": prompt.text if self.cfg.refuse_copies else "",
+            "explain": self._explain,
             "penalties": self._penalties,
         }
 

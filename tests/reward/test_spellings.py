@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megatron_t1.reward.answers.verify import verify
@@ -159,3 +162,20 @@ def test_wrong() -> None:
 @pytest.mark.parametrize(("text", "letter"), LETTERS)
 def test_letters(text: str, letter: str | None) -> None:
     assert verify("B", text, "mc", OPTIONS).extracted == letter
+
+
+def _documented() -> list[tuple[str, str, bool]]:
+    """(gold, answer, whether it is right) of the table of docs/grading.md."""
+    page = (Path(__file__).parents[2] / "docs" / "grading.md").read_text(encoding="utf-8")
+    table = page.partition("| gold | right | wrong |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    said = []
+    for line in table.splitlines():
+        gold, right, wrong = (re.findall("`([^`]+)`", cell) for cell in line.strip("|").split(" | "))
+        said += [(gold[0], answer, True) for answer in right] + [(gold[0], answer, False) for answer in wrong]
+    return said
+
+
+def test_the_page_on_grading_is_true() -> None:
+    said = _documented()
+    assert len(said) > 80
+    assert [case for case in said if (verify(*case[:2], "answer").outcome == "correct") != case[2]] == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+JOINT = re.compile(r"^\s*\\(?:land|lor)(?![a-zA-Z])\s*")
+"""What `normalize` leaves, after a comma, of an "and" or an "or"."""
 _OPEN, _CLOSE = "([{", ")]}"
 MAX_LAYERS = 32
 """Brackets around brackets beyond this are no answer; each layer is walked."""
@@ -19,8 +21,9 @@ def depths(s: str) -> list[int]:
 
 
 def split_top(s: str, separators: str) -> list[str]:
-    """Split at single-character separators outside every bracket; empty pieces are dropped."""
-    return [p for p in split_at(s, re.compile(f"[{re.escape(separators)}]"))[0] if p]
+    """Split at single-character separators outside every bracket; empty pieces are dropped, and "and" and "or"."""
+    pieces = split_at(s, re.compile(f"[{re.escape(separators)}]"))[0]
+    return [piece for piece in (JOINT.sub("", p) for p in pieces) if piece]
 
 
 def split_at(s: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:

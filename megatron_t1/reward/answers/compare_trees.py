@@ -1,8 +1,17 @@
 r"""Whether two trees of latex.py have the same value, or two relations of them say the same.
 
-Two expressions are equal when they agree at 50 digits and
-again at 400 or more (so 2^1000 and 2^1000 + 1 differ, and sin(pi) is 0 but pi/10^25 is not), at several random points
-when they have variables. Unknown functions f(x) get pseudo-random values, so f(x) + 1 equals 1 + f(x) and nothing else.
+Two expressions are equal when they agree at 50 digits and again at 400 or more (so 2^1000 and 2^1000 + 1 differ, and
+sin(pi) is 0 but pi/10^25 is not), at points of which there are enough for their kind:
+
+- analytic in their variables: two random points of six digits. A difference that is not 0 everywhere is 0 there with
+  probability 0.
+- in pieces (|x|, max, roots, floor): all of 12 random points of both signs and several sizes. A false answer that is
+  right on a share p of them passes with p^12: 2% for the half-right p = 0.7.
+- for whole numbers (n!, binomials, sums up to n, floor of n, (-1)^n): at least 8 of the points 1, 2, 3, ... where both
+  are defined. This proves polynomials below degree 8, and a formula fitted to pass needs 8 constants of its own.
+
+Only points where the gold is real count, as long as there are any: 1/sqrt(n) says n > 0. Unknown functions f(x) get
+pseudo-random values, so f(x) + 1 equals 1 + f(x) and nothing else.
 
 Left out: the values of infinite sums, integrals and limits (they only equal themselves), and everything that needs a
 solver.
@@ -17,13 +26,18 @@ import mpmath
 import sympy
 from sympy.core.function import AppliedUndef
 
-from megatron_t1.reward.answers.evaluate import Meter, Values, evaluate, magnitude
+from megatron_t1.reward.answers.evaluate import COMPUTED, Meter, Values, evaluate, magnitude
 from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.trees import Binder
 
 LOW_DIGITS, HIGH_DIGITS, MOST_DIGITS = 50, 400, 5000
-NUM_POINTS = 4
+NUM_POINTS = 12
+ENOUGH_ANALYTIC, ENOUGH_WHOLE = 2, 8
 _INTEGER_NAMES = {"k", "n", "m", "l"}
+_WHOLE_NAMES = _INTEGER_NAMES | {"N", "i", "j", "p", "q", "r"}
+_WHOLE_FUNCTIONS = {"floor", "ceiling", "gcd", "lcm", "bmod", "pmod"}
+_IN_PIECES = {"Abs", "Max", "Min", *_WHOLE_FUNCTIONS}
+_FEW, _MANY = (*range(1, 13), 15, 20, 31), (64, 99, 100, 365, 1001, 9999)
 MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 """Operators between exchanged sides."""
 Sides = tuple[Any, Any]
@@ -31,37 +45,55 @@ Sides = tuple[Any, Any]
 
 
 def _counts(node: Any) -> bool:
-    """Whether a node makes sense for whole numbers only: n!, binomials, sums up to n."""
+    """Whether a node makes sense for whole numbers only: n!, binomials, sums up to n, (-1)^n, floor(n/2)."""
+    if not node.free_symbols:
+        return False
     if isinstance(node, Binder):
         return node.args[0].name in ("sum", "prod") and any(b.free_symbols for b in node.args[3:])
-    return isinstance(node, (sympy.factorial, sympy.binomial)) and bool(node.free_symbols)
+    if node.is_Pow:
+        return bool(node.base == -1)
+    if type(node).__name__ in _WHOLE_FUNCTIONS:
+        return {s.name for s in node.free_symbols} <= _WHOLE_NAMES
+    return isinstance(node, (sympy.factorial, sympy.factorial2, sympy.binomial))
+
+
+def _in_pieces(node: Any) -> bool:
+    return type(node).__name__ in _IN_PIECES or bool(node.is_Pow and not node.exp.is_Integer and node.base.free_symbols)
 
 
 def is_open(tree: Any) -> bool:
     """Whether an expression says no value by itself: two variables or more, a function of its own, a limit."""
-    functions = {type(node).__name__ for node in tree.atoms(AppliedUndef)} - {"bmod"}
+    functions = {type(node).__name__ for node in tree.atoms(AppliedUndef)} - COMPUTED
     return len(tree.free_symbols) > 1 or bool(functions) or tree.has(Binder)
 
 
-def _points(trees: list[Any], has_imaginary_unit: bool) -> list[Values]:
-    """Values of the variables to try: positive and negative, rational, reproducible; never a mathematical constant."""
+def _points(trees: list[Any], has_imaginary_unit: bool) -> tuple[list[Values], int]:
+    """Values of the variables to try, and at how many they must agree; reproducible, never a mathematical constant."""
     names = sorted({s.name for tree in trees for s in tree.free_symbols})
-    if names and any(_counts(node) for tree in trees for node in sympy.preorder_traversal(tree)):
-        return [
-            {name: mpmath.mpf(start + step * i) for i, name in enumerate(names)}
-            for start, step in ((3, 4), (2, 7), (5, 3), (4, 9))
-        ]
+    if not names:
+        return [{}], 1
+    nodes = [node for tree in trees for node in sympy.preorder_traversal(tree)]
     generator = random.Random(20250121)
+    if counting := [node for node in nodes if _counts(node)]:
+        light = all(type(node).__name__ in _WHOLE_FUNCTIONS or node.is_Pow for node in counting)
+        whole = _FEW + _MANY if light else _FEW
+        if len(names) == 1:
+            return [{names[0]: mpmath.mpf(n)} for n in whole], ENOUGH_WHOLE
+        some = [generator.sample(range(1, 13), min(len(names), 12)) for _ in range(3 * NUM_POINTS)]
+        tried = [dict(zip(names, map(mpmath.mpf, values), strict=False)) for values in sorted(some, key=sum)]
+        return tried, ENOUGH_WHOLE
     tried = []
-    for _ in range(NUM_POINTS if names else 1):
-        values: Values = {}
-        for name in names:
-            sign = generator.choice((-1, 1))
-            values[name] = sign * mpmath.mpf(generator.randrange(1_000, 60_000)) / 9973
+    for i in range(NUM_POINTS):
+        sizes = [generator.randrange(1_000, 60_000) for _ in names]
+        signs = [generator.choice((-1, 1)) if i >= 3 or i == 1 else 1 for _ in names]
+        values: Values = {
+            name: sign * mpmath.mpf(size) / (9973 if i % 4 < 2 else 99_991)
+            for name, sign, size in zip(names, signs, sizes, strict=True)
+        }
         if has_imaginary_unit and "i" in values:
             values["i"] = mpmath.mpc(0, 1)
         tried.append(values)
-    return tried
+    return tried, NUM_POINTS if any(map(_in_pieces, nodes)) else ENOUGH_ANALYTIC
 
 
 def _close(a: Any, b: Any) -> bool:
@@ -91,33 +123,55 @@ def same_value(a: Any, b: Any, meter: Meter) -> bool:
         (mine,), (yours,) = only_a, only_b
         if {mine.name, yours.name} <= _INTEGER_NAMES:  # k pi and n pi are the same family
             b = b.xreplace({yours: mine})
-    trees = [a, b]
     if a == b:
         return True
-    decided = 0
-    for values in _points(trees, _uses_i_as_unit(trees)):
+    unit = _uses_i_as_unit([a, b])
+    points, enough = _points([a, b], unit)
+    real = unreal = 0
+    unreal_agree = True
+    for values in points:
         try:
-            with mpmath.workdps(LOW_DIGITS):
-                low = evaluate(a, values, meter), evaluate(b, values, meter)
-                both_tiny = abs(low[0]) < 1e-35 and abs(low[1]) < 1e-35
-                if not both_tiny and not _close(*low):
-                    return False
-                needed = int(max(magnitude(low[0]), 0) * 1.3) + 50
-            if needed > MOST_DIGITS:
-                raise UndecidableError("too large to tell from its neighbours")
-            with mpmath.workdps(max(HIGH_DIGITS, needed)):
-                high = evaluate(a, values, meter), evaluate(b, values, meter)
-                zeros = [_vanishes(x, y) for x, y in zip(low, high, strict=True)]
-                if any(zeros) != all(zeros) or (not any(zeros) and not _close(*high)):
-                    return False
+            agree, is_real = _agree(a, b, values, max(real, unreal) < ENOUGH_ANALYTIC, meter)
         except (ZeroDivisionError, ValueError, OverflowError):
             continue
-        decided += 1
-        if decided == 2:  # two points at full precision; agreement at more would be no news
-            return True
-    if not decided:
+        except UndecidableError:
+            if real < ENOUGH_WHOLE:  # else the larger numbers are too much work, and no news
+                raise
+            break
+        if is_real or unit or not values:
+            if not agree:
+                return False
+            real += 1
+            if real == enough < NUM_POINTS and enough != ENOUGH_WHOLE:
+                return True
+        else:
+            unreal, unreal_agree = unreal + 1, unreal_agree and agree
+    if not real and not unreal:
         raise UndecidableError("undefined at every point tried")
-    return True
+    if enough == ENOUGH_WHOLE and real + unreal < enough:
+        raise UndecidableError(f"defined at {real + unreal} of the {len(points)} points tried: too few")
+    return real > 0 or unreal_agree
+
+
+def _agree(a: Any, b: Any, values: Values, fully: bool, meter: Meter) -> tuple[bool, bool]:
+    """(whether the gold `a` and the answer `b` have one value at a point, whether the gold's is real)."""
+    with mpmath.workdps(LOW_DIGITS):
+        meter.left_the_reals = False
+        gold = evaluate(a, values, meter)
+        is_real = not meter.left_the_reals
+        low = gold, evaluate(b, values, meter)
+        both_tiny = abs(low[0]) < 1e-35 and abs(low[1]) < 1e-35
+        if not both_tiny and not _close(*low):
+            return False, is_real
+        needed = int(max(magnitude(low[0]), 0) * 1.3) + 50
+    if not (fully or both_tiny or needed > LOW_DIGITS + 40):
+        return True, is_real
+    if needed > MOST_DIGITS:
+        raise UndecidableError("too large to tell from its neighbours")
+    with mpmath.workdps(max(HIGH_DIGITS, needed)):
+        high = evaluate(a, values, meter), evaluate(b, values, meter)
+        zeros = [_vanishes(x, y) for x, y in zip(low, high, strict=True)]
+        return not (any(zeros) != all(zeros) or (not any(zeros) and not _close(*high))), is_real
 
 
 def decimal_value(tree: Any, meter: Meter) -> Any:
@@ -133,6 +187,10 @@ def decimal_value(tree: Any, meter: Meter) -> Any:
         return value if not isinstance(value, mpmath.mpc) else (value.real if abs(value.imag) < 1e-30 else None)
 
 
+def _same_sides(gold: Sides, answer: Sides, meter: Meter) -> bool:
+    return all(same_value(g, a, meter) for g, a in zip(gold, answer, strict=True))
+
+
 def same_relation(gold: Sides, gold_operator: str, answer: Sides, answer_operator: str, meter: Meter) -> bool:
     """Whether `L op R` and `L' op' R'` say the same: L - R is a constant multiple of L' - R', of the right sign.
 
@@ -140,18 +198,26 @@ def same_relation(gold: Sides, gold_operator: str, answer: Sides, answer_operato
         UndecidableError: see `same_value`.
     """
     trees = [*gold, *answer]
+    points = _points(trees, _uses_i_as_unit(trees))[0][:4]
+    if not points[0]:
+        return gold_operator == answer_operator and _same_sides(gold, answer, meter)
     if gold[0].free_symbols | gold[1].free_symbols != answer[0].free_symbols | answer[1].free_symbols:
         return False
-    ratios = []
+    ratios, differences = [], []
     with mpmath.workdps(LOW_DIGITS):
-        for values in _points(trees, _uses_i_as_unit(trees)):
+        for values in points:
             values_of_sides = [evaluate(tree, values, meter) for tree in trees]
             g, a = values_of_sides[0] - values_of_sides[1], values_of_sides[2] - values_of_sides[3]
+            differences.append(g)
             if abs(g) < 1e-30 or abs(a) < 1e-30:
                 return False
             ratios.append(a / g)
         if len(ratios) < 2 or not all(_close(r, ratios[0]) for r in ratios[1:]):
             return False
+        for name in points[0]:  # one that cancels, as x in "cos^2 x = 1 - sin^2 x + C", is compared with its side
+            moved = {**points[0], name: points[1].get(name, 0)}
+            if _close(evaluate(gold[0], moved, meter) - evaluate(gold[1], moved, meter), differences[0]):
+                return _same_sides(gold, answer, meter)
         positive = mpmath.re(ratios[0]) > 0
     return answer_operator == (gold_operator if positive else MIRRORED.get(gold_operator, gold_operator))
 
@@ -170,7 +236,7 @@ def solves(sides: Sides, name: str, solution: Any, meter: Meter) -> bool:
         return False
     variable = unknown.pop()
     with mpmath.workdps(LOW_DIGITS):
-        for values in _points([*sides, solution], False):
+        for values in _points([*sides, solution], False)[0][:4]:
 
             def residual(x: Any, values: Values = values) -> Any:
                 at = {**values, variable: x}

@@ -8,10 +8,14 @@ never 4; a gold "4%" also takes the bare 4. Degrees and radians are converted wh
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
+
+from mpmath.libmp import to_rational
 
 from megatron_t1.reward.answers.compare_trees import (
     MIRRORED,
@@ -24,11 +28,23 @@ from megatron_t1.reward.answers.compare_trees import (
 from megatron_t1.reward.answers.evaluate import Meter
 from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
-from megatron_t1.reward.answers.quantities import NUMBER_WORDS, numbers_equal, rounds_to, units_clash, words
+from megatron_t1.reward.answers.quantities import (
+    DEGREES,
+    NO_UNIT,
+    NUMBER_WORDS,
+    PERCENT,
+    RADIANS,
+    Unit,
+    numbers_equal,
+    rounds_to,
+    units_clash,
+    words,
+)
 from megatron_t1.reward.answers.read import (
     SYMBOL,
     Answer,
     Approximation,
+    Clock,
     Expression,
     Interval,
     List,
@@ -36,11 +52,13 @@ from megatron_t1.reward.answers.read import (
     Matrix,
     Number,
     Quantity,
+    Ratio,
     Region,
     Relation,
     Set,
     Tuple,
     Words,
+    plain,
 )
 
 MAX_TEXT_WORDS = 4
@@ -68,10 +86,10 @@ def equal(gold: Answer, answer: Answer) -> bool:
     Raises:
         UndecidableError: the mathematics cannot be read or is too large.
     """
-    return _Comparison().equal(gold, answer)
+    return Comparison().equal(gold, answer)
 
 
-class _Comparison:
+class Comparison:
     """One verdict: all its parts share a budget."""
 
     def __init__(self) -> None:
@@ -85,15 +103,25 @@ class _Comparison:
         match gold, answer:
             case Number(), Number():
                 return numbers_equal(gold.exact, answer.exact)
-            case Number(listed=List() as items), List() | Set() | Tuple():
-                return self.equal(items, answer)
-            case List() | Set() | Tuple(), Number(listed=List() as items):
-                return self.equal(gold, items)
+            case List(whole=Answer() as whole), _ if self.surely_equal(whole, answer):
+                return True
+            case _, List(whole=Answer() as whole) if self.surely_equal(gold, whole):
+                return True
+            case Ratio(), Ratio() if len(gold.parts) == len(answer.parts):
+                crossed = (
+                    (_product(g, answer.parts[0]), _product(a, gold.parts[0]))
+                    for g, a in zip(gold.parts, answer.parts, strict=True)
+                )
+                return all(itertools.starmap(self.expressions_equal, crossed))
+            case (Ratio(parts=(top, bottom)), _) if not isinstance(answer, Ratio):
+                return self.equal(_quotient(top, bottom), answer)
+            case (_, Ratio(parts=(top, bottom))) if not isinstance(gold, Ratio):
+                return self.equal(gold, _quotient(top, bottom))
             case Words(), _ if _same_words(gold, answer):
                 return True
             case (List(), _) | (_, List()):
                 return self.lists_equal(gold, answer)
-            case (Matrix(), _) | (_, Matrix()):
+            case (Matrix(), _) | (_, Matrix()) if not _is_relation(gold, answer):
                 g_rows, a_rows = _rows(gold), _rows(answer)
                 same_shape = [len(row) for row in g_rows] == [len(row) for row in a_rows]
                 return same_shape and self.in_order(list(itertools.chain(*g_rows)), list(itertools.chain(*a_rows)))
@@ -104,21 +132,23 @@ class _Comparison:
                 same_ends = (gold.low_closed, gold.high_closed) == (answer.low_closed, answer.high_closed)
                 return same_ends and self.equal(gold.low, answer.low) and self.equal(gold.high, answer.high)
             case Set(), Set():
-                return self.in_any_order(gold.items, answer.items)
+                return self.in_any_order(_once(gold.items), _once(answer.items))
             case Set(items=(only,)), _:
                 return self.equal(only, answer)
             case _, Set(items=(only,)):
                 return self.equal(gold, only)
         g_region, a_region = _region(gold), _region(answer)
         if g_region and a_region:
-            if _names_clash(g_region.variable, a_region.variable):
+            if g_region.variable and a_region.variable and compact(g_region.variable) != compact(a_region.variable):
                 return False
-            if self.in_any_order(g_region.intervals, a_region.intervals):
+            if self.in_any_order(self.merged(g_region), self.merged(a_region)):
                 return True
             bracketed = isinstance(gold, Tuple) or isinstance(answer, Tuple)
             if bracketed or len(g_region.intervals) != 1 or len(a_region.intervals) != 1:
                 return False
         match gold, answer:
+            case Approximation(), Approximation() if _is_open(gold.exact):
+                return self.equal(gold.exact, answer.exact) and self.in_order(gold.rounded, answer.rounded)
             case Approximation(), _:
                 if self.equal(gold.exact, answer):
                     return True
@@ -157,12 +187,14 @@ class _Comparison:
 
     def lists_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a list."""
+        match gold, answer:
+            case (List(whole=Number()), Tuple()) | (Tuple(), List(whole=Number())):
+                return False  # 1,200 and (1,200)
         g_region, a_region = _region(gold), _region(answer)
         if g_region and a_region:
-            return self.in_any_order(g_region.intervals, a_region.intervals)
+            return self.in_any_order(self.merged(g_region), self.merged(a_region))
         if isinstance(gold, List) and isinstance(answer, List):
-            once = _once(gold.items), _once(answer.items)
-            return self.in_any_order(gold.items, answer.items) or self.in_any_order(*once)
+            return self.labelled_equal(gold.items, answer.items)
         g_items, a_items = (_members(each) for each in (gold, answer))
         match _value(gold), _value(answer):
             case (Tuple(opening="(", closing=")"), _) | (_, Tuple(opening="(", closing=")")):
@@ -172,14 +204,60 @@ class _Comparison:
         # "15 39/40, or 639/40": several spellings of the one gold
         return isinstance(answer, List) and all(self.equal(gold, item) for item in answer.items)
 
+    def labelled_equal(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
+        """Items in any order, each with its own name or noun; where only the gold names them, in its order."""
+        g_labels, a_labels = _labels(gold), _labels(answer)
+        if len(gold) == len(_once(gold)):
+            answer = _once(answer)
+        if len(gold) != len(answer):
+            return False
+        if g_labels and not a_labels:
+            return self.in_order([_unlabelled(item) for item in gold], [_unlabelled(item) for item in answer])
+        if g_labels and a_labels and sorted(g_labels) == sorted(a_labels):
+            by_label = dict(zip(a_labels, answer, strict=True))
+            return all(self.equal(item, by_label[label]) for label, item in zip(g_labels, gold, strict=True))
+        return self.in_any_order(gold, answer)
+
+    def merged(self, region: Region) -> Sequence[Answer]:
+        """Its intervals from left to right, what touches or overlaps as one; as they are when an end is no number."""
+        if len(region.intervals) < 2:
+            return region.intervals
+        ends = [(self.end(interval.low), self.end(interval.high)) for interval in region.intervals]
+        if any(end is None for pair in ends for end in pair):
+            return region.intervals
+        rising = sorted(zip(ends, region.intervals, strict=True), key=lambda pair: (pair[0][0], not pair[1].low_closed))
+        (_, high), last = rising[0]
+        joined = [last]
+        for (low, top), interval in rising[1:]:
+            if low > high or (low == high and not (interval.low_closed or last.high_closed)):
+                joined.append(interval)
+                high = top
+            elif top > high or (top == high and interval.high_closed):
+                text = f"{joined[-1].text} to {interval.text}"
+                joined[-1] = replace(joined[-1], text=text, high=interval.high, high_closed=interval.high_closed)
+                high = top
+            last = joined[-1]
+        return joined
+
+    def end(self, bound: Answer) -> Any:
+        """Value of an end of an interval; None when it has none."""
+        if "\\infty" in bound.key:
+            return {"\\infty": math.inf, "-\\infty": -math.inf}.get(bound.key)
+        try:
+            return decimal_value(bound.tree, self.meter)
+        except UndecidableError:
+            return None
+
     # --- relations ---------------------------------------------------------------------------------------------------
 
     def relations_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a relation."""
         match gold, answer:
             case Relation(value_of_x=Answer() as g_value), Relation(value_of_x=Answer() as a_value):
-                return not _names_clash(gold.name, answer.name) and self.equal(g_value, a_value)
+                return not _names_clash(gold, answer) and self.equal(g_value, a_value)
             case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
+                return self.equal(g_value, answer)
+            case Relation(sides=(*_, g_value)), _ if not isinstance(answer, Relation) and _is_computed(gold):
                 return self.equal(g_value, answer)
             case _, Relation(value=Answer() as a_value) if not isinstance(gold, Relation):
                 return self.equal(gold, a_value)
@@ -187,6 +265,10 @@ class _Comparison:
                 return self.chain_says(gold, answer)
             case Relation(operators=("=",)), Relation(value=Answer() as a_value):
                 return solves((gold.sides[0].tree, gold.sides[1].tree), compact(answer.name), a_value.tree, self.meter)
+            case Relation(value=Answer() as g_value), Relation(operators=("=",)):
+                return solves(
+                    (answer.sides[0].tree, answer.sides[1].tree), compact(gold.name), g_value.tree, self.meter
+                )
             case Relation(operators=("=",)), _ if not isinstance(answer, Relation):
                 return solves((gold.sides[0].tree, gold.sides[1].tree), "", answer.tree, self.meter)
             case Relation(operators=(g_operator,)), Relation(operators=(a_operator,)):
@@ -211,22 +293,31 @@ class _Comparison:
                 return False
             case (Words(), _) | (_, Words()):
                 return _same_words(gold, answer)
+        match gold, answer:
+            case Clock(), Clock():
+                halves = {gold.half, answer.half} - {""}
+                return gold.seconds == answer.seconds and len(halves) < 2
+            case (Clock(), _) | (_, Clock()):
+                return any(self.equal(*pair) for pair in _out_of_clock(gold, answer))
         (g_value, g_unit), (a_value, a_unit) = _value_and_unit(gold), _value_and_unit(answer)
-        if "%" in (g_unit, a_unit):
+        units = {g_unit, a_unit}
+        if PERCENT in units:
             return self.percents_equal(g_value, g_unit, a_value, a_unit)
-        if {g_unit, a_unit} == {"deg", "rad"}:
-            sides = (gold if g_unit == "deg" else g_value, answer if a_unit == "deg" else a_value)
-            return self.expressions_equal(*sides)
+        if DEGREES in units and (RADIANS in units or (NO_UNIT in units and "\\pi" in gold.text + answer.text)):
+            in_degrees = [gold if g_unit == DEGREES else g_value, answer if a_unit == DEGREES else a_value]
+            return self.expressions_equal(*in_degrees)
         if units_clash(g_unit, a_unit):
             return False
-        if "deg" in (g_unit, a_unit) and g_unit != a_unit and "\\pi" in gold.text + answer.text:
-            return self.expressions_equal(gold, answer)
-        return self.values_equal(g_value, a_value)
+        if g_unit.kind != a_unit.kind or g_unit.factor == a_unit.factor:
+            return self.values_equal(g_value, a_value)
+        return self.values_equal(g_value, _scaled(a_value, a_unit.factor / g_unit.factor))
 
-    def percents_equal(self, gold: Answer, gold_unit: str, answer: Answer, answer_unit: str) -> bool:
+    def percents_equal(self, gold: Answer, gold_unit: Unit, answer: Answer, answer_unit: Unit) -> bool:
         if gold_unit == answer_unit:
             return self.values_equal(gold, answer)
-        if answer_unit == "%":
+        if NO_UNIT not in (gold_unit, answer_unit):
+            return False
+        if answer_unit == PERCENT:
             return self.values_equal(gold, Expression(_hundredth(answer)))
         if isinstance(answer, Number) and self.values_equal(gold, answer):
             return True
@@ -256,7 +347,7 @@ class _Comparison:
         if isinstance(answer, Number):
             return numbers_equal(number, answer.exact)
         value = decimal_value(answer.tree, self.meter)
-        return value is not None and abs(value) < 10**30 and rounds_to(Fraction(str(value)), number, 3)
+        return value is not None and abs(value) < 10**30 and rounds_to(Fraction(*to_rational(value._mpf_)), number, 3)
 
     def expressions_equal(self, gold: Answer, answer: Answer) -> bool:
         if not gold.text or not answer.text or _foreign_words(gold.text, answer.text):
@@ -271,9 +362,74 @@ def _once(items: Sequence[Answer]) -> list[Answer]:
     return list({item.key: item for item in items}.values())
 
 
+def _product(left: Answer, right: Answer) -> Expression:
+    return Expression(f"({left.text})\\cdot ({right.text})")
+
+
+def _quotient(top: Answer, bottom: Answer) -> Answer:
+    return plain(f"\\frac{{{top.text}}}{{{bottom.text}}}")
+
+
+def _scaled(value: Answer, factor: Fraction) -> Answer:
+    if not isinstance(value, Number):
+        return Expression(f"({value.text})\\cdot \\frac{{{factor.numerator}}}{{{factor.denominator}}}")
+    exact = replace(value.exact, value=value.exact.value * factor, decimals=None)
+    return Number(str(exact.value), exact)
+
+
+def _out_of_clock(gold: Answer, answer: Answer) -> Iterator[tuple[Answer, Answer]]:
+    """Pairs with the other reading of a clock time: 3:45 is 3 to 45, and 10 a.m. says 10."""
+    for i, each in enumerate((gold, answer)):
+        if isinstance(each, Clock):
+            parts = re.findall(r"\d+", each.text)
+            if len(parts) == 1 or (len(parts) == 2 and not each.half and int(parts[1])):
+                other = plain("/".join(parts))
+                yield (gold, other) if i else (other, answer)
+
+
+def _labels(items: Sequence[Answer]) -> list[str]:
+    """Names or nouns of items, when each has another one; x_1 and x_2 are one name for two values."""
+    labels = []
+    for item in items:
+        match item:
+            case Relation(name=name, value=Answer()):
+                labels.append(compact(name).split("_")[0])
+            case Quantity(unit=Unit(kind=(), noun=noun)):
+                labels.append(noun)
+    return labels if len(set(labels)) == len(items) > 1 else []
+
+
+def _unlabelled(item: Answer) -> Answer:
+    return item.value if isinstance(item, (Relation, Quantity)) and item.value else item
+
+
 def _same_words(gold: Answer, answer: Answer) -> bool:
-    g_words, a_words = (NUMBER_WORDS.get(w, w) for w in (words(gold.text), words(answer.text)))
-    return g_words == a_words != "" and gold.text.startswith("-") == answer.text.startswith("-")
+    """The same words; what "and", "or" or commas join may stand in any order."""
+    (g_parts, g_or), (a_parts, a_or) = _joined_words(gold), _joined_words(answer)
+    if g_parts != a_parts or (len(g_parts) > 1 and g_or != a_or) or not any(g_parts):
+        return False
+    return gold.text.startswith("-") == answer.text.startswith("-")
+
+
+def _joined_words(answer: Answer) -> tuple[list[str], bool]:
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer.text)
+    parts = [words(part) for part in re.split(r"[,;]", text)]
+    return sorted(NUMBER_WORDS.get(part, part) for part in parts if part), "\\lor" in answer.text
+
+
+_AROUND_POINTS = re.compile(r"\\(?:frac|angle|triangle|cdot|text|overline|sin|cos|tan|times)|[{}\s/|:\[\]]")
+
+
+def _is_computed(gold: Relation) -> bool:
+    r"""log_8 4 = 2/3 or \frac{AB}{CD} = 2: an equation that gives a value, and no condition on variables."""
+    if set(gold.operators) != {"="}:
+        return False
+    if re.fullmatch(r"[A-Z]+(?:\([A-Z]+\))?", _AROUND_POINTS.sub("", gold.sides[0].text)):
+        return True
+    try:
+        return not any(side.tree.free_symbols for side in gold.sides)
+    except UndecidableError:
+        return False
 
 
 def _region(answer: Answer) -> Region | None:
@@ -297,6 +453,10 @@ def _rows(answer: Answer) -> Sequence[Sequence[Answer]]:
     return []
 
 
+def _is_relation(*answers: Answer) -> bool:
+    return any(isinstance(answer, Relation) for answer in answers)
+
+
 def _value(answer: Answer) -> Answer:
     """What a name stands for, or the answer itself."""
     return answer.value if isinstance(answer, Relation) and answer.value else answer
@@ -309,10 +469,15 @@ def _members(answer: Answer) -> Sequence[Answer]:
     return [answer]
 
 
-def _names_clash(gold: str, answer: str) -> bool:
-    """Two plain variables with different names; functions may name themselves and their argument as they like."""
-    g, a = compact(gold), compact(answer)
-    return g != a and all(re.fullmatch(SYMBOL, name) for name in (g, a))
+def _names_clash(gold: Relation, answer: Relation) -> bool:
+    """Two plain variables with different names. Functions may name themselves and their argument as they like, but not
+    an argument that their value leaves open, as in P(A) = p."""
+    g, a = compact(gold.name), compact(answer.name)
+    if g == a or all(re.fullmatch(SYMBOL, name) for name in (g, a)):
+        return g != a
+    arguments = [name.partition("(")[2].rstrip(")") for name in (g, a)]
+    is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
+    return is_open and not all(argument in "nstuxyz" for argument in arguments)
 
 
 def _is_open(side: Answer) -> bool:
@@ -322,8 +487,8 @@ def _is_open(side: Answer) -> bool:
         return False
 
 
-def _value_and_unit(answer: Answer) -> tuple[Answer, str]:
-    return (answer.value, answer.unit) if isinstance(answer, Quantity) else (answer, "")
+def _value_and_unit(answer: Answer) -> tuple[Answer, Unit]:
+    return (answer.value, answer.unit) if isinstance(answer, Quantity) else (answer, NO_UNIT)
 
 
 def _hundredth(percents: Answer) -> str:
@@ -360,6 +525,8 @@ def check_readable(answer: Answer) -> None:
                 raise UndecidableError(f"a sentence: {answer.text[:60]!r}")
         case Quantity():
             parts = (answer.value,)
+        case Ratio():
+            parts = answer.parts
         case Expression() if answer.text.strip("+- ") not in _NAMED_VALUES:
             _ = answer.tree
     for part in parts:

@@ -37,9 +37,19 @@ _ELEMENTARY: dict[str, Callable[..., Any]] = {
     "cosh": mpmath.cosh, "tanh": mpmath.tanh, "asinh": mpmath.asinh, "acosh": mpmath.acosh, "atanh": mpmath.atanh,
 }  # fmt: skip
 _PLAIN: dict[str, Callable[..., Any]] = {
-    "Abs": mpmath.fabs, "floor": mpmath.floor, "ceiling": mpmath.ceil, "re": mpmath.re, "im": mpmath.im,
+    "Abs": mpmath.fabs, "floor": lambda x: mpmath.floor(_snapped(x)),
+    "ceiling": lambda x: mpmath.ceil(_snapped(x)), "re": mpmath.re, "im": mpmath.im,
     "conjugate": mpmath.conj, "Max": max, "Min": min, "UnevaluatedExpr": lambda x: x,
 }  # fmt: skip
+
+
+COMPUTED = {"bmod", "gcd", "lcm"}
+"""Functions without a SymPy class that have a value."""
+
+
+def _snapped(x: Any) -> Any:
+    """The whole number that a value is but for rounding: the floor of the cube root of 8 is 2."""
+    return mpmath.nint(x) if abs(x - mpmath.nint(x)) < mpmath.mpf(10) ** (-0.8 * mpmath.mp.dps) else x
 
 
 class Meter:
@@ -47,6 +57,8 @@ class Meter:
 
     def __init__(self) -> None:
         self.spent_us = 0.0
+        self.left_the_reals = False
+        """Whether a root or logarithm of real numbers was none."""
 
     def charge(self, microseconds: float) -> None:
         self.spent_us += microseconds
@@ -89,14 +101,38 @@ def _log(meter: Meter, x: Any, base: Any = None) -> Any:
 def _gamma_like(meter: Meter, name: str, args: list[Any]) -> Any:
     if any(abs(a) > MAX_FACTORIAL for a in args):
         raise UndecidableError(f"{name} of a large number")
-    meter.charge(1000)
     if all(mpmath.isint(a) and mpmath.re(a) >= 0 for a in args):
         whole = [int(mpmath.re(a)) for a in args]
-        return mpmath.mpf(math.factorial(*whole) if name == "factorial" else math.comb(*whole))
+        meter.charge(20 + max(whole) ** 2 / 1000)
+        return mpmath.mpf(_WHOLE[name](*whole))
+    meter.charge(1000)
+    if name == "factorial2":
+        raise UndecidableError("double factorial of a number that is not whole")
     if mpmath.mp.dps > MAX_GAMMA_DIGITS:
         raise UndecidableError(f"{name} of a number that is not whole")
     meter.charge(20_000 if mpmath.mp.dps > 100 else 0)
     return mpmath.factorial(args[0]) if name == "factorial" else mpmath.binomial(args[0], args[1])
+
+
+def _double_factorial(n: int) -> int:
+    return math.prod(range(n, 0, -2))
+
+
+_WHOLE: dict[str, Callable[..., int]] = {
+    "factorial": math.factorial, "binomial": math.comb, "factorial2": _double_factorial,
+}  # fmt: skip
+
+
+def _real_power(meter: Meter, base: Any, exponent: Any, value: Any) -> Any:
+    """`base` to the `value` of `exponent`: real when that is a fraction of odd denominator, as -2 of (-8)^{1/3}."""
+    negative = mpmath.im(base) == 0 and mpmath.re(base) < 0
+    if not negative or value == int(mpmath.re(value)):
+        return _power(meter, base, value)
+    top, bottom = exponent.as_numer_denom()
+    if not (top.is_Integer and bottom.is_Integer and bottom % 2):
+        return _power(meter, base, value)
+    power = _power(meter, -base, value)
+    return -power if top % 2 else power
 
 
 def _bound(meter: Meter, name: str, body: Any, variable: Any, bounds: list[Any], values: Values) -> Any:
@@ -117,6 +153,11 @@ def _bound(meter: Meter, name: str, body: Any, variable: Any, bounds: list[Any],
     parts = [evaluate(body, {**values, variable.name: _made_up("bound variable")}, meter)]
     parts += [evaluate(b, values, meter) for b in bounds]
     return _made_up_value(name, parts, values)
+
+
+def _real_or_noted(meter: Meter, args: list[Any], value: Any) -> Any:
+    meter.left_the_reals |= mpmath.im(value) != 0 and not any(mpmath.im(arg) for arg in args)
+    return value
 
 
 def _made_up(key: str) -> Any:
@@ -167,18 +208,20 @@ def evaluate(node: Any, values: Values, meter: Meter) -> Any:
             raise UndecidableError("product too large")
         return product
     if node.is_Pow:
-        return _power(meter, *args)
+        return _real_or_noted(meter, args, _real_power(meter, args[0], node.exp, args[1]))
     if name == "exp":
         return _exp(meter, args[0])
     if name == "log":
-        return _log(meter, *args)
-    if name in ("factorial", "binomial"):
+        return _real_or_noted(meter, args, _log(meter, *args))
+    if name in ("gcd", "lcm") and all(map(mpmath.isint, args)):
+        return mpmath.mpf((math.gcd if name == "gcd" else math.lcm)(*(int(mpmath.re(a)) for a in args)))
+    if name in ("factorial", "factorial2", "binomial"):
         return _gamma_like(meter, name, args)
     if name in _ELEMENTARY:
         if magnitude(args[0]) > 1000:
             raise UndecidableError("angle too large")
         _charge_elementary(meter)
-        return _ELEMENTARY[name](*args)
+        return _real_or_noted(meter, args, _ELEMENTARY[name](*args))
     if name in _PLAIN:
         return _PLAIN[name](*([mpmath.re(a) for a in args] if name in ("Max", "Min", "floor", "ceiling") else args))
     if name in ("bmod", "pmod") and all(map(mpmath.isint, args)) and args[1] > 0:

@@ -17,14 +17,18 @@ MAX_ANSWER_CHARS = 4000
 TAIL_CHARS = 20_000
 """Only this much of a response's end is read: whatever counts stands there, and time stays bounded."""
 
-THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>", re.I)
-_THINK_OPEN = re.compile(r"<(?:think|thinking|thought)>", re.I)
+THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>|<\|end_of_thought\|>", re.I)
+_THINK_OPEN = re.compile(r"<(?:think|thinking|thought)>|<\|begin_of_thought\|>", re.I)
+_BOX_TAGS = re.compile(r"<\|begin_of_box\|>(.{0,4000}?)<\|end_of_box\|>|<answer>(.{0,4000}?)</answer>", re.S)
 _END_TOKENS = re.compile(r"<\|[a-z_]{1,20}\|>|</?(?:answer|s)>|<end_of_turn>", re.I)
-BOX = re.compile(r"\\f?boxed\b|\\fbox\b")
-_JOINT = re.compile(r"[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*")
+BOX = re.compile(r"\\(?:f?boxed|fbox)(?![a-zA-Z])")
+_JOINT = re.compile(
+    r"[A-Za-z](?:_\{?\w+\}?)?\s*=|[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*"
+)
 _ANCHOR = re.compile(
-    r"(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?"
-    r"(?:\s*[:：]|\s*(?:是|为)|(?<=is)|(?<=are)|(?<=est))\s*",
+    r"(?<!\{)(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?"
+    r"(?:\s*[:：]|\s*(?:是|为)|(?<=is)|(?<=are)|(?<=est))\s*"
+    r"|####\s*(?=\S[^\n]{0,60}\s*\Z)",
     re.I,
 )
 _COPULA = re.compile(r"\b(?:is|are|equals|be)\b|[是为=]")
@@ -38,7 +42,7 @@ _NUMBER = re.compile(
 
 def after_thinking(text: str) -> str | None:
     """The text after the last closed thinking tag; None when thinking was opened and never closed."""
-    closes = list(THINK_CLOSE.finditer(text)) if "</" in text else []
+    closes = list(THINK_CLOSE.finditer(text)) if "</" in text or "<|" in text else []
     tail = text[closes[-1].end() :] if closes else text
     if _THINK_OPEN.search(tail):
         return None
@@ -108,12 +112,28 @@ def phrase(text: str) -> str | None:
     return sentence.strip(" *:`") or None
 
 
+def _boxed(match: re.Match[str]) -> str:
+    """What stands between tags that mean a box, in one."""
+    inner = (match[1] or match[2] or "").strip()
+    return inner if BOX.search(inner) else rf"\boxed{{{inner}}}"
+
+
+def _without_money(text: str) -> str:
+    """A text in which a dollar sign before a number is no formula's: when what it would open has words in it."""
+    between = re.findall(r"(?<!\$)\$(?!\$)([^$]*)\$", text)
+    if any(
+        re.search(r"\s[A-Za-z]{3,}\s|^\d.*[+\-*/=]\s*$", re.sub(r"\\[a-z]+\{[^{}]*\}", "", each)) for each in between
+    ):
+        return re.sub(r"\$(?=\d)", "", text)
+    return text
+
+
 def _last_part(text: str) -> tuple[str | None, str | None, str]:
     """(what follows the thinking, its last box, where the answer is or why there is none; '' when there is no box)."""
     tail = after_thinking(text)
     if tail is None:
         return None, None, "thinking never closed"
-    tail = _END_TOKENS.sub(" ", tail[-TAIL_CHARS:])
+    tail = _END_TOKENS.sub(" ", _BOX_TAGS.sub(_boxed, tail[-TAIL_CHARS:]))
     if not BOX.search(tail):
         return tail, None, ""
     box = last_box(tail)
@@ -125,7 +145,7 @@ def response_answer(text: str) -> tuple[str | None, str]:
     tail, box, where = _last_part(text)
     if tail is None or where:
         return box, where
-    said = phrase(tail)
+    said = phrase(_without_money(tail))
     if said is not None:
         return said[:MAX_ANSWER_CHARS], "final phrase"
     bare = tail.strip()
@@ -139,6 +159,7 @@ def sentence_answer(text: str) -> tuple[str | None, str]:
     tail, box, where = _last_part(text)
     if tail is None:
         return None, where
+    tail = _without_money(tail)
     said = phrase(tail)
     if where:
         last = [m.end() for m in BOX.finditer(tail)][-1]
@@ -161,9 +182,12 @@ def sentence_answer(text: str) -> tuple[str | None, str]:
 
 _LETTER = r"[(\[*$\s\"']*(?:\\text\{\s*\(?|\\mathrm\{|\\mathbf\{|\\textbf\{\s*\(?)?([A-J])(?![A-Za-z'’])\)?\}?"
 _MC_ANCHOR = re.compile(
-    r"(?:answer|option|choice|choose|correct|select|答案|选择|选)(?-i:[^.\n。A-J]){0,60}?"
-    r"(?:\bis\b|\bare\b|\bbe\b|[:：]|\b(?:answer|option|choice|choose|select)\b|是|为|选)[*\s]*"
-    r"(?:definitely|for sure|clearly|probably|certainly|the|option|choice|surely)?\s*(?:option|choice)?\s*" + _LETTER,
+    r"(?:(?:therefore|thus|hence|actually|conclude|think|believe)[,:\s]+"
+    r"(?:(?:it|it's|that|that's|this|the|is|must|be|would|say|i|think|go|with|choose|answer|option|choice)\s+)*"
+    r"|(?:answer|option|choice|choose|correct|select|r[ée]ponse|答案|选择|选)(?-i:[^.\n。A-J]){0,60}?"
+    r"(?:\bis\b|\bare\b|\bbe\b|\best\b|[:：]|\b(?:answer|option|choice|choose|select)\b|是|为|选)[*\s]*"
+    r"(?:definitely|for sure|clearly|probably|certainly|the|option|choice|surely)?\s*(?:option|choice)?\s*|选择?)"
+    + _LETTER,
     re.I,
 )
 _HEDGE_AFTER = re.compile(
@@ -172,6 +196,13 @@ _HEDGE_AFTER = re.compile(
 )
 
 
+_AFFIRMED = re.compile(r"(?<![A-Za-z])([A-J])\)?\s+(?:is|must be)\s+(?:the\s+)?(?:correct|right|true|answer|best)\b")
+_DENIED = re.compile(
+    r"(?:\b(?i:not|non|nor|neither|cannot)\b|n't\b|不是|不选|而非)\s*(?:be\b|is\b|the\b|option\b|choice\b|answer\b|\s)*\(?[A-J]\b\)?"
+    r"(?:\s*(?:,|\bor\b|\bnor\b|\band\b|或|和)\s*\(?[A-J]\b\)?)*"
+    r"|\(?\b[A-J]\)?\s+(?:is|was|can|could)(?:\s+be)?\s*(?:not\b|n't\b|never\b|wrong\b|incorrect\b|false\b|invalid\b)[^.;,。]*"
+)
+"""Letters that a text rules out, to be read without them."""
 _NEGATED = re.compile(
     r"\b(?:not|neither|nor|never|wrong|incorrect|false|except|cannot|anything but|other than|rule out|eliminate)\b"
     r"|n't\b",
@@ -222,23 +253,29 @@ def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None,
     tail = tail if box is None else box
     if letter := _one_letter(tail) or _match_choice(tail, choices):
         return letter, "whole answer"
-    anchors = [m for m in _MC_ANCHOR.finditer(tail) if m[1].isupper()]
+    undenied = _DENIED.sub(" ", tail)
+    anchors = [m for m in _MC_ANCHOR.finditer(undenied) if m[1].isupper()]
     if anchors:
         last = anchors[-1]
-        if _HEDGE_AFTER.search(tail[last.end() :]) or _NEGATED.search(last[0]) or "不" in last[0]:
+        around = undenied[max(last.start() - 12, 0) : last.end()]
+        if _HEDGE_AFTER.search(undenied[last.end() :]) or _NEGATED.search(around) or "不" in around:
             return None, "hedged or negated choice"
         return last[1], "final phrase"
     said = phrase(tail)
     if said and (letter := _match_choice(said, choices)):
         return letter, "option text"
-    if _NEGATED.search(tail):
+    affirmed = {m[1] for m in _AFFIRMED.finditer(undenied)}
+    if len(affirmed) == 1 and not (set(_LONE_LETTER.findall(undenied)) - affirmed):
+        return affirmed.pop(), "final phrase"
+    if _NEGATED.search(undenied):
         return None, "negated choice"
+    tail = undenied
     if len(set(_MARKED_OPTION.findall(tail))) > 2:
         return None, "a list of the options"
     leading = re.match(r"\s*\(?([A-J])[).:,。，、]", tail)
     if leading:
         others = set(_LONE_LETTER.findall(tail)) - {leading[1]}
-        if _HEDGE_AFTER.search(tail[leading.end() - 1 :]) or (others and _UNSURE.search(tail)):
+        if _HEDGE_AFTER.search(tail[leading.end() - 1 :]) or (others and (_UNSURE.search(tail) or affirmed)):
             return None, "hedged choice"
         return leading[1], "leading letter"
     marked = set(re.findall(r"\(([A-J])\)|\*\*([A-J])\*\*", tail))

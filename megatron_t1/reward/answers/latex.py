@@ -4,7 +4,10 @@ It builds unevaluated SymPy trees in well under a millisecond and in bounded tim
 here raises `UndecidableError`: such a gold is compared as text only, and `t1 curate` reports it.
 
 Conventions: an argument without brackets runs to the next operator or function (sin 2t cos t is sin(2t) cos(t));
-a number before a numeric fraction is a mixed number; f, g, h before a bracket are functions, other letters factors;
+a number before a numeric fraction is a mixed number, and before another number nothing; f, g, h before a bracket are
+functions, so are letters with primes, capitals before one name and everything before one number (P(0), zeta(3)), other
+letters are factors; an odd root of a negative number is the real one, as a
+power 1/3 too;
 log without base is decimal; `i` stays a symbol here; a sum, product or limit takes the next term; an integral runs
 to its dx; a remainder is that of all before it.
 """
@@ -27,14 +30,18 @@ _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|\S")
 _GREEK = {
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
     "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi",
-    "Sigma", "Phi", "Psi", "Omega", "ell", "hbar", "aleph",
+    "Sigma", "Phi", "Psi", "Omega", "ell", "hbar", "aleph", "arg",
 }  # fmt: skip
 _FUNCTIONS = {
     "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
     "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "arccot": sympy.acot, "sinh": sympy.sinh,
-    "cosh": sympy.cosh, "tanh": sympy.tanh, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
+    "arcsinh": sympy.asinh, "arccosh": sympy.acosh, "arctanh": sympy.atanh, "cosh": sympy.cosh,
+    "tanh": sympy.tanh, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
 }  # fmt: skip
-_INVERSES = {"sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan, "cot": sympy.acot}
+_INVERSES = {
+    "sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan, "cot": sympy.acot, "sinh": sympy.asinh,
+    "cosh": sympy.acosh, "tanh": sympy.atanh,
+}  # fmt: skip
 _DECORATIONS = {"overline", "overrightarrow", "vec", "hat", "bar", "tilde", "angle", "triangle"}
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\{": "\\}"}
 _TIMES = {"\\cdot", "\\times"}
@@ -49,6 +56,10 @@ _INFIX: dict[str | None, Callable[[Any, Any], Any]] = {
 }
 """Of all that stands before them in their group with all behind them."""
 _ENDS = {None, "+", "-", "/", ")", "]", "}", "\\}", ",", "\\rfloor", "\\rceil", *_TIMES, *_REMAINDERS, *_INFIX}
+
+
+_CHOOSE = re.compile(r"_ (?:\{ )?(\d+) (?:\} )?\^ (?:\{ )?(\d+)(?: \})?(?= |$)")
+"""After the C of C_{10}^{4}."""
 
 
 class UndecidableError(Exception):
@@ -119,6 +130,8 @@ class _Parser:
             elif token in _ENDS or (token == "|" and self.in_bars):
                 return product
             else:
+                if _is_number(token) and _is_number(self.tokens[self.position - 1]):
+                    raise UndecidableError(f"two numbers without a sign between them: {token}")
                 factor = self.factor()
                 mixed = product.is_Integer and isinstance(factor, Fraction)
                 product = (sympy.Add if mixed else sympy.Mul)(product, factor, evaluate=False)
@@ -143,7 +156,10 @@ class _Parser:
                 base = sympy.Pow(self.symbol(base.base.name), base.exp, evaluate=False)
             elif self.next == "!":
                 self.take()
-                base = sympy.factorial(base, evaluate=False)
+                double = self.next == "!"
+                if double:
+                    self.take()
+                base = (sympy.factorial2 if double else sympy.factorial)(base, evaluate=False)
             else:
                 return base
 
@@ -204,9 +220,22 @@ class _Parser:
             if len(arguments) == 2:
                 return sympy.binomial(*arguments, evaluate=False)
             self.position = start
+        if token == "C" and (m := _CHOOSE.match(" ".join(self.tokens[self.position : self.position + 8]))):
+            n, k = int(m[1]), int(m[2])
+            if n >= k and n > 1:
+                self.position += len(m[0].split())
+                return sympy.binomial(sympy.Integer(n), sympy.Integer(k), evaluate=False)
         if token in "fghFGH" and self.next == "(":
             return sympy.Function(token)(*self.arguments())
         return sympy.E if token == "e" and self.next != "_" else self.symbol(token)
+
+    def is_application(self, name: str) -> bool:
+        """Whether a name before a bracket is a function: f'(x), F(a), P(0), phi(1/2)."""
+        inside = self.tokens[self.position + 1 : self.position + 5]
+        if self.next != "(" or ")" not in inside or name == "i":
+            return False
+        inside = inside[: inside.index(")")]
+        return "'" in name or all(map(_is_number, inside[::2])) or (name[0].isupper() and len(inside) == 1)
 
     def symbol(self, name: str) -> Any:
         primes = ""
@@ -215,7 +244,13 @@ class _Parser:
                 primes += "'"
             else:
                 name += "_" + self.name_part()
-        return sympy.Symbol(name + primes)
+        name += primes
+        if not self.is_application(name):
+            return sympy.Symbol(name)
+        if name == "Gamma":
+            (argument,) = self.arguments()
+            return sympy.factorial(sympy.Add(argument, -1, evaluate=False), evaluate=False)
+        return sympy.Function(name)(*self.arguments())
 
     def arguments(self) -> list[Any]:
         closing = _BRACKETS[self.take()]
@@ -272,11 +307,19 @@ class _Parser:
                 base = self.argument()
         if name in _INVERSES and power == -1:
             function, power = _INVERSES[name], None
-        if self.next in ("(", "[", "{", "|"):
-            argument = self.factor() if self.next == "|" else self.bracketed()
+        if self.next in ("(", "["):
+            argument = self.bracketed()
         else:
+            whole = self.next in ("{", "|")
+            start = self.position
             argument = self.factor()
-            while self.next not in _ENDS and not (self.next == "|" and self.in_bars) and not self._starts_function():
+            whole &= "^" not in self.tokens[start : self.position] or self.tokens[self.position - 1] != "}"
+            while (
+                not whole
+                and self.next not in _ENDS
+                and not (self.next == "|" and self.in_bars)
+                and not self._starts_function()
+            ):
                 argument = sympy.Mul(argument, self.factor(), evaluate=False)
         value = function(argument, evaluate=False)
         if base is not None and name in ("log", "lg"):
@@ -364,6 +407,10 @@ class _Parser:
 
     def _starts_function(self) -> bool:
         return self.next is not None and self.next[1:] in _FUNCTIONS and self.next[0] == "\\"
+
+
+def _is_number(token: str | None) -> bool:
+    return token is not None and (token[0].isdecimal() or (token[0] == "." and len(token) > 1))
 
 
 def parse_latex(latex: str) -> Any:

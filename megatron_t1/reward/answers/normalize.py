@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -22,13 +23,14 @@ _UNICODE = {
     "Δ": r"\Delta ", "∆": r"\Delta ", "∠": r"\angle ", "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "⌊": r"\lfloor ",
     "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")",
-    "。": ".", "％": "%", "￥": "", "€": "", "£": "", "¥": "", "＞": ">", "＜": "<", "＝": "=",
+    "。": ".", "％": "%", "∶": ":", "＞": ">", "＜": "<", "＝": "=",
 }  # fmt: skip
 _CIRCLED = {chr(0x2460 + i): f"{i + 1}," for i in range(20)}
 _COMMANDS = {
     "leq": "\\le", "leqslant": "\\le", "leqq": "\\le", "geq": "\\ge", "geqslant": "\\ge", "geqq": "\\ge",
     "neq": "\\ne", "lt": "<", "gt": ">", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom",
-    "tbinom": "\\binom", "land": ",", "lor": ",", "vee": ",", "varnothing": "\\emptyset", "rightarrow": "\\to",
+    "tbinom": "\\binom", "land": ", \\land ", "wedge": ", \\land ", "lor": ", \\lor ", "vee": ", \\lor ",
+    "varnothing": "\\emptyset", "rightarrow": "\\to",
     "longrightarrow": "\\to", "implies": "\\Rightarrow", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[",
     "rbrack": "]", "vert": "|", "lvert": "|", "rvert": "|", "backslash": "\\setminus", "ast": "\\cdot", "div": "/",
     "degree": "^\\circ", "textdegree": "^\\circ", "dots": "\\ldots", "cdots": "\\ldots", "dotsm": "\\ldots",
@@ -36,34 +38,46 @@ _COMMANDS = {
     "mod": "\\bmod", "arcctg": "\\arccot", "tg": "\\tan", "ctg": "\\cot", "mid": "|", "cupdot": "\\cup",
     "sqcup": "\\cup",
 }  # fmt: skip
-_DROPPED = re.compile(
-    r"\\(?:left|right|bigg?[lrm]?|Bigg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|"
-    r"boldsymbol|bm|mathop|mathbin|mathrel|phantom)(?![a-zA-Z])\.?"
-)
-_SPACES = re.compile(r"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{[^{}]*\}|space(?![a-zA-Z]))|~")
-_TEXT = re.compile(r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}")
-_FONT = re.compile(r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*(?:\{([^{}]*)\}|([a-zA-Z]))")
 _PHRASES = {
     **dict.fromkeys(("all real numbers", "all reals", "\\mathbb{r}", "\\mathbb r"), "(-\\infty,\\infty)"),
-    **dict.fromkeys(("no solution", "no solutions", "none", "empty set", "no real solutions"), "\\emptyset "),
-}
-_FUNCTIONS = {
-    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "log", "ln",
-    "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
+    **dict.fromkeys(("no solution", "no solutions", "none", "empty set", "no real solutions", "no real solution",
+                     "no solution exists", "no real roots", "\\{ \\}", "\\{\\}"), "\\emptyset "),
+    **dict.fromkeys(("does not exist", "undefined", "doesn't exist"), "\\text{DNE}"),
 }  # fmt: skip
-_AND_OR = re.compile(r",?\s*\\text\{\s*,?\s*(?:and|or)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]),?")
+_FUNCTIONS = {
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh",
+    "arctanh", "sinh", "cosh", "tanh", "log",
+    "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
+}  # fmt: skip
+_CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan"}
+_MONEY = re.compile(r"\s*(-?)(\\?\$|[£€¥￥])\s*(-?\d[\d,]*(?:\.\d+)?(?:\s*(?:thousand|[mb]illion))?)\.?\s*")
 
 
 def _font(match: re.Match[str]) -> str:
-    inner = (match.group(1) if match.group(1) is not None else match.group(2)).strip()
-    if inner in _FUNCTIONS:
+    raw = match[1] if match[1] is not None else match[2]
+    inner, before = raw.strip(), match.string[max(match.start() - 8, 0) : match.start()].rstrip()
+    if re.fullmatch(r"[A-Za-z]+", inner) and re.search(r"[\d}]$", before) and (len(inner) > 1 or raw != inner):
+        return rf"\text{{{inner}}}"  # 27\mathrm{~min}
+    if before.endswith(("_", "_{")):
+        return f"{{{inner}}}" if before.endswith("_") else inner
+    if inner in _FUNCTIONS and not before.endswith("/"):
         return f"\\{inner} "
     if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner):
         return inner
     return rf"\text{{{inner}}}"
 
 
+def _text(match: re.Match[str]) -> str:
+    if match[1].strip() in _FUNCTIONS - {"min", "max", "sec", "inf", "sup", "det"}:
+        return f"\\{match[1].strip()} "
+    if amount := re.fullmatch(r"\s*(-?\d[\d.,/]*)(\s+[A-Za-z].*)", match[1]):  # \text{5 units}
+        return rf"{amount[1]}\text{{{amount[2]}}}"
+    return rf"\text{{{match[1]}}}" if re.search(r"[^\W\d_]", match[1]) else match[1]
+
+
 def _unicode(text: str) -> str:
+    if text.isascii():
+        return text
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
     text = re.sub(r"√\s*(\d+|[a-zA-Z]|\{)", lambda m: r"\sqrt" + (m[1] if m[1] == "{" else f"{{{m[1]}}}"), text)
@@ -86,63 +100,118 @@ def _unicode(text: str) -> str:
     return "".join(out)
 
 
+_Replacement = str | Callable[[re.Match[str]], str]
+
+
+def _rules(*rules: tuple[str, str, _Replacement]) -> tuple[tuple[str, re.Pattern[str], _Replacement], ...]:
+    """Of each: what a text that it changes has in it, a pattern, and what comes in its place."""
+    return tuple((sign, re.compile(pattern), replacement) for sign, pattern, replacement in rules)
+
+
+_JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor"}
+_LETTER_END = r"(?![a-zA-Z])"
+_RULES = _rules(
+    # what only decorates
+    ("\\", r"\\(?:h|v)?phantom\s*(?:\{[^{}]*\}|.)|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
+    ("\\", r"\\(?:color\s*\{[^{}]*\}|textcolor\s*\{[^{}]*\}(?=\s*\{)|underline(?=\s*\{))", ""),
+    ("{", r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}"),
+    ("\\begin", r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}", " "),
+    ("\\", rf"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|"
+     rf"boldsymbol|bm|mathop|mathbin|mathrel|(?:footnote|normal)size|small|tiny|"
+     rf"[lL]arge|LARGE|[hH]uge|bfseries){_LETTER_END}\.?", ""),
+    # separators of thousands, spaces
+    ("", r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\ |\\;)(?=\d{3}(?!\d))", ""),
+    ("", r"\\\$|\$|\\!", lambda m: "" if m[0] == "\\!" else " "),
+    ("\\%", r"\\%", "%"),
+    ("\\&", r"\\&", " and "),
+    ("<su", r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}"),
+    ("\\", r"(?<!\\)\\[()\[\]]", " "),
+    ("\\,", r"\\,", " "),
+    ("{", r"\{([,:])\}", r"\1"),
+    ("", r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots "),
+    ("", rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
+    # words and fonts
+    ("\\", r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
+    ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*(?:\{([^{}]*)\}|([a-zA-Z]))", _font),
+    ("\\", r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    ("p", r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
+    ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
+    ("\\text", r"\\text\{\s*\}", " "),
+    ("", r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
+     r"\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b|\\text\{\s*degrees?(?=\s)",
+     lambda m: r"^\circ " + (r"\text{" if m[0].startswith("\\text{") and not m[0].endswith("}") else "")),
+    ("\\circ", r"(\^\\circ\s*)+", r"^\\circ "),
+    ("^", r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
+     lambda m: rf"\text{{{m[1] or m[2]}}}"),
+    ("百", r"百分之\s*(\d[\d.]*)", r"\1%"),
+    # arguments in braces
+    ("\\frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    ("\\frac", r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    ("\\frac", r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
+    ("\\", r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1"),
+    ("\\sqrt", r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
+    ("", r"\\text\{[^{}]*\}|([\^_])\s*(\d+|(?<=\^)-\d+|[A-Za-z](?![A-Za-z]*\s*\())",  # nobody means x^1 0
+     lambda m: f"{m[1]}{{{m[2]}}}" if m[1] else m[0]),
+    ("_", r"_\s*\{\s*\\text\{\s*([^{}]*?)\s*\}\s*\}", r"_{\1}"),
+    ("^{", r"(?:(?<![\w}\])^_])\{([^{}]*)\}|(?<![\w.\\}])(\d+|[A-Za-z]))\s*\^\{\s*1\s*/\s*2\s*\}",
+     lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
+    ("{", r"(?<=(?<![_\\])\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})", lambda m: m[0].replace(",", "")),
+    ("\\mathbb", r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    ("\\", r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
+    ("\\", r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2"),
+    # plain text spellings
+    ("sqrt", r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    ("(", rf"(?<![\\a-zA-Z_])({'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})(?=\s*\()", r"\\\1"),
+    ("", r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
+    ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
+    ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
+    ("", r",?\s*\\text\{\s*,?\s*(and|or|和|与|或)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或)",
+     lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
+    ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
+     lambda m: m[1] + "[("[m[2] == "]"] + m[3] + "])"[m[4] == "["]),
+    ("\\infty", r"\+\s*\\infty", r"\\infty"),
+    ("", r"\s+", " "),
+    (".", r"(?<=[}\s])\.(?=\s*[\])])", ""),
+)  # fmt: skip
+
+
+_BETWEEN_BRACKETS = re.compile(r"[^()\[\]{}]+")
+_GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+
+
+def _without_thousands(match: re.Match[str]) -> str:
+    """1,000, 2,000 as 1000, 2000: where some commas have a space, those without are no list's."""
+    return _GROUPED.sub(lambda m: m[0].replace(",", ""), match[0]) if ", " in match[0] else match[0]
+
+
 @functools.lru_cache(maxsize=4096)
 def normalize(text: str) -> str:
     """Canonical spelling of an answer."""
     if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", text):
         return text
+    if money := _MONEY.fullmatch(text):
+        text = rf"{money[1]}{money[3]}\text{{ {_CURRENCIES[money[2]]}}}"
     s = re.sub(r"^\s*\*\*([^*]+)\*\*\s*$", r"\1", _unicode(text))
     if "\\begin" not in s:  # a doubled backslash of an escaped source, not a row end
         s = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s)
-    s = re.sub(r",\s*\\!\s*(?=\d{3})", ",", s)
-    s = s.replace("\\$", " ").replace("$", " ").replace("\\!", "").replace("\\%", "%").replace("\\&", " and ")
-    s = re.sub(r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}", s)
-    s = re.sub(r"(?<!\\)\\[()\[\]]", " ", s)
-    s = re.sub(r"(?<=\d)(?:\{,\}|\\,|\\ |\\;)(?=\d{3}(?!\d))", "", s)
-    s = s.replace("\\,", " ").replace("{,}", ",").replace("{:}", ":")
-    s = re.sub(r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots ", s)
-    s = _DROPPED.sub("", s)
-    s = _SPACES.sub(" ", s)
-    s = _TEXT.sub(lambda m: rf"\text{{{m[1]}}}" if re.search(r"[^\W\d_]", m[1]) else m[1], s)
-    s = _FONT.sub(_font, s)
-    s = re.sub(r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0]), s)
-    s = re.sub(
-        r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%", s
-    )
-    s = re.sub(r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}", s)
-    s = re.sub(r"\\text\{\s*\}", " ", s)
-    s = re.sub(
-        r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b",
-        r"^\\circ ",
-        s,
-    )
-    s = re.sub(r"(\^\\circ\s*)+", r"^\\circ ", s)
-    s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s)
-    s = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", s)
-    s = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}", s)
-    s = re.sub(r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1", s)
-    s = re.sub(r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}", s)
-    s = re.sub(r"\^(\d{2,}|-\d+)", r"^{\1}", s)  # nobody means x^1 0
-    s = re.sub(r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}", s)
-    s = re.sub(r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 ", s)
-    s = re.sub(r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2", s)
-    s = re.sub(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", s)
-    s = re.sub(r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty ", s)
-    for spelling, ours in (("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("**", "^"), ("*", r"\cdot ")):
-        s = s.replace(spelling, ours)
-    s = _AND_OR.sub(", ", s)
-    s = re.sub(r"\+\s*\\infty", r"\\infty", s)
-    s = re.sub(r"\s+", " ", s)
-    s = re.sub(r"(?<=[}\s])\.(?=\s*[\])])", "", s).lstrip(" ,;:=").rstrip(" .,;:^")
-    s = re.sub(r"(?:\s*\\\\)+$", "", s)  # a line break
-    s = re.sub(r"^\\approx(?![a-zA-Z])\s*", "", s)
+    if "{align" in s or "{gather" in s or "{split" in s:
+        s = re.sub(r"\\\\\s*(?=[=<>]|\\[lg]e)", " ", s.replace("&", "")).replace("\\\\", ", ")
+    for sign, pattern, replacement in _RULES:
+        if sign in s:
+            s = pattern.sub(replacement, s)
+    if ", " in s:
+        s = _BETWEEN_BRACKETS.sub(_without_thousands, s)
+    s = re.sub(r"\\+$", "", s.lstrip(" ,;:=").rstrip(" .,;:^")).rstrip()
+    if s.endswith("}") and not s.endswith("\\}") and s.count("}") == s.count("{") + 1:
+        s = s[:-1]
+    s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip().casefold()
     return _PHRASES.get(bare, s)
 
 
 def compact(s: str) -> str:
     """`normalize`d text without the spaces that mean nothing: for comparing as strings."""
-    s = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])", r"\1 @", s)
+    s = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|(?<=\d) (?=\d)", lambda m: f"{m[1] or ''} @", s)
     return s.replace(" ", "").replace("@", " ")
 
 
@@ -152,9 +221,11 @@ class Exact:
 
     value: Fraction
     decimals: int | None = None
-    """Digits after the point when it was written as a decimal, else None."""
+    """Of the last digit when it was written as a decimal, else None: 2 in 1.25, 4 in 1.25e-2, -1 in 1.25e3."""
     digits: int = 0
     """Significant digits of a decimal."""
+    places: int = 0
+    """Digits written after the point: 2 in 1.25e-2."""
 
 
 _DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
@@ -181,7 +252,7 @@ def exact_number(s: str) -> Exact | None:
         if m[3] is None:
             return Exact(Fraction(int(m[5])) * (-1 if m[4] == "-" else 1))
         value = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3])) * (-1 if m[1] == "-" else 1)
-        return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")))
+        return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")), len(m[3]))
     if m := _REPEATING.fullmatch(s) or _GOES_ON.fullmatch(s.replace(" ", "")):
         block = m[4] or m[5]
         head = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3]))
@@ -202,5 +273,6 @@ def exact_number(s: str) -> Exact | None:
         power = int(m[2] or m[3] or m[5])
         if base is None or abs(power) > 400:
             return None
-        return Exact(base.value * Fraction(10) ** power, base.decimals, base.digits)
+        decimals = None if base.decimals is None else base.decimals - power
+        return Exact(base.value * Fraction(10) ** power, decimals, base.digits, base.places)
     return None

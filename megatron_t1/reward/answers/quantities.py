@@ -1,44 +1,119 @@
-"""What is read in answers without structure: units, bases, ratios, words; and how numbers round."""
+r"""What is read in answers without structure: units, clock times, bases, words; and how numbers round.
+
+What follows a number is a unit when it is in the table below (units of one kind convert), or when it is a plain noun
+("10 weeks", "3 red", 5个): words that change the value ("million") are multiplied in, and any other word ("or more",
+"is wrong", "squared") leaves a text, which equals no number.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_t1.reward.answers.brackets import split_top, unwrap
-from megatron_t1.reward.answers.normalize import Exact, compact
+from megatron_t1.reward.answers.brackets import split_top
+from megatron_t1.reward.answers.normalize import Exact, exact_number
 
-_UNIT_WORDS = {
-    "h": "hour hours hr hrs h", "min": "minute minutes min mins", "s": "second seconds sec secs s",
-    "day": "day days", "week": "week weeks", "month": "month months", "year": "year years yr yrs",
-    "m": "meter meters metre metres m", "cm": "centimeter centimeters cm", "mm": "millimeter millimeters mm",
-    "km": "kilometer kilometers kilometre kilometres km", "in": "inch inches in", "ft": "foot feet ft",
-    "yd": "yard yards yd", "mi": "mile miles mi", "kg": "kilogram kilograms kg", "g": "gram grams g",
-    "lb": "pound pounds lb lbs", "l": "liter liters litre litres l", "ml": "milliliter milliliters ml",
-    "dollar": "dollar dollars usd bucks", "cent": "cent cents", "mph": "mph", "km/h": "kmh kph km/h", "m/s": "m/s",
-    "rad": "radian radians rad", "deg": "degree degrees", "oz": "ounce ounces oz", "gal": "gallon gallons gal",
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit, or a noun that is counted."""
+
+    factor: Fraction = Fraction(1)
+    kind: tuple[tuple[str, int], ...] = ()
+    """Powers of basic units; () for a noun."""
+    noun: str = ""
+
+
+PERCENT, DEGREES, NO_UNIT = Unit(kind=(("%", 1),)), Unit(kind=(("deg", 1),)), Unit()
+RADIANS = Unit(kind=(("rad", 1),))
+_TEMPERATURES = {("celsius", 1), ("fahrenheit", 1)}
+_TABLE = """
+s sec secs second seconds 秒 = 1 s; min mins minute minutes 分钟 = 60 s; h hr hrs hour hours 小时 = 3600 s;
+day days 天 日 = 86400 s; week weeks 周 星期 = 604800 s;
+month months 月 个月 = 1 month; year years yr yrs 年 = 12 month;
+m meter meters metre metres 米 = 1 m; mm millimeter millimeters millimetre millimetres 毫米 = 1/1000 m;
+cm centimeter centimeters centimetre centimetres 厘米 = 1/100 m; dm decimeter decimeters 分米 = 1/10 m;
+km kilometer kilometers kilometre kilometres 千米 公里 = 1000 m; nm nanometer nanometers = 1/1000000000 m;
+in inch inches 英寸 = 254/10000 m; ft foot feet 英尺 = 3048/10000 m; yd yard yards = 9144/10000 m;
+mi mile miles 英里 = 1609344/1000 m; kg kilogram kilograms 千克 公斤 = 1 kg; g gram grams 克 = 1/1000 kg;
+mg milligram milligrams 毫克 = 1/1000000 kg; ton tons tonne tonnes 吨 = 1000 kg;
+lb lbs pound pounds = 45359237/100000000 kg; oz ounce ounces = 45359237/1600000000 kg;
+l L liter liters litre litres 升 = 1/1000 m^3;
+ml mL milliliter milliliters millilitre millilitres 毫升 = 1/1000000 m^3;
+gal gallon gallons = 3785411784/1000000000000 m^3; acre acres = 40468564224/10000000 m^2;
+hectare hectares ha 公顷 = 10000 m^2; dollar dollars usd bucks buck 美元 = 1 dollar; cent cents 美分 = 1/100 dollar;
+yuan rmb 元 块 = 1 yuan; jiao 角 = 1/10 yuan; euro euros = 1 euro; gbp = 1 gbp; mph = 1609344/3600000 m s^-1;
+kmh kph = 1000/3600 m s^-1; rad radian radians = 1 rad; N newton newtons 牛 = 1 kg m s^-2;
+J joule joules 焦耳 = 1 kg m^2 s^-2; kJ kilojoule kilojoules = 1000 kg m^2 s^-2; W watt watts = 1 kg m^2 s^-3;
+kW kilowatt kilowatts = 1000 kg m^2 s^-3; Pa pascal pascals = 1 kg m^-1 s^-2; Hz hertz = 1 s^-1; kHz = 1000 s^-1;
+K kelvin kelvins = 1 kelvin; C celsius 摄氏度 = 1 celsius; F fahrenheit 华氏度 = 1 fahrenheit; mol mole moles = 1 mol;
+V volt volts = 1 volt; A amp amps ampere amperes = 1 ampere
+"""
+
+
+def _powers(text: str) -> dict[str, int]:
+    return {name: int(power or 1) for name, _, power in (part.partition("^") for part in text.split())}
+
+
+_UNITS: dict[str, tuple[Fraction, dict[str, int]]] = {}
+for _words, _meaning in (entry.split(" = ") for entry in _TABLE.split(";")):
+    _factor, _, _kind = _meaning.partition(" ")
+    _UNITS |= dict.fromkeys(_words.split(), (Fraction(_factor), _powers(_kind)))
+_SCALES: dict[str, Fraction | int] = {
+    "ten": 10, "tens": 10, "dozen": 12, "dozens": 12, "hundred": 100, "hundreds": 100, "thousand": 1000,
+    "thousands": 1000, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
+    "tenths": Fraction(1, 10), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000), "百": 100, "千": 1000,
+    "score": 20, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
-_UNITS = {word: unit for unit, words in _UNIT_WORDS.items() for word in words.split()}
-_POWER = r"(?:\s*\^\s*\{?\s*(\d)\s*\}?)?"
-_QUANTITY = (  # value, unit, power: 5 m, 10 weeks, 40 \text{ feet}^2
-    re.compile(rf"([+-]?[\d.,]+)\s*((?:m|g|s|h|l|L|km|cm|mm|kg|ml|ft)(?:/[a-z]{{1,4}})?){_POWER}"),
-    re.compile(rf"([+-]?[\d.,/ ]*\d|.*\}})\s*([A-Za-z][A-Za-z]+(?:[ /][A-Za-z]+)*){_POWER}", re.S),
-    re.compile(rf"(.*[\d}})!\w])\s*\\text\{{([^{{}}]*)\}}{_POWER}", re.S),
+_SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
+_OTHER_WORDS = """
+half halves third thirds quarter quarters
+or and nor but not no non never isn't is are was were be been am equals equal at least most more less fewer
+greater smaller larger bigger higher lower than over under above below up down about around maybe perhaps
+probably possibly approximately roughly almost nearly wrong incorrect false true right correct squared cubed
+root point times plus minus divided multiplied by mod modulo to too from if when where for with without which
+that then else otherwise unless except only between either neither cannot can could might may must should would
+some both zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
+factorial double twice triple thrice inverse negative positive power base binary hexadecimal the a an it as so
+because since instead rather actually wait unknown undefined
+"""
+_NOT_COUNTED = set(_OTHER_WORDS.split())
+_NOT_COUNTED_CJK = re.compile(r"[不没非无或以约多少上下负点倍分之又和与是的错对]")
+_NAMELESS = {"unit", "units"}
+_POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
+_WORD = r"(?:\\text\{[^{}]*\}|[A-Za-z]+)"
+_CJK = r"[\u3040-\u30ff\u4e00-\u9fff]+"
+_TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
+    re.compile(rf"(.*?[\d}})!|\w])\s*(\\text\{{[^{{}}]*\}}{_POWER}(?:\s*(?:/|\\cdot)?\s*{_WORD}{_POWER})*)", re.S),
+    re.compile(rf"(.*[\d}})])\s*((?<![A-Za-z\\{{])[A-Za-z]+{_POWER}(?:\s*[/ ]\s*[A-Za-z]+{_POWER})*)", re.S),
+    re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{_CJK}\s*\}}?{_POWER})", re.S),
 )
-_ORDINAL = re.compile(
-    r"\s*\^\s*\{\s*(?:\\text\{)?\s*(?:th|st|nd|rd)\s*\}?\s*\}$|(?<=\d)\s*(?:\\text\{\s*)?(?:th|st|nd|rd)\b.*$"
-)
+_TAIL_CHARS = 120
+_TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
+_HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc[a-z]+)|[A-Za-z]\^")
 NEGATION = re.compile(r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])", re.I)
 _SHORT_WORDS = {"yes", "no", "odd", "dne", "all", "sat", "sun", "mon", "tue", "wed", "thu", "fri"}
 _NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 NUMBER_WORDS = dict(zip(_NUMBERS.split(), map(str, range(17)), strict=True))
-CLOCK = re.compile(r"\d{1,2}:\d\d.*")
-_STOP_WORDS = {"the", "a", "an", "is", "are", "and", "or"}
+_CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
+_JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
+_STOP_WORDS = {"the", "a", "an", "is", "are"}
+
+
+def clock(s: str) -> tuple[int, str] | None:
+    """(seconds after midnight or noon, "a", "p" or "" when that is not said) of a time of the day."""
+    m = _CLOCK.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip())
+    if not m or not (m[2] or m[4]) or int(m[1]) > 24 or int(m[2] or 0) > 59 or int(m[3] or 0) > 59:
+        return None
+    hour, half = int(m[1]), (m[4] or "").casefold()
+    half = half or ("p" if hour > 12 else "")
+    return hour % 12 * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), half
 
 
 def words(s: str) -> str:
     """Plain words of a text answer, for comparison."""
-    s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", s)
+    s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
     s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
     s = re.sub(r"[^\w\s]", " ", s)
     return " ".join(w for w in s.split() if w not in _STOP_WORDS) or s.strip()
@@ -46,73 +121,134 @@ def words(s: str) -> str:
 
 def is_text(s: str) -> bool:
     r"""Words, not mathematics: all \text{...}, capital letters naming points, or words of four letters and more."""
+    s = _JOINTS.sub("", s)
     if s.casefold() in _SHORT_WORDS:
         return True
     outside = re.sub(r"\\text\{[^{}]*\}", "", s)
     if outside != s and not re.search(r"[A-Za-z0-9\\]", outside):
         return True
-    return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*[A-Za-z]{4,}", s.strip("() ")))
+    return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
 
 
 def rounds_to(exact: Fraction, decimal: Exact, min_digits: int) -> bool:
-    if decimal.decimals is None or decimal.decimals < 1 or decimal.digits < min_digits:
+    """Whether a decimal of so many digits is `exact`, rounded; the last digits of a float need not be right."""
+    if decimal.decimals is None or decimal.digits < min_digits:
         return False
-    return abs(exact - decimal.value) <= Fraction(1, 2 * 10**decimal.decimals)
+    slack = Fraction(2 if decimal.digits >= 14 else 1, 2) / Fraction(10) ** decimal.decimals
+    return abs(exact - decimal.value) <= slack
 
 
 def numbers_equal(gold: Exact, answer: Exact) -> bool:
     """Exact equality, or a rounding of enough digits.
 
-    A decimal gold of three significant digits takes a fraction that rounds to it; a fraction as gold takes a decimal
-    of four (600/7 as 85.71); a decimal gold takes a shorter decimal of three (2.653 as 2.65). Integers never round.
+    A decimal gold of three significant digits takes a fraction or a longer decimal that rounds to it (3.14 takes
+    3.14159); a fraction as gold takes a decimal of four (600/7 as 85.71); a decimal gold takes a shorter decimal of
+    three with two places (2.653 as 2.65). Integers never round.
     """
     if gold.value == answer.value:
         return True
-    if gold.decimals is not None and answer.decimals is None:
+    if gold.decimals is None:
+        return answer.decimals is not None and gold.value.denominator > 1 and rounds_to(gold.value, answer, 4)
+    if answer.decimals is None:
         return answer.value.denominator > 1 and rounds_to(answer.value, gold, 3)
-    if gold.decimals is None and answer.decimals is not None:
-        return gold.value.denominator > 1 and rounds_to(gold.value, answer, 4)
-    if gold.decimals is not None and answer.decimals is not None:
-        return 2 <= answer.decimals < gold.decimals and rounds_to(gold.value, answer, 3)
-    return False
+    longer, shorter = (answer, gold) if answer.decimals > gold.decimals else (gold, answer)
+    return shorter.places >= 2 and longer.decimals != shorter.decimals and rounds_to(longer.value, shorter, 3)
 
 
-def split_unit(s: str) -> tuple[str, str]:
-    r"""(value, canonical unit) of a quantity; '%' and 'deg' are units. Unit '' when there is none."""
+def split_unit(s: str) -> tuple[str, Unit] | None:
+    """(value, unit) of a text; `NO_UNIT` when there is none, None when words follow that are no unit."""
     s = s.strip()
     if s.endswith("%"):
-        return s[:-1].strip(), "%"
-    if s.endswith("^\\circ"):
-        return s[: -len("^\\circ")].strip(), "deg"
-    s = re.sub(r"(?<=[\d})])\s*[\u3040-\u30ff\u4e00-\u9fff]+$", "", _ORDINAL.sub("", s))
-    for pattern in _QUANTITY:
-        if m := pattern.fullmatch(s):
-            word, power = m[2].strip(" .").casefold(), m[3] or "1"
-            if NEGATION.search(word):
-                return s, ""
-            if spelled := re.match(r"(square|sq\.?|cubic)\s+(\w+)", word):
-                word, power = spelled[2], "3" if spelled[1] == "cubic" else "2"
-            unit = _UNITS.get(word, word)
-            if unit == word and "\\text" not in s and len(word) < 4 and " " not in s:
-                return s, ""  # 6xy
-            return m[1].strip(), unit if power == "1" or not unit else f"{unit}^{power}"
-    return s, ""
+        return s[:-1].strip(), PERCENT
+    if s.endswith("^\\circ") and not _HAS_FUNCTION.search(s):
+        return s[: -len("^\\circ")].strip(), DEGREES
+    if m := _TEMPERATURE.fullmatch(s):
+        return m[1], _known([(m[2][0].upper(), 1)]) or NO_UNIT
+    head, tail = s[:-_TAIL_CHARS], s[-_TAIL_CHARS:]
+    for i, pattern in enumerate(_TAIL):
+        if m := pattern.fullmatch(tail):
+            value, named = head + m[1].strip(), i != 1
+            if re.fullmatch("[A-Za-z]", m[2]) and (m[2] not in "mgshl" or not exact_number(value)):
+                return s, NO_UNIT  # 5x
+            found = _read_unit(m[2], named, tail[len(m[1]) : len(m[1]) + 1] == " ")
+            if found is not None:
+                scale, unit = found
+                value = value if scale == 1 else _times(value, scale)
+                return value, unit
+            return None if named or _is_prose(m[2]) else (s, NO_UNIT)
+    return s, NO_UNIT
 
 
-def units_clash(gold: str, answer: str) -> bool:
-    known = _UNIT_WORDS.keys()
-    return bool(gold and answer) and gold != answer and (gold.split("^")[0] in known or answer.split("^")[0] in known)
+def _times(value: str, scale: Fraction | int) -> str:
+    number = exact_number(value)
+    return str(number.value * scale) if number else rf"({value})\cdot {scale}"
+
+
+def _is_prose(text: str) -> bool:
+    return any(len(word) > 1 and word in _NOT_COUNTED for word in re.findall(r"[a-z']+", text.casefold()))
+
+
+def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Unit] | None:
+    r"""(what it multiplies by, unit) of the words behind a value; `named` in \text or CJK, `apart` behind a space."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ").strip(" .()")
+    text = re.sub(r"\b(?:st|nd|rd|th)\b", " ", text).strip() if re.match(r"(?:st|nd|rd|th)\b", text) else text
+    scale: Fraction | int = 1
+    while first := _SCALED.match(text):
+        scale, text = scale * _SCALES[first[0].casefold()], text[first.end() :].strip()
+    text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
+    if text in ("", *_NAMELESS):
+        return scale, NO_UNIT
+    text = re.sub(r"\b(?:square|sq\.?)\s+(\w+)", r"\1^2", text, flags=re.I)
+    text = re.sub(r"\bcubic\s+(\w+)", r"\1^3", text, flags=re.I)
+    text = re.sub(r"(\w+)\s+squared\b", r"\1^2", re.sub(r"(\w+)\s+cubed\b", r"\1^3", text))
+    parts = [
+        (name, (-1 if mark else 1) * int(power or 1))
+        for mark, name, power in re.findall(rf"\s*(/|per\b)?\s*([^\W\d_]+(?:'s)?){_POWER}", text)
+    ]
+    if unit := _known(parts):
+        return scale, unit
+    names = [name for name, _ in parts if name not in _NAMELESS]
+    if not names:
+        return scale, NO_UNIT
+    if re.search(_CJK, text):
+        return None if _NOT_COUNTED_CJK.search(text) or len(text) > 6 else (scale, Unit(noun=text))
+    plain = re.fullmatch(rf"[A-Za-z'\-]+{_POWER}(?:[ /]+[A-Za-z'\-]+{_POWER})*", text)
+    if not plain or len(names) > 5 or any(name.casefold() in _NOT_COUNTED for name in names):
+        return None
+    if not named and max(map(len, names)) < (3 if apart else 4):
+        return None  # 6xy
+    return scale, Unit(noun=" ".join(name.casefold().removesuffix("s") for name in names))
+
+
+def _known(parts: list[tuple[str, int]]) -> Unit | None:
+    factor, kind = Fraction(1), dict[str, int]()
+    for name, power in parts:
+        found = _UNITS.get(name) or _UNITS.get(name.casefold() if len(name) > 1 else "")
+        if found is None:
+            return None
+        factor *= found[0] ** power
+        for base, exponent in found[1].items():
+            kind[base] = kind.get(base, 0) + exponent * power
+    return Unit(factor, tuple(sorted(kind.items()))) if parts else None
+
+
+def units_clash(gold: Unit, answer: Unit) -> bool:
+    """Whether two units cannot be meant for one value; one that is left out can, and so can two nouns."""
+    if NO_UNIT in (gold, answer) or (DEGREES in (gold, answer) and _TEMPERATURES & {*gold.kind, *answer.kind}):
+        return False
+    return gold.kind != answer.kind
 
 
 def in_base(s: str) -> str | None:
     """The one spelling of a number in a named base."""
-    m = re.fullmatch(r"\(?([0-9A-F]+)\)?\s*_\s*\{?\s*(\d{1,2}|\\text\{[a-z]+\})\s*\}?", s)
-    return f"{m[1]}_{NUMBER_WORDS.get(m[2][6:-1], m[2])}" if m else None
+    s = re.sub(r"^(-?)\\text\{([0-9A-Fa-f]+)\}", r"\1\2", s)
+    m = re.fullmatch(r"(-?)\(?([0-9A-Fa-f.]+)\)?\s*_\s*\{?\s*(\d{1,2}|[a-z]{3,})\s*\}?", s)
+    if not m or (m[2].isalpha() and len(m[2]) < 2) or (m[3].isalpha() and m[3] not in NUMBER_WORDS):
+        return None
+    return f"{m[1]}{m[2].upper()}_{NUMBER_WORDS.get(m[3], m[3])}"
 
 
-def ratio(s: str) -> str:
-    """a:b and "a to b" as a fraction; clock times stay."""
+def ratio(s: str) -> list[str]:
+    """Parts of a:b:c and of "a to b"; [] of everything else."""
     parts = split_top(re.sub(r"^(\d+)\s*(?:\\text\{ *to *\}|to)\s*(\d+)$", r"\1:\2", s), ":")
-    if len(parts) == 2 and not re.fullmatch(r"\d{1,2}:\d\d", compact(s)):
-        return rf"\frac{{{unwrap(parts[0])}}}{{{unwrap(parts[1])}}}"
-    return s
+    return parts if len(parts) > 1 else []

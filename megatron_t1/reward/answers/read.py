@@ -16,8 +16,9 @@ from typing import Any
 from megatron_t1.reward.answers.brackets import closing, split_at, split_top, unwrap
 from megatron_t1.reward.answers.compare_trees import MIRRORED
 from megatron_t1.reward.answers.latex import parse_latex
+from megatron_t1.reward.answers.matrices import matrix_cells
 from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
-from megatron_t1.reward.answers.quantities import CLOCK, NEGATION, in_base, is_text, ratio, split_unit
+from megatron_t1.reward.answers.quantities import NEGATION, NO_UNIT, Unit, clock, in_base, is_text, ratio, split_unit
 from megatron_t1.reward.answers.trees import rational
 
 MAX_ITEMS = 64
@@ -32,7 +33,17 @@ _TRAILING_CLAUSE = re.compile(
     re.S,
 )
 _HARMLESS_LEAD = re.compile(
-    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|the answer is)\s*:?\s*\}", re.I
+    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]*\b(?:is|are|equals))\s*:?\s*\}"
+    r"|^(?:the|answer)\b[a-z ]*(?-i:[A-Z]+ )?[a-z ]*\b(?:is|are|equals|=)(?=\W)",
+    re.I,
+)
+_REMARK = re.compile(
+    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$",
+    re.I,
+)
+_NAME_IN_CLAUSE = re.compile(r"(?<![A-Za-z\\{])[b-zA-Z](?![A-Za-z])")
+_PROSE = re.compile(
+    r"(?<![\\a-zA-Z])(?:for|when|where|if|then|is|the|otherwise|with|such|that|which|of|on|by|has|have|there)(?![a-zA-Z])"
 )
 _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _OPERATOR = re.compile(r"\\(?:le|ge|ne|approx|in|equiv|simeq|sim|notin|subset|to|Rightarrow)(?![a-zA-Z])|[<>=]")
@@ -42,7 +53,7 @@ _GREEK = (
     "Delta|Omega|ell|Gamma|Phi"
 )
 _SUB = r"(?:_(?:\{[^{}]*\}|\\?[A-Za-z0-9]+))"
-SYMBOL = rf"(?:[A-Za-z]|\\(?:{_GREEK})(?![a-zA-Z])\s*){_SUB}?'*"
+SYMBOL = rf"(?:\\Delta\s*)?(?:[A-Za-z]|\\(?:{_GREEK})(?![a-zA-Z])\s*){_SUB}?'*"
 _NAME = re.compile(
     rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
     rf"|\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})+\s*\)"  # (x, y)
@@ -51,6 +62,9 @@ _NAME = re.compile(
     r"|\\text\{[^{}0-9]*\}\s*[A-Za-z]?|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*"  # words
 )
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{_SUB}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
+_ARGUMENT = "\\arg "
+"""Stands for the argument of a function, whatever it is called."""
+_BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")
 _Bounds = tuple[str, bool, str, bool]
 """(low, low closed, high, high closed)"""
 
@@ -93,8 +107,6 @@ class Number(Answer):
     """A plain number, known exactly."""
 
     exact: Exact
-    listed: List | None = None
-    """Its other reading: 1,200 is also 1 and 200."""
 
     @functools.cached_property
     def tree(self) -> Any:
@@ -111,7 +123,23 @@ class Quantity(Answer):
     """A value with its unit; `%` and `deg` are units."""
 
     value: Number | Expression
-    unit: str
+    unit: Unit
+
+
+@dataclass(frozen=True)
+class Clock(Answer):
+    """A time of the day."""
+
+    seconds: int
+    half: str
+    """Of the day, "a" or "p"; '' when it isn't said."""
+
+
+@dataclass(frozen=True)
+class Ratio(Answer):
+    """a:b:c"""
+
+    parts: tuple[Answer, ...]
 
 
 @dataclass(frozen=True)
@@ -155,6 +183,8 @@ class List(Answer):
 
     items: tuple[Answer, ...]
     region: Region | None
+    whole: Answer | None
+    """Its other reading, with commas for thousands: 1,200 is also 1200."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +202,7 @@ class Relation(Answer):
     """'' when it isn't the name of a value."""
     value: Answer | None
     value_of_x: Answer | None
-    """The value with its argument called x: of f(t) = t^2 it is x^2."""
+    """The value with its argument renamed: of f(t) = t^2 it is that of f(x) = x^2."""
     region: Region | None
 
 
@@ -187,20 +217,36 @@ class Approximation(Answer):
 # --- what the whole is -----------------------------------------------------------------------------------------------
 
 
+_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+
+
 @functools.lru_cache(maxsize=1024)
 def read(text: str) -> Answer:
     """The answer that a normalised text is. Bounded work, whatever the text is."""
     s = unwrap(_TRAILING_CLAUSE.sub("", text))
-    number = exact_number(s)
-    if number is None and is_text(s.replace(",", " ")):
+    if len(s) < len(text) and (names := _NAME_IN_CLAUSE.findall(text[len(s) :])) and not any(n in s for n in names):
+        return Literal(text, "a value with a clause on something else")
+    if exact_number(s) is None and is_text(s.replace(",", " ")):
         return Words(s)
+    if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
+        s = s[: remark.start()]
+    if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]):
+        s = s[lead.end() :].strip(" :")
+    if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
+        return Literal(text, "a sentence")
     items = _list_items(s)
     if len(items) < 2:
         return _item(s, 0)
     if len(items) > MAX_ITEMS:
         return Literal(s, f"a list of {len(items)} items")
-    listed = List(s, _items(items, 0), _region(s, 0))
-    return listed if number is None else Number(s, number, listed)
+    joined = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
+    return List(s, _items(items, 0), _region(s, 0), None if "," in joined else _item(joined, 0))
+
+
+def _contradicts(value: str, remark: str) -> bool:
+    """5 (about 7)"""
+    number, said = exact_number(value), re.search(r"\d+(?:\.\d+)?", remark)
+    return number is not None and said is not None and abs(float(number.value) - float(said[0])) > 0.5
 
 
 def _items(texts: list[str], depth: int) -> tuple[Answer, ...]:
@@ -215,7 +261,9 @@ def _item(text: str, depth: int) -> Answer:
         return Number(s, number)
     if depth > MAX_NESTING:
         return Literal(s, "nested too deep")
-    if (cells := _matrix_cells(s)) is not None:
+    if (cells := matrix_cells(s)) is not None and cells[0][1:] == cells[1:] == []:
+        return _item(cells[0][0], depth)
+    if cells is not None:
         return Matrix(s, tuple(_items(row, depth) for row in cells))
     bracketed, members = _bracketed_items(s), _set_items(s)
     if len(bracketed) > MAX_ITEMS or len(members or ()) > MAX_ITEMS:
@@ -231,18 +279,26 @@ def _item(text: str, depth: int) -> Answer:
 
 
 def _leaf(s: str) -> Answer:
-    s = _HARMLESS_LEAD.sub("", s)
     if "\\infty" in s and not _BINDER.search(s):
         return Literal(s)
     if based := in_base(s):
         return Literal(based)
-    if is_text(s) or CLOCK.fullmatch(s):
+    if time := clock(s):
+        return Clock(s, *time)
+    if is_text(s):
         return Words(s)
-    value, unit = split_unit(s)
-    value = ratio(unwrap(value))
-    number = exact_number(value)
-    plain = Expression(value) if number is None else Number(value, number)
-    return Quantity(s, plain, unit) if unit else plain
+    if parts := ratio(s):
+        return Ratio(s, tuple(plain(part) for part in parts))
+    if (split := split_unit(s)) is None:
+        return Words(s)
+    value = plain(split[0])
+    return value if split[1] == NO_UNIT else Quantity(s, value, split[1])
+
+
+def plain(s: str) -> Number | Expression:
+    """A number or an expression, without unit or structure."""
+    number = exact_number(s := unwrap(s))
+    return Expression(s) if number is None else Number(s, number)
 
 
 # --- relations and regions -------------------------------------------------------------------------------------------
@@ -258,6 +314,8 @@ def _is_name(s: str) -> bool:
 
 
 def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -> Relation | Approximation:
+    if operators == ["="] and _is_name(sides[1]) and not _is_name(sides[0]):  # 5 = x
+        sides = sides[::-1]
     named = _is_name(sides[0])
     if operators[-1] == "\\approx" and not (len(operators) == 1 and named):
         exact = re.split(r"\\(?:approx|sim|simeq)(?![a-zA-Z])", s)[0]
@@ -274,71 +332,96 @@ def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -
         named = False
     value = value_of_x = _item(text, depth) if named else None
     if named and (argument := _FUNCTION_NAME.fullmatch(sides[0])):
-        value_of_x = _item(re.sub(rf"(?<![a-zA-Z\\]){argument[1]}(?![a-zA-Z])", "x", text), depth)
+        letters = re.compile(rf"\\text\{{[^{{}}]*\}}|\\[a-zA-Z]+|{argument[1]}")
+        value_of_x = _item(letters.sub(lambda m: m[0] if len(m[0]) > 1 else _ARGUMENT, text), depth)
     name = sides[0] if named else ""
     return Relation(s, _items(sides, depth), tuple(operators), name, value, value_of_x, _region(s, depth))
 
 
 def _region(s: str, depth: int) -> Region | None:
-    bounds = _bounds_of_region(s)
-    if bounds is None or len(bounds) > MAX_ITEMS:
+    found = _bounds_of_region(s)
+    if found is None or len(found[0]) > MAX_ITEMS:
         return None
     intervals = tuple(
         Interval(f"{'(['[low_in]}{low},{high}{')]'[high_in]}", _item(low, depth), low_in, _item(high, depth), high_in)
-        for low, low_in, high, high_in in bounds
+        for low, low_in, high, high_in in found[0]
     )
-    sides, operators = _split_relation(s)
-    names = [side for side in sides if operators and _is_name(side)]
-    return Region(s, intervals, names[0] if len(names) == 1 else "")
+    return Region(s, intervals, found[1])
 
 
-def _bounds_of_region(s: str) -> list[_Bounds] | None:
-    """A union of intervals, written as intervals, inequalities or a set of x with a condition."""
+def _bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
+    """A union of intervals, written as intervals, inequalities or a set of x with a condition; and whose values."""
     sides, operators = _split_relation(s)
+    variable = ""
     if operators == ["\\in"] and _is_name(sides[0]):
-        s = sides[1]
+        variable, s = sides
     if m := re.fullmatch(r"\\\{([^|:]*)[|:](.*)\\\}", s, re.S):
-        s = m[2].strip()
+        variable, s = _split_relation(m[1])[0][0], m[2].strip()
     if excluded := _excluded(s):
         ends = ["-\\infty", *excluded, "\\infty"]
-        return [(low, False, high, False) for low, high in itertools.pairwise(ends)]
+        variable = sides[0] if operators[:1] == ["\\ne"] else variable
+        return [(low, False, high, False) for low, high in itertools.pairwise(ends)], variable
     pieces = split_at(s, _CUP)[0]
-    if len(pieces) == 1:
-        pieces = split_top(s, ",;") if operators or _split_relation(s)[1] else [s]
+    listed = len(pieces) == 1 and bool(_split_relation(s)[1])
+    if listed:
+        pieces = split_top(s, ",;")
     bounds: list[_Bounds] = []
     for piece in pieces:
         if len(pieces) > 1 and (points := _set_items(piece)):  # [1, 2] \cup {5}
             bounds += [(point, True, point, True) for point in points]
-        elif interval := _bounds_of_interval(piece):
-            bounds.append(interval)
-        else:
+            continue
+        interval = _bounds_of_interval(piece)
+        if interval is None or (variable and interval[1] and compact(interval[1]) != compact(variable)):
             return None
-    return bounds
+        bounds += interval[0]
+        variable = interval[1] or variable
+    if listed and "\\lor" not in s:
+        return _intersection(bounds, "\\land" in s), variable
+    return bounds, variable
 
 
-def _bounds_of_interval(s: str) -> _Bounds | None:
+def _intersection(bounds: list[_Bounds], certainly: bool) -> list[_Bounds]:
+    r"""Of "x > 1 and x < 4", one interval; "x > 1, x < 4" is one too, and "x < 1, x > 4" are two."""
+    rays = sorted(bounds, key=lambda ends: ends[0] == "-\\infty")
+    if len(rays) != 2 or rays[0][2] != "\\infty" or rays[1][0] != "-\\infty":
+        return bounds
+    low, high = exact_number(rays[0][0]), exact_number(rays[1][2])
+    if not certainly and (low is None or high is None or low.value > high.value):
+        return bounds
+    return [(rays[0][0], rays[0][1], rays[1][2], rays[1][3])]
+
+
+def _bounds_of_interval(s: str) -> tuple[list[_Bounds], str] | None:
+    """The intervals of one piece, and whose values they are."""
     if len(pair := _bracketed_items(s)) == 2:
-        return pair[0], s[0] == "[", pair[1], s[-1] == "]"
+        return [(pair[0], s[0] == "[", pair[1], s[-1] == "]")], ""
     sides, operators = _split_relation(s)
     if not operators or any(o not in MIRRORED for o in operators):
         return None
+    if operators[0] in (">", "\\ge"):
+        sides, operators = sides[::-1], [MIRRORED[o] for o in reversed(operators)]
+    closed = [o == "\\le" for o in operators]
     if len(operators) == 1:
-        left, right, operator = sides[0], sides[1], operators[0]
-        if re.fullmatch(r"\|\s*[a-z]\s*\|", left) and operator in ("<", "\\le"):
-            return f"-({right})", operator == "\\le", right, operator == "\\le"
-        if not _is_name(left):
-            left, right, operator = right, left, MIRRORED[operator]
-        if not _is_name(left):
-            return None
-        closed = operator in ("\\le", "\\ge")
-        return ("-\\infty", False, right, closed) if operator in ("<", "\\le") else (right, closed, "\\infty", False)
-    if len(operators) == 2 and _is_name(sides[1]):
-        first, second = operators
-        if {first, second} <= {"<", "\\le"}:
-            return sides[0], first == "\\le", sides[2], second == "\\le"
-        if {first, second} <= {">", "\\ge"}:
-            return sides[2], second == "\\ge", sides[0], first == "\\ge"
-    return None
+        left, right = sides
+        if m := _BARS.fullmatch(left):
+            return [(_shifted(f"-({right})", m[2]), closed[0], _shifted(right, m[2]), closed[0])], m[1]
+        if m := _BARS.fullmatch(right):
+            below = ("-\\infty", False, _shifted(f"-({left})", m[2]), closed[0])
+            return [below, (_shifted(left, m[2]), closed[0], "\\infty", False)], m[1]
+        if _is_name(left):
+            return [("-\\infty", False, right, closed[0])], left
+        return ([(left, closed[0], "\\infty", False)], right) if _is_name(right) else None
+    if len(operators) != 2 or not set(operators) <= {"<", "\\le"}:
+        return None
+    if m := _BARS.fullmatch(sides[1]):
+        low, high = sides[0], sides[2]
+        below = (_shifted(f"-({high})", m[2]), closed[1], _shifted(f"-({low})", m[2]), closed[0])
+        return [below, (_shifted(low, m[2]), closed[0], _shifted(high, m[2]), closed[1])], m[1]
+    return ([(sides[0], closed[0], sides[2], closed[1])], sides[1]) if _is_name(sides[1]) else None
+
+
+def _shifted(bound: str, offset: str | None) -> str:
+    return f"{bound}-({offset})" if offset else bound
 
 
 def _excluded(s: str) -> list[str]:
@@ -377,26 +460,16 @@ def _set_items(s: str) -> list[str] | None:
         members = [_set_items(piece) for piece in pieces]
         return None if None in members else list(itertools.chain(*(m for m in members if m)))
     m = re.fullmatch(r"\\\{(.*)\\\}", s, re.S)
-    if not m or closing(s[1:]) != len(s) - 2 or "|" in m[1]:
+    if not m or closing(s[1:]) != len(s) - 2 or "|" in m[1] or (":" in m[1] and _OPERATOR.search(m[1])):
         return None
     return _list_items(m[1])
-
-
-def _matrix_cells(s: str) -> list[list[str]] | None:
-    if s[:1] == "[" and s[-1:] == "]" and "\\begin" in s:  # [ array ]
-        s = s[1:-1].strip()
-    m = re.fullmatch(r"\\begin\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{[a-zA-Z]+\}", s, re.S)
-    if not m:
-        return None
-    rows = [[cell.strip() for cell in row.split("&")] for row in re.split(r"\\\\(?:\[[^\]]*\])?", m[1]) if row.strip()]
-    return rows if sum(map(len, rows)) <= MAX_ITEMS else None
 
 
 def _list_items(s: str) -> list[str]:
     r"""Items of a list: split at commas, \pm written out, `p=5,q=2;p=7,q=2` grouped to pairs."""
     items: list[str] = []
     for item in split_top(s, ",;"):
-        if 1 <= len(re.findall(r"\\(?:pm|mp)(?![a-zA-Z])", item)) <= 2:
+        if "\\{" not in item and 1 <= len(re.findall(r"\\(?:pm|mp)(?![a-zA-Z])", item)) <= 2:
             for plus, minus in (("+", "-"), ("-", "+")):
                 upper = re.sub(r"\\pm(?![a-zA-Z])", plus, item)
                 items.append(re.sub(r"\\mp(?![a-zA-Z])", minus, upper).lstrip("+ "))

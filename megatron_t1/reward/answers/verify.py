@@ -7,16 +7,19 @@ worker processes of pool.py call it.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.equal import check_readable, equal, equal_cheaply
+from megatron_t1.reward.answers.explain import explain
 from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.normalize import normalize
+from megatron_t1.reward.answers.question import asks_for_percent, is_copied
 from megatron_t1.reward.answers.read import read
 from megatron_t1.types import AnswerMode, Outcome
 
 MAX_GOLD_CHARS = 200
+MAX_REASON_CHARS = 2000
 
 
 @dataclass(frozen=True)
@@ -78,24 +81,40 @@ def verify_cheaply(
 
 
 @functools.lru_cache(maxsize=1024)  # the samples of one question repeat their answers
-def verify_fully(gold: str, answer: str, mode: AnswerMode) -> Verdict:
-    """The verdict on an extracted answer."""
+def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "") -> Verdict:
+    """The verdict on an extracted answer; the `question` is where it must not be copied from, '' when it may."""
     try:
-        same = equal(read(_gold(gold, mode)), read(normalize(answer)))
+        reads, spelled = read(_gold(gold, mode)), normalize(answer)
+        same = equal(reads, read(spelled))
+        if not same and spelled.endswith("%") and "%" not in gold and asks_for_percent(question):
+            same = equal(reads, read(spelled[:-1]))
+        copied = same and is_copied(reads, read(spelled), question)
     except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
     except Exception as error:
         return Verdict("crash", answer, f"{type(error).__name__}: {error}"[:200])
+    if copied:
+        return Verdict("wrong", answer, "a formula of the question, not computed")
     return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
 
 
-def verify(gold: str, text: str, mode: AnswerMode = "response", choices: tuple[str, ...] = ()) -> Verdict:
+def explained(verdict: Verdict, gold: str, mode: AnswerMode) -> Verdict:
+    """With a reason that says what was read and which rules decided."""
+    if mode == "mc" or verdict.extracted is None:
+        return verdict
+    told = explain(_gold(gold, mode), normalize(verdict.extracted))
+    return replace(verdict, reason=f"{verdict.reason}; {told}"[:MAX_REASON_CHARS])
+
+
+def verify(
+    gold: str, text: str, mode: AnswerMode = "response", choices: tuple[str, ...] = (), question: str = ""
+) -> Verdict:
     """Both steps in this process; for workers."""
     verdict, answer = verify_cheaply(gold, text, mode, choices)
     if verdict is not None or answer is None:
         return verdict or Verdict("no_answer", None, "no answer")
-    return verify_fully(gold, answer, mode)
+    return verify_fully(gold, answer, mode, question)
 
 
 def gold_problem(gold: str) -> str | None:

@@ -1,0 +1,100 @@
+"""In words that a person can check: what was read from gold and answer, and by which rules they are equal or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_t1.reward.answers.equal import Comparison, equal_cheaply
+from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.normalize import compact, exact_number
+from megatron_t1.reward.answers.read import Answer, Clock, Interval, List, Quantity, Ratio, Region, Relation, Set, read
+
+_HALVES = {"a": "midnight", "p": "noon", "": "midnight or noon"}
+MAX_STEPS = 8
+"""Rules told of one comparison: the last ones decide."""
+_RULES = {
+    "labelled_equal": "items in any order, by their names where they have some",
+    "in_any_order": "items in any order",
+    "in_order": "items in their order",
+    "relations_equal": "relations",
+    "chain_says": "every side of the chain",
+    "percents_equal": "percents",
+    "agrees_with": "rounded",
+    "expressions_equal": "the same value at every point tried",
+    "leaves_equal": "values and units",
+}
+
+
+class _Told(Comparison):
+    """A comparison that keeps which rules were asked and what they said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[str] = []
+        for name, rule in _RULES.items():
+            setattr(self, name, self._told(rule, getattr(self, name)))
+
+    def _told(self, rule: str, method: Callable[..., bool]) -> Callable[..., bool]:
+        def told(gold: Any, answer: Any) -> bool:
+            said = method(gold, answer)
+            self.steps.append(f"{rule}: {_short(gold)} and {_short(answer)}: {'yes' if said else 'no'}")
+            return said
+
+        return told
+
+
+def _short(part: Any) -> str:
+    text = (
+        part.text
+        if isinstance(part, Answer)
+        else ", ".join(_short(item) for item in part)
+        if _many(part)
+        else str(part)
+    )
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _many(part: Any) -> bool:
+    return isinstance(part, (list, tuple))
+
+
+def described(answer: Answer) -> str:
+    """What a text was read as."""
+    kind = type(answer).__name__.lower()
+    match answer:
+        case Quantity(value=value, unit=unit):
+            powers = " ".join(name if power == 1 else f"{name}^{power}" for name, power in unit.kind)
+            factor = "" if unit.factor == 1 else f"{unit.factor} "
+            return f"a quantity, {value.text} with the unit {factor}{powers or unit.noun}"
+        case Clock(seconds=seconds, half=half):
+            return f"a clock time, {seconds} s after {_HALVES[half]}"
+        case Relation(name=name, value=Answer() as value) if name:
+            return f"a name, {name}, with a value: {described(value)}"
+        case Relation(region=Region() as region):
+            return described(region)
+        case Region(intervals=intervals):
+            return f"a region of {len(intervals)} intervals: {_short(intervals)}"
+        case Ratio(parts=items) | List(items=items) | Set(items=items):
+            return f"a {kind} of {len(items)}: {'; '.join(_short(item) for item in items)}"
+        case Interval():
+            return f"an interval, {answer.text}"
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}, {_short(answer)}"
+
+
+def explain(gold: str, answer: str) -> str:
+    """One line on two normalised answers."""
+    if compact(gold) == compact(answer):
+        return f"both are spelled {_short(gold)}"
+    said = "unread"
+    try:
+        said = f"gold: {described(read(gold))}; answer: {described(read(answer))}"
+        if (same := equal_cheaply(gold, answer)) is not None:
+            numbers = " and ".join(str(number.value) for text in (gold, answer) if (number := exact_number(text)))
+            return f"{said}; exact numbers {numbers}: {'equal, or one the other rounded' if same else 'not equal'}"
+        told = _Told()
+        same = told.equal(read(gold), read(answer))
+    except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
+        return f"{said}; cannot be compared: {error or type(error).__name__}"
+    steps = told.steps[-MAX_STEPS:] or ["kinds that have no rule in common" if not same else "the same text inside"]
+    return "; ".join([said, *steps])
