@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_t1.config import Config
@@ -29,7 +29,7 @@ class Rank0:
     servers: Servers
     client: RolloutClient
     scorer: Scorer
-    trace: Trace
+    trace: Trace = field(default_factory=Trace)
 
     def ready(self, prompt: Prompt) -> None:
         """Wait for the servers and check, on one prompt, that they return logprobs after temperature."""
