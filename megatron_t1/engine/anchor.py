@@ -37,7 +37,7 @@ class Anchor:
         self.weights = [param for chunk in self.chunks for param in chunk.parameters()]
         self._policy = [param for chunk in engine.chunks for param in chunk.parameters()]
         moves = cfg.decay < 1
-        self.average = [w.float() if moves and w.dtype != torch.float32 else w for w in self.weights]
+        self.average = [w.detach().float() if moves and w.dtype != torch.float32 else w for w in self.weights]
         self.reset()
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ def main() -> None:
         parallel=parallel,
         sft=SFTConfig(
             batch_size=4, epochs=99, max_steps=int(total), checkpoint=CheckpointConfig(every_steps=int(every), keep=9),
-            optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=2),
+            optim=OptimConfig(lr=1e-3, schedule="cosine" if int(total) > 2 else "constant", warmup_steps=2),
         ),
     )  # fmt: skip
     sft.train(cfg, platform, make_sequences(vocab_size=321))
