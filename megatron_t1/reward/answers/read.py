@@ -231,7 +231,7 @@ def read(text: str) -> Answer:
     if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
         s = s[: remark.start()]
     if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]):
-        s = s[lead.end() :].strip(" :")
+        s = s[lead.end() :].strip(" :=")
     if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
         return Literal(text, "a sentence")
     items = _list_items(s)
