@@ -40,7 +40,8 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"penalties": penalties, "answer": answer, "verdict": told(verdict) if verdict else None, "done": done}
     if not done:
         assert answer is not None
-        yield {"verdict": told(verify_fully(task["gold"], answer, task["mode"], task["question"])), "done": True}
+        context = task["question"], task["refuse_copies"]
+        yield {"verdict": told(verify_fully(task["gold"], answer, task["mode"], *context)), "done": True}
 
 
 _LAZY_IMPORTS = ("heapq", "sympy.combinatorics", "sympy.tensor.tensor")

@@ -110,7 +110,8 @@ class Scorer:
             "text": sample.text,
             "token_ids": sample.token_ids.tolist() if needs_tokens else (),
             "finish_reason": sample.finish_reason,
-            "question": prompt.text if self.cfg.refuse_copies else "",
+            "question": prompt.text,
+            "refuse_copies": self.cfg.refuse_copies,
             "explain": self._explain,
             "penalties": self._penalties,
         }

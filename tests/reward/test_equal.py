@@ -105,3 +105,25 @@ def test_an_option_may_be_chosen_by_its_text() -> None:
     assert verify("B", r"\boxed{\text{Paris}}", "mc", options).outcome == "correct"
     assert verify("Paris", "The answer is B.", "mc", options).outcome == "correct"
     assert verify("B", r"\boxed{\text{Berlin}}", "mc", options).outcome == "wrong"
+
+
+def test_percents_are_accepted_where_the_question_asks_for_them() -> None:
+    question = "What percent of the class has a dog?"
+    assert verify("40", r"\boxed{40\%}", question=question).outcome == "correct"
+    assert verify("40", r"\boxed{40\%}", question="A shirt with 20% off costs how much?").outcome == "wrong"
+    assert verify("40", r"\boxed{41\%}", question=question).outcome == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("gold", "copy"),
+    [
+        ("23", r"3+4\cdot 5"), ("23", r"4 \times 5 + 3"), ("x+2", "2(x+1)-x"), (r"\frac{\pi}{4}", r"\arctan 1"),
+        (r"\sqrt{2}", r"\frac{2}{\sqrt{2}}"),
+    ],
+)  # fmt: skip
+def test_a_formula_of_the_question_is_no_answer(gold: str, copy: str) -> None:
+    question = r"Find $3+4\cdot 5$, simplify $2(x+1)-x$ and $\frac{2}{\sqrt{2}}$, and say what $\arctan(1)$ is."
+    assert verify(gold, rf"\boxed{{{copy}}}").outcome == "correct"
+    assert verify(gold, rf"\boxed{{{copy}}}", question=question).outcome == "wrong"
+    assert verify(gold, rf"\boxed{{{gold}}}", question=question).outcome == "correct"
+    assert verify(gold, rf"\boxed{{{copy} = {gold}}}", question=question).outcome == "correct"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from megatron_t1.reward.answers.verify import verify
 from tests.reward.cases import rows
 from tests.reward.mutations import CHANGED, EQUAL, Mutation
@@ -41,10 +43,10 @@ def test_changed_answers_are_not() -> None:
     assert len(wrong) < MOST_ACCEPTED * len(verdicts), wrong
 
 
-def test_what_users_found() -> None:
+@pytest.mark.parametrize("name", ["field", "kinds"])
+def test_what_users_found_and_more_of_its_kinds(name: str) -> None:
     verdicts = [
-        (row, verify(row["gold"], row["prediction"], row["mode"], tuple(row.get("choices", ()))))
-        for row in rows("field")
+        (row, verify(row["gold"], row["prediction"], row["mode"], tuple(row.get("choices", ())))) for row in rows(name)
     ]
     wrong = [(row["id"], verdict) for row, verdict in verdicts if (verdict.outcome == "correct") != row["expected"]]
     assert wrong == []

@@ -96,7 +96,7 @@ def test_nothing_is_imported_after_the_warm_up() -> None:
         "names = ['repetition', 'overlong', 'garbled', 'language', 'malformed']\n"
         "penalties = json.dumps({'enabled': names, 'max_ngram_repeats': 3})\n"
         "task = {'choices': (), 'prompt': None, 'token_ids': [1] * 40, 'finish_reason': 'stop', 'gold': '0'}\n"
-        "task |= {'question': 'What is $1+1$?', 'explain': True}\n"
+        "task |= {'question': 'What is $1+1$?', 'refuse_copies': True, 'explain': True}\n"
         "for line in sys.stdin:\n"
         "    task |= {'penalties': penalties} | json.loads(line)\n"
         "    list(grading.grade_task(task)); list(grading.grade_task({'gold_to_check': task['gold']}))\n"

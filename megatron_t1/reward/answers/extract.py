@@ -19,7 +19,7 @@ TAIL_CHARS = 20_000
 
 THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>|<\|end_of_thought\|>", re.I)
 _THINK_OPEN = re.compile(r"<(?:think|thinking|thought)>|<\|begin_of_thought\|>", re.I)
-_BOX_TAGS = re.compile(r"<\|begin_of_box\|>(.{0,4000}?)<\|end_of_box\|>|<answer>(.{0,4000}?)</answer>", re.S)
+_BOX_TAGS = re.compile(r"<\|begin_of_box\|>((?:(?!<\|b).)*?)<\|end_of_box\|>|<answer>((?:(?!<a).)*?)</answer>", re.S)
 _END_TOKENS = re.compile(r"<\|[a-z_]{1,20}\|>|</?(?:answer|s)>|<end_of_turn>", re.I)
 BOX = re.compile(r"\\(?:f?boxed|fbox)(?![a-zA-Z])")
 _JOINT = re.compile(
@@ -34,7 +34,7 @@ _ANCHOR = re.compile(
 _COPULA = re.compile(r"\b(?:is|are|equals|be)\b|[是为=]")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 _NUMBER = re.compile(
-    r"(?<![a-zA-Z0-9_.])-?\$?(?:\\frac\{-?\d+\}\{\d+\}|\d[\d,]*\s*/\s*\d+|\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
+    r"(?<![a-zA-Z0-9_.])-?\$?(?:\\frac\{-?\d+\}\{\d+\}|\d[\d,]{0,30}\s*/\s*\d+|\d{1,3}(?:,\d{3}){1,12}(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
     r"(?:\s*(?:%|\\%|percent\b|pct\b))?",
     re.ASCII,
 )

@@ -23,7 +23,7 @@ _UNICODE = {
     "Δ": r"\Delta ", "∆": r"\Delta ", "∠": r"\angle ", "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ",
     "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "⌊": r"\lfloor ",
     "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")",
-    "。": ".", "％": "%", "∶": ":", "＞": ">", "＜": "<", "＝": "=",
+    "。": ".", "％": "%", "¢": r"\text{ cents}", "∶": ":", "＞": ">", "＜": "<", "＝": "=",
 }  # fmt: skip
 _CIRCLED = {chr(0x2460 + i): f"{i + 1}," for i in range(20)}
 _COMMANDS = {
@@ -36,7 +36,7 @@ _COMMANDS = {
     "degree": "^\\circ", "textdegree": "^\\circ", "dots": "\\ldots", "cdots": "\\ldots", "dotsm": "\\ldots",
     "dotsb": "\\ldots", "varepsilon": "\\epsilon", "varphi": "\\phi", "colon": ":", "langle": "(", "rangle": ")",
     "mod": "\\bmod", "arcctg": "\\arccot", "tg": "\\tan", "ctg": "\\cot", "mid": "|", "cupdot": "\\cup",
-    "sqcup": "\\cup",
+    "sqcup": "\\cup", "bar": "\\overline",
 }  # fmt: skip
 _PHRASES = {
     **dict.fromkeys(("all real numbers", "all reals", "\\mathbb{r}", "\\mathbb r"), "(-\\infty,\\infty)"),
@@ -152,6 +152,9 @@ _RULES = _rules(
     ("\\sqrt", r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
     ("", r"\\text\{[^{}]*\}|([\^_])\s*(\d+|(?<=\^)-\d+|[A-Za-z](?![A-Za-z]*\s*\())",  # nobody means x^1 0
      lambda m: f"{m[1]}{{{m[2]}}}" if m[1] else m[0]),
+    ("{(", r"(?<![\\a-zA-Z])([a-zA-Z])\s*\{(\([^(){}]*\))\}", r"\1\2"),  # f{(x)}
+    ("}_", r"(?<![\w}^_\]])\{([A-Za-z])\}(?=_)", r"\1"),
+    (":", r"(\\\{[^:|{}]{0,80}[A-Za-z][^:|{}]{0,40}):", r"\1|"),
     ("_", r"_\s*\{\s*\\text\{\s*([^{}]*?)\s*\}\s*\}", r"_{\1}"),
     ("^{", r"(?:(?<![\w}\])^_])\{([^{}]*)\}|(?<![\w.\\}])(\d+|[A-Za-z]))\s*\^\{\s*1\s*/\s*2\s*\}",
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
@@ -167,7 +170,8 @@ _RULES = _rules(
     ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
     ("", r",?\s*\\text\{\s*,?\s*(and|or|和|与|或)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或)",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
-    ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
+    ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]{0,80}[,;][^\[\]]{0,80})([\[\]])"
+     r"(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
      lambda m: m[1] + "[("[m[2] == "]"] + m[3] + "])"[m[4] == "["]),
     ("\\infty", r"\+\s*\\infty", r"\\infty"),
     ("", r"\s+", " "),

@@ -33,8 +33,8 @@ _TRAILING_CLAUSE = re.compile(
     re.S,
 )
 _HARMLESS_LEAD = re.compile(
-    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]*\b(?:is|are|equals))\s*:?\s*\}"
-    r"|^(?:the|answer)\b[a-z ]*(?-i:[A-Z]+ )?[a-z ]*\b(?:is|are|equals|=)(?=\W)",
+    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals))\s*:?\s*\}"
+    r"|^(?:the|answer)\b[a-z ]{0,40}(?-i:[A-Z]+ )?[a-z ]{0,40}\b(?:is|are|equals|=)(?=\W)",
     re.I,
 )
 _REMARK = re.compile(
@@ -231,7 +231,7 @@ def read(text: str) -> Answer:
     if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
         s = s[: remark.start()]
     if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]):
-        s = s[lead.end() :].strip(" :")
+        s = s[lead.end() :].strip(" :=")
     if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
         return Literal(text, "a sentence")
     items = _list_items(s)

@@ -81,14 +81,14 @@ def verify_cheaply(
 
 
 @functools.lru_cache(maxsize=1024)  # the samples of one question repeat their answers
-def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "") -> Verdict:
-    """The verdict on an extracted answer; the `question` is where it must not be copied from, '' when it may."""
+def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "", refuse_copies: bool = True) -> Verdict:
+    """The verdict on an extracted answer; the question, when it is known, says whether it is copied."""
     try:
         reads, spelled = read(_gold(gold, mode)), normalize(answer)
         same = equal(reads, read(spelled))
         if not same and spelled.endswith("%") and "%" not in gold and asks_for_percent(question):
             same = equal(reads, read(spelled[:-1]))
-        copied = same and is_copied(reads, read(spelled), question)
+        copied = same and refuse_copies and is_copied(reads, read(spelled), question)
     except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
