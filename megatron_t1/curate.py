@@ -14,7 +14,6 @@ Left out: solutions (RL does not need them) and judging by a model what rules ca
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -25,10 +24,10 @@ from tqdm import tqdm
 
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
-from megatron_t1.data.prompts import is_missing, parse_rows
+from megatron_t1.data.prompts import gold_of, is_missing, parse_rows
 from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import sample_seed
-from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
+from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
@@ -98,14 +97,16 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path) -> Counter[str]
     for path in map(Path, cfg.inputs):
         for number, row in tqdm(_rows(path), desc=f"read {path.name}", unit="question"):
             counts["read"] += 1
-            name = str(row.get(cfg.id_field) or f"{path.stem}-{number}")
+            name = _name_of(cfg, row, path, number)
             name = name if name not in names else f"{path.stem}-{number}-{name}"
             names.add(name)
             text, gold = _question_of(cfg, row), _answer_of(cfg, row)
             if reason := _unusable(cfg, text, gold):
                 drop(name, reason, text, gold[:_SHOWN] or None)
             else:
-                questions.append(_Question(name=name, source=str(row.get("source") or path.name), text=text, gold=gold))
+                source = row.get("source")
+                source = source if isinstance(source, str) and source else path.name
+                questions.append(_Question(name=name, source=source, text=text, gold=gold))
     candidates = []
     with Scorer(reward) as scorer:
         problems = scorer.check_golds(question.gold for question in questions)
@@ -139,6 +140,11 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return parse_rows(path, lambda row, number: (number, row))
 
 
+def _name_of(cfg: CurateConfig, row: dict[str, Any], path: Path, number: int) -> str:
+    name = row.get(cfg.id_field)
+    return str(name) if type(name) in (str, int) and name != "" else f"{path.stem}-{number}"
+
+
 def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
     for name in (cfg.question_field, "prompt", "question"):
         if isinstance(row.get(name), str):
@@ -150,11 +156,12 @@ def _answer_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
     """The answer field; or the solution's last box, or what stands after #### in GSM8K. '' when there is none."""
     answer = row.get(cfg.answer_field)
     if isinstance(answer, (str, int, float)) and not isinstance(answer, bool) and not is_missing(answer):
-        text = str(answer).strip()
+        text = gold_of(answer, cfg.answer_field)
         if marked := _GSM8K_ANSWER.search(text):
             return marked[1]
         return (extract.last_box(text) or "") if extract.BOX.search(text) else text.strip("$ ")
-    return extract.last_box(str(row.get(cfg.solution_field) or "")) or ""
+    solution = row.get(cfg.solution_field)
+    return (extract.last_box(solution) or "") if isinstance(solution, str) else ""
 
 
 def _unusable(cfg: CurateConfig, text: str, gold: str) -> str | None:
@@ -190,7 +197,7 @@ def prepare(cfg: CurateConfig, reward: RewardConfig, folder: Path, *, resume: bo
         counts = clean(cfg, reward, folder)
         write_json(folder / "settings.json", settings)
         write_json(counts_path, counts)
-    return json.loads(counts_path.read_text())
+    return read_json(counts_path, dict[str, int])
 
 
 _MAY_CHANGE = ("output", "max_pass_rate", "drop_never_solved", "clean_only", "sampling", "inputs", "evaluation")

@@ -41,8 +41,8 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
         ({"id": "a", "gold": "4"}, r"prediction \(or response\) missing"),
         ({"gold": "4", "prediction": "4"}, "id missing"),
         ({"id": "a", "gold": "4", "prediction": "4", "mode": "x"}, "mode='x'"),
-        ({"id": "a", "gold": ["4"], "prediction": "4"}, "gold="),
-        ({"id": "a", "gold": None, "prediction": "4"}, "gold is empty"),
+        ({"id": "a", "gold": ["4"], "prediction": "4"}, '"gold" is'),
+        ({"id": "a", "gold": None, "prediction": "4"}, 'no reference answer: "gold"'),
         ({"id": "a", "gold": "4", "prediction": {"text": "4"}}, "prediction="),
         ({"id": "a", "gold": "B", "prediction": "B", "mode": "mc", "choices": "AB"}, "choices="),
         ({"id": "a", "gold": "4", "prediction": "4", "finish_reason": "eos"}, "finish_reason="),
@@ -50,7 +50,7 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: dict | list, message: str) -> None:
-    with pytest.raises(ValueError, match=f"line 1: {message}"):
+    with pytest.raises(ValueError, match=rf"in\.jsonl:1: {message}"):
         grade(GradeConfig(input=_write(tmp_path / "in.jsonl", [line]), output=tmp_path / "out.jsonl"))
 
 

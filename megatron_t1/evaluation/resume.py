@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_t1.files import Journal, write_json
+from megatron_t1.files import Journal, read_json, write_json
 
 
 def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewhere: str) -> bool:
@@ -24,7 +24,7 @@ def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewh
     Raises:
         ValueError: results of other settings are there, or of these and `resume` is not given.
     """
-    stored = json.loads(path.read_text()) if path.exists() else None
+    stored = read_json(path, dict[str, Any]) if path.exists() else None
     if stored is None:
         write_json(path, settings)
         return False
@@ -50,7 +50,7 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool, replace
         ValueError: as `check_settings`.
     """
     path = folder / "settings.json"
-    if replace_other and path.exists() and not (resume and not _differences(json.loads(path.read_text()), settings)):
+    if replace_other and path.exists() and not (resume and not _differences(read_json(path, dict[str, Any]), settings)):
         for file in [*folder.glob("*.jsonl"), *folder.glob("*.json")]:
             file.unlink()
     check_settings(path, settings, resume=resume, elsewhere="another --label, or remove it")

@@ -12,13 +12,12 @@ page asks no other host for anything. Left out: interactive plots (TensorBoard h
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_t1.evaluation.results import compare, grid, read_summaries
-from megatron_t1.files import iter_jsonl, read_jsonl, write_text
+from megatron_t1.files import iter_jsonl, read_json, read_jsonl, write_text
 from megatron_t1.report import plots
 from megatron_t1.report.html import render
 
@@ -136,8 +135,7 @@ def _shown(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    text = _read_text(path)
-    return json.loads(text) if text else None
+    return read_json(path) if path.exists() else None
 
 
 def _read_text(path: Path) -> str:
