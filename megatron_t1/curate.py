@@ -14,6 +14,7 @@ Left out: solutions (RL does not need them) and judging by a model what rules ca
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
-from megatron_t1.data.prompts import gold_of, is_missing, parse_rows
+from megatron_t1.data.prompts import is_missing, parse_rows
 from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
@@ -155,8 +156,9 @@ def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
 def _answer_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
     """The answer field; or the solution's last box, or what stands after #### in GSM8K. '' when there is none."""
     answer = row.get(cfg.answer_field)
-    if isinstance(answer, (str, int, float)) and not isinstance(answer, bool) and not is_missing(answer):
-        text = gold_of(answer, cfg.answer_field)
+    is_number = type(answer) in (int, float) and math.isfinite(answer)
+    if is_number or (isinstance(answer, str) and not is_missing(answer)):
+        text = str(answer).strip()
         if marked := _GSM8K_ANSWER.search(text):
             return marked[1]
         return (extract.last_box(text) or "") if extract.BOX.search(text) else text.strip("$ ")

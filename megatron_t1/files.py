@@ -35,17 +35,20 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
     """The value of a JSON text. NaN and Infinity, which Python writes, are read; each key of an object comes once.
 
+    Args:
+        halves: take half of a surrogate pair, which no UTF-8 can say, as what a model may have written.
+
     Raises:
-        ValueError: it is no such text, or holds half of a surrogate pair, which is no text. It says where, and leaves
-            to the caller which file.
+        ValueError: it is no such text, or holds half of a surrogate pair. It says where, and leaves to the caller which
+            file.
     """
     try:
         text = text if isinstance(text, str) else text.decode(ENCODING)
         value = json.loads(text, object_pairs_hook=each_once)
-        if "\\u" in text:
+        if "\\u" in text and not halves:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""

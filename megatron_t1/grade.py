@@ -57,7 +57,7 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
 
 
 def _read(path: Path) -> list[tuple[Any, Prompt, Sample]]:
-    return parse_rows(path, lambda row, number: (row.get("id"), *pair_from_row(row)))
+    return parse_rows(path, lambda row, number: (row.get("id"), *pair_from_row(row)), halves=True)
 
 
 def as_row(identifier: Any, reward: Reward) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 import psutil
@@ -34,7 +34,7 @@ class _Owner(TypedDict):
     started: float
     job: str
     turn: str
-    id: str
+    id: NotRequired[str]
 
 
 @contextlib.contextmanager

@@ -199,10 +199,12 @@ def run_all(cfg: Config) -> None:
         watch.add("start", time.perf_counter() - began)
 
         hf_dir = run_dir / "sft" / "hf"
-        if not (cfg.resume and hf_dir.exists()):
-            with watch("data"):
-                examples = load_sft(cfg.data.need("sft"), template, cfg.data)
-            with watch("sft"):
+        with watch("data"):
+            examples = load_sft(cfg.data.need("sft"), template, cfg.data)
+        with watch("sft"):
+            if cfg.resume and hf_dir.exists():
+                sft.check_finished(cfg, examples)
+            else:
                 hf_dir = sft.train(cfg, platform, examples)
         tuned = replace(cfg, model=replace(cfg.model, hf_path=str(hf_dir)))
         with watch("start"):

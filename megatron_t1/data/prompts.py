@@ -24,7 +24,7 @@ from megatron_t1.types import AnswerMode, Message, Prompt, TrainSequence
 
 T = TypeVar("T")
 Q = TypeVar("Q", "Question", Prompt)
-_MAX_SHOWN = 10
+_MAX_SHOWN, _MAX_LETTERS = 10, 1000
 _ROLES = ("system", "user", "assistant")
 
 
@@ -211,8 +211,13 @@ def parse_rows(
     path: Path,
     parse: Callable[[dict[str, Any], int], T],
     rows: Iterable[tuple[int, Any]] | None = None,
+    *,
+    halves: bool = False,
 ) -> list[T]:
     """`parse(row, line number)` of every line of a JSON lines file, or of `rows` when another reader read them.
+
+    Args:
+        halves: as `parse_json` has it.
 
     Raises:
         ValueError: all the lines that are no JSON object or that `parse` refuses, each named by file and line.
@@ -222,12 +227,12 @@ def parse_rows(
         try:
             if rows is None:
                 _refuse_bytes(row)
-                row = parse_json(row)
+                row = parse_json(row, halves=halves)
             if not isinstance(row, dict):
                 raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
             parsed.append(parse(row, number))
         except ValueError as error:
-            errors.append(f"{path}:{number}: {error}")
+            errors.append(f"{path}:{number}: {error!s:.{_MAX_LETTERS}}")
     if errors:
         more = f"\n... and {len(errors) - _MAX_SHOWN} more" if len(errors) > _MAX_SHOWN else ""
         raise ValueError(f"{len(errors)} bad lines; mend or remove them:\n" + "\n".join(errors[:_MAX_SHOWN]) + more)

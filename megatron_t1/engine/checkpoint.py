@@ -316,14 +316,23 @@ def resume(
     for path in reversed(checkpoints):
         problem = damage(path)
         if problem is None:
-            state = from_main(_state(path) if is_main() else None)
-            changed = from_main(changes(state.get("settings", {}), settings or {}) if is_main() else None)
-            if is_main() or not may_change:
-                check_changes(path, state["step"], changed, allowed=may_change)
+            check_settings(path, settings or {}, may_change=may_change)
             return int(load(path, engine, anchor)["step"])
         if is_main():
             warn(f"checkpoint {path} is damaged: {problem}; looking at the one before")
     raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")
+
+
+def check_settings(path: Path, settings: dict[str, Any], *, may_change: bool) -> None:
+    """Collective. The checkpoint was made with these settings (rank 0's), or it is said and kept that they changed.
+
+    Raises:
+        ValueError: they changed, and that is not allowed.
+    """
+    state = from_main(_state(path) if is_main() else None)
+    changed = from_main(changes(state.get("settings", {}), settings) if is_main() else None)
+    if is_main() or not may_change:
+        check_changes(path, state.get("step", 0), changed, allowed=may_change)
 
 
 def num_bytes(engine: Engine, anchor: Anchor | None) -> int:
