@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tqdm import tqdm
 
@@ -156,7 +156,7 @@ def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
 def _answer_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
     """The answer field; or the solution's last box, or what stands after #### in GSM8K. '' when there is none."""
     answer = row.get(cfg.answer_field)
-    is_number = type(answer) in (int, float) and math.isfinite(answer)
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and -math.inf < answer < math.inf
     if is_number or (isinstance(answer, str) and not is_missing(answer)):
         text = str(answer).strip()
         if marked := _GSM8K_ANSWER.search(text):
@@ -210,6 +210,15 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Candidate(TypedDict):
+    id: str
+
+
+class _Sampled(TypedDict):
+    id: str
+    pass_rate: float | None
+
+
 def sample(cfg: CurateConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
     """Measure the pass rate of every prompt that sampled.jsonl does not have yet; None for those that are too long.
 
@@ -219,7 +228,7 @@ def sample(cfg: CurateConfig, rank0: Rank0, prompts: list[Prompt], folder: Path,
     path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
     settings = {"weights": weights, "sampling": asdict(cfg.sampling), "seed": seed}
     check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
-    rows = read_jsonl(path)
+    rows = read_jsonl(path, _Sampled)
     write_jsonl(path, rows)  # without a last line that was cut
     done = {row["id"] for row in rows}
     left = [prompt for prompt in prompts if prompt.id not in done]
@@ -244,11 +253,11 @@ def sample(cfg: CurateConfig, rank0: Rank0, prompts: list[Prompt], folder: Path,
 
 def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Path, str]:
     """Write the prompts that are kept; returns their file and a table of what became of all."""
-    candidates = read_jsonl(folder / "candidates.jsonl")
+    candidates = read_jsonl(folder / "candidates.jsonl", _Candidate)
     kept = candidates
     fates = Counter(counts)
     if not cfg.clean_only:
-        rates = {row["id"]: row["pass_rate"] for row in read_jsonl(folder / "sampled.jsonl")}
+        rates = {row["id"]: row["pass_rate"] for row in read_jsonl(folder / "sampled.jsonl", _Sampled)}
         kept = []
         for row in candidates:
             rate = rates[row["id"]]

@@ -6,11 +6,31 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tqdm import tqdm
 
 from megatron_t1.files import Journal, read_json, write_json
+from megatron_t1.types import FinishReason
+
+
+class Verdict(TypedDict):
+    correct: bool
+    outcome: str
+    extracted: str | None
+    reason: str
+    penalties: dict[str, str]
+
+
+class ResponseRow(TypedDict):
+    """A graded response, as evaluation and scaling store it; what else is in the line is for people."""
+
+    id: str
+    sample: int
+    response: str
+    num_tokens: int
+    finish_reason: FinishReason
+    reward: Verdict
 
 
 def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewhere: str) -> bool:

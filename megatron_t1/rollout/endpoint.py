@@ -341,7 +341,7 @@ def _parse(reply: Any, prefill: str) -> Reply:
     if finish is not None and not isinstance(finish, str):
         raise _GarbageError(f"a reply whose finish_reason is {finish!r:.100}")
     if refusal or finish not in _FINISH_REASONS:
-        raise RefusedError(f"finish_reason {finish!r}" + (f": {str(refusal)[:200]}" if refusal else ""))
+        raise RefusedError(f"finish_reason {finish!r:.100}" + (f": {str(refusal)[:200]}" if refusal else ""))
     num_prompt, num_generated = (count if type(count) is int and count >= 0 else 0 for count in counts)
     if not (text or thinking or num_generated):  # a model may end at once; then it has generated its end token
         raise _GarbageError("a reply without text")

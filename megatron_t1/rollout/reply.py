@@ -91,7 +91,7 @@ def samples_of(
         return [_sample(choice, server, request, held, tokenizer, vocab_size) for choice in choices]
     except (ValueError, OverflowError, RecursionError) as error:  # msgspec's are ValueErrors, and name the field
         raise ServerError(
-            f"server {server.name}: unreadable reply for {request.label}: {error}; it begins {raw[:100]!r}"
+            f"server {server.name}: unreadable reply for {request.label}: {error!s:.500}; it begins {raw[:100]!r}"
         ) from None
 
 
@@ -102,7 +102,8 @@ def _sample(
         raise AbortedError
     content = choice.logprobs.content
     token_ids = np.array(choice.token_ids, dtype=np.int64)
-    logprobs = np.array([entry.logprob for entry in content], dtype=np.float32)
+    with np.errstate(over="ignore"):  # an infinite one is refused below
+        logprobs = np.array([entry.logprob for entry in content], dtype=np.float32)
     count = len(token_ids)
     if not 0 < count <= request.sampling.max_new_tokens:
         raise ValueError(f"{count} tokens, not 1 to {request.sampling.max_new_tokens}")
