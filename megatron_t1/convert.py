@@ -11,7 +11,6 @@ files are cut, so that ranks of that layout read no more than their own.
 
 from __future__ import annotations
 
-import json
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from megatron_t1.engine.config import ParallelConfig
 from megatron_t1.engine.layout import check_divisible
 from megatron_t1.engine.stored import MegatronCheckpoint, StoredParam, meta_params
-from megatron_t1.files import new_folder, write_json
+from megatron_t1.files import new_folder, read_json, write_json
 from megatron_t1.models import spec_of
 from megatron_t1.weights.buffers import TwoBuffers
 from megatron_t1.weights.hf_folder import (
@@ -207,7 +206,7 @@ def verify_and_say(a: Path, b: Path, *, hf_dir: Path | None = None) -> int:
 def open_megatron(folder: Path, hf_dir: Path | None = None) -> MegatronCheckpoint:
     """A checkpoint of ours: weights, and the dtypes that its Hugging Face tensors had where they differ."""
     recorded = folder / _DTYPES_FILE
-    names = json.loads(recorded.read_text()) if recorded.exists() else {}
+    names = read_json(recorded, dict[str, str]) if recorded.exists() else {}
     try:
         dtypes = {name: DTYPES[spelling] for name, spelling in names.items()}
     except KeyError as error:

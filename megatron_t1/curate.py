@@ -14,12 +14,12 @@ Left out: solutions (RL does not need them) and judging by a model what rules ca
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ from megatron_t1.data.prompts import is_missing, parse_rows
 from megatron_t1.data.sets import file_of, load_texts
 from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import sample_seed
-from megatron_t1.files import append_jsonl, read_jsonl, write_json, write_jsonl
+from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
@@ -108,14 +108,16 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
     for path in map(Path, cfg.inputs):
         for number, row in tqdm(_rows(path), desc=f"read {path.name}", unit="question"):
             counts["read"] += 1
-            name = str(row.get(cfg.id_field) or f"{path.stem}-{number}")
+            name = _name_of(cfg, row, path, number)
             name = name if name not in names else f"{path.stem}-{number}-{name}"
             names.add(name)
             text, gold = _question_of(cfg, row), _answer_of(cfg, row)
             if reason := _unusable(cfg, text, gold):
                 drop(name, reason, text, gold[:_SHOWN] or None)
             else:
-                questions.append(_Question(name=name, source=str(row.get("source") or path.name), text=text, gold=gold))
+                source = row.get("source")
+                source = source if isinstance(source, str) and source else path.name
+                questions.append(_Question(name=name, source=source, text=text, gold=gold))
     candidates: dict[str, _Question] = {}
     contradicted: dict[str, tuple[str, str]] = {}
     with Scorer(reward) as scorer:
@@ -163,6 +165,11 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return parse_rows(path, lambda row, number: (number, row))
 
 
+def _name_of(cfg: CurateConfig, row: dict[str, Any], path: Path, number: int) -> str:
+    name = row.get(cfg.id_field)
+    return str(name) if type(name) in (str, int) and name != "" else f"{path.stem}-{number}"
+
+
 def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
     for name in (cfg.question_field, "prompt", "question"):
         if isinstance(row.get(name), str):
@@ -173,12 +180,14 @@ def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
 def _answer_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
     """The answer field; or the solution's last box, or what stands after #### in GSM8K. '' when there is none."""
     answer = row.get(cfg.answer_field)
-    if isinstance(answer, (str, int, float)) and not isinstance(answer, bool) and not is_missing(answer):
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and -math.inf < answer < math.inf
+    if is_number or (isinstance(answer, str) and not is_missing(answer)):
         text = str(answer).strip()
         if marked := _GSM8K_ANSWER.search(text):
             return marked[1]
         return (extract.last_box(text) or "") if extract.BOX.search(text) else text.strip("$ ")
-    return extract.last_box(str(row.get(cfg.solution_field) or "")) or ""
+    solution = row.get(cfg.solution_field)
+    return (extract.last_box(solution) or "") if isinstance(solution, str) else ""
 
 
 def _unusable(cfg: CurateConfig, text: str, gold: str) -> str | None:
@@ -217,7 +226,7 @@ def prepare(
         counts = clean(cfg, reward, folder, sets_dir)
         write_json(folder / "settings.json", settings)
         write_json(counts_path, counts)
-    return json.loads(counts_path.read_text())
+    return read_json(counts_path, dict[str, int])
 
 
 _MAY_CHANGE = ("output", "max_pass_rate", "drop_never_solved", "clean_only", "num_samples", "inputs", "evaluation")
@@ -226,6 +235,16 @@ _MAY_CHANGE = ("output", "max_pass_rate", "drop_never_solved", "clean_only", "nu
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Candidate(TypedDict):
+    id: str
+
+
+class _Sampled(TypedDict):
+    id: str
+    pass_rate: float | None
+    share_cut: NotRequired[float]
 
 
 def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
@@ -238,7 +257,7 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
     path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
     settings = {"weights": weights, "sampling": asdict(sampling), "seed": seed}
     check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
-    rows = read_jsonl(path)
+    rows = read_jsonl(path, _Sampled)
     write_jsonl(path, rows)  # without a last line that was cut
     done = {row["id"] for row in rows}
     left = [prompt for prompt in prompts if prompt.id not in done]
@@ -266,12 +285,12 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
 
 def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Path, str]:
     """Write the prompts that are kept; returns their file and a table of what became of all."""
-    candidates = read_jsonl(folder / "candidates.jsonl")
+    candidates = read_jsonl(folder / "candidates.jsonl", _Candidate)
     kept = candidates
     fates = Counter(counts)
     share_cut = None
     if not cfg.clean_only:
-        sampled = read_jsonl(folder / "sampled.jsonl")
+        sampled = read_jsonl(folder / "sampled.jsonl", _Sampled)
         rates = {row["id"]: row["pass_rate"] for row in sampled}
         cuts = [row["share_cut"] for row in sampled if row["pass_rate"] is not None]
         share_cut = sum(cuts) / max(1, len(cuts))

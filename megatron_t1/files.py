@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import psutil
+import yaml
 
 _SYNC_INTERVAL_S = 2.0
 ENCODING = "utf-8-sig"
@@ -31,6 +33,92 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding=ENCODING)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
+    """The value of a JSON text. NaN and Infinity, which Python writes, are read; each key of an object comes once.
+
+    Args:
+        halves: take half of a surrogate pair, which no UTF-8 can say, as what a model may have written.
+
+    Raises:
+        ValueError: it is no such text, or holds half of a surrogate pair. It says where, and leaves to the caller which
+            file.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode(ENCODING)
+        value = json.loads(text, object_pairs_hook=each_once)
+        if "\\u" in text and not halves:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not valid JSON ({error.msg} at {line}column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+    return value
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its entries, for `json`. Raises ValueError for a key that is there twice: which one counts?"""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+    return entries
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):  # the loader refuses another one below
+            each_once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain value of a YAML text; each key of a mapping comes once.
+
+    Raises:
+        ValueError: it is no such text. It leaves to the caller which file.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("lists or mappings are nested too deeply") from None
+
+
+def read_json(path: Path, shape: Any = Any) -> Any:
+    """The value in a JSON file, `shape` being the type that it must have.
+
+    What the shape does not name is kept, and is not looked at.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or of another shape; the message names the file.
+    """
+    text = read_text(path)
+    try:
+        return of_shape(parse_json(text), shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def of_shape(value: Any, shape: Any) -> Any:
+    """`value`, which must be of the type `shape` (TypedDict, list and their like).
+
+    Raises:
+        ValueError: it is not; the message says where.
+    """
+    try:
+        msgspec.convert(value, shape)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    return value
 
 
 @contextmanager
@@ -114,9 +202,13 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file this package wrote; [] when there is none. A last line cut by a kill is left out."""
-    return list(iter_jsonl(path))
+def read_jsonl(path: Path, shape: Any = dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a JSONL file this package wrote; [] when there is none. A last line cut by a kill is left out.
+
+    Raises:
+        ValueError: a line is not JSON, or of another shape (as `read_json` takes it); it is named by file and number.
+    """
+    return list(iter_jsonl(path, shape))
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -174,11 +266,17 @@ class Journal:
         self.close()
 
 
-def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def iter_jsonl(path: Path, shape: Any = dict[str, Any]) -> Iterator[dict[str, Any]]:
     """As `read_jsonl`, one row at a time."""
     if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if line.endswith("\n"))
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    try:
+                        row = of_shape(parse_json(line), shape)
+                    except ValueError as error:
+                        raise ValueError(f"{path}:{number}: {error}; this line is not what was written") from None
+                    yield row
 
 
 def sort_jsonl(source: Path, target: Path, key: Callable[[dict[str, Any]], Any]) -> None:

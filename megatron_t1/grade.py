@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,8 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.config import GradeConfig
-from megatron_t1.data.prompts import is_missing
-from megatron_t1.files import ENCODING
+from megatron_t1.data.prompts import gold_of, parse_rows
 from megatron_t1.reward.score import Scorer
 from megatron_t1.types import AnswerMode, Prompt, Reward, Sample, text_sample
 
@@ -34,14 +32,15 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
     missing = [name if name == other else f"{name} (or {other})" for name, other in names.items() if name not in row]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
-    for key in ("gold", "prediction", "question"):
+    if type(row["id"]) not in (str, int):
+        raise ValueError(f"id={row['id']!r:.60} must be text or a whole number")
+    for key in ("prediction", "question"):
         if isinstance(row.get(key), (list, dict, bool)):
             raise ValueError(f"{key}={str(row[key])[:60]} must be text or a number")
-    if is_missing(row["gold"]):
-        raise ValueError("gold is empty: there is nothing to compare with")
-    choices = row.get("choices") or ()
-    if not isinstance(choices, (list, tuple)):
-        raise ValueError(f"choices={choices!r} must be a list of option texts")
+    gold = gold_of(row["gold"], "gold")
+    choices = row.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(f"choices={choices!r:.60} must be a list of option texts")
     mode, finish_reason = row.get("mode", "response"), row.get("finish_reason", "stop")
     if mode not in get_args(AnswerMode):
         raise ValueError(f"mode={mode!r} is not one of {', '.join(get_args(AnswerMode))}")
@@ -51,9 +50,9 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
         id=str(row["id"]),
         text=str(row.get("question") or ""),
         token_ids=np.zeros(0, np.int64),
-        gold=str(row["gold"]),
+        gold=gold,
         mode=mode,
-        choices=tuple(map(str, choices)),
+        choices=tuple(choices),
     )
     return prompt, text_sample("" if row["prediction"] is None else str(row["prediction"]), finish_reason)
 
@@ -78,19 +77,12 @@ def _label(row: dict[str, Any], key: str | None) -> bool | None:
     return bool(row[key])
 
 
-def _read(path: Path, labels: str | None) -> Iterator[Row]:
-    with path.open(encoding=ENCODING) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
-                prompt, sample = pair_from_row(row)
-                yield Row(row["id"], prompt, sample, _label(row, labels), str(row.get("kind", "all")))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+def _read(path: Path, labels: str | None) -> list[Row]:
+    def parse(row: dict[str, Any], number: int) -> Row:
+        prompt, sample = pair_from_row(row)
+        return Row(row.get("id"), prompt, sample, _label(row, labels), str(row.get("kind", "all")))
+
+    return parse_rows(path, parse, halves=True)
 
 
 class Agreement:
@@ -144,7 +136,7 @@ def grade(cfg: GradeConfig) -> None:
     Raises:
         ValueError: a line of the input is not readable; the message names it.
     """
-    rows = list(_read(Path(cfg.input), cfg.labels))
+    rows = _read(Path(cfg.input), cfg.labels)
     outcomes: Counter[str] = Counter()
     agreement = Agreement()
     with (

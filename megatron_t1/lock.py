@@ -15,14 +15,26 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import psutil
 
+from megatron_t1.files import read_json
 from megatron_t1.warn import warn
 
 FILE = "lock.json"
 _TOUCHED_EVERY_S, _GONE_AFTER_S = 10.0, 300.0
+
+
+class _Owner(TypedDict):
+    host: str
+    processes: str
+    process: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
+    started: float
+    job: str
+    turn: str
+    id: NotRequired[str]
 
 
 @contextlib.contextmanager
@@ -84,10 +96,9 @@ def _take(path: Path, mine: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None: not there, or cut off while it was written."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        read = json.loads(path.read_text())
-        return read if isinstance(read, dict) else None
+    """None: not there, or cut off while it was written, or damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return read_json(path, _Owner)
     return None
 
 

@@ -174,6 +174,9 @@ def _by_server(server: Server, text: TrainSequence) -> np.ndarray:
         reply = server.call("POST", "/v1/completions", body, timeout_s=_REQUEST_TIMEOUT_S)
         entries = reply["choices"][0]["prompt_logprobs"]
         logprobs = [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
-        return np.array(logprobs[len(text.prompt_ids) - 1 :], np.float32)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if not all(type(logprob) in (int, float) for logprob in logprobs):
+            raise ValueError("a logprob is no number")
+        with np.errstate(over="ignore"):  # an infinite one is shown as that
+            return np.array(logprobs[len(text.prompt_ids) - 1 :], np.float32)
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ServerError(f"server {server.name} returned no prompt logprobs: {json.dumps(str(error))}") from None

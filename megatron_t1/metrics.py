@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -19,6 +19,12 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_t1.files import append_jsonl, read_jsonl, write_jsonl
 from megatron_t1.trace import Trace
 from megatron_t1.types import Group
+
+
+class _Step(TypedDict):
+    """A line of metrics.jsonl or samples.jsonl, as far as its place in the run goes."""
+
+    step: int
 
 
 class Stopwatch:
@@ -61,7 +67,7 @@ class MetricsLog:
         self._path, self._samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
         self._groups_kept = groups_kept
         for path in (self._path, self._samples_path):
-            write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= first_step])
+            write_jsonl(path, [row for row in read_jsonl(path, _Step) if row["step"] <= first_step])
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=first_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -8,7 +8,6 @@ scaling and curation are one process without Megatron.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -32,7 +31,7 @@ from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.evaluation.results import read_summaries, table
 from megatron_t1.evaluation.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
 from megatron_t1.evaluation.scaling import Scaling
-from megatron_t1.files import write_json
+from megatron_t1.files import read_json, write_json
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.models import spec_of
 from megatron_t1.platform import gpus
@@ -202,10 +201,12 @@ def run_all(cfg: Config) -> None:
         watch.add("start", time.perf_counter() - began)
 
         hf_dir = run_dir / "sft" / "hf"
-        if not (cfg.resume and hf_dir.exists()):
-            with watch("data"):
-                examples = load_sft(cfg.data.need("sft"), template, cfg.data)
-            with watch("sft"):
+        with watch("data"):
+            examples = load_sft(cfg.data.need("sft"), template, cfg.data)
+        with watch("sft"):
+            if cfg.resume and hf_dir.exists():
+                sft.check_finished(cfg, examples)
+            else:
                 hf_dir = sft.train(cfg, platform, examples)
         tuned = replace(cfg, model=replace(cfg.model, hf_path=str(hf_dir)))
         with watch("start"):
@@ -315,7 +316,7 @@ def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float)
     run_dir = Path(cfg.run_dir)
 
     def read(path: str) -> Any:
-        return json.loads((run_dir / path).read_text())
+        return read_json(run_dir / path)
 
     def accuracy(label: str) -> Any:
         return read(f"evaluate/{label}/{cfg.data.need('heldout').stem}/summary.json")["pass_at_1"]

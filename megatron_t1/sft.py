@@ -48,6 +48,20 @@ def _settings(cfg: Config, examples: list[TrainSequence]) -> dict[str, Any]:
     )
 
 
+def check_finished(cfg: Config, examples: list[TrainSequence]) -> None:
+    """Collective. The fine-tuned model in run_dir was made with these settings and examples, or what changed is said.
+
+    Without its checkpoints nothing is known of how it was made, and it is taken as it is.
+
+    Raises:
+        ValueError: it was made with others, and `resume_with_changes` is not given.
+    """
+    folder = Path(cfg.run_dir) / "sft" / "checkpoints"
+    if checkpoints := from_main(checkpoint.finished(folder) if is_main() else None):
+        settings = _settings(cfg, examples) if is_main() else {}
+        checkpoint.check_settings(checkpoints[-1], settings, may_change=cfg.resume_with_changes)
+
+
 def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Path:
     """Fine-tune `model.hf_path` on the examples; returns the exported Hugging Face folder. Collective.
 

@@ -202,7 +202,7 @@ def test_an_index_that_is_not_true_is_refused_by_name(tmp_path):
     index.write_text(
         index.read_text().replace('"model.norm.weight"', '"model.norm.weight": "a.safetensors", "model.norm.weight"')
     )
-    refused("'model.norm.weight' is listed twice")
+    refused("'model.norm.weight' is there twice")
     index.write_text(json.dumps({"weight_map": {**weight_map, "ghost": "a.safetensors"}}))
     refused("lists 1 tensors that no file has, the first: ['ghost']")
     index.write_text(json.dumps({"weight_map": {**weight_map, "ghost": "../a.safetensors"}}))

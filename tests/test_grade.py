@@ -42,8 +42,8 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
         ({"id": "a", "gold": "4"}, r"prediction \(or response\) missing"),
         ({"gold": "4", "prediction": "4"}, "id missing"),
         ({"id": "a", "gold": "4", "prediction": "4", "mode": "x"}, "mode='x'"),
-        ({"id": "a", "gold": ["4"], "prediction": "4"}, "gold="),
-        ({"id": "a", "gold": None, "prediction": "4"}, "gold is empty"),
+        ({"id": "a", "gold": ["4"], "prediction": "4"}, '"gold" is'),
+        ({"id": "a", "gold": None, "prediction": "4"}, 'no reference answer: "gold"'),
         ({"id": "a", "gold": "4", "prediction": {"text": "4"}}, "prediction="),
         ({"id": "a", "gold": "B", "prediction": "B", "mode": "mc", "choices": "AB"}, "choices="),
         ({"id": "a", "gold": "4", "prediction": "4", "finish_reason": "eos"}, "finish_reason="),
@@ -51,7 +51,7 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: dict | list, message: str) -> None:
-    with pytest.raises(ValueError, match=f"line 1: {message}"):
+    with pytest.raises(ValueError, match=rf"in\.jsonl:1: {message}"):
         grade(GradeConfig(input=_write(tmp_path / "in.jsonl", [line]), output=tmp_path / "out.jsonl"))
 
 
@@ -144,5 +144,5 @@ def test_labels_are_compared_by_kind(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "| letters | 1 | 0.0% | 0 | 1 |\n| number | 2 | 50.0% | 1 | 0 |\n| all | 3 | 33.3% | 1 | 1 |" in said
     assert "false positive: b (number)\nfalse negative: c (letters)" in said
-    with pytest.raises(ValueError, match="line 1: right=None must be true or false"):
+    with pytest.raises(ValueError, match="jsonl:1: right=None must be true or false"):
         grade(GradeConfig(input=source, output=tmp_path / "out.jsonl", labels="right"))

@@ -8,7 +8,6 @@ Problems end it with exit code 1, warnings do not. Left out: anything that needs
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.evaluation.questions import question_sets
-from megatron_t1.files import ENCODING, read_text
+from megatron_t1.files import ENCODING, read_json
 from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform.installed import installed
@@ -123,7 +122,7 @@ def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | Non
     )
     path = model_dir / "generation_config.json"
     if path.exists():
-        ends = json.loads(read_text(path)).get("eos_token_id")
+        ends = read_json(path, dict[str, object]).get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         found.should(
             ends == [None] or template.eos_token_id in ends,

@@ -8,8 +8,10 @@ It goes on after an error, so that a person is told everything at once; an error
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
+import reprlib
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
@@ -17,12 +19,14 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-import yaml
 
 from megatron_t1.fields import FieldError
-from megatron_t1.files import read_text
+from megatron_t1.files import parse_yaml, read_text
 
 T = TypeVar("T")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 300
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 12
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
@@ -72,8 +76,8 @@ def _collect(cls: type, arguments: Sequence[str], problems: list[str]) -> dict[s
             _merge(settings, _read_file(Path(text), problems), cls)
             continue
         try:
-            value: Any = yaml.safe_load(text) if is_dataclass(hint) or class_of_each(hint) else _Word(text)
-        except yaml.YAMLError as error:
+            value: Any = parse_yaml(text) if is_dataclass(hint) or class_of_each(hint) else _Word(text)
+        except ValueError as error:
             problems.append(f"{name} = {text!r} is not YAML: {error}")
             continue
         for part in reversed(name.split(".")):
@@ -84,13 +88,17 @@ def _collect(cls: type, arguments: Sequence[str], problems: list[str]) -> dict[s
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(read_text(path))
+        text = read_text(path)
     except OSError as error:
         problems.append(f"{path} can't be read: {error.strerror}")
-    except yaml.YAMLError as error:
-        problems.append(f"{path} is not YAML: {error}")
+        return {}
     except ValueError as error:
         problems.append(str(error))
+        return {}
+    try:
+        settings = parse_yaml(text)
+    except ValueError as error:
+        problems.append(f"{path} is not YAML: {error}")
     else:
         if settings is None or isinstance(settings, dict):
             return settings or {}
@@ -131,9 +139,13 @@ def _build(cls: Any, settings: dict[str, Any], problems: list[str], path: str = 
     hints, known = get_type_hints(cls), {field.name: field for field in fields(cls)}
     good: dict[str, Any] = {}
     for name, value in settings.items():
-        if name not in known:
+        if not isinstance(name, str):
+            problems.append(f"{path}{_shown(name)} is not a setting: names are text")
+        elif name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            problems.append(f"{path}{name} is not a setting" + (f"; did you mean {path}{close[0]}?" if close else ""))
+            problems.append(
+                f"{path}{name[:80]} is not a setting" + (f"; did you mean {path}{close[0]}?" if close else "")
+            )
         elif is_dataclass(hints[name]):
             section = _section(hints[name], value, problems, path + name, default_of(known[name], default))
             if section is not None:
@@ -146,16 +158,21 @@ def _build(cls: Any, settings: dict[str, Any], problems: list[str], path: str = 
             try:
                 good[name] = _convert(value, hints[name])
             except msgspec.ValidationError as error:
-                problems.append(f"{path}{name} = {value!r} must be {_wanted(hints[name], value, str(error))}")
+                problems.append(f"{path}{name} = {_shown(value)} must be {_wanted(hints[name], value, str(error))}")
             except ValueError as error:
-                problems.append(f"{path}{name} = {value!r} {error}")
+                problems.append(f"{path}{name} = {_shown(value)} {error}")
     return _construct(cls, good, settings.keys(), problems, path, default)
+
+
+def _shown(value: Any) -> str:
+    """Not all of it: an alias of YAML is a short word for as much as one likes."""
+    return _SHORT.repr(value)
 
 
 def _section(cls: type, value: Any, problems: list[str], name: str, default: Any = None) -> Any:
     if isinstance(value, dict):
         return _build(cls, value, problems, f"{name}.", default)
-    problems.append(f"{name} = {value!r} must be a section with settings of its own")
+    problems.append(f"{name} = {_shown(value)} must be a section with settings of its own")
     return None
 
 
@@ -186,7 +203,17 @@ def _expanded(value: Any) -> Any:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    return _expanded(_typed(value, hint))
+    converted = _typed(value, hint)
+    _check_finite(converted)
+    return _expanded(converted)
+
+
+def _check_finite(value: Any) -> None:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for each in inner:
+        _check_finite(each)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
 
 
 def _typed(value: Any, hint: Any) -> Any:
@@ -198,9 +225,10 @@ def _typed(value: Any, hint: Any) -> Any:
         return msgspec.convert(str(value), hint, dec_hook=_path_of)  # a field of text takes the word as it is
     except msgspec.ValidationError:
         try:
-            return msgspec.convert(yaml.safe_load(value), hint, strict=False, dec_hook=_path_of)
-        except yaml.YAMLError as error:
+            parsed = parse_yaml(value)
+        except ValueError as error:
             raise msgspec.ValidationError(f"not YAML: {error}") from None
+        return msgspec.convert(parsed, hint, strict=False, dec_hook=_path_of)
 
 
 def _path_of(kind: type, value: Any) -> Path:

@@ -7,6 +7,7 @@ An SFT example: {"prompt" or "messages", "response"}.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -18,12 +19,12 @@ import numpy as np
 from megatron_t1.data.config import DataConfig
 from megatron_t1.data.template import Template
 from megatron_t1.data.tokenizer import load_tokenizer
-from megatron_t1.files import ENCODING
+from megatron_t1.files import ENCODING, parse_json
 from megatron_t1.types import AnswerMode, Message, Prompt, TrainSequence
 
 T = TypeVar("T")
 Q = TypeVar("Q", "Question", Prompt)
-_MAX_SHOWN = 10
+_MAX_SHOWN, _MAX_LETTERS = 10, 1000
 _ROLES = ("system", "user", "assistant")
 
 
@@ -85,19 +86,24 @@ def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Questi
     messages = _messages(row, system_prompt)
     mode = row.get("mode", "response")
     if mode not in get_args(AnswerMode):
-        raise ValueError(f'"mode" is {mode!r}; use one of {", ".join(get_args(AnswerMode))}')
+        raise ValueError(f'"mode" is {mode!r:.60}; use one of {", ".join(get_args(AnswerMode))}')
     choices = row.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError('"choices" must be a list of strings')
     known = {"id", "prompt", "messages", "answer", "mode", "choices"}
     return Question(
-        id=str(_need(row, "id", (str, int))),
+        id=id_of(row),
         messages=messages,
         gold=gold_of(row.get("answer")),
         mode=mode,
         choices=tuple(choices),
         meta={name: value for name, value in row.items() if name not in known},
     )
+
+
+def id_of(row: dict[str, Any]) -> str:
+    """Text, or a whole number as text; raises ValueError for anything else."""
+    return str(_need(row, "id", (str, int)))
 
 
 def is_missing(value: Any) -> bool:
@@ -115,6 +121,8 @@ def gold_of(value: Any, name: str = "answer") -> str:
         raise ValueError(f'no reference answer: "{name}" is missing or empty')
     if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
         raise ValueError(f'"{name}" is {value!r:.60}, a {type(value).__name__}; it must be text or a number')
+    if isinstance(value, (float, Decimal)) and not math.isfinite(value):
+        raise ValueError(f'"{name}" is {value}: a number that is too large, or none')
     return str(value).strip()
 
 
@@ -202,9 +210,14 @@ def load_texts(path: Path, model_dir: Path) -> list[TrainSequence]:
 def parse_rows(
     path: Path,
     parse: Callable[[dict[str, Any], int], T],
-    rows: Iterable[tuple[int, str | dict[str, Any]]] | None = None,
+    rows: Iterable[tuple[int, Any]] | None = None,
+    *,
+    halves: bool = False,
 ) -> list[T]:
     """`parse(row, line number)` of every line of a JSON lines file, or of `rows` when another reader read them.
+
+    Args:
+        halves: as `parse_json` has it.
 
     Raises:
         ValueError: all the lines that are no JSON object or that `parse` refuses, each named by file and line.
@@ -212,16 +225,14 @@ def parse_rows(
     parsed, errors = [], []
     for number, row in _lines(path) if rows is None else rows:
         try:
-            if isinstance(row, str):
-                row = json.loads(row)
-                json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            if rows is None:
+                _refuse_bytes(row)
+                row = parse_json(row, halves=halves)
             if not isinstance(row, dict):
                 raise ValueError(f"must be an object in braces, is a {type(row).__name__}")
             parsed.append(parse(row, number))
-        except json.JSONDecodeError as error:
-            errors.append(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})")
-        except (ValueError, RecursionError) as error:
-            errors.append(f"{path}:{number}: {error}")
+        except ValueError as error:
+            errors.append(f"{path}:{number}: {error!s:.{_MAX_LETTERS}}")
     if errors:
         more = f"\n... and {len(errors) - _MAX_SHOWN} more" if len(errors) > _MAX_SHOWN else ""
         raise ValueError(f"{len(errors)} bad lines; mend or remove them:\n" + "\n".join(errors[:_MAX_SHOWN]) + more)
@@ -232,14 +243,21 @@ def parse_rows(
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with path.open(encoding=ENCODING) as file:
+        # What is not UTF-8 comes as halves of surrogate pairs: the line it stands in is known then.
+        with path.open(encoding=ENCODING, errors="surrogateescape") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _refuse_bytes(line: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(line[error.start]) & 0xFF
+        raise ValueError(f"not UTF-8 text (byte 0x{byte:02x} at column {error.start + 1})") from None
 
 
 def _need(row: dict[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
@@ -247,7 +265,7 @@ def _need(row: dict[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
     if is_missing(value):
         raise ValueError(f'"{name}" is missing or empty')
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f'"{name}" is {value!r}; it must be a {" or ".join(kind.__name__ for kind in kinds)}')
+        raise ValueError(f'"{name}" is {value!r:.60}; it must be a {" or ".join(kind.__name__ for kind in kinds)}')
     return value
 
 

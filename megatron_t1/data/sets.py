@@ -9,7 +9,6 @@ Answer, Incorrect Answer 1 to 3), and our own (prompt or messages, answer).
 from __future__ import annotations
 
 import csv
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 
 from megatron_t1.data.config import INSTRUCTION
 from megatron_t1.data.prompts import Question, gold_of, is_missing, parse_rows, question_of
-from megatron_t1.files import ENCODING, read_text
+from megatron_t1.files import ENCODING, read_json
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -160,7 +159,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]] | None:
+def _rows(path: Path) -> Iterator[tuple[int, Any]] | None:
     """(line or row number, row) of a file that is no JSON lines; None for JSON lines, which `parse_rows` reads."""
     if path.suffix == ".jsonl":
         return None
@@ -168,23 +167,48 @@ def _rows(path: Path) -> Iterator[tuple[int, str | dict[str, Any]]] | None:
         raise ValueError(f"{path} does not exist")
     try:
         if path.suffix == ".csv":
-            csv.field_size_limit(1 << 24)
-            with path.open(encoding=ENCODING, newline="") as file:
-                rows: list[Any] = list(csv.DictReader(file))
-        elif path.suffix == ".parquet":
-            from pyarrow import ArrowException, parquet
-
-            try:
-                rows = parquet.read_table(path).to_pylist()
-            except ArrowException as error:
-                raise ValueError(str(error)) from None
-        else:
-            rows = json.loads(read_text(path))
-            if isinstance(rows, dict):
-                rows = next((value for value in rows.values() if isinstance(value, list)), [])
+            return enumerate(_csv_rows(path), start=1)
+        if path.suffix == ".parquet":
+            return enumerate(_parquet_rows(path), start=1)
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} can't be read as {path.suffix[1:]}: {error}") from None
-    return iter(enumerate(rows, start=1))
+    rows = read_json(path)
+    if isinstance(rows, dict):
+        rows = next((value for value in rows.values() if isinstance(value, list)), None)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} can't be read as json: it must be a list of questions, or an object that has one")
+    return enumerate(rows, start=1)
+
+
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    csv.field_size_limit(1 << 24)
+    with path.open(encoding=ENCODING, newline="") as file:
+        reader = csv.reader(file, strict=True)  # or a quote that nothing closes takes the rest of the file for its text
+        names = next(reader, [])
+        _refuse_twice(names)
+        rows = []
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise ValueError(f"line {reader.line_num} has {len(cells)} fields, the header has {len(names)}")
+            if cells:
+                rows.append(dict(zip(names, cells, strict=True)))
+        return rows
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(path, page_checksum_verification=True)
+        _refuse_twice(table.column_names)
+        return table.to_pylist()
+    except (ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:  # the library's own are of all these
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _refuse_twice(names: list[str]) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"column {twice[0]!r:.80} is there twice")
 
 
 def _question(

@@ -41,6 +41,7 @@ class Template:
         Raises:
             ValueError: the folder has no tokenizer, no chat template or no end token.
         """
+        self._folder = model_dir
         self.tokenizer: Any = load_tokenizer(model_dir)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{model_dir}: the tokenizer has no chat template; add chat_template.jinja to the folder")
@@ -58,8 +59,6 @@ class Template:
         Raises:
             ValueError: the chat template refuses the conversation.
         """
-        from jinja2 import TemplateError
-
         # What people spelled is hidden from the tokenizer behind marks that no text has.
         mark = f"\ue000{secrets.token_hex(8)}"
         hidden: list[str] = []
@@ -72,8 +71,9 @@ class Template:
             messages = [{**m, "content": self._control_pattern.sub(hide, m["content"])} for m in messages]
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template is a program, which may divide by zero; and so its author refuses
+            told = str(error) or type(error).__name__
+            raise ValueError(f"the chat template refuses these messages: {told:.500} ({self._folder})") from None
         if not hidden:
             return self.ids(text)
         shown = re.compile(f"{mark}:(\\d+)\ue001")

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_t1.files import read_text
+from megatron_t1.files import read_json, read_text
 
 # GLM-4's conversation, for a checkpoint that keeps it in its code: https://github.com/THUDM/GLM-4
 GLM4_CHAT_TEMPLATE = (
@@ -23,6 +23,7 @@ GLM4_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _SPACE = "\u2581"  # how sentencepiece spells a space
+_UNKNOWN_END = "eos_token = {!r:.80} is no token of its vocabulary"
 _NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -34,10 +35,10 @@ def load_tokenizer(model_dir: Path) -> Any:
     """
     try:
         tokenizer = _load(model_dir)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{model_dir}: its tokenizer can't be loaded: {error}") from None
-    # For a folder without the file, the library makes one that has its special tokens alone.
-    ids = tokenizer("a 1", add_special_tokens=False)["input_ids"]
+        # For a folder without the file, the library makes one that has its special tokens alone.
+        ids = tokenizer("a 1", add_special_tokens=False)["input_ids"]
+    except Exception as error:  # the libraries have no class for it, they raise what they come upon
+        raise ValueError(f"{model_dir}: its tokenizer can't be loaded: {_told(error)}") from None
     if not set(ids) - {tokenizer.unk_token_id}:
         raise ValueError(
             f"{model_dir}: its tokenizer has no vocabulary: tokenizer.json (or tokenizer.model) is missing or empty; "
@@ -48,18 +49,28 @@ def load_tokenizer(model_dir: Path) -> Any:
     return tokenizer
 
 
+def _told(error: Exception) -> str:
+    """Its words, or its class where these alone say nothing."""
+    named = (
+        f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, AttributeError, IndexError)) else str(error)
+    )
+    return named[:500] or type(error).__name__
+
+
 def _load(model_dir: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (model_dir / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast.from_pretrained(model_dir)
+        made = PreTrainedTokenizerFast.from_pretrained(model_dir)
+        _check_end(made, model_dir)
+        return made
     vocabulary = model_dir / "tokenizer.model"
     if not vocabulary.exists():
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     ranks = _tiktoken_ranks(vocabulary)
     tokenizer = _from_sentencepiece(vocabulary) if ranks is None else _from_tiktoken(ranks)
     path = model_dir / "tokenizer_config.json"
-    config = json.loads(read_text(path)) if path.exists() else {}
+    config = read_json(path, dict[str, Any]) if path.exists() else {}
     _add_tokens(tokenizer, config)
     template = model_dir / "chat_template.jinja"
     if template.exists():
@@ -67,12 +78,31 @@ def _load(model_dir: Path) -> Any:
     if ranks is not None and tokenizer.token_to_id("[gMASK]") is not None:
         config.setdefault("chat_template", GLM4_CHAT_TEMPLATE)
     named = {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name)}
+    if (end := named.get("eos_token")) and tokenizer.token_to_id(end) is None:
+        raise ValueError(_UNKNOWN_END.format(end))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=config.get("chat_template"),
         clean_up_tokenization_spaces=False,
         **named,
     )
+
+
+def _check_end(tokenizer: Any, model_dir: Path) -> None:
+    """The library gives an end token that no file knows a number of its own, past the weights or among their padding.
+
+    Raises:
+        ValueError: it did.
+    """
+    end, path = tokenizer.eos_token, model_dir / "tokenizer_config.json"
+    if end is None:
+        return
+    text = read_text(model_dir / "tokenizer.json")
+    if any(json.dumps(end, ensure_ascii=ascii_only) in text for ascii_only in (True, False)):
+        return
+    config = read_json(path, dict[str, Any]) if path.exists() else {}
+    if all(_content(token) != end for token in config.get("added_tokens_decoder", {}).values()):
+        raise ValueError(_UNKNOWN_END.format(end))
 
 
 def _tiktoken_ranks(path: Path) -> dict[bytes, int] | None:

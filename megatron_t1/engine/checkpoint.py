@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -37,7 +36,7 @@ from megatron_t1.engine.config import CheckpointConfig
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.resume_check import changes, check_changes
 from megatron_t1.engine.step import Engine
-from megatron_t1.files import sync_folder, write_json
+from megatron_t1.files import read_json, sync_folder, write_json
 from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import copy_beside
 
@@ -194,10 +193,18 @@ def _rotate(folder: Path, newest: Path, cfg: CheckpointConfig) -> None:
         shutil.rmtree(replaced)
 
 
+class _State(TypedDict):
+    step: int
+    score: NotRequired[float]
+    files: NotRequired[dict[str, tuple[int, str]]]
+    experts_apart: NotRequired[bool]
+    settings: NotRequired[dict[str, Any]]
+
+
 def _state(path: Path) -> dict[str, Any]:
-    """What `state.json` says; {} when it is not there or not JSON."""
+    """What `state.json` says; {} when it is not there or is none."""
     try:
-        return json.loads((path / "state.json").read_text())
+        return read_json(path / "state.json", _State)
     except (OSError, ValueError):
         return {}
 
@@ -225,9 +232,13 @@ def damage(path: Path) -> str | None:
     state = from_main(_state(path) if is_main() else None)
     if "step" not in state:
         return "it has no readable state.json"
-    files = state.get("files", {})
-    rank, world = dist.get_rank(), dist.get_world_size()
-    found: dict[str, str] = {}
+    problems = _merged(_spoiled(path, state.get("files", {}), dist.get_rank(), dist.get_world_size()))
+    return "; ".join(problems[name] for name in sorted(problems)) or None
+
+
+def _spoiled(path: Path, files: dict[str, tuple[int, str]], rank: int, world: int) -> dict[str, str]:
+    """File -> what is wrong with it, of this rank's share of them."""
+    found: dict[str, str] = {} if files else {"state.json": "state.json names no files"}
     for name, (size, digest) in list(files.items())[rank::world]:
         try:
             with (path / name).open("rb") as file:
@@ -238,8 +249,9 @@ def damage(path: Path) -> str | None:
                     found[name] = f"{name} has other contents than were written"
         except OSError as error:
             found[name] = f"{name} can't be read ({error.strerror})"
-    problems = _merged(found)
-    return "; ".join(problems[name] for name in sorted(problems)) or None
+        except ValueError:
+            found[name] = f"{name!r} is no name of a file"
+    return found
 
 
 @torch.no_grad()
@@ -252,7 +264,7 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     """
     if not (path / "state.json").exists():
         raise ValueError(f"{path} is not a finished checkpoint: it has no state.json")
-    state = json.loads((path / "state.json").read_text())
+    state = read_json(path / "state.json", _State)
     # With expert parallelism Megatron has an optimizer of its own for the experts, which loads no other's state.
     if state.get("experts_apart", False) != (engine.parallel.expert > 1):
         raise ValueError(
@@ -343,14 +355,23 @@ def resume(
     for path in reversed(checkpoints):
         problem = damage(path)
         if problem is None:
-            state = from_main(_state(path) if is_main() else None)
-            changed = from_main(changes(state.get("settings", {}), settings or {}) if is_main() else None)
-            if is_main() or not may_change:
-                check_changes(path, state["step"], changed, allowed=may_change)
+            check_settings(path, settings or {}, may_change=may_change)
             return int(load(path, engine, anchor)["step"])
         if is_main():
             warn(f"checkpoint {path} is damaged: {problem}; looking at the one before")
     raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")
+
+
+def check_settings(path: Path, settings: dict[str, Any], *, may_change: bool) -> None:
+    """Collective. The checkpoint was made with these settings (rank 0's), or it is said and kept that they changed.
+
+    Raises:
+        ValueError: they changed, and that is not allowed.
+    """
+    state = from_main(_state(path) if is_main() else None)
+    changed = from_main(changes(state.get("settings", {}), settings) if is_main() else None)
+    if is_main() or not may_change:
+        check_changes(path, state.get("step", 0), changed, allowed=may_change)
 
 
 def num_bytes(engine: Engine, anchor: Anchor | None) -> int:

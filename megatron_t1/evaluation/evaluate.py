@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_t1.data.prompts import Question
 from megatron_t1.evaluation.figures import EvalResult, summarize
-from megatron_t1.evaluation.resume import collecting, open_folder
+from megatron_t1.evaluation.resume import ResponseRow, collecting, open_folder
 from megatron_t1.evaluation.samplers import Ask, Response, Sampler
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rollout.config import SamplingConfig
@@ -51,7 +51,7 @@ def evaluate(
     settings = {**settings, "sampling": asdict(sampling), "seed": seed, "questions": questions_digest(questions)}
     open_folder(folder, settings, resume=resume, replace_other=replace_other)
     if not path.exists():
-        have = {(row["id"], row["sample"]) for row in iter_jsonl(part)}
+        have = {(row["id"], row["sample"]) for row in iter_jsonl(part, ResponseRow)}
         asks = [ask for question in questions for ask in missing(question, sampling.num_samples, have)]
         num_missing = sum(ask.count for ask in asks)
         with collecting(
@@ -66,14 +66,14 @@ def evaluate(
                     sum(response.num_tokens for response in responses),
                 ),
             )
-        outcomes = [row["reward"]["outcome"] for row in iter_jsonl(part)]
+        outcomes = [row["reward"]["outcome"] for row in iter_jsonl(part, ResponseRow)]
         if set(outcomes) == {"refused"}:
-            reason = next(iter_jsonl(part))["reward"]["reason"]
+            reason = next(iter_jsonl(part, ResponseRow))["reward"]["reason"]
             part.unlink()  # what a resumed evaluation asks again
             raise ValueError(f"{label} {set_name}: all {len(outcomes)} requests were refused, the first one: {reason}")
         number_of = {question.id: number for number, question in enumerate(questions)}
         sort_jsonl(part, path, key=lambda row: (number_of[row["id"]], row["sample"]))
-    result = summarize(label, set_name, iter_jsonl(path), settings)
+    result = summarize(label, set_name, iter_jsonl(path, ResponseRow), settings)
     write_json(folder / "summary.json", asdict(result))
     part.unlink(missing_ok=True)
     return result

@@ -5,13 +5,12 @@ run_dir/evaluate/<label>/<set>/{summary.json,responses.jsonl}
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from megatron_t1.evaluation import stats
-from megatron_t1.files import iter_jsonl
+from megatron_t1.files import iter_jsonl, read_json
 
 PAPER_NAMES = {
     "math500": "MATH500",
@@ -22,9 +21,31 @@ PAPER_NAMES = {
 }
 
 
+class _Settings(TypedDict):
+    step: NotRequired[int]
+
+
+class _Summary(TypedDict):
+    settings: _Settings
+    label: str
+    set: str
+    num_samples: int
+    pass_at_1: float
+    interval: tuple[float, float]
+
+
+class _Verdict(TypedDict):
+    correct: bool
+
+
+class _Response(TypedDict):
+    id: str
+    reward: _Verdict
+
+
 def read_summaries(run_dir: Path) -> list[dict[str, Any]]:
     """Summaries of all finished evaluations: those of earlier training steps first, then by label and set."""
-    found = [json.loads(path.read_text()) for path in run_dir.glob("evaluate/*/*/summary.json")]
+    found = [read_json(path, _Summary) for path in run_dir.glob("evaluate/*/*/summary.json")]
     return sorted(found, key=lambda s: (s["settings"].get("step", 0), s["label"], s["set"]))
 
 
@@ -115,6 +136,6 @@ def _by_set(folder: Path) -> dict[str, dict[str, list[bool]]]:
 
 def _verdicts(path: Path) -> Iterator[tuple[str, list[bool]]]:
     correct: dict[str, list[bool]] = {}
-    for row in iter_jsonl(path):
+    for row in iter_jsonl(path, _Response):
         correct.setdefault(row["id"], []).append(row["reward"]["correct"])
     yield from correct.items()

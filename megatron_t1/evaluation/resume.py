@@ -6,11 +6,31 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tqdm import tqdm
 
-from megatron_t1.files import Journal, write_json
+from megatron_t1.files import Journal, read_json, write_json
+from megatron_t1.types import FinishReason
+
+
+class Verdict(TypedDict):
+    correct: bool
+    outcome: str
+    extracted: str | None
+    reason: str
+    penalties: dict[str, str]
+
+
+class ResponseRow(TypedDict):
+    """A graded response, as evaluation and scaling store it; what else is in the line is for people."""
+
+    id: str
+    sample: int
+    response: str
+    num_tokens: int
+    finish_reason: FinishReason
+    reward: Verdict
 
 
 def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewhere: str) -> bool:
@@ -24,7 +44,7 @@ def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewh
     Raises:
         ValueError: results of other settings are there, or of these and `resume` is not given.
     """
-    stored = json.loads(path.read_text()) if path.exists() else None
+    stored = read_json(path, dict[str, Any]) if path.exists() else None
     if stored is None:
         write_json(path, settings)
         return False
@@ -50,7 +70,7 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool, replace
         ValueError: as `check_settings`.
     """
     path = folder / "settings.json"
-    if replace_other and path.exists() and not (resume and not _differences(json.loads(path.read_text()), settings)):
+    if replace_other and path.exists() and not (resume and not _differences(read_json(path, dict[str, Any]), settings)):
         for file in [*folder.glob("*.jsonl"), *folder.glob("*.json")]:
             file.unlink()
     check_settings(path, settings, resume=resume, elsewhere="another --label, or remove it")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from megatron_t1.data.prompts import Question, is_missing, parse_rows
+from megatron_t1.data.prompts import Question, id_of, is_missing, parse_rows
 from megatron_t1.data.template import Template
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.score import Scorer
@@ -130,17 +130,18 @@ class StoredSampler:
         self._stored: dict[str, list[dict[str, Any]]] = defaultdict(list)
 
         def parse(row: dict[str, Any], number: int) -> None:
-            if "id" not in row or not isinstance(row.get("response"), str):
-                raise ValueError('"id" and "response" are needed')
+            identity = id_of(row)
+            if not isinstance(row.get("response"), str):
+                raise ValueError('"response" is needed, a text')
             finish = row.get("finish_reason")
             count: Any = 0 if is_missing(row.get("num_tokens")) else row["num_tokens"]
-            whole = isinstance(count, (int, float)) and not isinstance(count, bool) and float(count).is_integer()
+            whole = type(count) is int or (isinstance(count, float) and count.is_integer())
             if not whole or count < 0:
                 raise ValueError(f'"num_tokens" is {count!r}; it must be a number of tokens, or null')
             if finish not in (None, "stop", "length"):
                 raise ValueError(f'"finish_reason" is {finish!r}; it must be stop or length, or null')
             row = {**row, "num_tokens": int(count), "finish_reason": finish or "stop"}
-            self._stored[str(row["id"])].append(row)
+            self._stored[identity].append(row)
 
         parse_rows(path, parse)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.evaluate import missing, questions_digest, response_row
 from megatron_t1.evaluation.figures import RIGHT_ANSWER, majority_interval
-from megatron_t1.evaluation.resume import collecting, open_folder
+from megatron_t1.evaluation.resume import ResponseRow, collecting, open_folder
 from megatron_t1.evaluation.samplers import graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rank0 import Rank0
@@ -63,6 +63,19 @@ class MajorityPoint:
     """Of n responses together."""
     accuracy: float
     interval: tuple[float, float]
+
+
+class _Thinking(ResponseRow):
+    thinking_tokens: int
+    ended: bool
+    token_ids: list[int]
+
+
+class _Forced(TypedDict):
+    id: str
+    sample: int
+    budget: int
+    correct: bool
 
 
 class _Cut(NamedTuple):
@@ -105,7 +118,7 @@ class Scaling:
         if path.exists():
             return
         sampling = self.cfg.sampling
-        have = {(row["id"], row["sample"]) for row in iter_jsonl(part)}
+        have = {(row["id"], row["sample"]) for row in iter_jsonl(part, _Thinking)}
         asks = [ask for question in self.questions for ask in missing(question, sampling.num_samples, have)]
 
         def row(question: Question, number: int, sample: Sample) -> dict[str, Any]:
@@ -138,7 +151,7 @@ class Scaling:
             thinker: of the model that thought; when it is another one, the cut travels as text.
         """
         path = self.folder / "forced.jsonl"
-        have = {(row["id"], row["sample"], row["budget"]) for row in iter_jsonl(path)}
+        have = {(row["id"], row["sample"], row["budget"]) for row in iter_jsonl(path, _Forced)}
         cuts = [cut for cut in self._cuts() if (cut.row["id"], cut.row["sample"], cut.budget) not in have]
         asked = {question.id: question.prompt(template) for question in self.questions}
         opening, same = template.ids(self.cfg.answer_opening), template is thinker
@@ -177,7 +190,7 @@ class Scaling:
         thinkings = list(self._thinkings())
         forced = {
             (row["id"], row["sample"], row["budget"]): row["correct"]
-            for row in iter_jsonl(self.folder / "forced.jsonl")
+            for row in iter_jsonl(self.folder / "forced.jsonl", _Forced)
         }
         points = []
         for budget in self.cfg.budgets:
@@ -202,13 +215,13 @@ class Scaling:
 
     def _thinkings(self) -> Iterator[dict[str, Any]]:
         """Stored thinkings without their token ids."""
-        for row in iter_jsonl(self.folder / "thinkings.jsonl"):
+        for row in iter_jsonl(self.folder / "thinkings.jsonl", _Thinking):
             del row["token_ids"]
             yield row
 
     def _cuts(self) -> Iterator[_Cut]:
         """Every cut that needs a forced answer; those of one thinking follow each other: its prefix is still cached."""
-        for row in iter_jsonl(self.folder / "thinkings.jsonl"):
+        for row in iter_jsonl(self.folder / "thinkings.jsonl", _Thinking):
             row["token_ids"] = np.array(row["token_ids"], np.int32)
             yield from (_Cut(row, budget) for budget in self.cfg.budgets if _is_cut(row, budget))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron_t1.models import decoder
 from megatron_t1.models.spec import HFConfig, ModelSpec, family
 from megatron_t1.models.weight_map import GateUp, Rename, Vocab
@@ -39,28 +41,28 @@ def chatglm(hf: HFConfig) -> ModelSpec:
         "vocab_size",  # without the padding
     ):
         hf.get(name)
-    sizes = {
-        "num_layers": hf.need("num_layers"),
-        "hidden_size": hf.need("hidden_size"),
-        "ffn_hidden_size": hf.need("ffn_hidden_size"),
-        "num_attention_heads": hf.need("num_attention_heads"),
-        "num_query_groups": hf.need("multi_query_group_num"),
-        "kv_channels": hf.need("kv_channels"),
-        "layernorm_epsilon": hf.need("layernorm_epsilon"),
+    sizes: dict[str, Any] = {
+        "num_layers": hf.count("num_layers"),
+        "hidden_size": hf.size("hidden_size"),
+        "ffn_hidden_size": hf.size("ffn_hidden_size"),
+        "num_attention_heads": hf.size("num_attention_heads"),
+        "num_query_groups": hf.size("multi_query_group_num"),
+        "kv_channels": hf.size("kv_channels"),
+        "layernorm_epsilon": hf.number("layernorm_epsilon"),
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "add_qkv_bias": bool(hf.get("add_qkv_bias", False)),
+        "add_qkv_bias": hf.flag("add_qkv_bias", False),
         "rotary_interleaved": True,
     }
-    vocab_size = hf.need("padded_vocab_size")
+    vocab_size = hf.size("padded_vocab_size")
     attention, mlp = _LAYER + "self_attention.", _LAYER + "mlp."
     return ModelSpec(
         architecture=hf.architecture,
         transformer=sizes,
         vocab_size=vocab_size,
-        max_position_embeddings=hf.need("seq_length"),
-        rotary_base=10000.0 * hf.get("rope_ratio", 1),
+        max_position_embeddings=hf.size("seq_length"),
+        rotary_base=10000.0 * hf.number("rope_ratio", 1.0),
         rotary_fraction=0.5,
         tied_embeddings=False,
         carried=("transformer.rotary_pos_emb.inv_freq",),  # computed, but there

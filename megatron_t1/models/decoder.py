@@ -20,15 +20,17 @@ def fields(hf: HFConfig) -> dict[str, Any]:
     dropout."""
     hf.only("hidden_act", "silu")
     hf.only("attention_dropout", 0, 0.0)
-    hidden, heads = hf.need("hidden_size"), hf.need("num_attention_heads")
+    hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
+    if hf.get("head_dim") is None and hidden % heads:
+        raise ValueError(f"{hf.origin}: hidden_size = {hidden} must be a multiple of num_attention_heads = {heads}")
     return {
-        "num_layers": hf.need("num_hidden_layers"),
+        "num_layers": hf.count("num_hidden_layers"),
         "hidden_size": hidden,
-        "ffn_hidden_size": hf.need("intermediate_size"),
+        "ffn_hidden_size": hf.size("intermediate_size"),
         "num_attention_heads": heads,
-        "num_query_groups": hf.get("num_key_value_heads", heads),
-        "kv_channels": hf.get("head_dim", hidden // heads),
-        "layernorm_epsilon": hf.need("rms_norm_eps"),
+        "num_query_groups": hf.size("num_key_value_heads", heads),
+        "kv_channels": hf.size("head_dim", hidden // heads),
+        "layernorm_epsilon": hf.number("rms_norm_eps"),
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "add_bias_linear": False,
@@ -39,15 +41,15 @@ def embeddings(hf: HFConfig) -> dict[str, Any]:
     """The fields of a ModelSpec around the decoder."""
     return {
         "architecture": hf.architecture,
-        "vocab_size": hf.need("vocab_size"),
-        "max_position_embeddings": hf.need("max_position_embeddings"),
-        "tied_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "vocab_size": hf.size("vocab_size"),
+        "max_position_embeddings": hf.size("max_position_embeddings"),
+        "tied_embeddings": hf.flag("tie_word_embeddings", False),
     }
 
 
 def weights(hf: HFConfig) -> dict[str, Op]:
     """Embedding, head and norms, and the attention's output projection."""
-    tied, vocab_size = hf.get("tie_word_embeddings", False), hf.need("vocab_size")
+    tied, vocab_size = hf.flag("tie_word_embeddings", False), hf.size("vocab_size")
     return {
         "embedding.word_embeddings.weight": Vocab("model.embed_tokens.weight", vocab_size),
         LAYER + "input_layernorm.weight": Rename(HF_LAYER + "input_layernorm.weight"),

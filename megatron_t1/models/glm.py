@@ -18,7 +18,7 @@ def glm(hf: HFConfig) -> ModelSpec:
 def glm_fields(hf: HFConfig) -> dict[str, Any]:
     """`transformer` and `weights` of the dense GLM decoder."""
     sizes = decoder.fields(hf)
-    bias = bool(hf.get("attention_bias", True))
+    bias = hf.flag("attention_bias", True)
     weights: dict[str, Op] = {
         **decoder.weights(hf),
         **decoder.separate_qkv(sizes, bias=bias),

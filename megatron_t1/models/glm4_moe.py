@@ -14,8 +14,8 @@ def glm4_moe(hf: HFConfig) -> ModelSpec:
     hf.only("output_router_logits", False)
     hf.get("router_aux_loss_coef")  # without effect while output_router_logits is off
     sizes = decoder.fields(hf)
-    bias, qk_norm = bool(hf.get("attention_bias", False)), bool(hf.get("use_qk_norm", False))
-    num_dense, num_layers = hf.need("first_k_dense_replace"), hf.need("num_hidden_layers")
+    bias, qk_norm = hf.flag("attention_bias", False), hf.flag("use_qk_norm", False)
+    num_dense, num_layers = hf.count("first_k_dense_replace", least=0), hf.count("num_hidden_layers")
     weights: dict[str, Op] = {
         **decoder.weights(hf),
         **decoder.separate_qkv(sizes, bias=bias),
@@ -26,7 +26,7 @@ def glm4_moe(hf: HFConfig) -> ModelSpec:
         decoder.LAYER + "mlp.router.expert_bias": Rename(decoder.HF_LAYER + "mlp.gate.e_score_correction_bias"),
     }
     # The layers that predict further tokens at once are for speculative decoding: training leaves them as they are.
-    num_extra = max(hf.get("num_nextn_predict_layers", 0), hf.get("num_mtp_layers", 0))
+    num_extra = max(hf.count("num_nextn_predict_layers", 0, least=0), hf.count("num_mtp_layers", 0, least=0))
     return ModelSpec(
         **decoder.embeddings(hf),
         **hf.rotary(fraction=0.5),
@@ -35,8 +35,8 @@ def glm4_moe(hf: HFConfig) -> ModelSpec:
             "add_qkv_bias": bias,
             "qk_layernorm": qk_norm,
             "moe_layer_freq": [int(layer >= num_dense) for layer in range(num_layers)],
-            "moe_ffn_hidden_size": hf.need("moe_intermediate_size"),
-            "moe_shared_expert_intermediate_size": hf.need("moe_intermediate_size") * hf.need("n_shared_experts"),
+            "moe_ffn_hidden_size": hf.size("moe_intermediate_size"),
+            "moe_shared_expert_intermediate_size": hf.size("moe_intermediate_size") * hf.count("n_shared_experts"),
             **_routing(hf),
         },
         carried=tuple(f"model.layers.{num_layers + extra}." for extra in range(num_extra)),
@@ -45,8 +45,8 @@ def glm4_moe(hf: HFConfig) -> ModelSpec:
 
 
 def _routing(hf: HFConfig) -> dict[str, Any]:
-    top_k, num_groups, top_groups = hf.need("num_experts_per_tok"), hf.get("n_group", 1), hf.get("topk_group", 1)
-    if not hf.get("norm_topk_prob", True) or top_k == 1:
+    top_k, num_groups, top_groups = hf.size("num_experts_per_tok"), hf.size("n_group", 1), hf.size("topk_group", 1)
+    if not hf.flag("norm_topk_prob", True) or top_k == 1:
         raise ValueError(
             f"{hf.origin}: norm_topk_prob = {hf.get('norm_topk_prob')} with num_experts_per_tok = {top_k} is not "
             "supported: Megatron normalises the sigmoid scores of more than one expert, and only those"
@@ -58,11 +58,11 @@ def _routing(hf: HFConfig) -> dict[str, Any]:
             f"are {top_k} and {top_groups}"
         )
     return {
-        "num_moe_experts": hf.need("n_routed_experts"),
+        "num_moe_experts": hf.count("n_routed_experts"),
         "moe_router_topk": top_k,
         "moe_router_num_groups": num_groups if num_groups > 1 else None,
         "moe_router_group_topk": top_groups if num_groups > 1 else None,
-        "moe_router_topk_scaling_factor": hf.get("routed_scaling_factor", 1.0),
+        "moe_router_topk_scaling_factor": hf.number("routed_scaling_factor", 1.0),
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_dtype": "fp32",

@@ -9,7 +9,7 @@ from megatron_t1.models.spec import HFConfig, ModelSpec, family
 def refuse_sliding_window(hf: HFConfig) -> None:
     hf.only("use_sliding_window", False)
     hf.get("sliding_window")  # without effect while use_sliding_window is off
-    if other := sorted(set(hf.get("layer_types", [])) - {"full_attention"}):
+    if other := sorted(set(hf.names("layer_types")) - {"full_attention"}):
         raise ValueError(f"{hf.origin}: layer_types has {other}; only full_attention is supported")
 
 

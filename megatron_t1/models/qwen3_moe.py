@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron_t1.models import decoder
 from megatron_t1.models.qwen2 import refuse_sliding_window
 from megatron_t1.models.spec import HFConfig, ModelSpec, family
@@ -23,11 +21,11 @@ def qwen3_moe(hf: HFConfig) -> ModelSpec:
             **sizes,
             "qk_layernorm": True,
             "moe_layer_freq": _sparse_layers(hf),
-            "num_moe_experts": hf.get("num_experts") or hf.need("num_local_experts"),
-            "moe_ffn_hidden_size": hf.need("moe_intermediate_size"),
-            "moe_router_topk": hf.need("num_experts_per_tok"),
+            "num_moe_experts": hf.count("num_experts", hf.get("num_local_experts")),
+            "moe_ffn_hidden_size": hf.size("moe_intermediate_size"),
+            "moe_router_topk": hf.size("num_experts_per_tok"),
             # The softmax over the chosen experts only is the softmax over all of them, normalised again.
-            "moe_router_pre_softmax": not hf.get("norm_topk_prob", False),
+            "moe_router_pre_softmax": not hf.flag("norm_topk_prob", False),
         },
         weights={
             **decoder.weights(hf),
@@ -41,9 +39,11 @@ def qwen3_moe(hf: HFConfig) -> ModelSpec:
 
 def _sparse_layers(hf: HFConfig) -> int | list[int]:
     """Megatron's `moe_layer_freq`: 1 where all layers have experts, else 1 or 0 for each."""
-    num_layers, step = hf.need("num_hidden_layers"), hf.get("decoder_sparse_step", 1)
-    dense: list[Any] = hf.get("mlp_only_layers", [])
+    num_layers, step = hf.count("num_hidden_layers"), hf.size("decoder_sparse_step", 1)
+    dense = set(hf.places("mlp_only_layers"))
     sparse = [int(layer not in dense and (layer + 1) % step == 0) for layer in range(num_layers)]
     if not any(sparse):
-        raise ValueError(f"{hf.origin}: decoder_sparse_step = {step} and mlp_only_layers = {dense} leave no experts")
+        raise ValueError(
+            f"{hf.origin}: decoder_sparse_step = {step} and mlp_only_layers = {sorted(dense)} leave no experts"
+        )
     return 1 if all(sparse) else sparse

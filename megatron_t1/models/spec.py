@@ -7,13 +7,12 @@ train a different model in silence.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from megatron_t1.files import read_text
+from megatron_t1.files import of_shape, read_json
 from megatron_t1.models.weight_map import Op
 
 # Fields of any Hugging Face config that do not change what the forward pass computes from its weights and tokens.
@@ -50,6 +49,11 @@ _WITHOUT_EFFECT = {
     *("finetuning_task", "task_specific_params"),
 }
 _HARMLESS_VALUES = {"pretraining_tp": 1}
+_LARGEST, _MOST_PARTS = 1e30, 100_000
+
+
+class _Architectures(TypedDict):
+    architectures: NotRequired[list[str] | None]
 
 
 class HFConfig:
@@ -63,11 +67,9 @@ class HFConfig:
     def load(cls, model_dir: Path) -> HFConfig:
         path = model_dir / "config.json"
         try:
-            return cls(json.loads(read_text(path)), str(path))
+            return cls(read_json(path, _Architectures), str(path))
         except FileNotFoundError:
             raise ValueError(f"{model_dir} has no config.json: it is not a Hugging Face model folder") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
 
     @property
     def architecture(self) -> str:
@@ -78,17 +80,63 @@ class HFConfig:
         value = self._fields.get(name)
         return default if value is None else value
 
-    def need(self, name: str) -> Any:
-        value = self.get(name)
+    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number; without a `default` it must be there. So for those below.
+
+        Raises:
+            ValueError: it is not, or less than `least`, or far more than any model has.
+        """
+        most = 1 << 31
+        value = self._of_type(name, int, default, "a whole number")
+        if not least <= value < most:
+            raise ValueError(f"{self.origin}: {name} = {value} must lie in [{least}, {most})")
+        return value
+
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number of things of which there is a list: layers, experts."""
+        value = self.size(name, default, least=least)
+        if value > _MOST_PARTS:
+            raise ValueError(f"{self.origin}: {name} = {value} must be at most {_MOST_PARTS}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        return self._positive(name, self._of_type(name, float, default, "a number"))
+
+    def flag(self, name: str, default: bool) -> bool:
+        return self._of_type(name, bool, default, "true or false")
+
+    def section(self, name: str) -> dict[str, Any]:
+        """An object; {} when there is none."""
+        return self._of_type(name, dict[str, Any], {}, "an object")
+
+    def _of_type(self, name: str, kind: Any, default: Any, words: str) -> Any:
+        value = self.get(name, default)
         if value is None:
             raise ValueError(f"{self.origin}: field {name!r} is missing")
-        return value
+        try:
+            return of_shape(value, kind)
+        except ValueError:
+            raise ValueError(f"{self.origin}: {name} = {value!r:.80} must be {words}") from None
+
+    def _positive(self, name: str, value: Any) -> float:
+        if type(value) not in (int, float) or not 0 < value < _LARGEST:
+            raise ValueError(f"{self.origin}: {name} = {value!r:.80} must be a finite number above 0")
+        return float(value)
+
+    def names(self, name: str) -> list[str]:
+        """A list of text; [] when there is none."""
+        return self._of_type(name, list[str], [], "a list of text")
+
+    def places(self, name: str) -> list[int]:
+        """A list of whole numbers; [] when there is none."""
+        return self._of_type(name, list[int], [], "a list of whole numbers")
 
     def only(self, name: str, *allowed: Any) -> None:
         """The field may be absent or hold one of `allowed`; anything else changes the function in a way we lack."""
         value = self.get(name)
         if value is not None and value not in allowed:
-            raise ValueError(f"{self.origin}: {name} = {value!r} is not supported (supported: {list(allowed)})")
+            raise ValueError(f"{self.origin}: {name} = {value!r:.80} is not supported (supported: {list(allowed)})")
 
     def rotary(self, fraction: float = 1.0) -> dict[str, Any]:
         """`rotary_base` and `rotary_fraction` of a ModelSpec, at the top or in `rope_parameters` (transformers >= 5).
@@ -99,21 +147,23 @@ class HFConfig:
         Raises:
             ValueError: a scaled rotary embedding (YaRN and its like).
         """
-        parameters, scaling = self.get("rope_parameters"), self.get("rope_scaling") or {}
+        parameters, scaling = self.section("rope_parameters"), self.section("rope_scaling")
         if scaling.get("rope_type", scaling.get("type")) == "default":  # rope_parameters by their older name
             parameters, scaling = parameters or scaling, {}
-        parameters = dict(parameters or {})
+        parameters = dict(parameters)
         kind = parameters.pop("rope_type", parameters.pop("type", "default"))
         values = {}
         for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", fraction)):
             inner, outer = parameters.pop(name, None), self.get(name)
             if inner is not None and outer is not None and inner != outer:
-                raise ValueError(f"{self.origin}: {name} = {outer} contradicts rope_parameters, where it is {inner}")
-            values[name] = float(next(value for value in (inner, outer, default) if value is not None))
+                raise ValueError(
+                    f"{self.origin}: {name} = {outer!r:.80} contradicts rope_parameters, where it is {inner!r:.80}"
+                )
+            values[name] = self._positive(name, next(v for v in (inner, outer, default) if v is not None))
         if kind != "default" or parameters or scaling:
             name = "rope_scaling" if scaling else "rope_parameters"
             raise ValueError(
-                f"{self.origin}: {name} = {self.get(name)!r} is not supported: only the plain rotary embedding is"
+                f"{self.origin}: {name} = {self.get(name)!r:.200} is not supported: only the plain rotary embedding is"
             )
         return {"rotary_base": values["rope_theta"], "rotary_fraction": values["partial_rotary_factor"]}
 
@@ -126,7 +176,7 @@ class HFConfig:
             and value not in (None, False, {}, [], _HARMLESS_VALUES.get(name))
         )
         if unread:
-            listed = ", ".join(f"{name} = {self._fields[name]!r}" for name in unread)
+            listed = ", ".join(f"{name:.80} = {self._fields[name]!r:.80}" for name in unread)
             raise ValueError(f"{self.origin}: fields that this family does not know and that may matter: {listed}")
 
 

@@ -12,13 +12,12 @@ page asks no other host for anything. Left out: interactive plots (TensorBoard h
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from megatron_t1.evaluation.results import compare, grid, read_summaries
-from megatron_t1.files import iter_jsonl, read_jsonl, write_text
+from megatron_t1.files import iter_jsonl, read_json, read_jsonl, write_text
 from megatron_t1.report import plots
 from megatron_t1.report.html import render
 
@@ -32,6 +31,20 @@ MAX_CHARS = 8000
 """Of one response; the files have all of it."""
 
 
+class _Shown(TypedDict):
+    id: str
+    response: str
+    reward: dict[str, Any] | None
+
+
+class _Step(TypedDict):
+    step: int
+
+
+class _ShownStep(_Shown, _Step):
+    pass
+
+
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` and return its path.
 
@@ -42,7 +55,7 @@ def write_report(run_dir: Path) -> Path:
     responses = {name: run_dir / "evaluate" / s["label"] / s["set"] / "responses.jsonl" for name, s in evals.items()}
     curves = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/points.json"))}
     majorities = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/majority.json"))}
-    metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl") for stage in ("sft", "rl")}
+    metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl", _Step) for stage in ("sft", "rl")}
     if not (evals or curves or any(metrics.values())):
         raise ValueError(
             f"{run_dir} holds no results of a run: none of sft/metrics.jsonl, rl/metrics.jsonl, "
@@ -109,7 +122,7 @@ def _eval_samples(responses: dict[str, Path]) -> Iterator[dict[str, Any]]:
     shown: dict[str, list[dict[str, Any]]] = {}
     for name, path in responses.items():
         ids: dict[str, int] = {}
-        for row in iter_jsonl(path):
+        for row in iter_jsonl(path, _Shown):
             if len(ids) == MAX_QUESTIONS and row["id"] not in ids:
                 break
             ids[row["id"]] = ids.get(row["id"], 0) + 1
@@ -121,7 +134,7 @@ def _eval_samples(responses: dict[str, Path]) -> Iterator[dict[str, Any]]:
 
 def _rl_samples(run_dir: Path) -> Iterator[dict[str, Any]]:
     """The first question of some steps."""
-    rows = read_jsonl(run_dir / "rl" / "samples.jsonl")
+    rows = read_jsonl(run_dir / "rl" / "samples.jsonl", _ShownStep)
     steps = sorted({row["step"] for row in rows})
     count = min(MAX_STEPS, len(steps))
     for step in dict.fromkeys(steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)):
@@ -143,8 +156,7 @@ def _shown(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    text = _read_text(path)
-    return json.loads(text) if text else None
+    return read_json(path) if path.exists() else None
 
 
 def _read_text(path: Path) -> str:

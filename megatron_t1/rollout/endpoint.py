@@ -205,7 +205,7 @@ class ChatEndpoint:
         if status == 200:
             try:
                 return json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise _GarbageError(f"a reply that is no JSON: {raw[:100]!r}") from None
         said = f"{status}: {raw[:500].decode(errors='replace')}"
         if status in (429, 503):
@@ -332,14 +332,16 @@ def _parse(reply: Any, prefill: str) -> Reply:
         thinking = message.get("reasoning_content") or message.get("reasoning") or ""
         usage = reply.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _GarbageError(f"a reply without an answer ({error!r}): {str(reply)[:100]}") from None
     if not isinstance(thinking, str):
         raise _GarbageError("a reply whose content is no text")
     if finish == "error":
         raise _GarbageError("finish_reason is 'error'")
+    if finish is not None and not isinstance(finish, str):
+        raise _GarbageError(f"a reply whose finish_reason is {finish!r:.100}")
     if refusal or finish not in _FINISH_REASONS:
-        raise RefusedError(f"finish_reason {finish!r}" + (f": {str(refusal)[:200]}" if refusal else ""))
+        raise RefusedError(f"finish_reason {finish!r:.100}" + (f": {str(refusal)[:200]}" if refusal else ""))
     num_prompt, num_generated = (count if type(count) is int and count >= 0 else 0 for count in counts)
     if not (text or thinking or num_generated):  # a model may end at once; then it has generated its end token
         raise _GarbageError("a reply without text")

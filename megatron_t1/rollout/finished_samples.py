@@ -16,14 +16,29 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from megatron_t1.files import append_jsonl, read_jsonl
-from megatron_t1.types import Reward, Sample
+from megatron_t1.types import FinishReason, Reward, Sample
 
 _STEP = re.compile(r"^step_(\d{8})\.jsonl$")
+
+
+class _Sample(TypedDict):
+    token_ids: str
+    logprobs: str
+    text: str
+    finish_reason: FinishReason
+    weight_versions: list[tuple[int, int, int]]
+    server: str
+    reward: Reward | None
+
+
+class _Row(TypedDict):
+    key: str
+    samples: list[_Sample]
 
 
 class Bank:
@@ -49,7 +64,7 @@ class StepBank:
     def __init__(self, path: Path, same: str) -> None:
         self._path, self._same = path, same
         self._lock = threading.Lock()
-        self._rows = {row["key"]: row for row in read_jsonl(path)}
+        self._rows = {row["key"]: row for row in read_jsonl(path, _Row)}
 
     def find(self, token_ids: Sequence[int], seed: int, count: int) -> list[Sample] | None:
         """The `count` samples from seed `seed` on, or None when they were not finished."""

@@ -88,10 +88,12 @@ def samples_of(
         choices = sorted(_DECODER.decode(raw).choices, key=lambda choice: choice.index)
         if len(choices) != request.count:
             raise ValueError(f"{len(choices)} samples, not {request.count}")
+        if [choice.index for choice in choices] != list(range(request.count)):
+            raise ValueError(f"samples of the indices {[choice.index for choice in choices]}")
         return [_sample(choice, server, request, held, tokenizer, vocab_size) for choice in choices]
-    except (ValueError, OverflowError) as error:  # msgspec's are ValueErrors, and name the field
+    except (ValueError, OverflowError, RecursionError) as error:  # msgspec's are ValueErrors, and name the field
         raise ServerError(
-            f"server {server.name}: unreadable reply for {request.label}: {error}; it begins {raw[:100]!r}"
+            f"server {server.name}: unreadable reply for {request.label}: {error!s:.500}; it begins {raw[:100]!r}"
         ) from None
 
 
@@ -102,7 +104,8 @@ def _sample(
         raise AbortedError
     content = choice.logprobs.content
     token_ids = np.array(choice.token_ids, dtype=np.int64)
-    logprobs = np.array([entry.logprob for entry in content], dtype=np.float32)
+    with np.errstate(over="ignore"):  # an infinite one is refused below
+        logprobs = np.array([entry.logprob for entry in content], dtype=np.float32)
     count = len(token_ids)
     if not 0 < count <= request.sampling.max_new_tokens:
         raise ValueError(f"{count} tokens, not 1 to {request.sampling.max_new_tokens}")
@@ -130,7 +133,8 @@ def _versions(server: Server, spans: list[_Span], count: int, held: int) -> tupl
     """
     result = tuple((parse_version(span.version), span.start, span.end) for span in spans)
     bounds = [0, *(end for _, _, end in result)]
-    if [start for _, start, _ in result] != bounds[:-1] or bounds[-1] != count:
+    follow = all(start == before < end for before, (_, start, end) in zip(bounds, result, strict=False))
+    if not follow or bounds[-1] != count:
         raise ValueError(f"weight_versions {result} do not cover {count} tokens")
     newest = result[-1][0]
     if newest < held:

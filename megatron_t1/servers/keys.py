@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import tempfile
 from pathlib import Path
 
-from megatron_t1.files import read_text
 from megatron_t1.servers.server import ServerError
 
 KEY_FILE = "server_key"
@@ -17,20 +17,26 @@ REMOTE_KEY_ENV = "T1_SERVER_KEY"
 """Environment variable with the key of servers that were started elsewhere."""
 
 
+_KEY = re.compile(r"[!-~]+")
+
+
 class KeyFileError(ServerError, ValueError):
-    """A key file that is not there, or that others may read."""
+    """A key file that is not there, that others may read, or that holds no key."""
 
 
 def read_key(path: Path) -> str:
     """
     Raises:
-        KeyFileError: no such file, or others may read it.
+        KeyFileError: no such file, others may read it, or what it holds is no key.
     """
     if not path.is_file():
         raise KeyFileError(f"key file {path} is not there; `t1 serve` prints where it keeps its own")
     if path.stat().st_mode & 0o077:
         raise KeyFileError(f"key file {path} is readable by others; chmod 600 it")
-    return read_text(path).strip()
+    key = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip().decode("latin-1")
+    if not _KEY.fullmatch(key):  # it goes into a header of HTTP; and it is not shown
+        raise KeyFileError(f"key file {path} must hold a key alone: letters, digits and signs of ASCII on one line")
+    return key
 
 
 def new_key(path: Path) -> str:

@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from megatron_t1.files import read_text
+from megatron_t1.files import read_json
 from megatron_t1.servers.config import HOST_BACKEND, RolloutConfig
 from megatron_t1.servers.guard import KEY_ENV
 from megatron_t1.servers.server import ServerError
@@ -39,6 +39,10 @@ _TRAINER_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
 }
+
+
+class _Config(TypedDict):
+    max_position_embeddings: int
 
 
 def launch(
@@ -88,7 +92,7 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         "disable-uvicorn-access-log": True,
     }
     if device == "cpu":
-        longest = cfg.max_model_len or json.loads(read_text(model_dir / "config.json"))["max_position_embeddings"]
+        longest = cfg.max_model_len or read_json(model_dir / "config.json", _Config)["max_position_embeddings"]
         options |= {
             "enforce-eager": True,
             "kv-cache-memory-bytes": cfg.kv_cache_bytes,

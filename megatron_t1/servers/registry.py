@@ -6,12 +6,11 @@ ends; the trainer reads the folder whenever it looks for servers.
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_t1.files import write_json
+from megatron_t1.files import read_json, write_json
 from megatron_t1.servers.server import ServerError
 
 
@@ -50,9 +49,12 @@ class Registry:
             if path.name.startswith("."):
                 continue  # being written
             try:
-                entries[path.stem] = Entry(**json.loads(path.read_text()))
+                entry = Entry(**read_json(path, dict[str, str]))
+                if not entry.url.startswith("http://"):
+                    raise ValueError(f"url = {entry.url!r:.80} must start with http://")
             except FileNotFoundError:
                 continue  # withdrawn while we looked
             except (ValueError, TypeError) as error:
                 raise ServerError(f"{path} does not announce a server ({error}); remove it") from None
+            entries[path.stem] = entry
         return entries

@@ -10,12 +10,16 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
+
+from megatron_t1.files import of_shape, parse_json
 from megatron_t1.servers.die_with_parent import ENDED_BY_ITSELF
 
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 65536
+_VERSION = re.compile(r"[0-9]{1,18}")
 _ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
 
 
@@ -97,9 +101,15 @@ class Server:
                 raise ServerError(f"server {self.name}: {path} did not answer within {timeout_s:g} s") from None
             raise ServerError(f"server {self.name}: {path}: {reason}\n{self.log_tail()}") from None
         try:
-            return json.loads(raw) if raw else None
-        except ValueError:
-            raise ServerError(f"server {self.name}: {path} answered no JSON: {raw[:200]!r}") from None
+            return parse_json(raw) if raw else None
+        except ValueError as error:
+            raise ServerError(f"server {self.name}: {path} answered no JSON: {error}: {raw[:200]!r}") from None
+
+    def _told(self, path: str, shape: Any) -> Any:
+        try:
+            return of_shape(self.call("GET", path, timeout_s=30), shape)
+        except ValueError as error:
+            raise ServerError(f"server {self.name}: {path} answered something else than vLLM does: {error}") from None
 
     def healthy(self, timeout_s: float = 5.0) -> bool:
         try:
@@ -120,19 +130,41 @@ class Server:
         """Learns what it serves, once it is healthy, and frees it from the pause of a trainer that died in a push.
 
         Raises:
-            ServerError: the key is wrong.
+            ServerError: the key is wrong, or it is no vLLM server of ours.
         """
-        models = self.call("GET", "/v1/models", timeout_s=30)
-        self.max_model_len = int(models["data"][0]["max_model_len"])
-        self.version = parse_version(self.call("GET", "/weight_info", timeout_s=30)["weight_version"])
-        if self.call("GET", "/is_paused", timeout_s=30)["is_paused"]:
+        self.max_model_len = self._told("/v1/models", _Models)["data"][0]["max_model_len"]
+        try:
+            self.version = parse_version(self._told("/weight_info", _WeightInfo)["weight_version"])
+        except ValueError as error:
+            raise ServerError(f"server {self.name}: /weight_info answered {error}") from None
+        if self._told("/is_paused", _IsPaused)["is_paused"]:
             self.call("POST", "/resume", timeout_s=30)
         self.ready = True
 
 
+class _Model(TypedDict):
+    max_model_len: Annotated[int, msgspec.Meta(gt=0)]
+
+
+class _Models(TypedDict):
+    data: Annotated[list[_Model], msgspec.Meta(min_length=1)]
+
+
+class _WeightInfo(TypedDict):
+    weight_version: str
+
+
+class _IsPaused(TypedDict):
+    is_paused: bool
+
+
 def parse_version(text: str) -> int:
-    """vLLM's weight version as a number; `default` is what a server starts with."""
-    return 0 if text == "default" else int(text)
+    """vLLM's weight version as a number; `default` is what a server starts with. Raises ValueError for other words."""
+    if text == "default":
+        return 0
+    if not _VERSION.fullmatch(text):
+        raise ValueError(f"weight version {text!r:.60}, which is no number")
+    return int(text)
 
 
 # Servers are on this host or named by the user: a proxy of the environment must not see their traffic.

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-from megatron_t1.files import read_text
+from megatron_t1.files import parse_yaml, read_text
 from megatron_t1.types import Message
 
 STAGES = ("attempt", "critique", "integrate", "rewrite")
@@ -86,7 +85,7 @@ def load(folder: Path | None) -> Prompts:
 
 def _stage(name: str, path: Path) -> Stage:
     try:
-        stage = yaml.safe_load(read_text(path))
+        stage = parse_yaml(read_text(path))
         if not isinstance(stage, dict) or not isinstance(stage.get("messages"), list):
             raise ValueError("must be a mapping with `messages`, a list")
         messages = []
@@ -101,7 +100,7 @@ def _stage(name: str, path: Path) -> Stage:
         if unknown := set(fields) - {"temperature", "top_p", "max_tokens", "stop", "keep_thinking"}:
             raise ValueError(f"unknown keys {sorted(unknown)}")
         return Stage(name=name, messages=tuple(messages), expect=expect, **fields)
-    except (OSError, ValueError, TypeError, yaml.YAMLError, re.error) as error:
+    except (OSError, ValueError, TypeError, re.error) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
 
 

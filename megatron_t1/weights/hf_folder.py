@@ -14,12 +14,12 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_t1.files import read_text
+from megatron_t1.files import read_json
 from megatron_t1.weights.buffers import bytes_of
 
 INDEX = "model.safetensors.index.json"
@@ -119,26 +119,20 @@ def _indexed(folder: Path) -> dict[str, Path]:
             )
         return {}
     try:
-        files = {
-            name: folder / file
-            for name, file in json.loads(read_text(index), object_pairs_hook=_unique)["weight_map"].items()
-        }
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        files = {name: folder / file for name, file in read_json(index, _Index)["weight_map"].items()}
+    except ValueError as error:
         raise CheckpointError(f"{index} is no index of safetensors: {error}") from None
+    there = {path.name for path in folder.iterdir()}
     for path in sorted(set(files.values())):
-        if path.parent != folder or not path.exists():
-            raise CheckpointError(f"{index} names {path.name}, which is not in {folder}")
+        if path.parent != folder or path.name not in there:
+            raise CheckpointError(f"{index} names {path.name[:100]!r}, which is not in {folder}")
     if single.exists() and single not in files.values():
         raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}, which does not name it: remove one of them")
     return files
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is listed twice")
-    return entries
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 def _contents(path: Path) -> Iterable[tuple[str, TensorInfo, int]]:
@@ -247,7 +241,7 @@ def copy_beside(source: Path, target: Path) -> None:
 
 def name_dtype(config: Path, dtype: torch.dtype) -> None:
     """A model in another precision than its checkpoint came in must not be announced in the old one."""
-    fields = json.loads(read_text(config))
+    fields = read_json(config, dict[str, Any])
     name = str(dtype).removeprefix("torch.")
     key = "torch_dtype" if "torch_dtype" in fields else "dtype"
     if fields.get(key, name) != name:

@@ -99,10 +99,12 @@ class TorchDistReader:
                 metadata = _Restricted(file).load()
         except FileNotFoundError:
             raise CheckpointError(f"{folder} is not a Megatron checkpoint: it has no {TORCH_DIST_INDEX}") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder / TORCH_DIST_INDEX} is not the index of a checkpoint: {error}") from None
-        if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{folder / TORCH_DIST_INDEX} is not the index of a checkpoint")
+        except Exception as error:  # damaged bytes are a program of pickle's small machine, which may raise anything
+            raise CheckpointError(
+                f"{folder / TORCH_DIST_INDEX} is not the index of a checkpoint: {type(error).__name__}: {error}"
+            ) from None
+        if problem := _index_problem(metadata):
+            raise CheckpointError(f"{folder / TORCH_DIST_INDEX} is not the index of a checkpoint: {problem}")
         self._stored_at: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: stored
@@ -224,6 +226,38 @@ class _Restricted(pickle.Unpickler):
         if name in _HARMLESS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which an index has no use for; do not load it")
+
+
+def _index_problem(metadata: Any) -> str | None:
+    """What is wrong with the parts of an index that are used; None when nothing is."""
+    try:
+        tensors, stored_at = metadata.state_dict_metadata, metadata.storage_data
+        if not isinstance(metadata, Metadata) or not isinstance(tensors, dict) or not isinstance(stored_at, dict):
+            return "it lacks the lists of tensors and of where they are"
+        for key, tensor in tensors.items():
+            if not isinstance(key, str):
+                return f"a tensor is called {key!r:.80}"
+            if isinstance(tensor, TensorStorageMetadata) and not _is_whole(tensor):
+                return f"{key[:80]} has no dtype, or sizes that are none"
+        for index, place in stored_at.items():
+            known = isinstance(index, MetadataIndex) and isinstance(place, _StorageInfo)
+            if not known or not isinstance(place.relative_path, str) or "\0" in place.relative_path:
+                return f"the place of {index!r:.80} is none"
+            if not _are_sizes((place.offset, place.length)):
+                return f"the place of {index!r:.80} is none"
+    except AttributeError as error:
+        return str(error)
+    return None
+
+
+def _is_whole(tensor: TensorStorageMetadata) -> bool:
+    sizes = [tensor.size, *(part for chunk in tensor.chunks for part in (chunk.offsets, chunk.sizes))]
+    same = all(isinstance(each, torch.Size) and len(each) == len(sizes[0]) and _are_sizes(each) for each in sizes)
+    return same and isinstance(tensor.properties.dtype, torch.dtype)
+
+
+def _are_sizes(values: tuple[Any, ...]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _overlap(box: Box, chunk: ChunkStorageMetadata) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

@@ -170,7 +170,7 @@ def _set(path: list, value):
         (_set(["weight_versions"], []), "do not cover"),
         (_set(["weight_versions", 0, "end"], 1), "do not cover"),
         (_set(["weight_versions", 0, "version"], "7"), "version 7, it should hold 0"),
-        (_set(["weight_versions", 0, "version"], "x"), "invalid literal"),
+        (_set(["weight_versions", 0, "version"], "x"), "which is no number"),
         (_set(["index"], "x"), "Expected `int`, got `str`.*index"),
     ],
 )

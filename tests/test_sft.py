@@ -1,0 +1,49 @@
+"""A finished fine-tuning is that of the settings with which `t1 run` goes on, or it is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from megatron_t1 import sft
+from megatron_t1.config import Config
+from megatron_t1.engine.config import ModelConfig
+from megatron_t1.types import TrainSequence
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sequence(*ids: int) -> TrainSequence:
+    return TrainSequence(prompt_ids=np.array([1]), response_ids=np.array(ids))
+
+
+def test_a_finished_one_is_compared_with_what_is_asked_for(alone: None, tiny_dir: Path, tmp_path: Path) -> None:
+    examples = [sequence(2, 3), sequence(4)]
+    cfg = Config(run_dir=str(tmp_path), model=ModelConfig(hf_path=str(tiny_dir)), resume=True)
+    sft.check_finished(cfg, examples)  # its checkpoints were removed
+    newest = tmp_path / "sft/checkpoints/step_00000004"
+    newest.mkdir(parents=True)
+    state = {"step": 4, "settings": sft._settings(cfg, examples)}
+    (newest / "state.json").write_text(json.dumps(state))
+    sft.check_finished(cfg, examples)
+    with pytest.raises(
+        ValueError, match=r"step_00000004 was made with other settings: data.sft = '1 lines.*was '2 lines"
+    ):
+        sft.check_finished(cfg, examples[:1])
+    other = replace(cfg, sft=replace(cfg.sft, batch_size=cfg.sft.batch_size + 1))
+    with pytest.raises(ValueError, match=r"sft\.batch_size = "):
+        sft.check_finished(other, examples)
+    sft.check_finished(replace(other, resume_with_changes=True), examples)
+    kept = json.loads((tmp_path / "sft/changes.jsonl").read_text())
+    assert list(kept["changed"]) == ["sft.batch_size"]
