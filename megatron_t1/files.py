@@ -105,7 +105,7 @@ def read_json(path: Path, shape: Any = Any) -> Any:
     try:
         return of_shape(parse_json(text), shape)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error!s:.500}") from None
 
 
 def of_shape(value: Any, shape: Any) -> Any:
@@ -275,7 +275,9 @@ def iter_jsonl(path: Path, shape: Any = dict[str, Any]) -> Iterator[dict[str, An
                     try:
                         row = of_shape(parse_json(line), shape)
                     except ValueError as error:
-                        raise ValueError(f"{path}:{number}: {error}; this line is not what was written") from None
+                        raise ValueError(
+                            f"{path}:{number}: {error!s:.500}; this line is not what was written"
+                        ) from None
                     yield row
 
 

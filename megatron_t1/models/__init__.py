@@ -21,7 +21,7 @@ def spec_of(model_dir: Path) -> ModelSpec:
     hf = HFConfig.load(model_dir)
     if hf.architecture not in FAMILIES:
         raise ValueError(
-            f"{hf.origin}: architecture {hf.architecture!r} is not known; known: {', '.join(sorted(FAMILIES))}. "
+            f"{hf.origin}: architecture {hf.architecture!r:.80} is not known; known: {', '.join(sorted(FAMILIES))}. "
             "A family is one file in megatron_t1/models/."
         )
     spec = FAMILIES[hf.architecture](hf)

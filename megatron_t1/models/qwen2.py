@@ -10,7 +10,7 @@ def refuse_sliding_window(hf: HFConfig) -> None:
     hf.only("use_sliding_window", False)
     hf.get("sliding_window")  # without effect while use_sliding_window is off
     if other := sorted(set(hf.names("layer_types")) - {"full_attention"}):
-        raise ValueError(f"{hf.origin}: layer_types has {other}; only full_attention is supported")
+        raise ValueError(f"{hf.origin}: layer_types has {other!s:.200}; only full_attention is supported")
 
 
 @family("Qwen2ForCausalLM")

@@ -67,9 +67,22 @@ class StepBank:
         self._rows = {row["key"]: row for row in read_jsonl(path, _Row)}
 
     def find(self, token_ids: Sequence[int], seed: int, count: int) -> list[Sample] | None:
-        """The `count` samples from seed `seed` on, or None when they were not finished."""
+        """The `count` samples from seed `seed` on, or None when they were not finished.
+
+        Raises:
+            ValueError: they are there and damaged; it names the file.
+        """
         row = self._rows.get(self._key(token_ids, seed, count))
-        return [_sample(fields) for fields in row["samples"]] if row else None
+        if row is None:
+            return None
+        try:
+            if len(row["samples"]) != count:
+                raise ValueError(f"{len(row['samples'])} of {count}")
+            return [_sample(fields) for fields in row["samples"]]
+        except ValueError as error:
+            raise ValueError(
+                f"{self._path} holds damaged samples ({error}): remove it, and they are asked for again"
+            ) from None
 
     def add(self, prompt_id: str, token_ids: Sequence[int], seed: int, samples: list[Sample]) -> None:
         """Brings the samples to the disk before it returns."""
@@ -96,9 +109,16 @@ def _fields(sample: Sample) -> dict[str, Any]:
 
 
 def _sample(fields: dict[str, Any]) -> Sample:
+    try:
+        token_ids = np.frombuffer(base64.b64decode(fields["token_ids"], validate=True), "<i8").astype(np.int64)
+        logprobs = np.frombuffer(base64.b64decode(fields["logprobs"], validate=True), "<f4").astype(np.float32)
+    except ValueError as error:
+        raise ValueError(f"token ids or logprobs are no numbers: {error}") from None
+    if not 0 < len(token_ids) == len(logprobs) or token_ids.min() < 0 or not np.isfinite(logprobs).all():
+        raise ValueError(f"{len(token_ids)} token ids and {len(logprobs)} logprobs, or one that can't be")
     return Sample(
-        token_ids=np.frombuffer(base64.b64decode(fields["token_ids"]), "<i8").astype(np.int64),
-        logprobs=np.frombuffer(base64.b64decode(fields["logprobs"]), "<f4").astype(np.float32),
+        token_ids=token_ids,
+        logprobs=logprobs,
         text=fields["text"],
         finish_reason=fields["finish_reason"],
         weight_versions=tuple(tuple(span) for span in fields["weight_versions"]),

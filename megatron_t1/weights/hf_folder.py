@@ -76,7 +76,7 @@ class HFFolder:
                 if name in self._location:
                     raise CheckpointError(f"tensor {name} is in {self._location[name][0].name} and in {path.name}")
                 if indexed and indexed.get(name) != path:
-                    raise CheckpointError(f"{path} holds tensor {name}, which {INDEX} does not place there")
+                    raise CheckpointError(f"{path} holds tensor {name:.200}, which {INDEX} does not place there")
                 self.tensors[name], self._location[name] = info, (path, start)
         if lost := sorted(indexed.keys() - self._location.keys()):
             raise CheckpointError(f"{folder / INDEX} lists {len(lost)} tensors that no file has, the first: {lost[:5]}")
@@ -121,7 +121,7 @@ def _indexed(folder: Path) -> dict[str, Path]:
     try:
         files = {name: folder / file for name, file in read_json(index, _Index)["weight_map"].items()}
     except ValueError as error:
-        raise CheckpointError(f"{index} is no index of safetensors: {error}") from None
+        raise CheckpointError(f"{index} is no index of safetensors: {error!s:.500}") from None
     there = {path.name for path in folder.iterdir()}
     for path in sorted(set(files.values())):
         if path.parent != folder or path.name not in there:
@@ -144,12 +144,14 @@ def _contents(path: Path) -> Iterable[tuple[str, TensorInfo, int]]:
             for name in file.offset_keys():  # the library has checked that they follow each other without holes
                 stored = file.get_slice(name)
                 if stored.get_dtype() not in DTYPES:
-                    raise CheckpointError(f"{path}: tensor {name} has dtype {stored.get_dtype()}, which is not known")
+                    raise CheckpointError(
+                        f"{path}: tensor {name:.200} has dtype {stored.get_dtype()}, which is not known"
+                    )
                 info = TensorInfo(DTYPES[stored.get_dtype()], tuple(stored.get_shape()))
                 yield name, info, start
                 start += info.num_bytes
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a safetensors file: {error!s:.500}") from None
 
 
 class ShardWriter:
