@@ -127,7 +127,7 @@ def _indexed(folder: Path) -> dict[str, Path]:
     there = {path.name for path in folder.iterdir()}
     for path in sorted(set(files.values())):
         if path.parent != folder or path.name not in there:
-            raise CheckpointError(f"{index} names {path.name[:100]!r}, which is not in {folder}")
+            raise CheckpointError(f"{index} names {path.name:.100}, which is not in {folder}")
     if single.exists() and single not in files.values():
         raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}, which does not name it: remove one of them")
     return files
