@@ -49,7 +49,7 @@ def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewh
         write_json(path, settings)
         return False
     if different := _differences(stored, settings):
-        raise ValueError(f"{path.parent} holds results with other {', '.join(different)}: give {elsewhere}")
+        raise ValueError(f"{path.parent} holds results with other {', '.join(different):.500}: give {elsewhere}")
     if not resume:
         raise ValueError(f"{path.parent} holds these results: --resume completes them; or give {elsewhere}")
     return True

@@ -122,10 +122,12 @@ def _indexed(folder: Path) -> dict[str, Path]:
         files = {name: folder / file for name, file in read_json(index, _Index)["weight_map"].items()}
     except ValueError as error:
         raise CheckpointError(f"{index} is no index of safetensors: {error!s:.500}") from None
+    if not files:
+        raise CheckpointError(f"{index} lists no tensors")
     there = {path.name for path in folder.iterdir()}
     for path in sorted(set(files.values())):
         if path.parent != folder or path.name not in there:
-            raise CheckpointError(f"{index} names {path.name[:100]!r}, which is not in {folder}")
+            raise CheckpointError(f"{index} names {path.name:.100}, which is not in {folder}")
     if single.exists() and single not in files.values():
         raise CheckpointError(f"{folder} has both {SINGLE} and {INDEX}, which does not name it: remove one of them")
     return files

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import pickletools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import IOBase
+from io import BytesIO, IOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,8 +96,9 @@ class TorchDistReader:
         """
         self.folder = folder
         try:
-            with (folder / TORCH_DIST_INDEX).open("rb") as file:
-                metadata = _Restricted(file).load()
+            program = (folder / TORCH_DIST_INDEX).read_bytes()
+            _check_sizes(program)
+            metadata = _Restricted(BytesIO(program)).load()
         except FileNotFoundError:
             raise CheckpointError(f"{folder} is not a Megatron checkpoint: it has no {TORCH_DIST_INDEX}") from None
         except Exception as error:  # damaged bytes are a program of pickle's small machine, which may raise anything
@@ -159,8 +161,9 @@ class TorchDistReader:
                 else:
                     archive.seek(0)
                     into.copy_(torch.load(archive, map_location="cpu", weights_only=True)[there])
-            except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{where} can't be read from {path.name}: {error}") from None
+            except Exception as error:  # as of damaged bytes above
+                told = f"{type(error).__name__}: {error}"
+                raise CheckpointError(f"{where} can't be read from {path.name}: {told}") from None
 
 
 def _without_numbers(archive: IOBase) -> Any:
@@ -217,6 +220,13 @@ class TorchDistWriter:
             pickle.dump(Metadata(state_dict_metadata=dict(self._tensors), storage_data=self._stored_at), file)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _check_sizes(program: bytes) -> None:
+    """Raises ValueError for a pickle that wants more memory than it has bytes."""
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        if opcode.name == "BYTEARRAY8" or ("PUT" in opcode.name and int(argument or 0) > number):
+            raise ValueError(f"{opcode.name} has no place in it")
 
 
 class _Restricted(pickle.Unpickler):
