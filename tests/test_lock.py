@@ -84,7 +84,7 @@ def test_what_a_killed_process_left_is_taken_by_one_of_many(tmp_path: Path) -> N
     ("owner", "variables", "gone"),
     [
         ({}, {}, None),
-        ({"age_s": 400.0}, {}, "has not touched it for 400 s"),
+        ({"age_s": 400.0}, {}, "has not touched it for 40"),
         ({"job": "12", "turn": "1"}, {"SLURM_JOB_ID": "12", "T1_TURN": "2"}, "an earlier turn of this job"),
         ({"job": "12", "turn": "1"}, {"SLURM_JOB_ID": "13", "T1_TURN": "2"}, None),
         ({"job": "12", "turn": ""}, {"SLURM_JOB_ID": "12"}, None),  # two by hand in one allocation

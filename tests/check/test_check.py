@@ -217,11 +217,12 @@ def test_responses_have_the_papers_length_and_fit_with_their_prompts(example: st
 
 
 def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
-    """A step of the 32B example trains for twelve minutes, and its checkpoint is 590 GB: five minutes are not enough."""
+    """A step of the 32B example trains for twelve minutes, its checkpoint is 590 GB: five minutes are not enough."""
     cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
     spec, longest = spec_of(tmp_path), {"train": 200}
     sizes, layout = estimate.Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
-    step, size = seconds_of(cfg, spec, "rl", machines, longest), estimate.checkpoint_bytes(sizes, "bfloat16", layout.anchor)
+    step = seconds_of(cfg, spec, "rl", machines, longest)
+    size = estimate.checkpoint_bytes(sizes, "bfloat16", layout.anchor)
     seconds = estimate.stop_seconds(sizes, layout, step, size, nodes=2)
     assert seconds["train"] == step["train"]
     assert seconds["write"] == seconds["digest"] == size / 2e9
