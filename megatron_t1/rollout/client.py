@@ -1,4 +1,4 @@
-"""Asks the vLLM servers for samples: token ids in; token ids, processed logprobs and weight versions out.
+"""Asks the least loaded of the vLLM servers for samples: token ids in; ids, processed logprobs, weight versions out.
 
 Concurrency, as a contract: one background thread runs one event loop; a public call hands it a coroutine and blocks.
 Every request waits for a server with room, is asked there, and is asked again elsewhere when that server fails; a
