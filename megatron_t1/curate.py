@@ -255,7 +255,7 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
         ValueError: sampled.jsonl is of another model, sampling or seed.
     """
     path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
-    settings = {"weights": weights, "sampling": asdict(sampling), "seed": seed}
+    settings = {"weights": weights, "sampling": asdict(sampling), "seed": seed, "reward": rank0.scorer.cfg.deciding()}
     check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
     rows = read_jsonl(path, _Sampled)
     write_jsonl(path, rows)  # without a last line that was cut

@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,11 @@ def run_scaling(cfg: Config, label: str) -> None:
         cfg.scaling,
         questions,
         Path(cfg.run_dir) / "scaling" / label,
-        {"weights": weights_digest(folder), "answer_weights": weights_digest(Path(other or folder))},
+        {
+            "weights": weights_digest(folder),
+            "answer_weights": weights_digest(Path(other or folder)),
+            "reward": cfg.reward.deciding(),
+        },
         cfg.seed,
         resume=cfg.resume,
     )
@@ -232,6 +236,7 @@ def run_all(cfg: Config) -> None:
         with watch("scaling"):
             if rank0:
                 folder = run_dir / "scaling" / "rl"
+                settings |= {"reward": cfg.reward.deciding()}
                 curve = Scaling(
                     cfg.scaling, questions, folder, settings, cfg.seed, resume=cfg.resume, replace_other=True
                 )
@@ -347,7 +352,7 @@ def _evaluate(
     *,
     replace_other: bool = False,
 ) -> None:
-    settings = {**settings, "reward": asdict(cfg.reward.penalties)}
+    settings = {**settings, "reward": cfg.reward.deciding()}
     result = evaluate(
         sampler,
         questions,

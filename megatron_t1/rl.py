@@ -121,7 +121,7 @@ class Trainer:
             sampling=cfg.sampling,
             loss=cfg.loss,
             anchor=cfg.anchor,
-            **{"reward.penalties": cfg.reward.penalties},
+            **{"reward.penalties": cfg.reward.penalties, "reward.refuse_copies": cfg.reward.refuse_copies},
         )
 
     def push(self) -> None:
@@ -168,7 +168,9 @@ class Trainer:
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
-        # Neither pushed nor saved yet: where this ends the run, the step was not taken.
+        # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
+        if metrics["logprob_diff"] > self.max_logprob_diff and is_main():
+            self.bank.drop(self.steps_done)
         self._hold(metrics["logprob_diff"], f"step {self.steps_done + 1}, which is dropped")
         self.steps_done += 1
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
@@ -183,6 +185,7 @@ class Trainer:
     def train(self) -> Path:
         """All steps that are left; returns the exported Hugging Face folder."""
         cfg = self.cfg
+        self.trace.take_busy_s()  # an evaluation before the first step is not part of it
         bar = tqdm(total=cfg.rl.steps, initial=self.steps_done, desc="rl", unit="step", disable=not is_main())
         while self.steps_done < cfg.rl.steps:
             began = time.monotonic()

@@ -11,10 +11,14 @@ from __future__ import annotations
 import json
 import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from megatron_t1.warn import warn
 
 _SHORTEST_S = 0.01
 """Of a busy span that is written: samples that are graded one by one as they come would be most of the file."""
@@ -28,7 +32,7 @@ class Trace:
         self._path = path
         self._lock = threading.Lock()
         self._to_wall_clock = time.time() - time.monotonic()
-        self._tracks: dict[str, int] = {}
+        self._named: set[str] = set()
         self._under_way: dict[str, int] = defaultdict(int)
         self._since: dict[str, float] = {}
         self._busy_s: dict[str, float] = defaultdict(float)
@@ -39,16 +43,27 @@ class Trace:
         microseconds = {"ts": (began + self._to_wall_clock) * 1e6, "dur": (ended - began) * 1e6}
         with self._lock:
             events = []
-            if track not in self._tracks:
-                self._tracks[track] = len(self._tracks)
-                named = {"name": "thread_name", "ph": "M", "args": {"name": track}}
-                events.append({**named, "pid": 1, "tid": self._tracks[track]})
-            events.append({"name": name, "ph": "X", **microseconds, "pid": 1, "tid": self._tracks[track]})
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                if file.tell() == 0:
-                    file.write("[\n")
-                file.writelines(json.dumps(event) + ",\n" for event in events)
+            where = {
+                "pid": 1,
+                "tid": zlib.crc32(track.encode()) >> 1,
+            }  # the same in every process that goes on in a file
+            if track not in self._named:
+                self._named.add(track)
+                events.append({"name": "thread_name", "ph": "M", "args": {"name": track}, **where})
+            events.append({"name": name, "ph": "X", **microseconds, **where})
+            try:
+                self._append(self._path, events)
+            except OSError as error:
+                warn(f"{self._path} can't be written and ends here: {error}")
+                self._path = None
+
+    @staticmethod
+    def _append(path: Path, events: list[dict[str, Any]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            if file.tell() == 0:
+                file.write("[\n")
+            file.writelines(json.dumps(event) + ",\n" for event in events)
 
     @contextmanager
     def busy(self, track: str, name: str, count: int = 1) -> Iterator[None]:

@@ -42,7 +42,15 @@ def first_line(process: subprocess.Popen[str]) -> str:
 
 def of_another_host(folder: Path, *, age_s: float = 0.0, **fields: object) -> None:
     """What a process elsewhere has written, and touched so long ago."""
-    owner = {"host": "elsewhere", "processes": "pid:[1]", "process": 7, "started": 1.0, "job": "", "turn": ""}
+    owner = {
+        "host": "elsewhere",
+        "boot": "b",
+        "processes": "pid:[1]",
+        "process": 7,
+        "started": 1,
+        "job": "",
+        "turn": "",
+    }
     (folder / FILE).write_text(json.dumps({**owner, **fields}))
     then = time.time() - age_s
     os.utime(folder / FILE, (then, then))
@@ -98,6 +106,18 @@ def test_owners_on_other_hosts(owner, variables, gone, tmp_path: Path) -> None:
         assert gone in warned
     else:
         assert "is in use: process 7 on elsewhere" in said
+
+
+def test_a_process_that_nobody_has_reaped_is_gone(tmp_path: Path) -> None:
+    first = hold(tmp_path)
+    assert first_line(first) == "at work"
+    first.send_signal(signal.SIGKILL)
+    with Path(f"/proc/{first.pid}/stat").open() as stat:
+        while " Z " not in stat.read():
+            stat.seek(0)
+    with locked(tmp_path):
+        pass
+    first.wait()
 
 
 def test_a_file_that_says_nothing_counts_by_its_age(tmp_path: Path) -> None:

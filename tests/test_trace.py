@@ -55,6 +55,24 @@ def test_stages_are_spans_by_the_wall_clock_and_a_resumed_run_goes_on(tmp_path: 
     assert len(spans(path, "trainer")) == 2
 
 
+def test_tracks_keep_their_rows_whatever_came_first(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    for order in (("push", "trainer"), ("trainer", "push")):
+        trace = Trace(path)
+        for track in order:
+            trace.span(track, f"of {track}", 0.0, 1.0)
+    for track in ("push", "trainer"):
+        assert {span["name"] for span in spans(path, track)} == {f"of {track}"}
+
+
+def test_what_cannot_be_written_is_said_once_and_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rl").write_text("")  # no folder
+    trace = Trace(tmp_path / "rl" / "trace.json")
+    for _ in range(2):
+        trace.span("push", "write", 0.0, 1.0)
+    assert capsys.readouterr().err.count("can't be written") == 1
+
+
 def test_without_a_path_nothing_is_written() -> None:
     trace = Trace()
     with pytest.raises(RuntimeError), trace.busy("grading", "grade"):

@@ -139,7 +139,12 @@ def _trainer_job(command: str) -> Callable[[list[str]], int]:
         from megatron_t1.platform import te
 
         te.check_layers(cfg.model.layers)
-        with locked(Path(cfg.run_dir)) if os.environ["RANK"] == "0" else contextlib.nullcontext():
+        folders = [Path(cfg.run_dir)]
+        if command == "run":
+            folders += [folders[0] / name for name in ("evaluate/sft", "evaluate/rl", "scaling/rl")]
+        with contextlib.ExitStack() as stack:
+            for folder in folders if os.environ["RANK"] == "0" else []:
+                stack.enter_context(locked(folder))
             from megatron_t1 import pipeline
 
             STOP.install()

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from tqdm import tqdm
 
+from megatron_t1 import lock
 from megatron_t1.files import Journal, read_json, write_json
 from megatron_t1.types import FinishReason
 
@@ -72,7 +73,8 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool, replace
     path = folder / "settings.json"
     if replace_other and path.exists() and not (resume and not _differences(read_json(path, dict[str, Any]), settings)):
         for file in [*folder.glob("*.jsonl"), *folder.glob("*.json")]:
-            file.unlink()
+            if file.name != lock.FILE:
+                file.unlink()
     check_settings(path, settings, resume=resume, elsewhere="another --label, or remove it")
 
 

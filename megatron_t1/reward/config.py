@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from megatron_t1.fields import above, at_least
 from megatron_t1.reward.penalties import PenaltyConfig
@@ -26,6 +27,10 @@ class RewardConfig:
     """An answer that is a formula of the question, where the gold is its value, is wrong; see docs/grading.md."""
     alarm_after: int = 64
     """Warn when this many samples in a row have no answer, time out or crash: the format or the grader is broken."""
+
+    def deciding(self) -> dict[str, Any]:
+        """What a verdict depends on, as JSON values: results of another grader are not gone on with."""
+        return {"penalties": asdict(self.penalties), "refuse_copies": self.refuse_copies}
 
     def __post_init__(self) -> None:
         above(self, 0, "deadline_s")

@@ -51,6 +51,10 @@ class Bank:
         """The samples of one step; `same` (JSON values) is what has to be the same for a sample to be used again."""
         return StepBank(self.folder / f"step_{step:08d}.jsonl", json.dumps([step, *same], sort_keys=True))
 
+    def drop(self, step: int) -> None:
+        """Forget the samples of one step: they must not be used again."""
+        (self.folder / f"step_{step:08d}.jsonl").unlink(missing_ok=True)
+
     def drop_before(self, step: int) -> None:
         """Forget the samples of steps below `step`: a checkpoint holds what was learned from them."""
         for path in self.folder.glob("step_*.jsonl"):

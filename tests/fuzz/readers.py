@@ -198,9 +198,10 @@ def question_readers(tmp: Path, model: Path) -> list[Reader]:
         {"prompt": "4 + 4?", "answer": 8},
     ]
 
-    def check_pairs(found: list[tuple[Any, Prompt, Sample]]) -> None:
-        for identifier, prompt, sample in found:
-            assert type(identifier) in (str, int), identifier
+    def check_pairs(found: list[grade.Row]) -> None:
+        for row in found:
+            prompt, sample = row.prompt, row.sample
+            assert type(row.id) in (str, int), row.id
             for text in (prompt.id, prompt.gold, prompt.text, sample.text, *prompt.choices):
                 assert type(text) is str  # with halves of surrogate pairs as a model writes them
             assert prompt.gold.lower() not in _NO_TEXT, prompt.gold
@@ -244,7 +245,7 @@ def question_readers(tmp: Path, model: Path) -> list[Reader]:
         lines("sft", sft, lambda path: load_sft(path, template, DataConfig()), check_sequences),
         lines("texts", texts, lambda path: load_texts(path, model), check_sequences),
         lines("set_jsonl", SET, lambda path: load_set(str(path)), check_questions),
-        lines("grade", pairs, lambda path: list(grade._read(path)), check_pairs),
+        lines("grade", pairs, lambda path: grade._read(path, None), check_pairs),
         lines("stored", stored, lambda path: StoredSampler(path, None), check_stored),  # type: ignore[arg-type]
         lines("curate", raw, raw_questions, check_raw),
     ]
@@ -556,7 +557,16 @@ def state_readers(tmp: Path) -> list[Reader]:
     }  # fmt: skip
     entry = {"url": "http://host:8000", "start": "ab", "log": "/logs/x"}
     key = b"abcdefghijklmnopqrstuvwxyz_-012345"
-    owner = {"host": "h", "processes": "pid:[1]", "process": 1, "started": 2.5, "job": "", "turn": "", "id": "ab"}
+    owner = {
+        "host": "h",
+        "boot": "b",
+        "processes": "pid:[1]",
+        "process": 1,
+        "started": 2,
+        "job": "",
+        "turn": "",
+        "id": "ab",
+    }
     (tmp / "registry").mkdir()
     (tmp / "eval").mkdir()
     set_folder = tmp / "evaluate" / "rl" / "x"

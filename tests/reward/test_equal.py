@@ -112,6 +112,17 @@ def test_percents_are_accepted_where_the_question_asks_for_them() -> None:
     assert verify("40", r"\boxed{40\%}", question=question).outcome == "correct"
     assert verify("40", r"\boxed{40\%}", question="A shirt with 20% off costs how much?").outcome == "wrong"
     assert verify("40", r"\boxed{41\%}", question=question).outcome == "wrong"
+    for asked in ("A price of 100 is increased by 20 percent. What is it?", "In 5 percent of 800 cases, how many?"):
+        assert verify("40", r"\boxed{40\%}", question=asked).outcome == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [(r"\frac{\pi}{2}", r"\pi/2"), (r"\sqrt{3}/2", r"\frac{\sqrt{3}}{2}"), (r"2\sqrt{3}", r"\sqrt{3}\cdot 2")],
+)
+def test_another_spelling_of_the_gold_is_no_copy(gold: str, answer: str) -> None:
+    question = r"For $0\le x\le \pi/2$, with sides $\frac{\sqrt{3}}{2}$ and $2\sqrt{3}$, find it."
+    assert verify(gold, rf"\boxed{{{answer}}}", question=question).outcome == "correct"
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ fill = Anchor.fill
 calls: list[int] = []
 
 
-def fill_and_ask(self: Anchor, *arguments: Any, **options: Any) -> None:
-    fill(self, *arguments, **options)
+def fill_and_ask(self: Anchor, *arguments: Any, **options: Any) -> dict[str, float]:
+    filled = fill(self, *arguments, **options)
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGUSR1)
+    return filled
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ _SIDES = re.compile(r"=|\\approx(?![a-zA-Z])")
 _NOTHING = {"\\cdot", "\\times", "\\text"}
 _FORMULA = re.compile(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 _PERCENT_ASKED = re.compile(
-    r"\b(?:what|find|which|as an?|in|by|nearest(?: \w+)?|express\w*)\s+(?:is\s+)?(?:the\s+)?(?:\w+\s+){0,2}percent"
+    r"\b(?:what|find|which|as an?|in|by|nearest(?: \w+)?|express\w*)\s+(?:is\s+)?(?:the\s+)?(?:[^\W\d]+\s+){0,2}percent"
     r"|百分之几|百分比是",
     re.I,
 )
@@ -42,6 +42,8 @@ def is_copied(gold: Answer, answer: Answer, question: str) -> bool:
     tokens = max(map(_tokens, sides), key=len)
     if len(tokens) < 2 or not (_is_constant(gold.text) or len(tokens) > len(_tokens(gold.text))):
         return False
+    if _operands(tokens) == _operands(_tokens(gold.text)):  # \pi/2 for \frac{\pi}{2}: nothing is left to work out
+        return False
     whole, formulas = _formulas(question[-MAX_QUESTION_CHARS:])
     return f" {' '.join(tokens)} " in whole or " ".join(sorted(tokens)) in formulas
 
@@ -50,6 +52,10 @@ def _is_constant(gold: str) -> bool:
     r"""12, \frac{\pi}{4}, 2\sqrt{3}, x=7: no variable but in front of an equals sign."""
     value = re.sub(r"\\(?:text\{[^{}]*\}|[a-zA-Z]+)", "", gold.split("=")[-1])
     return not re.search(r"[A-Za-df-hj-z]", value)
+
+
+def _operands(tokens: list[str]) -> list[str]:
+    return sorted(token for token in tokens if token not in ("\\frac", "/"))
 
 
 def _tokens(text: str) -> list[str]:

@@ -19,6 +19,8 @@ from megatron_t1.reward.answers.read import read
 from megatron_t1.types import AnswerMode, Outcome
 
 MAX_GOLD_CHARS = 200
+_COMPARED = "compared as mathematics"
+_WITHOUT_PERCENT = "compared without %: the question asks for percent"
 MAX_REASON_CHARS = 2000
 
 
@@ -85,9 +87,9 @@ def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "", r
     """The verdict on an extracted answer; the question, when it is known, says whether it is copied."""
     try:
         reads, spelled = read(_gold(gold, mode)), normalize(answer)
-        same = equal(reads, read(spelled))
+        same, how = equal(reads, read(spelled)), _COMPARED
         if not same and spelled.endswith("%") and "%" not in gold and asks_for_percent(question):
-            same = equal(reads, read(spelled[:-1]))
+            same, how = equal(reads, read(spelled[:-1])), _WITHOUT_PERCENT
         copied = same and refuse_copies and is_copied(reads, read(spelled), question)
     except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
         # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
@@ -96,14 +98,15 @@ def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "", r
         return Verdict("crash", answer, f"{type(error).__name__}: {error}"[:200])
     if copied:
         return Verdict("wrong", answer, "a formula of the question, not computed")
-    return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
+    return Verdict("correct" if same else "wrong", answer, how)
 
 
 def explained(verdict: Verdict, gold: str, mode: AnswerMode) -> Verdict:
     """With a reason that says what was read and which rules decided."""
     if mode == "mc" or verdict.extracted is None:
         return verdict
-    told = explain(_gold(gold, mode), normalize(verdict.extracted))
+    spelled = normalize(verdict.extracted)
+    told = explain(_gold(gold, mode), spelled[:-1] if verdict.reason == _WITHOUT_PERCENT else spelled)
     return replace(verdict, reason=f"{verdict.reason}; {told}"[:MAX_REASON_CHARS])
 
 
