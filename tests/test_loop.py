@@ -45,7 +45,7 @@ def data(t1, tmp_path_factory) -> Path:
 def tuned(t1, data, tmp_path_factory) -> Path:
     """The task's folder with a model that answers in the right form, sometimes correctly: rewards differ."""
     folder = tmp_path_factory.mktemp("tuned")
-    t1("sft", *options(data, folder, **{"sft.max_steps": 400}))
+    t1("sft", *options(data, folder, **{"sft.max_steps": 1000}))
     shutil.copytree(data, folder / "task")
     shutil.rmtree(folder / "task/model")
     shutil.copytree(folder / "sft/hf", folder / "task/model")
@@ -248,7 +248,7 @@ def test_the_models_own_chains_teach_it_and_are_measured(t1, tuned, server, tmp_
     """Synthesis by the tiny model itself -> SFT -> evaluation before and after, compared -> scaling -> report."""
     url, key_file = json.loads(server["rollout.urls"])[0], server["rollout.key_file"]
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(line + "\n" for line in (tuned / "rl.jsonl").read_text().splitlines()[:400]))
+    questions.write_text("".join(line + "\n" for line in (tuned / "rl.jsonl").read_text().splitlines()[:800]))
     endpoint = json.dumps({"tiny": {"urls": [url], "key_file": str(key_file)}})
     # Whatever the server held, these are the weights now. A first step of Adam is as large for noise as for a gradient.
     t1("rl", *options(tuned, tmp_path / "push", **server, **{"rl.steps": 1, "rl.optim.lr": 0}))
@@ -256,13 +256,13 @@ def test_the_models_own_chains_teach_it_and_are_measured(t1, tuned, server, tmp_
                   "--endpoints", endpoint, "--out", tmp_path / "chains"]  # fmt: skip
     said = t1("synthesize", *synthesize)
     chains = rows(tmp_path / "chains/sft.jsonl")
-    assert len(chains) >= 4, said  # the model has learned for 400 steps: most of its chains are wrong
+    assert len(chains) >= 2, said  # the model has learned for 1000 steps: many of its chains are wrong
     for chain in chains:
         assert chain["response"].count("Try ") > 1
         assert ", no. " in chain["response"]
         assert chain["response"].endswith(f"\\boxed{{{chain['answer']}}}")
     measured = {**server, "evaluate.sampling.num_samples": 2, "scaling.budgets": "[16,48]"}
-    sft = {"data.sft": tmp_path / "chains/sft.jsonl", "sft.batch_size": 4, "sft.max_steps": 60, "sft.epochs": 100}
+    sft = {"data.sft": tmp_path / "chains/sft.jsonl", "sft.batch_size": 2, "sft.max_steps": 60, "sft.epochs": 100}
     t1("sft", *options(tuned, tmp_path / "run", **sft))
     after = {"model.hf_path": tmp_path / "run/sft/hf"}
     t1("evaluate", *options(tuned, tmp_path / "run", **measured, label="before"))
