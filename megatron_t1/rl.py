@@ -169,9 +169,12 @@ class Trainer:
             loss = partial(t1_token_loss, cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
-        if metrics["logprob_diff"] > self.max_logprob_diff and is_main():
-            self.bank.drop(self.steps_done)
-        self._hold(metrics["logprob_diff"], f"step {self.steps_done + 1}, which is dropped")
+        try:
+            self._hold(metrics["logprob_diff"], f"step {self.steps_done + 1}, which is dropped")
+        except MismatchError:
+            if is_main():
+                self.bank.drop(self.steps_done)
+            raise
         self.steps_done += 1
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
             self.sync.begin_push(version=self.steps_done)

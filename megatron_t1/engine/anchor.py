@@ -93,8 +93,8 @@ class Anchor:
         differences = [policy - anchor for policy, anchor in zip(of_policy, of_anchor, strict=True)]
         kl = self._sums(microbatches, differences, len(sequences))
         c = centered(kl, np.array([sequence.group for sequence in sequences]), loss.kl_baseline)
+        of_samples = torch.from_numpy(c).float().to(self._engine.platform.device)
         for microbatch in microbatches:
-            of_samples = torch.from_numpy(c).float().to(microbatch.sample_index.device)
             microbatch.centered_kl = of_samples[microbatch.sample_index]
         return {"kl_sample": float(kl.mean()), "kl_sample_std": float(kl.std())}
 

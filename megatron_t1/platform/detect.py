@@ -49,10 +49,6 @@ def _usable_apex() -> bool:
     return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("amp_C") is not None
 
 
-def _transformer_engine_version() -> str | None:
-    return te.version()
-
-
 @functools.lru_cache(maxsize=1)
 def setup() -> Platform:
     """Detect the platform and, on the CPU, teach torch the answers that Megatron-Core expects of CUDA. Idempotent.
@@ -67,7 +63,7 @@ def setup() -> Platform:
             name="cuda",
             device=torch.device("cuda", index),
             backend="nccl",
-            transformer_engine=_transformer_engine_version(),
+            transformer_engine=te.version(),
             apex=_usable_apex(),
         )
     cpu.install()
