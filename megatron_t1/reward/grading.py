@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from megatron_t1.reward.answers.verify import Verdict, explained, gold_problem, verify_cheaply, verify_fully
+from megatron_t1.reward.answers.golds import gold_problem
+from megatron_t1.reward.answers.verify import Verdict, explained, verify_cheaply, verify_fully
 from megatron_t1.reward.config import PenaltyConfig
 from megatron_t1.reward.penalties import Response, find_penalties
 

@@ -27,7 +27,8 @@ import sympy
 from sympy.core.function import AppliedUndef
 
 from megatron_t1.reward.answers.evaluate import COMPUTED, Meter, Values, evaluate, magnitude
-from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.relations import MIRRORED
+from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.trees import Binder
 
 LOW_DIGITS, HIGH_DIGITS, MOST_DIGITS = 50, 400, 5000
@@ -38,8 +39,6 @@ _WHOLE_NAMES = _INTEGER_NAMES | {"N", "i", "j", "p", "q", "r"}
 _WHOLE_FUNCTIONS = {"floor", "ceiling", "gcd", "lcm", "bmod", "pmod"}
 _IN_PIECES = {"Abs", "Max", "Min", *_WHOLE_FUNCTIONS}
 _FEW, _MANY = (*range(1, 13), 15, 20, 31), (64, 99, 100, 365, 1001, 9999)
-MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-"""Operators between exchanged sides."""
 Sides = tuple[Any, Any]
 """Trees left and right of an operator."""
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_t1.reward.answers.equal import Comparison, equal_cheaply
-from megatron_t1.reward.answers.latex import UndecidableError
-from megatron_t1.reward.answers.normalize import compact, exact_number
-from megatron_t1.reward.answers.read import Answer, Clock, Interval, List, Quantity, Ratio, Region, Relation, Set, read
+from megatron_t1.reward.answers.equal import Comparison
+from megatron_t1.reward.answers.kinds import Answer, Clock, Interval, List, Quantity, Ratio, Region, Relation, Set
+from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.numbers import exact_number
+from megatron_t1.reward.answers.read import read
+from megatron_t1.reward.answers.tokens import UndecidableError
+from megatron_t1.reward.answers.values import equal_cheaply
 
 _HALVES = {"a": "midnight", "p": "noon", "": "midnight or noon"}
 MAX_STEPS = 8

@@ -21,12 +21,9 @@ from typing import Any
 
 import sympy
 
+from megatron_t1.reward.answers.tokens import TOKEN, Tokens, UndecidableError, is_number, tokenized
 from megatron_t1.reward.answers.trees import Fraction, bind, determinant, negated, quotient
 
-MAX_DEPTH = 30
-MAX_TOKENS = 600
-
-_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|\S")
 _GREEK = {
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
     "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi",
@@ -62,36 +59,8 @@ _CHOOSE = re.compile(r"_ (?:\{ )?(\d+) (?:\} )?\^ (?:\{ )?(\d+)(?: \})?(?= |$)")
 """After the C of C_{10}^{4}."""
 
 
-class UndecidableError(Exception):
-    """The expression cannot be read, or is too large to be worth comparing."""
-
-
-class _Parser:
-    def __init__(self, tokens: list[str]):
-        self.tokens = tokens
-        self.position = 0
-        self.depth = 0
-        self.in_bars = 0
-
-    @property
-    def next(self) -> str | None:
-        return self.tokens[self.position] if self.position < len(self.tokens) else None
-
-    def take(self) -> str:
-        token = self.next
-        if token is None:
-            raise UndecidableError("it ends too early")
-        self.position += 1
-        return token
-
-    def expect(self, token: str) -> None:
-        if self.take() != token:
-            raise UndecidableError(f"{token} is missing")
-
-    def deeper(self) -> None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise UndecidableError("nested too deep")
+class _Parser(Tokens):
+    in_bars = 0
 
     def expression(self) -> Any:
         self.deeper()
@@ -130,7 +99,7 @@ class _Parser:
             elif token in _ENDS or (token == "|" and self.in_bars):
                 return product
             else:
-                if _is_number(token) and _is_number(self.tokens[self.position - 1]):
+                if is_number(token) and is_number(self.tokens[self.position - 1]):
                     raise UndecidableError(f"two numbers without a sign between them: {token}")
                 factor = self.factor()
                 mixed = product.is_Integer and isinstance(factor, Fraction)
@@ -185,10 +154,6 @@ class _Parser:
         self.in_bars = bars
         return inner
 
-    def name_part(self) -> str:
-        """Text of a subscript or decoration."""
-        return "".join(self.group())
-
     def base(self) -> Any:
         token = self.next
         if token in ("(", "[", "{"):
@@ -235,7 +200,7 @@ class _Parser:
         if self.next != "(" or ")" not in inside or name == "i":
             return False
         inside = inside[: inside.index(")")]
-        return "'" in name or all(map(_is_number, inside[::2])) or (name[0].isupper() and len(inside) == 1)
+        return "'" in name or all(map(is_number, inside[::2])) or (name[0].isupper() and len(inside) == 1)
 
     def symbol(self, name: str) -> Any:
         primes = ""
@@ -326,17 +291,6 @@ class _Parser:
             value = quotient(value, sympy.log(base, evaluate=False))
         return value if power is None else sympy.Pow(value, power, evaluate=False)
 
-    def group(self) -> list[str]:
-        """Tokens of one braced group, or one token."""
-        if self.next != "{":
-            return [self.take()]
-        start, level = self.position + 1, 0
-        while True:
-            token = self.take()
-            level += (token == "{") - (token == "}")
-            if not level:
-                return self.tokens[start : self.position - 1]
-
     def part(self, tokens: list[str]) -> Any:
         """The expression that `tokens` are, read within this one's depth."""
         parser = _Parser(tokens)
@@ -349,14 +303,6 @@ class _Parser:
             raise UndecidableError(f"{self.next!r} is unexpected")
         return tree
 
-    def bounds(self) -> tuple[list[str], list[str]]:
-        """Tokens below and above a big operator."""
-        sides: dict[str | None, list[str]] = {"_": [], "^": []}
-        while self.next in sides and not sides[self.next]:
-            side = self.take()
-            sides[side] = self.group()
-        return sides["_"], sides["^"]
-
     def binder(self, name: str) -> Any:
         below, above = self.bounds()
         sign = "\\to" if name == "lim" else "="
@@ -364,7 +310,7 @@ class _Parser:
             raise UndecidableError(f"\\{name} without {sign} below it")
         variable, point = sympy.Symbol(below[0].lstrip("\\")), below[2:]
         if one_sided := re.search(r"\^ (?:\{ )?([+-])(?: \})?$", " ".join(point)):
-            name, point = name + one_sided[1], _TOKEN.findall(" ".join(point)[: one_sided.start()])
+            name, point = name + one_sided[1], TOKEN.findall(" ".join(point)[: one_sided.start()])
         limits = [self.part(point)]
         if sign == "=":
             limits.append(self.part(above))
@@ -409,17 +355,10 @@ class _Parser:
         return self.next is not None and self.next[1:] in _FUNCTIONS and self.next[0] == "\\"
 
 
-def _is_number(token: str | None) -> bool:
-    return token is not None and (token[0].isdecimal() or (token[0] == "." and len(token) > 1))
-
-
 def parse_latex(latex: str) -> Any:
     """Unevaluated SymPy tree of a normalised LaTeX expression.
 
     Raises:
         UndecidableError: not in the grammar above, too long or too deep.
     """
-    tokens = _TOKEN.findall(latex)
-    if len(tokens) > MAX_TOKENS:
-        raise UndecidableError(f"{len(tokens)} tokens")
-    return _Parser(tokens).whole()
+    return _Parser(tokenized(latex)).whole()

@@ -1,6 +1,6 @@
-r"""One spelling for one answer: unicode, LaTeX synonyms, spacing, fonts, thousands; and exact reading of plain numbers.
+r"""One spelling for one answer: unicode, LaTeX synonyms, spacing, fonts, thousands.
 
-Everything here is string work with bounded cost; no mathematics is decided beyond the exact value of a number.
+Everything here is string work with bounded cost; no mathematics is decided.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
@@ -217,66 +215,3 @@ def compact(s: str) -> str:
     """`normalize`d text without the spaces that mean nothing: for comparing as strings."""
     s = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|(?<=\d) (?=\d)", lambda m: f"{m[1] or ''} @", s)
     return s.replace(" ", "").replace("@", " ")
-
-
-@dataclass(frozen=True)
-class Exact:
-    """A plain number: its exact value and how it was written."""
-
-    value: Fraction
-    decimals: int | None = None
-    """Of the last digit when it was written as a decimal, else None: 2 in 1.25, 4 in 1.25e-2, -1 in 1.25e3."""
-    digits: int = 0
-    """Significant digits of a decimal."""
-    places: int = 0
-    """Digits written after the point: 2 in 1.25e-2."""
-
-
-_DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
-_THOUSANDS = re.compile(r"([+-]?[1-9]\d{0,2})((?:,\d{3})+)(\.\d+)?")
-_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?)")
-_GOES_ON = re.compile(r"([+-]?)(\d*)\.(\d*?)(?:(\d)\4\4+|(\d{2,}?)\5+)\\ldots")
-_SCIENTIFIC = re.compile(r"(.+?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([+-]?[\d.]+)[eE]([+-]?\d+)")
-_MAX_DIGITS = 1000
-
-
-def exact_number(s: str) -> Exact | None:
-    """A normalised string read as integer, decimal, fraction, mixed number or scientific notation; else None."""
-    s = s.strip()
-    if not s or len(s) > _MAX_DIGITS or not any(c.isdigit() for c in s):
-        return None
-    while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}," for c in s[1:-1]):
-        s = s[1:-1].strip()
-    if m := _THOUSANDS.fullmatch(s):
-        s = m[1] + m[2].replace(",", "") + (m[3] or "")
-    if re.fullmatch(r"[+-]? ?\d{1,3}( \d{3})+(\.\d+)?", s):
-        s = s.replace(" ", "")
-    s = re.sub(r"^([+-])\s+", r"\1", s)
-    if m := _DECIMAL.fullmatch(s):
-        if m[3] is None:
-            return Exact(Fraction(int(m[5])) * (-1 if m[4] == "-" else 1))
-        value = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3])) * (-1 if m[1] == "-" else 1)
-        return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")), len(m[3]))
-    if m := _REPEATING.fullmatch(s) or _GOES_ON.fullmatch(s.replace(" ", "")):
-        block = m[4] or m[5]
-        head = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3]))
-        value = head + Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(m[3]))
-        return Exact(-value if m[1] == "-" else value)
-    if m := re.fullmatch(
-        r"([+-]?)(\d+)?\s*(?:\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))", s
-    ):
-        top, bottom = int(m[3] or m[5]), int(m[4] or m[6])
-        if bottom == 0:
-            return None
-        value = int(m[2] or 0) + Fraction(top, bottom)
-        return Exact(-value if m[1] == "-" else value)
-    if m := re.fullmatch(r"([+-]?\d+)\s*/\s*(\d+)", s):
-        return Exact(Fraction(int(m[1]), int(m[2]))) if int(m[2]) else None
-    if m := _SCIENTIFIC.fullmatch(s):
-        base = exact_number(m[1] or m[4])
-        power = int(m[2] or m[3] or m[5])
-        if base is None or abs(power) > 400:
-            return None
-        decimals = None if base.decimals is None else base.decimals - power
-        return Exact(base.value * Fraction(10) ** power, decimals, base.digits, base.places)
-    return None

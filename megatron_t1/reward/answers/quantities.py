@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_t1.reward.answers.brackets import split_top
-from megatron_t1.reward.answers.normalize import Exact, exact_number
+from megatron_t1.reward.answers.numbers import exact_number
 
 
 @dataclass(frozen=True)
@@ -128,31 +128,6 @@ def is_text(s: str) -> bool:
     if outside != s and not re.search(r"[A-Za-z0-9\\]", outside):
         return True
     return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
-
-
-def rounds_to(exact: Fraction, decimal: Exact, min_digits: int) -> bool:
-    """Whether a decimal of so many digits is `exact`, rounded; the last digits of a float need not be right."""
-    if decimal.decimals is None or decimal.digits < min_digits:
-        return False
-    slack = Fraction(2 if decimal.digits >= 14 else 1, 2) / Fraction(10) ** decimal.decimals
-    return abs(exact - decimal.value) <= slack
-
-
-def numbers_equal(gold: Exact, answer: Exact) -> bool:
-    """Exact equality, or a rounding of enough digits.
-
-    A decimal gold of three significant digits takes a fraction or a longer decimal that rounds to it (3.14 takes
-    3.14159); a fraction as gold takes a decimal of four (600/7 as 85.71); a decimal gold takes a shorter decimal of
-    three with two places (2.653 as 2.65). Integers never round.
-    """
-    if gold.value == answer.value:
-        return True
-    if gold.decimals is None:
-        return answer.decimals is not None and gold.value.denominator > 1 and rounds_to(gold.value, answer, 4)
-    if answer.decimals is None:
-        return answer.value.denominator > 1 and rounds_to(answer.value, gold, 3)
-    longer, shorter = (answer, gold) if answer.decimals > gold.decimals else (gold, answer)
-    return shorter.places >= 2 and longer.decimals != shorter.decimals and rounds_to(longer.value, shorter, 3)
 
 
 def split_unit(s: str) -> tuple[str, Unit] | None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from megatron_t1.reward.answers import choices as letters
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.equal import check_readable, equal, equal_cheaply
+from megatron_t1.reward.answers.equal import equal
 from megatron_t1.reward.answers.explain import explain
-from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.normalize import normalize
 from megatron_t1.reward.answers.question import asks_for_percent, is_copied
 from megatron_t1.reward.answers.read import read
+from megatron_t1.reward.answers.tokens import UndecidableError
+from megatron_t1.reward.answers.values import equal_cheaply
 from megatron_t1.types import AnswerMode, Outcome
 
-MAX_GOLD_CHARS = 200
 _COMPARED = "compared as mathematics"
 _WITHOUT_PERCENT = "compared without %: the question asks for percent"
 MAX_REASON_CHARS = 2000
@@ -34,7 +35,7 @@ class Verdict:
 
 
 @functools.lru_cache(maxsize=64)
-def _gold(gold: str, mode: AnswerMode) -> str:
+def normalized_gold(gold: str, mode: AnswerMode) -> str:
     """Its answer, normalised."""
     if "\\boxed" in gold or "\\fbox" in gold:
         gold = extract.last_box(gold) or gold
@@ -55,10 +56,10 @@ def _extracted(text: str, mode: AnswerMode) -> tuple[str | None, str]:
 
 
 def _choose(gold: str, text: str, choices: tuple[str, ...]) -> Verdict:
-    wanted = extract.gold_letter(gold, choices)
+    wanted = letters.gold_letter(gold, choices)
     if wanted is None:
         return Verdict("wrong", None, f"the gold {gold[:40]!r} is not a choice")
-    letter, where = extract.chosen_letter(text, choices)
+    letter, where = letters.chosen_letter(text, choices)
     if letter is None:
         return Verdict("no_answer", None, where)
     return Verdict("correct" if letter == wanted else "wrong", letter, f"{where}: {letter}, gold {wanted}")
@@ -76,7 +77,7 @@ def verify_cheaply(
         return Verdict("no_answer", None, where), None
     if len(answer) > extract.MAX_ANSWER_CHARS:
         return Verdict("wrong", answer[:80], f"an answer of more than {extract.MAX_ANSWER_CHARS} characters"), None
-    same = equal_cheaply(_gold(gold, mode), normalize(answer))
+    same = equal_cheaply(normalized_gold(gold, mode), normalize(answer))
     if same is None:
         return None, answer
     return Verdict("correct" if same else "wrong", answer, f"{where}, compared as text or exact numbers"), answer
@@ -86,7 +87,7 @@ def verify_cheaply(
 def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "", refuse_copies: bool = True) -> Verdict:
     """The verdict on an extracted answer; the question, when it is known, says whether it is copied."""
     try:
-        reads, spelled = read(_gold(gold, mode)), normalize(answer)
+        reads, spelled = read(normalized_gold(gold, mode)), normalize(answer)
         same, how = equal(reads, read(spelled)), _COMPARED
         if not same and spelled.endswith("%") and "%" not in gold and asks_for_percent(question):
             same, how = equal(reads, read(spelled[:-1])), _WITHOUT_PERCENT
@@ -106,7 +107,7 @@ def explained(verdict: Verdict, gold: str, mode: AnswerMode) -> Verdict:
     if mode == "mc" or verdict.extracted is None:
         return verdict
     spelled = normalize(verdict.extracted)
-    told = explain(_gold(gold, mode), spelled[:-1] if verdict.reason == _WITHOUT_PERCENT else spelled)
+    told = explain(normalized_gold(gold, mode), spelled[:-1] if verdict.reason == _WITHOUT_PERCENT else spelled)
     return replace(verdict, reason=f"{verdict.reason}; {told}"[:MAX_REASON_CHARS])
 
 
@@ -118,17 +119,3 @@ def verify(
     if verdict is not None or answer is None:
         return verdict or Verdict("no_answer", None, "no answer")
     return verify_fully(gold, answer, mode, question)
-
-
-def gold_problem(gold: str) -> str | None:
-    """Why an answer cannot serve as a gold; None when it can. For workers."""
-    if len(gold) > MAX_GOLD_CHARS:
-        return f"longer than {MAX_GOLD_CHARS} characters"
-    itself = verify(gold, rf"\boxed{{{gold}}}")
-    if itself.outcome != "correct":
-        return f"it is not accepted as its own answer: {itself.reason}"
-    try:
-        check_readable(read(_gold(gold, "response")))
-    except (UndecidableError, RecursionError, ValueError, TypeError) as error:
-        return f"it cannot be compared: {error or type(error).__name__}"[:200]
-    return None
