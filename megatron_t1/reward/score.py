@@ -45,7 +45,7 @@ class Scorer:
         self._failures_in_a_row = 0
         num_workers = cfg.num_workers or min(8, os.cpu_count() or 1)
         self._pool = Pool(grading, num_workers, cfg.deadline_s, cfg.memory_mb << 20, cfg.tasks_per_worker)
-        self._penalties = json.dumps(asdict(cfg.penalties))
+        self._deciding = json.dumps(cfg.deciding())
 
     def __enter__(self) -> Scorer:
         return self
@@ -111,9 +111,8 @@ class Scorer:
             "token_ids": sample.token_ids.tolist() if needs_tokens else (),
             "finish_reason": sample.finish_reason,
             "question": prompt.text,
-            "refuse_copies": self.cfg.refuse_copies,
             "explain": self._explain,
-            "penalties": self._penalties,
+            "config": self._deciding,
         }
 
     def _reward(self, graded: Graded) -> Reward:

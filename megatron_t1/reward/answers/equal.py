@@ -32,7 +32,7 @@ from megatron_t1.reward.answers.kinds import (
     Words,
 )
 from megatron_t1.reward.answers.normalize import compact
-from megatron_t1.reward.answers.numbers import numbers_equal
+from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
 from megatron_t1.reward.answers.quantities import Unit
 from megatron_t1.reward.answers.read import plain
 from megatron_t1.reward.answers.relations import MIRRORED, SYMBOL
@@ -40,13 +40,13 @@ from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.values import Leaves, same_words
 
 
-def equal(gold: Answer, answer: Answer) -> bool:
+def equal(gold: Answer, answer: Answer, policy: EqualityConfig = DEFAULT) -> bool:
     """Verdict on two answers, within a budget of work.
 
     Raises:
         UndecidableError: the mathematics cannot be read or is too large.
     """
-    return Comparison().equal(gold, answer)
+    return Comparison(policy).equal(gold, answer)
 
 
 class Comparison(Leaves):
@@ -59,7 +59,7 @@ class Comparison(Leaves):
             return False
         match gold, answer:
             case Number(), Number():
-                return numbers_equal(gold.exact, answer.exact)
+                return self.numbers_equal(gold.exact, answer.exact)
             case List(whole=Answer() as whole), _ if self.surely_equal(whole, answer):
                 return True
             case _, List(whole=Answer() as whole) if self.surely_equal(gold, whole):
@@ -84,9 +84,11 @@ class Comparison(Leaves):
                 return same_shape and self.in_order(list(itertools.chain(*g_rows)), list(itertools.chain(*a_rows)))
             case Tuple(), Tuple():
                 same_brackets = (gold.opening, gold.closing) == (answer.opening, answer.closing)
-                return same_brackets and self.in_order(gold.items, answer.items)
+                two_ends = not self.policy.strict_ends and len(gold.items) == 2
+                return (same_brackets or two_ends) and self.in_order(gold.items, answer.items)
             case Interval(), Interval():
                 same_ends = (gold.low_closed, gold.high_closed) == (answer.low_closed, answer.high_closed)
+                same_ends |= not self.policy.strict_ends
                 return same_ends and self.equal(gold.low, answer.low) and self.equal(gold.high, answer.high)
             case Set(), Set():
                 return self.in_any_order(_once(gold.items), _once(answer.items))
@@ -228,19 +230,27 @@ class Comparison(Leaves):
                 )
             case Relation(operators=("=",)), _ if not isinstance(answer, Relation):
                 return solves((gold.sides[0].tree, gold.sides[1].tree), "", answer.tree, self.meter)
-            case Relation(operators=(g_operator,)), Relation(operators=(a_operator,)):
+            case Relation(operators=(_,)), Relation(operators=(_,)):
+                g_operator, a_operator = self.operators(gold)[0], self.operators(answer)[0]
                 if {g_operator, a_operator} <= {*MIRRORED, "=", "\\ne"}:
                     g_sides, a_sides = ((r.sides[0].tree, r.sides[1].tree) for r in (gold, answer))
                     return same_relation(g_sides, g_operator, a_sides, a_operator, self.meter)
         if not (isinstance(gold, Relation) and isinstance(answer, Relation)):
             return False
-        return gold.operators == answer.operators and self.in_order(gold.sides, answer.sides)
+        return self.operators(gold) == self.operators(answer) and self.in_order(gold.sides, answer.sides)
+
+    def operators(self, relation: Relation) -> Sequence[str]:
+        """Its operators; as if no end were closed where that makes no difference."""
+        return [o if self.policy.strict_ends else _OPEN.get(o, o) for o in relation.operators]
 
     def chain_says(self, gold: Answer, answer: Relation) -> bool:
         """An equation where a value was asked: all its sides must be that value, or leave it open."""
         if not set(answer.operators) <= {"=", "\\approx"} or not self.equal(gold, answer.sides[-1]):
             return False
         return all(self.equal(gold, side) or (gold.key != "0" and _is_open(side)) for side in answer.sides[:-1])
+
+
+_OPEN = {"\\le": "<", "\\ge": ">"}
 
 
 def _once(items: Sequence[Answer]) -> list[Answer]:

@@ -23,7 +23,7 @@ from megatron_t1.reward.answers.kinds import (
 )
 from megatron_t1.reward.answers.quantities import words
 from megatron_t1.reward.answers.read import read
-from megatron_t1.reward.answers.tokens import UndecidableError
+from megatron_t1.reward.answers.tokens import NO_MATHEMATICS, UndecidableError
 from megatron_t1.reward.answers.verify import normalized_gold, verify
 
 MAX_GOLD_CHARS = 200
@@ -42,7 +42,7 @@ def gold_problem(gold: str) -> str | None:
         return f"it is not accepted as its own answer: {itself.reason}"
     try:
         check_readable(read(normalized_gold(gold, "response")))
-    except (UndecidableError, RecursionError, ValueError, TypeError) as error:
+    except NO_MATHEMATICS as error:
         return f"it cannot be compared: {error or type(error).__name__}"[:200]
     return None
 

@@ -78,15 +78,15 @@ def rounds_to(exact: Fraction, decimal: Exact, min_digits: int) -> bool:
     return abs(exact - decimal.value) <= slack
 
 
-def numbers_equal(gold: Exact, answer: Exact) -> bool:
-    """Exact equality, or a rounding of enough digits.
+def numbers_equal(gold: Exact, answer: Exact, rounding: bool = True) -> bool:
+    """Exact equality, or with `rounding` a rounding of enough digits.
 
     A decimal gold of three significant digits takes a fraction or a longer decimal that rounds to it (3.14 takes
     3.14159); a fraction as gold takes a decimal of four (600/7 as 85.71); a decimal gold takes a shorter decimal of
     three with two places (2.653 as 2.65). Integers never round.
     """
-    if gold.value == answer.value:
-        return True
+    if gold.value == answer.value or not rounding:
+        return gold.value == answer.value
     if gold.decimals is None:
         return answer.decimals is not None and gold.value.denominator > 1 and rounds_to(gold.value, answer, 4)
     if answer.decimals is None:

@@ -13,6 +13,10 @@ class UndecidableError(Exception):
     """The expression cannot be read, or is too large to be worth comparing."""
 
 
+NO_MATHEMATICS = (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError)
+"""What the parser and SymPy raise on text that is none: it is no right answer, and no crash either."""
+
+
 def is_number(token: str | None) -> bool:
     """Whether it is a plain number."""
     return token is not None and (token[0].isdecimal() or (token[0] == "." and len(token) > 1))

@@ -14,6 +14,7 @@ from megatron_t1.reward.answers.evaluate import Meter
 from megatron_t1.reward.answers.kinds import Answer, Clock, Expression, Literal, Number, Quantity, Words
 from megatron_t1.reward.answers.normalize import compact
 from megatron_t1.reward.answers.numbers import Exact, exact_number, numbers_equal, rounds_to
+from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
 from megatron_t1.reward.answers.quantities import (
     DEGREES,
     NO_UNIT,
@@ -25,9 +26,10 @@ from megatron_t1.reward.answers.quantities import (
     words,
 )
 from megatron_t1.reward.answers.read import plain
+from megatron_t1.reward.answers.trees import rational
 
 
-def equal_cheaply(gold: str, answer: str) -> bool | None:
+def equal_cheaply(gold: str, answer: str, rounding: bool = True) -> bool | None:
     """Verdict of strings and exact numbers on normalised texts; None when only `equal` can tell."""
     if compact(gold) == compact(answer):
         return True
@@ -35,7 +37,7 @@ def equal_cheaply(gold: str, answer: str) -> bool | None:
         return False
     g, a = exact_number(gold), exact_number(answer)
     if g is not None and a is not None:
-        return numbers_equal(g, a)
+        return numbers_equal(g, a, rounding)
     for comma, point in ((gold, answer), (answer, gold)):  # a decimal comma against a decimal point
         if re.fullmatch(r"-?\d+,\d+", comma) and re.fullmatch(r"-?\d+\.\d+", point):
             return comma.replace(",", ".") == point
@@ -45,7 +47,8 @@ def equal_cheaply(gold: str, answer: str) -> bool | None:
 class Leaves:
     """One verdict on what has no structure: all its parts share a budget."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: EqualityConfig = DEFAULT) -> None:
+        self.policy = policy
         self.meter = Meter()
 
     def leaves_equal(self, gold: Answer, answer: Answer) -> bool:
@@ -63,24 +66,27 @@ class Leaves:
         (g_value, g_unit), (a_value, a_unit) = _value_and_unit(gold), _value_and_unit(answer)
         units = {g_unit, a_unit}
         if PERCENT in units:
-            return self.percents_equal(g_value, g_unit, a_value, a_unit)
+            return self.percents_equal(gold, answer)
         if DEGREES in units and (RADIANS in units or (NO_UNIT in units and "\\pi" in gold.text + answer.text)):
             in_degrees = [gold if g_unit == DEGREES else g_value, answer if a_unit == DEGREES else a_value]
             return self.expressions_equal(*in_degrees)
-        if units_clash(g_unit, a_unit):
+        left_out = bool(g_unit.kind) and a_unit == NO_UNIT
+        if units_clash(g_unit, a_unit) or (left_out and self.policy.units == "required"):
             return False
         if g_unit.kind != a_unit.kind or g_unit.factor == a_unit.factor:
             return self.values_equal(g_value, a_value)
         return self.values_equal(g_value, _scaled(a_value, a_unit.factor / g_unit.factor))
 
-    def percents_equal(self, gold: Answer, gold_unit: Unit, answer: Answer, answer_unit: Unit) -> bool:
+    def percents_equal(self, gold: Answer, answer: Answer) -> bool:
+        (gold, gold_unit), (answer, answer_unit) = _value_and_unit(gold), _value_and_unit(answer)
         if gold_unit == answer_unit:
             return self.values_equal(gold, answer)
         if NO_UNIT not in (gold_unit, answer_unit):
             return False
         if answer_unit == PERCENT:
-            return self.values_equal(gold, Expression(_hundredth(answer)))
-        if isinstance(answer, Number) and self.values_equal(gold, answer):
+            as_is = self.policy.percent == "either" and self.values_equal(gold, answer)
+            return as_is or self.values_equal(gold, Expression(_hundredth(answer)))
+        if self.policy.percent != "exact" and isinstance(answer, Number) and self.values_equal(gold, answer):
             return True
         if not isinstance(gold, Number):
             return self.values_equal(Expression(_hundredth(gold)), answer)
@@ -92,9 +98,10 @@ class Leaves:
             return True
         match gold, answer:
             case Number(), Number():
-                return numbers_equal(gold.exact, answer.exact)
-        if self.expressions_equal(gold, answer):
-            return True
+                return self.numbers_equal(gold.exact, answer.exact)
+        same = self.expressions_equal(gold, answer)
+        if same or not self.policy.rounding:
+            return same
         match gold, answer:
             case Number(exact=Exact(decimals=int()) as number), _:
                 return self.agrees_with(answer, number)
@@ -106,9 +113,14 @@ class Leaves:
     def agrees_with(self, answer: Answer, number: Exact) -> bool:
         """Whether an expression has the value of a number, or rounds to it."""
         if isinstance(answer, Number):
-            return numbers_equal(number, answer.exact)
+            return self.numbers_equal(number, answer.exact)
+        if not self.policy.rounding:
+            return same_value(rational(number.value), answer.tree, self.meter)
         value = decimal_value(answer.tree, self.meter)
         return value is not None and abs(value) < 10**30 and rounds_to(Fraction(*to_rational(value._mpf_)), number, 3)
+
+    def numbers_equal(self, gold: Exact, answer: Exact) -> bool:
+        return numbers_equal(gold, answer, self.policy.rounding)
 
     def expressions_equal(self, gold: Answer, answer: Answer) -> bool:
         if not gold.text or not answer.text or _foreign_words(gold.text, answer.text):

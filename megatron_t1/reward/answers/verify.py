@@ -14,14 +14,13 @@ from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.equal import equal
 from megatron_t1.reward.answers.explain import explain
 from megatron_t1.reward.answers.normalize import normalize
+from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
 from megatron_t1.reward.answers.question import asks_for_percent, is_copied
 from megatron_t1.reward.answers.read import read
-from megatron_t1.reward.answers.tokens import UndecidableError
+from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
 from megatron_t1.reward.answers.values import equal_cheaply
 from megatron_t1.types import AnswerMode, Outcome
 
-_COMPARED = "compared as mathematics"
-_WITHOUT_PERCENT = "compared without %: the question asks for percent"
 MAX_REASON_CHARS = 2000
 
 
@@ -66,7 +65,7 @@ def _choose(gold: str, text: str, choices: tuple[str, ...]) -> Verdict:
 
 
 def verify_cheaply(
-    gold: str, text: str, mode: AnswerMode, choices: tuple[str, ...] = ()
+    gold: str, text: str, mode: AnswerMode, choices: tuple[str, ...] = (), rounding: bool = True
 ) -> tuple[Verdict | None, str | None]:
     """(verdict, extracted answer); verdict None when only the full comparison can tell."""
     if mode == "mc":
@@ -77,45 +76,60 @@ def verify_cheaply(
         return Verdict("no_answer", None, where), None
     if len(answer) > extract.MAX_ANSWER_CHARS:
         return Verdict("wrong", answer[:80], f"an answer of more than {extract.MAX_ANSWER_CHARS} characters"), None
-    same = equal_cheaply(normalized_gold(gold, mode), normalize(answer))
+    same = equal_cheaply(normalized_gold(gold, mode), normalize(answer), rounding)
     if same is None:
         return None, answer
     return Verdict("correct" if same else "wrong", answer, f"{where}, compared as text or exact numbers"), answer
 
 
 @functools.lru_cache(maxsize=1024)  # the samples of one question repeat their answers
-def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "", refuse_copies: bool = True) -> Verdict:
+def verify_fully(
+    gold: str,
+    answer: str,
+    mode: AnswerMode,
+    question: str = "",
+    refuse_copies: bool = True,
+    equality: EqualityConfig = DEFAULT,
+) -> Verdict:
     """The verdict on an extracted answer; the question, when it is known, says whether it is copied."""
     try:
-        reads, spelled = read(normalized_gold(gold, mode)), normalize(answer)
-        same, how = equal(reads, read(spelled)), _COMPARED
-        if not same and spelled.endswith("%") and "%" not in gold and asks_for_percent(question):
-            same, how = equal(reads, read(spelled[:-1])), _WITHOUT_PERCENT
-        copied = same and refuse_copies and is_copied(reads, read(spelled), question)
-    except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
-        # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
+        reads, spelled = read(normalized_gold(gold, mode)), read(normalize(answer))
+        same = equal(reads, spelled, _for_question(equality, question))
+        copied = same and refuse_copies and is_copied(reads, spelled, question)
+    except NO_MATHEMATICS as error:
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
     except Exception as error:
         return Verdict("crash", answer, f"{type(error).__name__}: {error}"[:200])
     if copied:
         return Verdict("wrong", answer, "a formula of the question, not computed")
-    return Verdict("correct" if same else "wrong", answer, how)
+    return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
 
 
-def explained(verdict: Verdict, gold: str, mode: AnswerMode) -> Verdict:
-    """With a reason that says what was read and which rules decided."""
+def _for_question(equality: EqualityConfig, question: str) -> EqualityConfig:
+    asked = equality.percent == "asked" and asks_for_percent(question)
+    return replace(equality, percent="either") if asked else equality
+
+
+def explained(
+    verdict: Verdict, gold: str, mode: AnswerMode, question: str = "", equality: EqualityConfig = DEFAULT
+) -> Verdict:
+    """With a reason that says what was read, which rules decided, and on which choice of the user's it hangs."""
     if mode == "mc" or verdict.extracted is None:
         return verdict
-    spelled = normalize(verdict.extracted)
-    told = explain(normalized_gold(gold, mode), spelled[:-1] if verdict.reason == _WITHOUT_PERCENT else spelled)
+    told = explain(normalized_gold(gold, mode), normalize(verdict.extracted), _for_question(equality, question))
     return replace(verdict, reason=f"{verdict.reason}; {told}"[:MAX_REASON_CHARS])
 
 
 def verify(
-    gold: str, text: str, mode: AnswerMode = "response", choices: tuple[str, ...] = (), question: str = ""
+    gold: str,
+    text: str,
+    mode: AnswerMode = "response",
+    choices: tuple[str, ...] = (),
+    question: str = "",
+    equality: EqualityConfig = DEFAULT,
 ) -> Verdict:
     """Both steps in this process; for workers."""
-    verdict, answer = verify_cheaply(gold, text, mode, choices)
+    verdict, answer = verify_cheaply(gold, text, mode, choices, equality.rounding)
     if verdict is not None or answer is None:
         return verdict or Verdict("no_answer", None, "no answer")
-    return verify_fully(gold, answer, mode, question)
+    return verify_fully(gold, answer, mode, question, equality=equality)
