@@ -33,6 +33,7 @@ from megatron_t1.push.ranks import NoServerError
 from megatron_t1.push.sync import WeightSync
 from megatron_t1.push.sync_check import mismatch
 from megatron_t1.rank0 import Rank0
+from megatron_t1.reward.config import DECIDING
 from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.server import ServerError
@@ -121,7 +122,7 @@ class Trainer:
             sampling=cfg.sampling,
             loss=cfg.loss,
             anchor=cfg.anchor,
-            **{"reward.penalties": cfg.reward.penalties, "reward.refuse_copies": cfg.reward.refuse_copies},
+            **{f"reward.{name}": getattr(cfg.reward, name) for name in DECIDING},
         )
 
     def push(self) -> None:
