@@ -117,6 +117,8 @@ class Comparison(Leaves):
                 return self.equal(gold, answer.exact)
             case (Relation(), _) | (_, Relation()):
                 return self.relations_equal(gold, answer)
+            case (Tuple(items=items), Expression() as total) | (Expression() as total, Tuple(items=items)):
+                return _is_vector(total, len(items)) and self.expressions_equal(_vector(items), total)
             case (Tuple() | Set() | Region(), _) | (_, Tuple() | Set() | Region()):
                 return False
         return self.leaves_equal(gold, answer)
@@ -212,7 +214,9 @@ class Comparison(Leaves):
     def relations_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a relation."""
         match gold, answer:
-            case Relation(value_of_x=Answer() as g_value), Relation(value_of_x=Answer() as a_value):
+            case Relation(value=Answer() as g_value), Relation(value=Answer() as a_value):
+                if "(" in gold.name and "(" in answer.name:  # f(t) and f(x)
+                    g_value, a_value = gold.value_of_x or g_value, answer.value_of_x or a_value
                 return not _names_clash(gold, answer) and self.equal(g_value, a_value)
             case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
                 return self.equal(g_value, answer)
@@ -294,6 +298,19 @@ def _is_computed(gold: Relation) -> bool:
         return not any(side.tree.free_symbols for side in gold.sides)
     except UndecidableError:
         return False
+
+
+_UNIT_VECTORS = "ijk"
+
+
+def _is_vector(total: Expression, num_items: int) -> bool:
+    """2i - 3j"""
+    names = {symbol.name for symbol in total.tree.free_symbols}
+    return "j" in names and names <= set(_UNIT_VECTORS[:num_items])
+
+
+def _vector(items: Sequence[Answer]) -> Expression:
+    return Expression("+".join(f"({x.text})\\cdot {e}" for x, e in zip(items, _UNIT_VECTORS, strict=False)))
 
 
 def _region(answer: Answer) -> Region | None:

@@ -21,19 +21,31 @@ from typing import Any
 
 import sympy
 
+from megatron_t1.reward.answers.normalize import GREEK
 from megatron_t1.reward.answers.tokens import TOKEN, Tokens, UndecidableError, is_number, tokenized
 from megatron_t1.reward.answers.trees import Fraction, bind, determinant, negated, quotient
 
-_GREEK = {
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
-    "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi",
-    "Sigma", "Phi", "Psi", "Omega", "ell", "hbar", "aleph", "arg",
+_SYMBOLS = {*GREEK, "ell", "hbar", "aleph", "partial", "arg"}
+
+
+def _cis(angle: Any, evaluate: bool) -> Any:
+    return sympy.exp(sympy.Mul(sympy.Symbol("i"), angle, evaluate=evaluate), evaluate=evaluate)
+
+
+def _permutations(n: Any, k: Any) -> Any:
+    """n (n-1) ... of k factors."""
+    return sympy.Mul(sympy.binomial(n, k, evaluate=False), sympy.factorial(k, evaluate=False), evaluate=False)
+
+
+_CHOSEN: dict[str, Callable[[Any, Any], Any]] = {
+    "C": partial(sympy.binomial, evaluate=False), "A": _permutations, "P": _permutations,
 }  # fmt: skip
+"""What C(10,3) and C_{10}^3 stand for."""
 _FUNCTIONS = {
     "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
     "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "arccot": sympy.acot, "sinh": sympy.sinh,
     "arcsinh": sympy.asinh, "arccosh": sympy.acosh, "arctanh": sympy.atanh, "cosh": sympy.cosh,
-    "tanh": sympy.tanh, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
+    "tanh": sympy.tanh, "cis": _cis, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
 }  # fmt: skip
 _INVERSES = {
     "sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan, "cot": sympy.acot, "sinh": sympy.asinh,
@@ -87,23 +99,23 @@ class _Parser(Tokens):
         return negated(term) if negative else term
 
     def term(self) -> Any:
-        product = self.factor()
+        factors = [self.factor()]
         while True:
             token = self.next
             if token in _TIMES:
                 self.take()
-                product = sympy.Mul(product, self.signed_factor(), evaluate=False)
+                factors.append(self.signed_factor())
             elif token == "/":
                 self.take()
-                product = quotient(product, self.signed_factor())
+                factors = [quotient(_product(factors), self.signed_factor())]
             elif token in _ENDS or (token == "|" and self.in_bars):
-                return product
+                return _product(factors)
             else:
                 if is_number(token) and is_number(self.tokens[self.position - 1]):
                     raise UndecidableError(f"two numbers without a sign between them: {token}")
-                factor = self.factor()
-                mixed = product.is_Integer and isinstance(factor, Fraction)
-                product = (sympy.Add if mixed else sympy.Mul)(product, factor, evaluate=False)
+                factors.append(self.factor())
+                if len(factors) == 2 and factors[0].is_Integer and isinstance(factors[1], Fraction):  # 1 1/2
+                    factors = [sympy.Add(*factors, evaluate=False)]
 
     def signed_factor(self) -> Any:
         if self.next == "-":
@@ -180,16 +192,16 @@ class _Parser(Tokens):
         return sympy.Abs(inner, evaluate=False)
 
     def letter(self, token: str) -> Any:
-        if token == "C" and self.tokens[self.position : self.position + 1] == ["("]:
+        if token in "CP" and self.next == "(":
             start, arguments = self.position, self.arguments()
-            if len(arguments) == 2:
-                return sympy.binomial(*arguments, evaluate=False)
+            if len(arguments) == 2 and (token == "C" or all(argument.is_Integer for argument in arguments)):
+                return _CHOSEN[token](*arguments)
             self.position = start
-        if token == "C" and (m := _CHOOSE.match(" ".join(self.tokens[self.position : self.position + 8]))):
+        if token in _CHOSEN and (m := _CHOOSE.match(" ".join(self.tokens[self.position : self.position + 8]))):
             n, k = int(m[1]), int(m[2])
             if n >= k and n > 1:
                 self.position += len(m[0].split())
-                return sympy.binomial(sympy.Integer(n), sympy.Integer(k), evaluate=False)
+                return _CHOSEN[token](sympy.Integer(n), sympy.Integer(k))
         if token in "fghFGH" and self.next == "(":
             return sympy.Function(token)(*self.arguments())
         return sympy.E if token == "e" and self.next != "_" else self.symbol(token)
@@ -229,7 +241,7 @@ class _Parser(Tokens):
     def command(self, name: str) -> Any:
         if name == "pi":
             return sympy.pi
-        if name in _GREEK:
+        if name in _SYMBOLS:
             return self.symbol(name)
         if name == "frac":
             return quotient(self.argument(), self.argument())
@@ -353,6 +365,10 @@ class _Parser(Tokens):
 
     def _starts_function(self) -> bool:
         return self.next is not None and self.next[1:] in _FUNCTIONS and self.next[0] == "\\"
+
+
+def _product(factors: list[Any]) -> Any:
+    return factors[0] if len(factors) == 1 else sympy.Mul(*factors, evaluate=False)
 
 
 def parse_latex(latex: str) -> Any:

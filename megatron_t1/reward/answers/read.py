@@ -29,8 +29,18 @@ from megatron_t1.reward.answers.kinds import (
     Words,
 )
 from megatron_t1.reward.answers.matrices import matrix_cells
-from megatron_t1.reward.answers.numbers import exact_number
-from megatron_t1.reward.answers.quantities import NEGATION, NO_UNIT, clock, in_base, is_text, ratio, split_unit
+from megatron_t1.reward.answers.numbers import Exact, exact_number
+from megatron_t1.reward.answers.quantities import (
+    NEGATION,
+    NO_UNIT,
+    clock,
+    compound,
+    in_base,
+    is_prose,
+    is_text,
+    ratio,
+    split_unit,
+)
 from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation
 
 MAX_ITEMS = 64
@@ -39,16 +49,19 @@ MAX_NESTING = 8
 """Deepest structure read: tuples of sets of tuples ..."""
 
 _TRAILING_CLAUSE = re.compile(
-    r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*\\mathbb\{?[ZNRQ]\}?(?:[_^+*{}>0\s]*)\)?$"
+    r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:[_^+*{}>0\s]*)\)?$"
     r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each)|where)\b[^{}]*\}"
     r"|(?<![a-z])for (?:all|any|every|each)\b).*$",
     re.S,
 )
 _HARMLESS_LEAD = re.compile(
-    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals))\s*:?\s*\}"
+    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
+    r"|(?!at (?:least|most))[a-z ]{1,40}(?=:))\s*:?\s*\}"
+    r"|^(?:\\text\{\s*)?(?:[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
     r"|^(?:the|answer)\b[a-z ]{0,40}(?-i:[A-Z]+ )?[a-z ]{0,40}\b(?:is|are|equals|=)(?=\W)",
     re.I,
 )
+_COPULA = re.compile(r"\b(?:the|is|are|equals?|only|about|approximately)\b|\\text", re.I)
 _REMARK = re.compile(
     r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$",
     re.I,
@@ -58,6 +71,8 @@ _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:for|when|where|if|then|is|the|otherwise|with|such|that|which|of|on|by|has|have|there)(?![a-zA-Z])"
 )
 _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
+_POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F(x,y)
+_TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
 _THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 
 
@@ -76,10 +91,12 @@ def read(text: str) -> Answer:
         return Words(s)
     if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
         s = s[: remark.start()]
-    if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]):
+    if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]) and not is_prose(_COPULA.sub("", lead[0])):
         s = s[lead.end() :].strip(" :=")
     if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
         return Literal(text, "a sentence")
+    if several := compound(s):
+        return Quantity(s, Number(str(several[0]), Exact(several[0])), several[1])
     items = list_items(s)
     if len(items) < 2:
         return _item(s, 0)
@@ -91,8 +108,10 @@ def read(text: str) -> Answer:
 
 def _contradicts(value: str, remark: str) -> bool:
     """5 (about 7)"""
-    number, said = exact_number(value), re.search(r"\d+(?:\.\d+)?", remark)
-    return number is not None and said is not None and abs(float(number.value) - float(said[0])) > 0.5
+    number, said = exact_number(value), re.search(r"(\d+(?:\.\d+)?)(\s*%)?", remark)
+    if number is None or said is None:
+        return False
+    return abs(float(number.value) * (100 if said[2] else 1) - float(said[1])) > 0.5
 
 
 def _items(texts: list[str], depth: int) -> tuple[Answer, ...]:
@@ -107,6 +126,9 @@ def _item(text: str, depth: int) -> Answer:
         return Number(s, number)
     if depth > MAX_NESTING:
         return Literal(s, "nested too deep")
+    if (mark := _TRANSPOSED.search(s)) and isinstance(turned := _item(s[: mark.start()], depth), (Matrix, Tuple)):
+        columns = isinstance(turned, Matrix) and tuple(zip(*turned.rows, strict=False))
+        return Matrix(s, columns) if columns else turned  # a transposed row is a column, as any tuple may be
     if (cells := matrix_cells(s)) is not None and cells[0][1:] == cells[1:] == []:
         return _item(cells[0][0], depth)
     if cells is not None:
@@ -114,6 +136,8 @@ def _item(text: str, depth: int) -> Answer:
     bracketed, members = bracketed_items(s), set_items(s)
     if len(bracketed) > MAX_ITEMS or len(members or ()) > MAX_ITEMS:
         return Literal(s, "too many items")
+    if (point := _POINT.fullmatch(s)) and len(bracketed_items(point[2])) > 1:
+        return _read_relation(s, [point[1], point[2]], ["="], depth)
     if bracketed:
         return Tuple(s, s[0], s[-1], _items(bracketed, depth), _region(s, depth))
     if members is not None:

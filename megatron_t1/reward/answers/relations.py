@@ -17,24 +17,21 @@ from megatron_t1.reward.answers.brackets import (
     split_at,
     split_top,
 )
-from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.normalize import GREEK, compact
 from megatron_t1.reward.answers.numbers import exact_number
 from megatron_t1.reward.answers.quantities import NEGATION
 
 MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 """Operators between exchanged sides."""
-_GREEK = (
-    "alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|"
-    "Delta|Omega|ell|Gamma|Phi"
-)
 SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\\?[A-Za-z0-9]+))"
-SYMBOL = rf"(?:\\Delta\s*)?(?:[A-Za-z]|\\(?:{_GREEK})(?![a-zA-Z])\s*){SUBSCRIPT}?'*"
+SYMBOL = rf"(?:\\Delta\s*)?(?:[A-Za-z]|\\(?:{'|'.join(GREEK)}|ell)(?![a-zA-Z])\s*){SUBSCRIPT}?'*"
 _NAME = re.compile(
     rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
     rf"|\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})+\s*\)"  # (x, y)
     r"|(?:\\(?:angle|triangle|vec|overline|overrightarrow|hat))?\s*\{?[A-Z]{1,4}\}?"  # AB, \angle ABC
     rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Z]{SUBSCRIPT}?(?:\s*:\s*[A-Z]{SUBSCRIPT}?)+"  # |AB|, A:B
-    r"|\\text\{[^{}0-9]*\}\s*[A-Za-z]?|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*"  # words
+    r"|(?:[A-Z]|\\Pr|\\mathbb\{[EP]\})\s*[(\[](?=[^()\[\]]*[A-Za-z])[^()\[\]]+[)\]]"  # P(X = 2)
+    r"|\\text\{[^{}0-9]*\}\s*[A-Za-z]?|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"  # words
 )
 _BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")
 _Bounds = tuple[str, bool, str, bool]

@@ -7,6 +7,7 @@ worker processes of pool.py call it.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, replace
 
 from megatron_t1.reward.answers import choices as letters
@@ -21,6 +22,7 @@ from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
 from megatron_t1.reward.answers.values import equal_cheaply
 from megatron_t1.types import AnswerMode, Outcome
 
+_OPTION = "the letter of an option"
 MAX_REASON_CHARS = 2000
 
 
@@ -92,6 +94,8 @@ def verify_fully(
     equality: EqualityConfig = DEFAULT,
 ) -> Verdict:
     """The verdict on an extracted answer; the question, when it is known, says whether it is copied."""
+    if _names_option(normalized_gold(gold, mode), answer):
+        return Verdict("correct", answer, _OPTION)
     try:
         reads, spelled = read(normalized_gold(gold, mode)), read(normalize(answer))
         same = equal(reads, spelled, _for_question(equality, question))
@@ -105,6 +109,13 @@ def verify_fully(
     return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
 
 
+def _names_option(gold: str, answer: str) -> bool:
+    """(A) 12, where the gold is the letter alone."""
+    wanted = letters.gold_letter(gold, ())
+    named = re.match(r"\W*(?:\\text\w*\s*\{)?[\s(]*([A-J])\s*[.):]", answer)
+    return named is not None and named[1] == wanted == letters.chosen_letter(answer)[0]
+
+
 def _for_question(equality: EqualityConfig, question: str) -> EqualityConfig:
     asked = equality.percent == "asked" and asks_for_percent(question)
     return replace(equality, percent="either") if asked else equality
@@ -114,7 +125,7 @@ def explained(
     verdict: Verdict, gold: str, mode: AnswerMode, question: str = "", equality: EqualityConfig = DEFAULT
 ) -> Verdict:
     """With a reason that says what was read, which rules decided, and on which choice of the user's it hangs."""
-    if mode == "mc" or verdict.extracted is None:
+    if mode == "mc" or verdict.extracted is None or verdict.reason == _OPTION:
         return verdict
     told = explain(normalized_gold(gold, mode), normalize(verdict.extracted), _for_question(equality, question))
     return replace(verdict, reason=f"{verdict.reason}; {told}"[:MAX_REASON_CHARS])
