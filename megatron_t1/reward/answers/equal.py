@@ -227,13 +227,11 @@ class Comparison(Leaves):
             case _, Relation() if not isinstance(gold, Relation):
                 return self.chain_says(gold, answer)
             case Relation(operators=("=",)), Relation(value=Answer() as a_value):
-                return solves((gold.sides[0].tree, gold.sides[1].tree), compact(answer.name), a_value.tree, self.meter)
+                return self.solves(gold, answer.name, a_value)
             case Relation(value=Answer() as g_value), Relation(operators=("=",)):
-                return solves(
-                    (answer.sides[0].tree, answer.sides[1].tree), compact(gold.name), g_value.tree, self.meter
-                )
+                return self.solves(answer, gold.name, g_value)
             case Relation(operators=("=",)), _ if not isinstance(answer, Relation):
-                return solves((gold.sides[0].tree, gold.sides[1].tree), "", answer.tree, self.meter)
+                return self.solves(gold, "", answer)
             case Relation(operators=(_,)), Relation(operators=(_,)):
                 g_operator, a_operator = self.operators(gold)[0], self.operators(answer)[0]
                 if {g_operator, a_operator} <= {*MIRRORED, "=", "\\ne"}:
@@ -242,6 +240,10 @@ class Comparison(Leaves):
         if not (isinstance(gold, Relation) and isinstance(answer, Relation)):
             return False
         return self.operators(gold) == self.operators(answer) and self.in_order(gold.sides, answer.sides)
+
+    def solves(self, equation: Relation, name: str, solution: Answer) -> bool:
+        left, right = equation.sides
+        return solves((left.tree, right.tree), compact(name), solution.tree, self.meter)
 
     def operators(self, relation: Relation) -> Sequence[str]:
         """Its operators; as if no end were closed where that makes no difference."""

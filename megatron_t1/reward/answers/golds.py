@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
     Expression,
+    Interval,
     List,
     Literal,
     Matrix,
@@ -21,10 +22,10 @@ from megatron_t1.reward.answers.kinds import (
     Tuple,
     Words,
 )
-from megatron_t1.reward.answers.quantities import words
 from megatron_t1.reward.answers.read import read
 from megatron_t1.reward.answers.tokens import NO_MATHEMATICS, UndecidableError
 from megatron_t1.reward.answers.verify import normalized_gold, verify
+from megatron_t1.reward.answers.words import words
 
 MAX_GOLD_CHARS = 200
 MAX_TEXT_WORDS = 4
@@ -53,27 +54,25 @@ def check_readable(answer: Answer) -> None:
     Raises:
         UndecidableError: some part of it is no number, short text or expression; the message names the part.
     """
-    parts: Sequence[Answer] = ()
+    parts: Iterable[Answer] = ()
     match answer:
-        case Matrix():
-            parts = list(itertools.chain(*answer.rows))
-        case Tuple() | Set() | List():
-            parts = answer.items
-        case Region():
-            parts = [bound for interval in answer.intervals for bound in (interval.low, interval.high)]
-        case Relation():
-            parts = answer.sides
-        case Approximation():
-            parts = (answer.exact, *answer.rounded)
+        case Tuple(items=parts) | Set(items=parts) | List(items=parts):
+            pass
+        case Ratio(parts=parts) | Relation(sides=parts) | Region(intervals=parts):
+            pass
+        case Interval(low=low, high=high):
+            parts = low, high
+        case Matrix(rows=rows):
+            parts = itertools.chain(*rows)
+        case Approximation(exact=exact, rounded=rounded):
+            parts = exact, *rounded
+        case Quantity(value=value):
+            parts = (value,)
         case Literal() if answer.problem:
             raise UndecidableError(f"{answer.text[:60]!r} is {answer.problem}")
         case Words() | Literal() | Expression() if isinstance(answer, Words) or _WORD.search(answer.text):
             if len(words(answer.text).split()) > MAX_TEXT_WORDS:
                 raise UndecidableError(f"a sentence: {answer.text[:60]!r}")
-        case Quantity():
-            parts = (answer.value,)
-        case Ratio():
-            parts = answer.parts
         case Expression() if answer.text.strip("+- ") not in _NAMED_VALUES:
             _ = answer.tree
     for part in parts:

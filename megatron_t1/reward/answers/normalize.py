@@ -63,17 +63,14 @@ def _font(match: re.Match[str]) -> str:
     if "\\" in inner or re.match(r"\\math(?:bf|it)\s*\{?[a-z]\}?$", match[0]):
         return f"{{{inner}}}" if before.endswith(("^", "_")) else f" {inner} "
     inner = re.sub("[{}]", "", inner)  # m s^{-2}
-    if inner in _FUNCTIONS - _ALSO_UNITS and not before.endswith("/"):
-        return f"\\{inner} "
-    if re.fullmatch(r"[A-Za-z]+", inner) and re.search(r"[\d}]$", before) and (len(inner) > 1 or raw != inner):
-        return rf"\text{{{inner}}}"  # 27\mathrm{~min}
+    a_unit = bool(re.search(r"[\d}]$", before)) and (len(inner) > 1 or raw != inner)  # 27\mathrm{~min}
     if before.endswith(("_", "_{")):
         return f"{{{inner}}}" if before.endswith("_") else inner
-    if inner in _FUNCTIONS and not before.endswith("/"):
+    if inner in _FUNCTIONS and not before.endswith("/") and not (a_unit and inner in _ALSO_UNITS):
         return f"\\{inner} "
-    if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner):
-        return inner
-    return rf"\text{{{inner}}}"
+    if re.fullmatch(r"[A-Za-z]+", inner) and a_unit:
+        return rf"\text{{{inner}}}"
+    return inner if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner) else rf"\text{{{inner}}}"
 
 
 def _text(match: re.Match[str]) -> str:

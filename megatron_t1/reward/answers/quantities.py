@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from megatron_t1.reward.answers.brackets import split_top
 from megatron_t1.reward.answers.numbers import exact_number
+from megatron_t1.reward.answers.words import CJK, NOT_COUNTED, NUMBER_WORDS, is_prose
 
 
 @dataclass(frozen=True)
@@ -67,47 +68,19 @@ _SCALES: dict[str, Fraction | int] = {
     "score": 20, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 _SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
-_OTHER_WORDS = """
-half halves third thirds quarter quarters
-or and nor but not no non never isn't is are was were be been am equals equal at least most more less fewer
-greater smaller larger bigger higher lower than over under above below up down about around maybe perhaps
-probably possibly approximately roughly almost nearly wrong incorrect false true right correct squared cubed
-root point times plus minus divided multiplied by mod modulo to too from if when where for with without which
-that then else otherwise unless except only between either neither cannot can could might may must should would
-some both zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
-factorial double twice triple thrice inverse negative positive power base binary hexadecimal the a an it as so
-because since instead rather actually wait unknown undefined
-"""
-_NOT_COUNTED = set(_OTHER_WORDS.split())
 _NOT_COUNTED_CJK = re.compile(r"[不没非无或以约多少上下负点倍分之又和与是的错对]")
 _NAMELESS = {"unit", "units"}
 _POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
 _WORD = r"(?:\\text\{[^{}]*\}|[A-Za-z]+)"
-_CJK = r"[\u3040-\u30ff\u4e00-\u9fff]+"
 _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
     re.compile(rf"(.*?[\d}})!|\w])\s*(\\text\{{[^{{}}]*\}}{_POWER}(?:\s*(?:/|\\cdot)?\s*{_WORD}{_POWER})*)", re.S),
     re.compile(rf"(.*[\d}})])\s*((?<![A-Za-z\\{{])[A-Za-z]+{_POWER}(?:\s*[/ ]\s*[A-Za-z]+{_POWER})*)", re.S),
-    re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{_CJK}\s*\}}?{_POWER})", re.S),
+    re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{CJK}\s*\}}?{_POWER})", re.S),
 )
 _TAIL_CHARS = 120
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
 _HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
-NEGATION = re.compile(
-    r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])|[不没非未无]|至少|至多", re.I
-)
-_SHORT_WORDS = {"yes", "no", "odd", "dne", "all", "sat", "sun", "mon", "tue", "wed", "thu", "fri"}
-_SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen"""
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_UP_TO_9 = ("", *_SMALL.split()[1:10])
-_ENGLISH = [*_SMALL.split(), *(f"{ten} {one}".strip() for ten in _TENS.split() for one in _UP_TO_9)]
-_DIGITS = "零一二三四五六七八九"
-_CHINESE = [*_DIGITS, *(f"{ten}十{one}" for ten in ("", *_DIGITS[2:]) for one in ("", *_DIGITS[1:]))]
-NUMBER_WORDS = {word: str(n) for names in (_ENGLISH, _CHINESE) for n, word in enumerate(names)} | {"两": "2"}
-"""Words of the numbers below 100."""
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
-_JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
-_STOP_WORDS = {"the", "a", "an", "is", "are"}
 
 
 def clock(s: str) -> tuple[int, str] | None:
@@ -120,27 +93,8 @@ def clock(s: str) -> tuple[int, str] | None:
     return hour % 12 * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), half
 
 
-def words(s: str) -> str:
-    """Plain words of a text answer, for comparison."""
-    s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
-    s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
-    s = re.sub(r"[^\w\s]", " ", s)
-    return " ".join(w for w in s.split() if w not in _STOP_WORDS) or s.strip()
-
-
-def is_text(s: str) -> bool:
-    r"""Words, not mathematics: all \text{...}, capital letters naming points, or words of four letters and more."""
-    s = _JOINTS.sub("", s)
-    if s.casefold() in _SHORT_WORDS or s.casefold().replace("-", " ") in NUMBER_WORDS:
-        return True
-    outside = re.sub(r"\\text\{[^{}]*\}", "", s)
-    if (outside != s and not re.search(r"[A-Za-z0-9\\]", outside)) or re.fullmatch(_CJK, s):
-        return True
-    return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
-
-
 _PART = re.compile(
-    rf"\s*(?:,?\s*\\land\s*)?(\d+(?:\.\d+)?)\s*(\^\\circ|'{{1,2}}|\\text\{{[^{{}}]*\}}|[A-Za-z]+|(?:(?!\d){_CJK[:-1]})+)"
+    rf"\s*(?:,?\s*\\land\s*)?(\d+(?:\.\d+)?)\s*(\^\\circ|'{{1,2}}|\\text\{{[^{{}}]*\}}|[A-Za-z]+|(?:(?!\d){CJK[:-1]})+)"
 )
 _ANGLES = {"^\\circ": Fraction(1), "'": Fraction(1, 60), "''": Fraction(1, 3600)}
 
@@ -187,11 +141,6 @@ def _times(value: str, scale: Fraction | int) -> str:
     return str(number.value * scale) if number else rf"({value})\cdot {scale}"
 
 
-def is_prose(text: str) -> bool:
-    """Whether words are more than names of things: "or more", "is wrong"."""
-    return any(len(word) > 1 and word in _NOT_COUNTED for word in re.findall(r"[a-z']+", text.casefold()))
-
-
 def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Unit] | None:
     r"""(what it multiplies by, unit) of the words behind a value; `named` in \text or CJK, `apart` behind a space."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ").strip(" .()")
@@ -214,10 +163,10 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     names = [name for name, _ in parts if name not in _NAMELESS]
     if not names:
         return scale, NO_UNIT
-    if re.search(_CJK, text):
+    if re.search(CJK, text):
         return None if _NOT_COUNTED_CJK.search(text) or len(text) > 6 else (scale, Unit(noun=text))
     plain = re.fullmatch(rf"[A-Za-z'\-]+{_POWER}(?:[ /]+[A-Za-z'\-]+{_POWER})*", text)
-    if not plain or len(names) > 5 or any(name.casefold() in _NOT_COUNTED for name in names):
+    if not plain or len(names) > 5 or any(name.casefold() in NOT_COUNTED for name in names):
         return None
     if not named and max(map(len, names)) < (3 if apart else 4):
         return None  # 6xy

@@ -30,18 +30,9 @@ from megatron_t1.reward.answers.kinds import (
 )
 from megatron_t1.reward.answers.matrices import matrix_cells
 from megatron_t1.reward.answers.numbers import Exact, exact_number
-from megatron_t1.reward.answers.quantities import (
-    NEGATION,
-    NO_UNIT,
-    clock,
-    compound,
-    in_base,
-    is_prose,
-    is_text,
-    ratio,
-    split_unit,
-)
+from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, in_base, ratio, split_unit
 from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation
+from megatron_t1.reward.answers.words import NEGATION, is_prose, is_text
 
 MAX_ITEMS = 64
 """Longest list compared item by item."""
@@ -56,7 +47,7 @@ _TRAILING_CLAUSE = re.compile(
 )
 _HARMLESS_LEAD = re.compile(
     r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
-    r"|(?!at (?:least|most))[a-z ]{1,40}(?=:))\s*:?\s*\}"
+    r"|[a-z ]{1,40}(?=:))\s*:?\s*\}"
     r"|^(?:\\text\{\s*)?(?:[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
     r"|^(?:the|answer)\b[a-z ]{0,40}(?-i:[A-Z]+ )?[a-z ]{0,40}\b(?:is|are|equals|=)(?=\W)",
     re.I,
@@ -74,8 +65,6 @@ _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F(x,y)
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
 _THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
-
-
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""

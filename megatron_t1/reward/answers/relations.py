@@ -19,7 +19,7 @@ from megatron_t1.reward.answers.brackets import (
 )
 from megatron_t1.reward.answers.normalize import GREEK, compact
 from megatron_t1.reward.answers.numbers import exact_number
-from megatron_t1.reward.answers.quantities import NEGATION
+from megatron_t1.reward.answers.words import NEGATION
 
 MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 """Operators between exchanged sides."""

@@ -18,15 +18,14 @@ from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
 from megatron_t1.reward.answers.quantities import (
     DEGREES,
     NO_UNIT,
-    NUMBER_WORDS,
     PERCENT,
     RADIANS,
     Unit,
     units_clash,
-    words,
 )
 from megatron_t1.reward.answers.read import plain
 from megatron_t1.reward.answers.trees import rational
+from megatron_t1.reward.answers.words import NUMBER_WORDS, words
 
 
 def equal_cheaply(gold: str, answer: str, rounding: bool = True) -> bool | None:
