@@ -40,13 +40,15 @@ _COMMANDS = {
     "mod": "\\bmod", "arcctg": "\\arccot", "tg": "\\tan", "ctg": "\\cot", "mid": "|", "cupdot": "\\cup",
     "sqcup": "\\cup", "bar": "\\overline",
 }  # fmt: skip
-_PHRASES = tuple((re.compile(said), spelled) for said, spelled in (
-    (r"all real(?: number)?s|\\mathbb\s*\{?r\}?", r"(-\infty,\infty)"),
-    (r"no(?: real)? (?:solutions?|roots)(?: exists?)?|none|empty set|\\\{ ?\\\}|空集"
-     r"|(?:方程)?(?:无|没有)(?:实数?)?[解根]", r"\emptyset "),
-    (r"infinity|\\infty", r"\infty "),
-    (r"does(?: not|n't) exist|undefined|不存在", r"\text{DNE}"),
-))  # fmt: skip
+_PHRASES = {
+    r"all real(?: number)?s|\\mathbb\s*\{?r\}?": r"(-\infty,\infty)",
+    r"no(?: real)? (?:solutions?|roots)(?: exists?)?|none|empty set|\\\{ ?\\\}|空集"
+    r"|(?:方程)?(?:无|没有)(?:实数?)?[解根]": r"\emptyset ",
+    r"infinity|\\infty": r"\infty ",
+    r"does(?: not|n't) exist|undefined|不存在": r"\text{DNE}",
+}  # fmt: skip
+_PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
+_SPELLINGS = tuple(_PHRASES.values())
 _FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh",
     "arctanh", "sinh", "cosh", "tanh", "log", "cis",
@@ -225,6 +227,7 @@ def _rows_of_cases(match: re.Match[str]) -> str:
     return match[0] if "&" in inside else ", ".join(row for row in rows if row)
 
 
+_DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _BETWEEN_BRACKETS = re.compile(r"[^()\[\]{}]+")
 _GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 
@@ -237,12 +240,13 @@ def _without_thousands(match: re.Match[str]) -> str:
 @functools.lru_cache(maxsize=4096)
 def normalize(text: str) -> str:
     """Canonical spelling of an answer."""
-    if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", text):
+    if _DECIMAL.fullmatch(text):
         return text
     if money := _MONEY.fullmatch(text):
         text = rf"{money[1]}{money[3]}\text{{ {_CURRENCIES[money[2]]}}}"
     s = re.sub(r"^\s*(\*\*|`+)([^*`]+)\1\s*$", r"\2", _unicode(text))
-    s = _CASES.sub(_rows_of_cases, s)
+    if "\\begin" in s:
+        s = _CASES.sub(_rows_of_cases, s)
     if "\\begin" not in s:  # a doubled backslash of an escaped source, not a row end
         s = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s)
     if "{align" in s or "{gather" in s or "{split" in s:
@@ -257,10 +261,15 @@ def normalize(text: str) -> str:
         s = s[:-1]
     s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :").casefold()
-    return next((spelled for said, spelled in _PHRASES if said.fullmatch(bare)), s)
+    said = _PHRASE.fullmatch(bare)
+    return _SPELLINGS[(said.lastindex or 0) - 1] if said else s
+
+
+_MEANT_SPACE = re.compile(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|(?<=\d) (?=\d)")
 
 
 def compact(s: str) -> str:
     """`normalize`d text without the spaces that mean nothing: for comparing as strings."""
-    s = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|(?<=\d) (?=\d)", lambda m: f"{m[1] or ''} @", s)
-    return s.replace(" ", "").replace("@", " ")
+    if " " not in s:
+        return s
+    return _MEANT_SPACE.sub(lambda m: f"{m[1] or ''} @", s).replace(" ", "").replace("@", " ")

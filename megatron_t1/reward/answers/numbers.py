@@ -25,21 +25,26 @@ _THOUSANDS = re.compile(r"([+-]?[1-9]\d{0,2})((?:,\d{3})+)(\.\d+)?")
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?)")
 _GOES_ON = re.compile(r"([+-]?)(\d*)\.(\d*?)(?:(\d)\4\4+|(\d{2,}?)\5+)\\ldots")
 _SCIENTIFIC = re.compile(r"(.+?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([+-]?[\d.]+)[eE]([+-]?\d+)")
+_SPACED = re.compile(r"[+-]? ?\d{1,3}( \d{3})+(\.\d+)?")
+_FRACTION = re.compile(
+    r"([+-]?)(?:(\d+)?\s*\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?:(\d+)\s+)?(\d+)\s*/\s*(\d+))"
+)
+_POSSIBLE = re.compile(r"(?=.*\d)(?:[\d\s+\-.,/(){}^eEx]|\\(?:frac|times|cdot|overline|bar|dot|ldots))+", re.S)
+"""What all of them are made of."""
 _MAX_DIGITS = 1000
 
 
 def exact_number(s: str) -> Exact | None:
     """A normalised string read as integer, decimal, fraction, mixed number or scientific notation; else None."""
     s = s.strip()
-    if not s or len(s) > _MAX_DIGITS or not any(c.isdigit() for c in s):
+    if not s or len(s) > _MAX_DIGITS or not _POSSIBLE.fullmatch(s):
         return None
     while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}," for c in s[1:-1]):
         s = s[1:-1].strip()
     if m := _THOUSANDS.fullmatch(s):
         s = m[1] + m[2].replace(",", "") + (m[3] or "")
-    if re.fullmatch(r"[+-]? ?\d{1,3}( \d{3})+(\.\d+)?", s):
-        s = s.replace(" ", "")
-    s = re.sub(r"^([+-])\s+", r"\1", s)
+    if " " in s:
+        s = s.replace(" ", "") if _SPACED.fullmatch(s) else s[0] + s[1:].lstrip() if s[0] in "+-" else s
     if m := _DECIMAL.fullmatch(s):
         if m[3] is None:
             return Exact(Fraction(int(m[5])) * (-1 if m[4] == "-" else 1))
@@ -50,16 +55,12 @@ def exact_number(s: str) -> Exact | None:
         head = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3]))
         value = head + Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(m[3]))
         return Exact(-value if m[1] == "-" else value)
-    if m := re.fullmatch(
-        r"([+-]?)(\d+)?\s*(?:\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))", s
-    ):
-        top, bottom = int(m[3] or m[5]), int(m[4] or m[6])
+    if m := _FRACTION.fullmatch(s):
+        top, bottom = int(m[3] or m[6]), int(m[4] or m[7])
         if bottom == 0:
             return None
-        value = int(m[2] or 0) + Fraction(top, bottom)
+        value = int(m[2] or m[5] or 0) + Fraction(top, bottom)
         return Exact(-value if m[1] == "-" else value)
-    if m := re.fullmatch(r"([+-]?\d+)\s*/\s*(\d+)", s):
-        return Exact(Fraction(int(m[1]), int(m[2]))) if int(m[2]) else None
     if m := _SCIENTIFIC.fullmatch(s):
         base = exact_number(m[1] or m[4])
         power = int(m[2] or m[3] or m[5])

@@ -115,9 +115,12 @@ def _item(text: str, depth: int) -> Answer:
         return Number(s, number)
     if depth > MAX_NESTING:
         return Literal(s, "nested too deep")
-    if (mark := _TRANSPOSED.search(s)) and isinstance(turned := _item(s[: mark.start()], depth), (Matrix, Tuple)):
-        columns = isinstance(turned, Matrix) and tuple(zip(*turned.rows, strict=False))
-        return Matrix(s, columns) if columns else turned  # a transposed row is a column, as any tuple may be
+    if "^" in s and (mark := _TRANSPOSED.search(s)):
+        match _item(s[: mark.start()], depth):
+            case Matrix(rows=rows):
+                return Matrix(s, tuple(zip(*rows, strict=False)))
+            case Tuple() as column:
+                return column
     if (cells := matrix_cells(s)) is not None and cells[0][1:] == cells[1:] == []:
         return _item(cells[0][0], depth)
     if cells is not None:

@@ -111,9 +111,8 @@ def verify_fully(
 
 def _names_option(gold: str, answer: str) -> bool:
     """(A) 12, where the gold is the letter alone."""
-    wanted = letters.gold_letter(gold, ())
     named = re.match(r"\W*(?:\\text\w*\s*\{)?[\s(]*([A-J])\s*[.):]", answer)
-    return named is not None and named[1] == wanted == letters.chosen_letter(answer)[0]
+    return named is not None and named[1] == letters.gold_letter(gold, ()) == letters.chosen_letter(answer)[0]
 
 
 def _for_question(equality: EqualityConfig, question: str) -> EqualityConfig:
