@@ -30,15 +30,24 @@ class RLConfig:
     steps: int = 500
     """Optimizer steps of the whole run; a resumed run goes on to the same number."""
     prompts_per_step: int = 32
+    lag: int = 0
+    """Steps that a batch is asked ahead of its training. 0, as T1 does: generation and training take turns. 1: a batch
+    is made by the weights of the step before, while that batch trains; give loss.importance a correction then. More
+    than 1 gains only with rollout.pause_mode: keep."""
+    refill: float = 0.0
+    """Groups whose samples are all right or all wrong teach nothing: up to refill x prompts_per_step more prompts are
+    asked in their place. 0: none."""
     max_logprob_diff: float | None = None
     """Largest mean |trainer - servers| of logprobs; beyond it the run ends: when the servers got their first weights,
-    or in a step, which is dropped. Rounding makes 3e-7 in float32 and 0.01 to 0.05 in bfloat16, more with FP8. null:
-    0.01 where trainer and servers are set to float32 and sampling cuts nothing off, else 0.2. 0: no bound."""
+    or in a step, which is dropped. Rounding makes 3e-7 in float32 and 0.01 to 0.05 in bfloat16, more with FP8; with
+    rl.lag what the policy has learned since comes on top. null: 0.01 where trainer and servers are set to float32,
+    sampling cuts nothing off and rl.lag is 0, else 0.2. 0: no bound."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prompts_per_step")
+        at_least(self, 0, "lag", "refill")
         if self.max_logprob_diff is not None:
             at_least(self, 0, "max_logprob_diff")
         self.optim.check_steps(self.steps)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_t1"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tests/**/README.md")]
 CONFIGS = {
-    **dict.fromkeys(("run", "sft", "rl", "curate", "evaluate", "scaling", "serve", "check"), Config),
+    **dict.fromkeys(("run", "sft", "rl", "rollout", "replay", "curate", "evaluate", "scaling", "serve", "check"), Config),
     "sync-check": SyncCheckConfig,
     "synthesize": SynthesizeConfig,
     "grade": GradeConfig,
@@ -142,9 +142,9 @@ def wrong_in_command(words: list[str]) -> Iterator[str]:
             continue
         if name == "label" and command in LABELLED:
             continue
-        if command == "check" and "." not in name:
+        if command in ("check", "replay") and "." not in name:
             if f'"{option}"' not in source_of_cli():
-                yield f"t1 check {option}"
+                yield f"t1 {command} {option}"
         elif command == "convert":
             if not re.search(rf"{option}\b", help_of(command, rest[0])):
                 yield f"t1 convert {rest[0]} {option}"

@@ -23,10 +23,11 @@ FLOORS = [
     {"weights", "rollout"},
     {"engine", "push"},
     {"config"},
-    {"rank0", "convert", "logprobs", "grade"},
+    {"rank0", "learner", "convert", "logprobs", "grade"},
     {"evaluation"},
     {"report", "curate", "rl", "sft", "check"},
-    {"synthesize", "pipeline"},
+    {"synthesize", "replay"},
+    {"pipeline"},
     {"cli"},
     {"__main__", "__init__"},
 ]

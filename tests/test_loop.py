@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -214,11 +215,11 @@ def test_a_step_that_has_not_trained_yet_is_dropped(straight, forks, t1, tuned, 
     assert timeless(tmp_path) == timeless(straight)
 
 
-def timeless(run_dir: Path) -> list[dict]:
+def timeless(run_dir: Path, job: str = "rl") -> list[dict]:
     """The metrics of every step that do not depend on the machine's speed."""
     return [
         {k: v for k, v in row.items() if "second" not in k and "per_s" not in k and "idle/" not in k}
-        for row in rows(run_dir / "rl/metrics.jsonl")
+        for row in rows(run_dir / job / "metrics.jsonl")
     ]
 
 
@@ -228,6 +229,87 @@ def straight(t1, tuned, server, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     t1("rl", *options(tuned, folder, **server, **{"rl.steps": 4}))
     return folder
+
+
+def test_at_learning_rate_0_a_lag_changes_nothing(t1, tuned, server, tmp_path):
+    """Batches asked one step ahead are then those of the loop on policy: the same numbers bit by bit, and versions."""
+    still = {**server, "rl.steps": 4, "rl.optim.lr": 0}
+    t1("rl", *options(tuned, tmp_path / "on policy", **still))
+    t1("rl", *options(tuned, tmp_path / "ahead", **still, **{"rl.lag": 1}))
+    on_policy, ahead = timeless(tmp_path / "on policy"), timeless(tmp_path / "ahead")
+    assert [row.pop("oldest_version") for row in on_policy] == [0, 1, 2, 3]
+    assert [row.pop("oldest_version") for row in ahead] == [0, 0, 1, 2]
+    assert ahead == on_policy
+
+
+@pytest.fixture(scope="module")
+def ahead(t1, tuned, server, tmp_path_factory) -> Path:
+    """Six steps at a lag of 1 without a break, with groups asked in place of those that teach nothing."""
+    folder = tmp_path_factory.mktemp("ahead")
+    t1("rl", *options(tuned, folder, **server, **AHEAD))
+    return folder
+
+
+AHEAD = {"rl.steps": 6, "rl.lag": 1, "rl.refill": 2, "rl.checkpoint.keep": 2, "parallel.nproc_per_node": 1}
+
+
+def test_a_lag_is_reproduced_through_a_stop_and_a_kill(ahead, start_t1, t1, tuned, server, tmp_path):
+    """USR1 with a batch under way, then kill -9, each followed by a new process: the numbers of the unbroken run."""
+    metrics = tmp_path / "rl/metrics.jsonl"
+    arguments = options(tuned, tmp_path, **server, **AHEAD)
+    for number, (sign, steps) in enumerate(((signal.SIGUSR1, 1), (signal.SIGKILL, 3))):
+        process = start_t1("rl", *arguments, *["--resume"] * number, stderr=subprocess.PIPE)
+        while process.poll() is None and not (metrics.exists() and len(rows(metrics)) >= steps):
+            time.sleep(0.02)
+        process.send_signal(sign)
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == (75 if sign == signal.SIGUSR1 else -sign), said[-3000:]
+    t1("rl", *arguments, "--resume")
+    assert timeless(tmp_path) == timeless(ahead)
+    assert [row["oldest_version"] for row in timeless(ahead)] == [0, 0, 1, 2, 3, 4]
+    assert sum(row["refill/groups"] for row in timeless(ahead)) > 0
+    one, other = (load_file(folder / "rl/hf/model.safetensors") for folder in (ahead, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("layout", [{}, {"parallel.tensor": 2}], ids=["one process", "TP2"])
+def test_a_stored_step_is_trained_again_without_servers(layout, ahead, t1):
+    """From the checkpoint before it: bit by bit on the run's layout, within rounding on another."""
+    changed = [part for name, value in layout.items() for part in (f"--{name}", str(value))]
+    said = t1("replay", ahead, "--step", 6, "--profile", *changed, num_ranks=2 if layout else 1)
+    if not layout:
+        assert re.search(r"step 6: all [3-9]\d metrics are the run's, bit by bit", said), said
+    trace = json.loads((ahead / "replay/step_6.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+    for line in re.findall(r"^(?:loss|entropy|kl_sample|grad_norm) .*$", said, re.MULTILINE):
+        assert float(line.split()[-1]) < 2e-3, line
+    refused = t1("replay", ahead, "--step", 2, num_ranks=1, expect=1)
+    assert "the samples of step 1 are not stored" in refused
+    assert "steps 5 to 6 are" in refused
+
+
+def test_requests_under_way_go_on_with_new_weights(t1, tuned, server, tmp_path):
+    """pause_mode keep: samples of several versions, none older than the lag, each logprob that of its weights."""
+    still = {"rl.steps": 6, "rl.lag": 2, "rl.optim.lr": 0, "rollout.pause_mode": "keep", "sampling.max_new_tokens": 96}
+    t1("rl", *options(tuned, tmp_path, **server, **still, **{"rl.checkpoint.every_steps": 6}))
+    for row in rows(tmp_path / "rl/metrics.jsonl"):
+        assert row["oldest_version"] >= row["step"] - 1 - 2
+        assert row["logprob_diff"] < 1e-3
+    kept = [row["weight_versions"] for row in rows(tmp_path / "rl/samples.jsonl")]
+    assert any(len(versions) > 1 for versions in kept), kept
+
+
+def test_samples_are_made_and_kept_without_training(t1, tuned, server, tmp_path):
+    """The batches of RL's first steps, by an unchanged model; what is there is not asked again."""
+    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 2})
+    assert "samples:" in t1("rollout", *arguments)
+    made = rows(tmp_path / "rollout/metrics.jsonl")
+    assert [row["step"] for row in made] == [1, 2]
+    kept = sorted((tmp_path / "rollout/bank").iterdir())
+    sizes = [path.stat().st_size for path in kept]
+    t1("rollout", *arguments)
+    assert [path.stat().st_size for path in kept] == sizes
+    assert timeless(tmp_path, "rollout") == [{k: v for k, v in row.items() if "second" not in k} for row in made]
 
 
 def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):
@@ -300,9 +382,10 @@ def test_killed_while_measuring_it_resumes_to_the_same_files(command, start_t1, 
     assert set(kept) <= set((tmp_path / command / "cut" / final[0]).read_text().splitlines(keepends=True))
 
 
-def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
-    """Of two servers one is killed in the middle: training goes on and the server comes back."""
-    arguments = options(tuned, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 20})
+@pytest.mark.parametrize(("servers", "lag"), [(2, 0), (1, 1)], ids=["one of two", "the only one, at a lag"])
+def test_a_killed_server_is_replaced(servers, lag, start_t1, tuned, tmp_path):
+    """In the middle: training goes on and the server comes back."""
+    arguments = options(tuned, tmp_path, **{"rollout.num_servers": servers, "rl.steps": 20, "rl.lag": lag})
     process = start_t1("rl", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "rl/metrics.jsonl"
     output: list[str] = []

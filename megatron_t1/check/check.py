@@ -303,7 +303,11 @@ def _needs(
     )
     size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     seconds = seconds_of(cfg, spec, command, machines, longest)
-    _grace(estimate.stop_seconds(sizes, layout, seconds, size, machines.trainer_nodes(command)), machines, found)
+    ahead = command != "sft" and cfg.rl.lag > 0
+    awaits_batch = ahead and cfg.rollout.pause_mode == "wait"
+    nodes = machines.trainer_nodes(command)
+    stopping = estimate.stop_seconds(sizes, layout, seconds, size, nodes, awaits_batch=awaits_batch)
+    _grace(stopping, machines, found)
     keep = stage.checkpoint.keep + stage.checkpoint.keep_best + 1  # and the one that is being written
     disk = keep * size
     folder = next(
@@ -330,8 +334,11 @@ def _needs(
         f"a vLLM server of TP {cfg.rollout.tp} has no room for one sample of {full} tokens: raise rollout.tp",
     )
     listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
+    step_s = sum(seconds.values())
+    if ahead:
+        step_s = max(seconds["generate"], step_s - seconds["generate"])
     found.facts.append(
-        f"time of a step: about {sum(seconds.values()):.3g} s ({listed}) on {machines.gpu}s, if responses have half of "
+        f"time of a step: about {step_s:.3g} s ({listed}) on {machines.gpu}s, if responses have half of "
         "max_new_tokens on average"
     )
 

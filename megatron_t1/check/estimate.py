@@ -31,9 +31,12 @@ is a forward of the anchor, 2 P, and with loss.kl_estimator = centered one of th
                  repeated when the servers hold fewer samples than there are
     push         b x parameters / (network of one node x _NET_SHARE)
 
+With rl.lag a step takes as long as the slower of generate and the rest.
+
 From a signal to stop to the end, at worst: it comes when the training of a step begins.
 
     train, push  of that step: it is finished
+    generate     with rl.lag and rollout.pause_mode = wait: what is left of the batch that is made meanwhile
     collect      12 P / _COPY_BYTES_PER_S: the optimizer's state, to the host
     write        the checkpoint / (nodes x _DISK_BYTES_PER_S)
     digest       the same again: it is read back
@@ -227,7 +230,7 @@ def checkpoint_memory(sizes: Sizes, layout: Layout, stage: int) -> tuple[float, 
 
 
 def stop_seconds(
-    sizes: Sizes, layout: Layout, step: Mapping[str, float], checkpoint: float, nodes: int
+    sizes: Sizes, layout: Layout, step: Mapping[str, float], checkpoint: float, nodes: int, *, awaits_batch: bool
 ) -> dict[str, float]:
     """Seconds from a signal to stop to the end by part, at worst.
 
@@ -235,10 +238,13 @@ def stop_seconds(
         step: seconds of a step by stage.
         checkpoint: bytes of one.
         nodes: that train.
+        awaits_batch: the next batch is being made and has to be finished.
     """
     most = max(parameters(sizes, layout, stage) for stage in range(layout.pipeline))
     disk = checkpoint / (nodes * _DISK_BYTES_PER_S)
     finished = {name: step[name] for name in ("train", "push") if name in step}
+    if awaits_batch:
+        finished["generate"] = max(0.0, step["generate"] - step["train"])
     return {**finished, "collect": 12 * most / _COPY_BYTES_PER_S, "write": disk, "digest": disk}
 
 

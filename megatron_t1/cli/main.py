@@ -29,6 +29,8 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   run         SFT, evaluation, RL, evaluation, inference scaling and report, in one job
   sft         supervised fine-tuning of model.hf_path on data.sft
   rl          reinforcement learning of model.hf_path on data.train
+  rollout     make and store the samples of rl.steps batches of data.train, without training
+  replay      train a step of a run again, from its stored samples: `t1 replay runs/a --step 20`
   curate      make data.train: clean raw questions, keep those that model.hf_path solves in at most 30% of 16 samples
   evaluate    accuracy of model.hf_path (or an endpoint, or stored responses) on evaluate.sets or data.heldout
   compare     two evaluations, paired by question: `t1 compare runs/a/evaluate/sft runs/a/evaluate/rl`
@@ -91,6 +93,7 @@ def _line_of(command: str) -> str:
 _SECTIONS = {
     "sft": ("model", "parallel", "data", "sft"),
     "rl": ("model", "parallel", "data", "rollout", "sampling", "reward", "loss", "anchor", "rl"),
+    "rollout": ("model", "data", "rollout", "sampling", "reward", "rl"),
     "curate": ("model", "data", "rollout", "sampling", "reward", "evaluate", "curate"),
     "evaluate": ("model", "data", "rollout", "reward", "evaluate"),
     "scaling": ("model", "data", "rollout", "reward", "evaluate", "scaling"),
@@ -186,15 +189,46 @@ def _sync_check(arguments: list[str]) -> int:
     return 0 if pipeline.run_sync_check(cfg) else 1
 
 
-def _curate(arguments: list[str]) -> int:
+def _single_job(command: str) -> Callable[[list[str]], int]:
+    """A job of one process with a folder of its own in run_dir."""
+
+    def job(arguments: list[str]) -> int:
+        from megatron_t1.config import Config
+
+        cfg = _read(command, arguments, Config)
+        from megatron_t1 import pipeline
+        from megatron_t1.lock import locked
+
+        with locked(Path(cfg.run_dir) / command):
+            {"curate": pipeline.run_curate, "rollout": pipeline.run_rollout}[command](cfg)
+        return 0
+
+    return job
+
+
+def _replay(arguments: list[str]) -> int:
+    from argparse import ArgumentParser
+
+    from megatron_t1.cli import options
     from megatron_t1.config import Config
 
-    cfg = _read("curate", arguments, Config)
+    parser = ArgumentParser(prog="t1 replay", description=_line_of("replay"), allow_abbrev=False,
+                            epilog="Further options change the run's own: --parallel.tensor 2")  # fmt: skip
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in metrics.jsonl")
+    parser.add_argument("--profile", action="store_true", help="write torch's profile of the step to RUN/replay/")
+    asked, rest = parser.parse_known_args(arguments)
+    kept = asked.run_dir / "config.yaml"
+    if not kept.is_file():
+        raise ValueError(f"{kept} is not there: give the folder of a run whose RL has begun")
+    if asked.step < 1:
+        raise ValueError(f"--step = {asked.step}: steps are counted from 1")
+    cfg = options.read(Config, ["--config", str(kept), *rest, "--run_dir", str(asked.run_dir)])
+    if "RANK" not in os.environ:
+        return _on_ranks(cfg.parallel, "replay", arguments)
     from megatron_t1 import pipeline
-    from megatron_t1.lock import locked
 
-    with locked(Path(cfg.run_dir) / "curate"):
-        pipeline.run_curate(cfg)
+    pipeline.run_replay(cfg, asked.step, profiled=asked.profile)
     return 0
 
 
@@ -375,7 +409,9 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _trainer_job("run"),
     "sft": _trainer_job("sft"),
     "rl": _trainer_job("rl"),
-    "curate": _curate,
+    "rollout": _single_job("rollout"),
+    "replay": _replay,
+    "curate": _single_job("curate"),
     "evaluate": _labelled_job("evaluate"),
     "scaling": _labelled_job("scaling"),
     "check": _check,

@@ -223,7 +223,9 @@ def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
     sizes, layout = estimate.Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
     step = seconds_of(cfg, spec, "rl", machines, longest)
     size = estimate.checkpoint_bytes(sizes, "bfloat16", layout.anchor)
-    seconds = estimate.stop_seconds(sizes, layout, step, size, nodes=2)
+    ahead = estimate.stop_seconds(sizes, layout, step, size, nodes=2, awaits_batch=True)
+    seconds = estimate.stop_seconds(sizes, layout, step, size, nodes=2, awaits_batch=False)
+    assert ahead == seconds | {"generate": max(0, step["generate"] - step["train"])}
     assert seconds["train"] == step["train"]
     assert seconds["write"] == seconds["digest"] == size / 2e9
     assert 900 < sum(seconds.values()) < 1740
