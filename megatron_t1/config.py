@@ -163,6 +163,11 @@ class Config:
                 "must be above 0, RL samples; evaluation has its own (evaluate.sampling.temperature)",
             )
 
+    @property
+    def awaits_batches(self) -> bool:
+        """Batches are asked ahead, and a push waits for them: none is of two weights."""
+        return self.rl.lag > 0 and self.rollout.pause_mode == "wait"
+
 
 def dump(config: Any) -> str:
     """A job's config as YAML that `--config` reads again."""

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_t1.algo import advantage
 from megatron_t1.algo.loss import t1_token_loss
@@ -43,6 +46,8 @@ class Learner:
         self.anchor = Anchor(self.engine, cfg.anchor) if cfg.loss.kl_coef else None
         self.settings: dict[str, Any] = {}
         self.steps_done = 0
+        self._weights = [param for chunk in self.engine.chunks for param in chunk.parameters()]
+        self._before: list[torch.Tensor] = []
 
     def resume(self, prompts: list[Prompt]) -> None:
         """Go on from the newest checkpoint of the run, if there is one.
@@ -75,6 +80,8 @@ class Learner:
             kl = self.anchor.fill(microbatches, sequences, cfg.loss) if self.anchor else {}
         before_training()
         with watch("train"):
+            if cfg.awaits_batches:
+                self._before = [weight.detach().cpu().clone() for weight in self._weights]
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
@@ -86,6 +93,17 @@ class Learner:
         with self.watch("anchor"):
             if self.anchor:
                 self.anchor.update()
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def before_last_step(self) -> Iterator[None]:
+        """Inside, the policy has the weights from before the last step, which servers were making a batch with."""
+        after = [weight.detach().cpu().clone() for weight in self._weights]
+        torch._foreach_copy_(self._weights, self._before)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._weights, after)
 
     def save(self, score: float) -> None:
         """A checkpoint of the steps done; `score`: how good they were, higher is better."""

@@ -160,7 +160,7 @@ class Trainer:
             if is_main():
                 self.bank.drop_from(self.steps_done - 1)
             raise
-        if self.cfg.rollout.pause_mode == "wait":
+        if self.cfg.awaits_batches:
             with watch("generate"):  # no sample of two weights; and what a checkpoint needs of the past is in the bank
                 self._settle()
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
@@ -269,11 +269,24 @@ class Trainer:
             self.queue.ask(range(self.steps_done, last + 1), self.sync.fingerprint)
 
     def _settle(self) -> None:
-        """Wait until no sample is under way. Not cut short by a stop: the servers' weights are gone with this process,
-        and a batch that they began could not be finished by a later one."""
-        if self.queue:
-            self.queue.settle()
-        from_main(None)
+        """Wait until the batches are whole that were asked. Not cut short by a stop: their weights are gone with this
+        process, and a later one could not go on with them.
+
+        Raises:
+            ServerError: the servers were lost `_MAX_OUTAGES` times.
+        """
+        for _ in range(_MAX_OUTAGES):
+            if from_main(self.queue.settle() if self.queue else None):
+                return
+            if self.rank0:
+                warn("all servers were lost in a batch; it is made whole with the weights that it began with")
+                self._await_servers()
+            from_main(None)  # this wait has no deadline, that of a push has
+            with self.learner.before_last_step():
+                self.sync.bring_up()
+            if self.queue:
+                self.queue.ask(range(self.steps_done, self.steps_done + self.cfg.rl.lag), self.sync.fingerprint)
+        raise ServerError(f"all servers were lost {_MAX_OUTAGES} times after step {self.steps_done}; see their logs")
 
     def _collect(self) -> Batch:
         """The step's batch, on every rank. Servers that are all lost are brought back and asked for the rest.

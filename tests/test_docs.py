@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_t1"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tests/**/README.md")]
 CONFIGS = {
-    **dict.fromkeys(("run", "sft", "rl", "rollout", "replay", "curate", "evaluate", "scaling", "serve", "check"), Config),
+    **dict.fromkeys(
+        ("run", "sft", "rl", "rollout", "replay", "curate", "evaluate", "scaling", "serve", "check"), Config
+    ),
     "sync-check": SyncCheckConfig,
     "synthesize": SynthesizeConfig,
     "grade": GradeConfig,

@@ -304,7 +304,7 @@ def _needs(
     size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     seconds = seconds_of(cfg, spec, command, machines, longest)
     ahead = command != "sft" and cfg.rl.lag > 0
-    awaits_batch = ahead and cfg.rollout.pause_mode == "wait"
+    awaits_batch = command != "sft" and cfg.awaits_batches
     nodes = machines.trainer_nodes(command)
     stopping = estimate.stop_seconds(sizes, layout, seconds, size, nodes, awaits_batch=awaits_batch)
     _grace(stopping, machines, found)

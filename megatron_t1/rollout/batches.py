@@ -102,9 +102,11 @@ class BatchQueue:
 
     ask     never blocks: a thread for each batch asks the servers, grades, and refills. Samples that an earlier process
             finished come from the bank.
-    settle  waits until no request is under way, whatever came of it. A push after it changes the weights of no sample.
-    take    consumes the batch of a step, in their order; waits for its last grade. A batch that lost all servers raises
-            NoServerLeftError here, and is asked for the rest by the next `ask`.
+    settle  waits until no request is under way, whatever came of it: a push after it changes the weights of no sample.
+            Returns whether all batches are whole.
+    take    consumes the batch of a step, in their order; waits for its last grade.
+            A batch that lost all servers is not whole, and raises NoServerLeftError here; the next `ask` has the rest
+            of it made.
     close   ends what is under way; finished samples stay in the bank.
     """
 
@@ -126,14 +128,14 @@ class BatchQueue:
         """Have the batches of `steps` made that are not yet, by servers that hold the weights with this digest."""
         for step in steps:
             future = self._under_way.get(step)
-            if future is not None and not (future.done() and isinstance(future.exception(), NoServerLeftError)):
+            if future is not None and not _lost_all_servers(future):
                 continue
             stored = self._batches.bank.weights_of(step) if step in self._asked_before else None
             self._weights.setdefault(step, stored or weights)
             self._under_way[step] = self._pool.submit(self._batches.make, step, self._weights[step], self._generate)
 
-    def settle(self) -> None:
-        wait(self._under_way.values())
+    def settle(self) -> bool:
+        return not any(map(_lost_all_servers, wait(self._under_way.values()).done))
 
     def take(self, step: int) -> Batch:
         """Raises what `RolloutClient.generate` raises."""
@@ -150,6 +152,10 @@ class BatchQueue:
         if self._closed:
             raise CancelledError
         return self._client.generate(prompts, self._batches.sampling, self._score, seed=seed, bank=bank)
+
+
+def _lost_all_servers(future: Future[Batch]) -> bool:
+    return future.done() and not future.cancelled() and isinstance(future.exception(), NoServerLeftError)
 
 
 def teaches(group: Group) -> bool:

@@ -26,7 +26,7 @@ def batches(folder, refill: float, seed: int = 3) -> Batches:
 
 
 def sampled(is_right: Callable[[str, int], bool], asked: list[str]):
-    """Answers every prompt; sample j of prompt `id` is right if `is_right(id, j)`. Every other wrong one has a penalty."""
+    """Answers each prompt: `is_right(id, j)` says if its sample j is. Every other wrong one has a penalty."""
 
     def generate(prompts: list[Prompt], seed: int, bank: StepBank) -> list[Group]:
         groups = []
