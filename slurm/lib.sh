@@ -17,7 +17,8 @@ set -uo pipefail
 T1_HOME=${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 T1_PYTHON=${T1_PYTHON:-$T1_HOME/.venv/bin/python}
 VLLM_NODES=${VLLM_NODES:-0}
-VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0: servers and trainer share nodes, not GPUs; unset: half
+SHARE_GPUS=${SHARE_GPUS:-}        # 1, with VLLM_NODES=0: trainer and servers on all GPUs of every node, by turns (rollout.share_gpus)
+VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0 without SHARE_GPUS: servers' own; unset: half
 VLLM_TP=${VLLM_TP:-}              # GPUs of one server; unset: rollout.tp of the options or of CONFIG
 RESTARTS=${RESTARTS:-3}
 GRACE_S=${GRACE_S:-1740}          # from USR1 to the end, when the trainer does not stop by itself: 60 less than --signal says
@@ -43,11 +44,14 @@ fail() { # EXIT_CODE WORDS...: the job's last line
 t1_rl() {
   local config=$1
   shift
-  prepare rl "$config" ${DATA:+--data.train "$DATA/rl.jsonl"} "$@"
+  prepare rl "$config" ${DATA:+--data.train "$DATA/rl.jsonl"} ${SHARE_GPUS:+--rollout.share_gpus true} "$@"
   local train_nodes=$((${#NODES[@]} - VLLM_NODES)) ranks=$GPUS first_gpu=0
   ((train_nodes >= 1)) || fail 2 "VLLM_NODES=$VLLM_NODES of ${#NODES[@]} nodes leaves none to train: lower it or ask for more nodes"
   local -a serve_on=("${NODES[@]:train_nodes}")
-  if ((VLLM_NODES == 0)); then
+  if [ -n "$SHARE_GPUS" ]; then
+    ((VLLM_NODES == 0)) || fail 2 "SHARE_GPUS=$SHARE_GPUS and VLLM_NODES=$VLLM_NODES: nodes for vLLM alone share no GPU with a trainer; unset one of them"
+    serve_on=("${NODES[@]}")
+  elif ((VLLM_NODES == 0)); then
     serve_on=("${NODES[@]}") ranks=$((GPUS - VLLM_GPUS)) first_gpu=$((GPUS - VLLM_GPUS))
     ((ranks >= 1)) || fail 2 "VLLM_GPUS=$VLLM_GPUS of $GPUS GPUs leaves none to train"
   fi
@@ -91,7 +95,7 @@ prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what w
   LOGS=$RUN_DIR/logs
   GPUS=${SLURM_GPUS_PER_NODE:-8}
   GPUS=${GPUS##*:}
-  VLLM_GPUS=${VLLM_GPUS:-$((GPUS / 2))}
+  VLLM_GPUS=${VLLM_GPUS:-$((SHARE_GPUS ? GPUS : GPUS / 2))}
   CPUS=${SLURM_CPUS_PER_TASK:-1}
   if [ -n "${T1_DRY_RUN:-}" ]; then
     read -ra NODES <<<"${T1_NODES:?names of the nodes, with T1_DRY_RUN=1}"

@@ -301,6 +301,8 @@ def _needs(
         f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
         f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
     )
+    if machines.share_gpus and command != "sft":
+        _shared(cfg, gpu, max(total, gpu_bytes), found)
     size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     seconds = seconds_of(cfg, spec, command, machines, longest)
     ahead = command != "sft" and cfg.rl.lag > 0
@@ -340,6 +342,23 @@ def _needs(
     found.facts.append(
         f"time of a step: about {step_s:.3g} s ({listed}) on {machines.gpu}s, if responses have half of "
         "max_new_tokens on average"
+    )
+
+
+def _shared(cfg: Config, gpu: estimate.Gpu, trainer_bytes: float, found: Findings) -> None:
+    """Trainer and server on one GPU: what each takes of it."""
+    free = 0.97 - (trainer_bytes + estimate.CONTEXT_BYTES) / gpu.memory_bytes
+    room = max(0, math.floor(100 * free)) / 100
+    asked = cfg.rollout.gpu_memory_utilization
+    found.facts.append(
+        f"the trainer's {trainer_bytes / 1e9:.3g} GB leave {room:.2f} of a shared GPU to the servers; "
+        f"rollout.gpu_memory_utilization is {asked:g}"
+    )
+    found.must(
+        asked <= room,
+        f"rollout.gpu_memory_utilization = {asked:g} is more than the {room:.2f} of a shared GPU that the trainer "
+        "leaves: lower it, or have the trainer need less (more nodes or parallel.pipeline, fewer "
+        "parallel.max_tokens_per_microbatch, full recomputation)",
     )
 
 

@@ -42,7 +42,8 @@ From a signal to stop to the end, at worst: it comes when the training of a step
     digest       the same again: it is read back
 
 The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
-peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, NCCL's buffers, the CUDA context (about 2 GB a GPU).
+peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, and what CUDA and NCCL take for themselves; where
+servers share the GPUs it counts (`CONTEXT_BYTES`).
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ _TRAIN_SHARE, _READ_SHARE, _NET_SHARE = 0.40, 0.60, 0.50
 AnchorKind = Literal["moving", "fixed", "none"]
 _COPY_BYTES_PER_S = 3e9
 """Of one process, from its GPU into memory that is not pinned."""
+CONTEXT_BYTES = 2e9
+"""What CUDA and NCCL take of a GPU in a process that trains."""
 _DISK_BYTES_PER_S = 1e9
 """Of a node, to and from a shared file system under load: many are faster, few slower."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}

@@ -262,7 +262,8 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--nodes", type=int, default=1, help="nodes in all (1)")
     parser.add_argument("--vllm_nodes", type=int, default=0, help="of them for vLLM alone; 0: all do both (0)")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="(8)")
-    parser.add_argument("--vllm_gpus", type=int, help="of every node for vLLM, when --vllm_nodes is 0 (half of them)")
+    parser.add_argument("--vllm_gpus", type=int, help="of every node for vLLM, when --vllm_nodes is 0 (half of them, "
+                        "or all with rollout.share_gpus)")  # fmt: skip
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
     parser.add_argument("--grace_s", type=float, help="seconds that a trainer has from USR1 to its end (unchecked)")
@@ -272,7 +273,8 @@ def _check(arguments: list[str]) -> int:
     asked, rest = parser.parse_known_args(arguments)
     cfg, problems = options.parse(Config, rest)
     findings = Findings(problems=problems)
-    machines = Machines(**{name: getattr(asked, name) for name in Machines.__dataclass_fields__})
+    said = {name: getattr(asked, name) for name in Machines.__dataclass_fields__ if name != "share_gpus"}
+    machines = Machines(**said, share_gpus=cfg is not None and cfg.rollout.share_gpus)
     if cfg is not None:
         check(cfg, asked.command, machines, findings)
     print(findings.text())
