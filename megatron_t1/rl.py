@@ -25,6 +25,7 @@ from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import from_main, is_main
+from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
@@ -161,7 +162,7 @@ class Trainer:
             sequences = sequences_of(groups)
             microbatches = self.engine.pack(sequences)
         with watch("anchor"):
-            kl = self.anchor.fill(microbatches, sequences, cfg.loss) if self.anchor else {}
+            kl = prescore(self.engine, self.anchor, microbatches, sequences, cfg.loss)
         # Asked to stop meanwhile: the samples wait in the bank, and training would take longest.
         self._on_main(lambda: None)
         with watch("train"):
