@@ -25,9 +25,14 @@ WARM_UP_STEPS = 3
 RULES = {
     "on policy": {"rl.lag": 0},
     "lag 1": {"rl.lag": 1},
-    "lag 1, token TIS": {"rl.lag": 1, "loss.importance": "token"},
+    "lag 1, token TIS": {"rl.lag": 1, "loss.importance": "token", "loss.ratio_max": 2},
     "lag 2, keep": {"rl.lag": 2, "rollout.pause_mode": "keep"},
-    "lag 2, keep, token TIS": {"rl.lag": 2, "rollout.pause_mode": "keep", "loss.importance": "token"},
+    "lag 2, keep, token TIS": {
+        "rl.lag": 2,
+        "rollout.pause_mode": "keep",
+        "loss.importance": "token",
+        "loss.ratio_max": 2,
+    },
 }
 
 

@@ -20,6 +20,7 @@ from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import is_main
+from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import Stopwatch, rollout_metrics
@@ -77,7 +78,7 @@ class Learner:
             sequences = sequences_of(groups)
             microbatches = self.engine.pack(sequences)
         with watch("anchor"):
-            kl = self.anchor.fill(microbatches, sequences, cfg.loss) if self.anchor else {}
+            kl = prescore(self.engine, self.anchor, microbatches, sequences, cfg.loss)
         before_training()
         with watch("train"):
             if cfg.awaits_batches:

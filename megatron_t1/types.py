@@ -148,6 +148,10 @@ class Microbatch:
     """float32 [T], 0 in SFT"""
     anchor_logprob: torch.Tensor
     """float32 [T], 0 in SFT"""
+    sequence_log_ratio: torch.Tensor
+    """float32 [T], the sample's sum of log policy/rollout repeated over its tokens, where the loss reads it; else 0"""
+    geometric_log_ratio: torch.Tensor
+    """float32 [T], the same by the number of its tokens"""
     sample_index: torch.Tensor
     """int64 [T], index of the sample in the step's flat list, to bring per-token results back to samples"""
     anchor_hidden: torch.Tensor | None = None

@@ -306,6 +306,11 @@ def _needs(
     size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     seconds = seconds_of(cfg, spec, command, machines, longest)
     ahead = command != "sft" and cfg.rl.lag > 0
+    found.should(
+        not ahead or cfg.loss.importance != "none",
+        f"rl.lag = {cfg.rl.lag} trains on samples of older weights, for which loss.importance = none does not correct: "
+        "docs/off-policy.md has the choices",
+    )
     awaits_batch = command != "sft" and cfg.awaits_batches
     nodes = machines.trainer_nodes(command)
     stopping = estimate.stop_seconds(sizes, layout, seconds, size, nodes, awaits_batch=awaits_batch)

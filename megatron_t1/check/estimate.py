@@ -23,7 +23,8 @@ A checkpoint needs no activations, and besides the first four, where D > 1,
     host         (12 + b + 4) P            all that a rank writes; 8 P + 12 P / D more while it gathers
 
 Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P. The anchor's stage
-is a forward of the anchor, 2 P, and with loss.kl_estimator = centered one of the policy, 2 P more.
+is a forward of the anchor, 2 P, and where sums over samples are constants of the loss (loss.kl_estimator = centered,
+importance and masks by sample) one of the policy, 2 P more.
 
     train        flops / (GPUs x peak x _TRAIN_SHARE)
     generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
@@ -278,7 +279,7 @@ def step_seconds(
     max_tokens: int,
     max_num_seqs: int,
     utilization: float,
-    anchor_forwards: int,
+    score_passes: int,
 ) -> dict[str, float]:
     """Seconds of an RL step by stage, for `num_samples` samples of `mean_tokens` tokens, the longest `max_tokens`."""
     b = _BYTES[server_dtype]
@@ -295,7 +296,7 @@ def step_seconds(
     push = _BYTES[layout.dtype] * sizes.total / (gpu.network_bytes_per_s * _NET_SHARE)
     return {
         "generate": generate,
-        "anchor": anchor_forwards * pass_seconds(sizes, layout, gpu, tokens),
+        "anchor": score_passes * pass_seconds(sizes, layout, gpu, tokens),
         "train": train_seconds(sizes, layout, gpu, tokens),
         "push": push,
     }

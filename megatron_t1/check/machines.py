@@ -122,5 +122,5 @@ def seconds_of(
         max_tokens=cfg.sampling.max_new_tokens,
         max_num_seqs=cfg.rollout.max_num_seqs,
         utilization=cfg.rollout.gpu_memory_utilization,
-        anchor_forwards=0 if not cfg.loss.kl_coef else 2 if cfg.loss.kl_estimator == "centered" else 1,
+        score_passes=(cfg.loss.kl_coef > 0) + cfg.loss.scores_policy,
     )
