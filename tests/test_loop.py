@@ -313,8 +313,9 @@ def test_samples_are_made_and_kept_without_training(t1, tuned, server, tmp_path)
 
 
 def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):
-    """Nor in a checkpoint: it resumes so, and not with a KL."""
-    arguments = options(tuned, tmp_path, **server, **{"loss.kl_coef": 0})
+    """Nor in a checkpoint: it resumes so, and not with a KL. On policy every weight by sample is 1."""
+    weighted = {"loss.importance": "gspo", "loss.ratio_max": 1.1, "loss.mask": "sequence", "loss.mask_min": 0.9}
+    arguments = options(tuned, tmp_path, **server, **{"loss.kl_coef": 0}, **weighted)
     t1("rl", *arguments, "--rl.steps", 2)
     stored = tmp_path / "rl/checkpoints/step_00000002"
     assert not any("anchor" in name for name in FileSystemReader(stored).read_metadata().state_dict_metadata)
@@ -323,7 +324,12 @@ def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):
     t1("rl", *arguments, "--rl.steps", 3, "--resume")
     metrics = rows(tmp_path / "rl/metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
-    assert not [name for row in metrics for name in row if name.startswith("kl_")]
+    assert {name for row in metrics for name in row if name.startswith("kl_")} == {"kl_behaviour"}
+    for row in metrics:
+        assert row["weight"] == pytest.approx(1.0, abs=1e-5)
+        assert row["effective_sample_size"] == pytest.approx(1.0, abs=1e-5)
+        assert row["clip_fraction"] == row["masked"] == 0
+        assert abs(row["kl_behaviour"]) < 1e-9
 
 
 def test_the_models_own_chains_teach_it_and_are_measured(t1, tuned, server, tmp_path):

@@ -75,7 +75,7 @@ def _check_bounds(cfg: LossConfig, method: str, bounds: tuple[str, str], needed:
     (low, least), (high, most) = ((name, getattr(cfg, name)) for name in bounds)
     for name, value in ((low, least), (high, most)):
         if value is not None and getattr(cfg, method) == "none":
-            raise FieldError(name, value, f"is read by no loss.{method} = none; choose a method, or leave this out")
+            raise FieldError(name, value, f"is not read with loss.{method} = none; choose a method, or leave this out")
     if least is not None and not 0 <= least <= 1:
         raise FieldError(low, least, "must lie in [0, 1], as the ratio is 1 on policy; null: no bound")
     if most is not None and not most >= 1:
