@@ -23,7 +23,7 @@ from megatron_t1.engine.parallel import is_main
 from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
-from megatron_t1.metrics import Stopwatch, rollout_metrics
+from megatron_t1.metrics import Stopwatch, rollout_metrics, staleness
 from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Group, Prompt
 
@@ -86,8 +86,9 @@ class Learner:
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(t1_token_loss, cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
+        stale = staleness(groups, self.steps_done)
         self.steps_done += 1
-        return metrics | kl | rollout_metrics(groups)
+        return metrics | kl | rollout_metrics(groups) | {"staleness": stale}
 
     def follow(self) -> None:
         """Move the anchor towards the new policy."""

@@ -129,3 +129,10 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     for name in sorted({name for reward in rewards for name in reward.penalties}):
         metrics[f"penalty/{name}"] = float(np.mean([name in reward.penalties for reward in rewards]))
     return metrics
+
+
+def staleness(groups: list[Group], version: int) -> float:
+    """By how many versions the weights that made a token are older than `version`, as a mean over tokens."""
+    spans = [span for group in groups for sample in group.samples for span in sample.weight_versions]
+    num_tokens = sum(end - start for _, start, end in spans)
+    return sum((version - made_by) * (end - start) for made_by, start, end in spans) / num_tokens

@@ -239,6 +239,8 @@ def test_at_learning_rate_0_a_lag_changes_nothing(t1, tuned, server, tmp_path):
     on_policy, ahead = timeless(tmp_path / "on policy"), timeless(tmp_path / "ahead")
     assert [row.pop("oldest_version") for row in on_policy] == [0, 1, 2, 3]
     assert [row.pop("oldest_version") for row in ahead] == [0, 0, 1, 2]
+    assert [row.pop("staleness") for row in on_policy] == [0, 0, 0, 0]
+    assert [row.pop("staleness") for row in ahead] == [0, 1, 1, 1]
     assert ahead == on_policy
 
 
