@@ -39,9 +39,9 @@ class RLConfig:
     asked in their place. 0: none."""
     max_logprob_diff: float | None = None
     """Largest mean |trainer - servers| of logprobs; beyond it the run ends: when the servers got their first weights,
-    or in a step, which is dropped. Rounding makes 3e-7 in float32 and 0.01 to 0.05 in bfloat16, more with FP8; with
-    rl.lag what the policy has learned since comes on top. null: 0.01 where trainer and servers are set to float32,
-    sampling cuts nothing off and rl.lag is 0, else 0.2. 0: no bound."""
+    or in a step, which is dropped. Rounding makes 3e-7 in float32 and 0.01 to 0.05 in bfloat16, more with FP8. null:
+    0.01 where trainer and servers are set to float32 and sampling cuts nothing off, else 0.2; 1 in the steps of a run
+    with rl.lag, whose samples are not of the policy that trains. 0: no bound."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

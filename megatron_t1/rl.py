@@ -49,12 +49,26 @@ class MismatchError(RuntimeError):
     """What the servers sample is not the policy that the trainer computes."""
 
 
-def max_logprob_diff(cfg: Config) -> float:
-    """Bound of the mean |trainer - servers| of logprobs; inf: none. `RLConfig` has the figures behind it."""
+def max_logprob_diff(cfg: Config, lag: int = 0) -> float:
+    """Bound of the mean |trainer - servers| of logprobs, for samples of `lag` steps before; inf: none. `RLConfig` has
+    the figures behind it."""
     if cfg.rl.max_logprob_diff is not None:
         return cfg.rl.max_logprob_diff or math.inf
+    if lag:
+        return 1.0
     whole = cfg.sampling.top_p == 1 and cfg.sampling.min_p == 0  # else the servers' logprobs are of what is left
-    return 0.01 if whole and not cfg.rl.lag and cfg.model.dtype == cfg.rollout.dtype == "float32" else 0.2
+    return 0.01 if whole and cfg.model.dtype == cfg.rollout.dtype == "float32" else 0.2
+
+
+def _hold(logprob_diff: float, bound: float, where: str) -> None:
+    if logprob_diff <= bound:
+        return
+    raise MismatchError(
+        f"{where}: the mean |trainer - servers| of logprobs is {logprob_diff:.3g}, above rl.max_logprob_diff = "
+        f"{bound:g}: the servers compute another function (weights that were not renewed, another config.json or "
+        "dtype), and would teach a wrong one. `t1 sync-check --perturb` tells which server does; a higher bound, or 0, "
+        "goes on all the same"
+    )
 
 
 def batches_of(cfg: Config, prompts: list[Prompt], folder: Path) -> Batches:
@@ -107,7 +121,6 @@ class Trainer:
         self.bank = Bank(self.folder / "bank")
         self.queue = self._open_queue(rank0) if rank0 else None
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
-        self.max_logprob_diff = max_logprob_diff(cfg)
         self._rewards: list[float] = []  # of the steps since the last checkpoint
 
     @property
@@ -125,7 +138,8 @@ class Trainer:
             MismatchError: a server answers with other logprobs than the trainer's.
         """
         self.sync.push(version=self.steps_done)
-        if math.isinf(self.max_logprob_diff):
+        bound = max_logprob_diff(self.cfg)
+        if math.isinf(bound):
             return
         engine = self.learner.engine
         found = mismatch(
@@ -137,7 +151,7 @@ class Trainer:
             max_tokens=self.cfg.parallel.max_tokens_per_microbatch,
         )
         for server, value in found.items():
-            self._hold(value, f"server {server} on weights {self.steps_done}, before the first step")
+            _hold(value, bound, f"server {server} on weights {self.steps_done}, before the first step")
 
     def step(self) -> dict[str, float]:
         """One step of T1. Returns its metrics, the same on every rank.
@@ -155,7 +169,8 @@ class Trainer:
         metrics = self.learner.learn(batch.groups, before_training=partial(self._on_main, lambda: None))
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
         try:
-            self._hold(metrics["logprob_diff"], f"step {self.steps_done}, which is dropped")
+            bound = max_logprob_diff(self.cfg, self.cfg.rl.lag)
+            _hold(metrics["logprob_diff"], bound, f"step {self.steps_done}, which is dropped")
         except MismatchError:
             if is_main():
                 self.bank.drop_from(self.steps_done - 1)
@@ -215,16 +230,6 @@ class Trainer:
         self.sync.close()
         if self.log:
             self.log.close()
-
-    def _hold(self, logprob_diff: float, where: str) -> None:
-        if logprob_diff <= self.max_logprob_diff:
-            return
-        raise MismatchError(
-            f"{where}: the mean |trainer - servers| of logprobs is {logprob_diff:.3g}, above rl.max_logprob_diff = "
-            f"{self.max_logprob_diff:g}: the servers compute another function (weights that were not renewed, another "
-            "config.json or dtype), and would teach a wrong one. `t1 sync-check --perturb` tells which server does; a "
-            "higher bound, or 0, goes on all the same"
-        )
 
     def _save(self) -> None:
         """A checkpoint of the steps done, unless it is there already."""
