@@ -217,8 +217,8 @@ class GradeConfig:
     """JSON lines: "id"; "gold", or else "answer" (text or number); "prediction", or else "response" (null: none was
     given); optionally "mode" (answer, response, text or mc; default response: the answer is looked for in a whole
     response), "choices" (option texts, for mc), "question" (its language is not
-    penalized, its formulas are no answers) and "finish_reason" (stop or
-    length; default stop)."""
+    penalized, its formulas are no answers) and "finish_reason" (stop,
+    length or repetition; default stop)."""
     output: Path
     """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
     "seconds"."""

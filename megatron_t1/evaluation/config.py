@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
 from megatron_t1.data.config import INSTRUCTION
 from megatron_t1.fields import FieldError, at_least
@@ -21,6 +23,8 @@ class EvaluateConfig:
     """Folder with local copies of the named sets; what it lacks is fetched from the Hugging Face hub."""
     num_samples: dict[str, int] = field(default_factory=lambda: {"aime2024": 32})
     """Samples a question for single sets, in place of sampling.num_samples."""
+    sampling_by_set: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other fields of `sampling` for single sets: {aime2024: {temperature: 0.6, top_p: 0.95}} beside a greedy one."""
     instruction: str = INSTRUCTION
     """Put under every question of the named sets (files with "prompt" or "messages" are asked as they are)."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
@@ -28,9 +32,23 @@ class EvaluateConfig:
     responses: str | None = None
     """Grade the responses of this JSON lines file ({"id", "response"}) instead of asking a model."""
 
+    def __post_init__(self) -> None:
+        for name, own in self.sampling_by_set.items():
+            known = {each.name for each in fields(SamplingConfig)} - {"num_samples"}
+            if unknown := sorted(set(own) - known):
+                rule = f"sets {unknown}; it may set {', '.join(sorted(known))} (and evaluate.num_samples the number)"
+                raise FieldError("sampling_by_set", {name: own}, rule)
+        for name in {Path(name).stem for name in self.sets} & (set(self.num_samples) | set(self.sampling_by_set)):
+            try:
+                self.sampling_of(name)
+            except FieldError as error:
+                rule = f"leaves {name} with {error}; give {{{name}: {{temperature: 0.6, top_p: 0.95}}}}, say"
+                raise FieldError("sampling_by_set", self.sampling_by_set, rule) from None
+
     def sampling_of(self, name: str) -> SamplingConfig:
         """The sampling of one set."""
-        return replace(self.sampling, num_samples=self.num_samples.get(name, self.sampling.num_samples))
+        own: dict[str, Any] = {"num_samples": self.num_samples.get(name, self.sampling.num_samples)}
+        return replace(self.sampling, **own, **self.sampling_by_set.get(name, {}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,7 +156,10 @@ def _may_loop(text: str, stride: int = 100, probe: int = 40, window: int = 8000)
 
 @penalty
 def repetition(cfg: PenaltyConfig, response: Response) -> str | None:
-    """Loops: an exactly periodic run, a prose line that only changes its numbers, or (optional) token n-grams."""
+    """Loops: an exactly periodic run, a prose line that only changes its numbers, (optional) token n-grams, or what the
+    server itself ended as one."""
+    if response.finish_reason == "repetition":
+        return "the server ended it as a loop"
     length = start = period = 0
     text = response.text[-MAX_LOOP_CHARS:]
     if _may_loop(text):

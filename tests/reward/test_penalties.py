@@ -70,6 +70,7 @@ def test_ngrams_of_tokens_are_off_until_asked_for() -> None:
 def test_overlong_is_the_length_limit() -> None:
     assert "overlong" in find_penalties(CONFIG, Response(text="cut", finish_reason="length"))
     assert not find_penalties(PenaltyConfig(enabled=()), Response(text="cut", finish_reason="length"))
+    assert set(find_penalties(CONFIG, Response(text="cut", finish_reason="repetition"))) == {"repetition"}
 
 
 @pytest.mark.parametrize(
