@@ -70,7 +70,7 @@ def sampled(
     torch.manual_seed(0)
     for row in asked:
         question = str(row.get("problem") or row.get("prompt"))
-        ids = torch.tensor(template.prompt_ids([{"role": "user", "content": question}])[None]).repeat(4, 1)
+        ids = torch.tensor(template.prompt_ids([{"role": "user", "content": question}])[None]).repeat(16, 1)
         drawn = model.generate(
             ids, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
             output_logits=True, return_dict_in_generate=True, attention_mask=torch.ones_like(ids),

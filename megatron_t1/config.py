@@ -36,9 +36,16 @@ class RLConfig:
     0.01 where trainer and servers are set to float32 and sampling cuts nothing off, else 0.2. 0: no bound."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    measure_every: int = 0
+    """Steps between measurements by the servers that are there: accuracy on evaluate.sets, or else data.heldout, and
+    the KL to the starting policy, which is read from model.hf_path again each time. 0: none."""
+    snapshot_every: int = 0
+    """Steps between copies of the policy in Hugging Face format (2 bytes a parameter in bfloat16, where a checkpoint
+    has 18) in run_dir/rl/snapshots: for scaling curves along the training. 0: none."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prompts_per_step")
+        at_least(self, 0, "measure_every", "snapshot_every")
         if self.max_logprob_diff is not None:
             at_least(self, 0, "max_logprob_diff")
         self.optim.check_steps(self.steps)

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_t1.reward.reasoning import REVISION
+from megatron_t1.reasoning import REVISION
 from megatron_t1.synthesize.config import FilterConfig
 from megatron_t1.types import Reward
 
