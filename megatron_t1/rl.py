@@ -28,6 +28,7 @@ from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
+from megatron_t1.milestones import Milestones
 from megatron_t1.platform.detect import Platform
 from megatron_t1.push.ranks import NoServerError
 from megatron_t1.push.sync import WeightSync
@@ -106,6 +107,7 @@ class Trainer:
         )
         self.sync = WeightSync(self.engine.pieces(), cfg.rollout, rank0.servers if rank0 else None)
         self.bank = Bank(self.folder / "bank")
+        self.milestones = Milestones(cfg, self.engine, rank0)
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
         self.trace = rank0.trace if rank0 else Trace()
         self.watch = Stopwatch(self.trace)
@@ -156,10 +158,14 @@ class Trainer:
             pushed = self._finish_push()
         with watch("generate"):
             groups = self._collect()
+        with watch("measure"):
+            measured = self._measure()
         with watch("pack"):
             advantage.assign(groups)
             sequences = sequences_of(groups)
             microbatches = self.engine.pack(sequences)
+        with watch("measure"):
+            measured |= self.milestones.kl_to_start(self.steps_done, sequences)
         with watch("anchor"):
             kl = self.anchor.fill(microbatches, sequences, cfg.loss) if self.anchor else {}
         # Asked to stop meanwhile: the samples wait in the bank, and training would take longest.
@@ -183,7 +189,7 @@ class Trainer:
                 self.anchor.update()
         if self.log:
             self.log.samples(self.steps_done, groups)
-        return metrics | kl | rollout_metrics(groups) | pushed
+        return metrics | kl | measured | rollout_metrics(groups) | pushed
 
     def train(self) -> Path:
         """All steps that are left; returns the exported Hugging Face folder."""
@@ -218,8 +224,11 @@ class Trainer:
             if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
                 with self.watch("checkpoint"):
                     self._save()
+            with self.watch("checkpoint"):
+                self.milestones.snapshot(self.steps_done)
         bar.close()
         self._finish_push()
+        self._measure()
         self.engine.save_hf(self.folder / "hf")
         return self.folder / "hf"
 
@@ -269,6 +278,12 @@ class Trainer:
             self.trace.span("push", phase, began, began + seconds)
             began += seconds
         return {"push_seconds": report.total_s, "push_stall_seconds": report.stall_s}
+
+    def _measure(self) -> dict[str, float]:
+        """Held-out accuracy of the weights that the servers hold, every `rl.measure_every` steps."""
+        if not self.milestones.due(self.steps_done):
+            return {}
+        return self._on_main(partial(self.milestones.evaluate, self.steps_done, self.sync.plan.fingerprint()))
 
     def _idle_shares(self, seconds: dict[str, float], step_s: float) -> dict[str, float]:
         """Shares of a step in which trainer and servers compute nothing; {} on ranks that ask no servers."""
