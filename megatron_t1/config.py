@@ -44,10 +44,16 @@ class RLConfig:
     with rl.lag, whose samples are not of the policy that trains. 0: no bound."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    measure_every: int = 0
+    """Steps between measurements by the servers that are there: accuracy on evaluate.sets, or else data.heldout, and
+    the KL to the starting policy, which is read from model.hf_path again each time. 0: none."""
+    snapshot_every: int = 0
+    """Steps between copies of the policy in Hugging Face format (2 bytes a parameter in bfloat16, where a checkpoint
+    has 18) in run_dir/rl/snapshots: for scaling curves along the training. 0: none."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prompts_per_step")
-        at_least(self, 0, "lag", "refill")
+        at_least(self, 0, "lag", "refill", "measure_every", "snapshot_every")
         if self.max_logprob_diff is not None:
             at_least(self, 0, "max_logprob_diff")
         self.optim.check_steps(self.steps)
@@ -231,8 +237,8 @@ class GradeConfig:
     """JSON lines: "id"; "gold", or else "answer" (text or number); "prediction", or else "response" (null: none was
     given); optionally "mode" (answer, response, text or mc; default response: the answer is looked for in a whole
     response), "choices" (option texts, for mc), "question" (its language is not
-    penalized, its formulas are no answers) and "finish_reason" (stop or
-    length; default stop)."""
+    penalized, its formulas are no answers) and "finish_reason" (stop,
+    length or repetition; default stop)."""
     output: Path
     """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
     "seconds"."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_t1.config import GradeConfig
 from megatron_t1.data.prompts import gold_of, parse_rows
 from megatron_t1.reward.score import Scorer
-from megatron_t1.types import AnswerMode, Prompt, Reward, Sample, text_sample
+from megatron_t1.types import AnswerMode, FinishReason, Prompt, Reward, Sample, text_sample
 
 
 def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
@@ -44,8 +44,8 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
     mode, finish_reason = row.get("mode", "response"), row.get("finish_reason", "stop")
     if mode not in get_args(AnswerMode):
         raise ValueError(f"mode={mode!r} is not one of {', '.join(get_args(AnswerMode))}")
-    if finish_reason not in ("stop", "length"):
-        raise ValueError(f"finish_reason={finish_reason!r} is neither stop nor length")
+    if finish_reason not in get_args(FinishReason):
+        raise ValueError(f"finish_reason={finish_reason!r} is none of {', '.join(get_args(FinishReason))}")
     prompt = Prompt(
         id=str(row["id"]),
         text=str(row.get("question") or ""),

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_t1 import reasoning
 from megatron_t1.files import append_jsonl, read_jsonl, write_jsonl
 from megatron_t1.trace import Trace
 from megatron_t1.types import Group
@@ -102,7 +103,8 @@ def sample_row(group: Group, sample: Any) -> dict[str, Any]:
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """A step's samples in numbers: reward and its parts, lengths, groups that teach nothing, penalties by kind."""
+    """A step's samples in numbers: reward and its parts, lengths and words of reasoning (a response, in the mean),
+    groups that teach nothing, penalties by kind."""
     samples = [sample for group in groups for sample in group.samples]
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     lengths = np.array([len(sample.token_ids) for sample in samples])
@@ -124,6 +126,15 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "num_response_tokens": float(lengths.sum()),
         "oldest_version": float(min(span[0] for sample in samples for span in sample.weight_versions)),
     }
+    words = [reasoning.count(sample.text) for sample in samples]
+    for habit in reasoning.HABITS:
+        metrics[f"words/{habit}"] = float(np.mean([each[habit] for each in words]))
+    right = np.array([reward.correct for reward in rewards])
+    total = np.array([sum(each.values()) for each in words])
+    for name, chosen in (("right", right), ("wrong", ~right)):
+        if chosen.any():  # no sample, no mean
+            metrics[f"response_tokens_{name}"] = float(lengths[chosen].mean())
+            metrics[f"words_{name}"] = float(total[chosen].mean())
     for outcome in ("wrong", "no_answer", "timeout", "crash"):
         metrics[f"outcome/{outcome}"] = float(np.mean([reward.outcome == outcome for reward in rewards]))
     for name in sorted({name for reward in rewards for name in reward.penalties}):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_t1.config import Config
 from megatron_t1.data.template import Template
+from megatron_t1.data.tokenizer import hidden_ids
 from megatron_t1.models import spec_of
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
@@ -55,9 +56,10 @@ def open_rank0(
     """
     model_dir = Path(cfg.model.hf_path)
     with ExitStack() as stack:
-        scorer = stack.enter_context(Scorer(cfg.reward))
-        servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir, trainer_gpus=trainer_gpus)).start()
         vocab_size = spec_of(model_dir).vocab_size
+        hidden = hidden_ids(template.tokenizer, vocab_size)
+        scorer = stack.enter_context(Scorer(cfg.reward, hidden_ids=hidden))
+        servers = stack.enter_context(Servers(cfg.rollout, model_dir, cfg.run_dir, trainer_gpus=trainer_gpus)).start()
         trace = trace or Trace()
         client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size, trace=trace))
         stack.enter_context(frozen_heap())

@@ -19,10 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.config import Config
+from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.learner import Learner
 from megatron_t1.metrics import MetricsLog, Stopwatch
+from megatron_t1.milestones import Milestones
 from megatron_t1.platform.detect import Platform
 from megatron_t1.push.ranks import NoServerError
 from megatron_t1.push.sync import WeightSync
@@ -120,6 +122,7 @@ class Trainer:
         self.sync = WeightSync(self.learner.engine.pieces(), cfg.rollout, rank0.servers if rank0 else None)
         self.bank = Bank(self.folder / "bank")
         self.queue = self._open_queue(rank0) if rank0 else None
+        self.milestones = Milestones(cfg, self.learner.engine, rank0)
         self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
         self._rewards: list[float] = []  # of the steps since the last checkpoint
 
@@ -165,6 +168,8 @@ class Trainer:
             pushed = self._finish_push()
         with watch("generate"):  # at a lag, what is left of it
             batch = self._collect()
+        with watch("measure"):
+            measured = self._measure() | self.milestones.kl_to_start(self.steps_done, sequences_of(batch.groups))
         # Asked to stop meanwhile: the samples wait in the bank, and training would take longest.
         metrics = self.learner.learn(batch.groups, before_training=partial(self._on_main, lambda: None))
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
@@ -185,7 +190,7 @@ class Trainer:
         if self.log:
             self.log.samples(self.steps_done, batch.groups)
         made = {"generate_tokens_per_s": metrics["num_response_tokens"] / batch.seconds}
-        return metrics | batch.metrics | made | pushed
+        return metrics | batch.metrics | made | measured | pushed
 
     def train(self) -> Path:
         """All steps that are left; returns the exported Hugging Face folder."""
@@ -219,8 +224,11 @@ class Trainer:
             if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
                 with self.watch("checkpoint"):
                     self._save()
+            with self.watch("checkpoint"):
+                self.milestones.snapshot(self.steps_done)
         bar.close()
         self._finish_push()
+        self._measure()
         self.learner.engine.save_hf(self.folder / "hf")
         return self.folder / "hf"
 
@@ -255,6 +263,12 @@ class Trainer:
             self.trace.span("push", phase, began, began + seconds)
             began += seconds
         return {"push_seconds": report.total_s, "push_stall_seconds": report.stall_s}
+
+    def _measure(self) -> dict[str, float]:
+        """Held-out accuracy of the weights that the servers hold, every `rl.measure_every` steps."""
+        if not self.milestones.due(self.steps_done):
+            return {}
+        return self._on_main(partial(self.milestones.evaluate, self.steps_done, self.sync.fingerprint))
 
     def _idle_shares(self, seconds: dict[str, float], step_s: float) -> dict[str, float]:
         """Shares of a step in which trainer and servers compute nothing; {} on ranks that ask no servers."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # the grader's workers import this module and must stay light
     import torch
 
 AnswerMode = Literal["answer", "response", "text", "mc"]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
+"""By itself, at the limit, or by the detector of loops that vLLM has (`rollout.vllm_args` may switch it on)."""
 Message = dict[str, str]
 """One turn of a conversation: `role` and `content`."""
 Outcome = Literal["correct", "wrong", "no_answer", "timeout", "crash", "refused"]
@@ -71,7 +72,7 @@ class Sample:
     text: str
     """Detokenised response, special tokens left out; with the `<think>` before it that the prompt has opened."""
     finish_reason: FinishReason
-    """`stop`: an end token was sampled; `length`: cut at the limit."""
+    """`stop`: an end token was sampled; the others cut the response."""
     weight_versions: tuple[tuple[int, int, int], ...]
     """(version, start, end) spans over token_ids: which weights made which tokens. One span when nothing moved."""
     server: str

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "megatron_t1"
 # From the ground up: a part may import what stands on a line above its own, and any room's config.py: configs are
 # light, and the command line reads them before anything else.
 FLOORS = [
-    {"types", "files", "fields", "stop", "warn"},
+    {"types", "files", "fields", "stop", "warn", "reasoning"},
     {"lock", "trace"},
     {"platform"},
     {"algo", "data", "models", "servers", "reward", "metrics"},
@@ -25,7 +25,8 @@ FLOORS = [
     {"config"},
     {"rank0", "learner", "convert", "logprobs", "grade"},
     {"evaluation"},
-    {"report", "curate", "rl", "sft", "check"},
+    {"report", "curate", "sft", "check", "milestones"},
+    {"rl"},
     {"synthesize", "replay"},
     {"pipeline"},
     {"cli"},

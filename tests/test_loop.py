@@ -182,10 +182,21 @@ def test_the_bound_is_of_the_precision_that_is_set():
     assert max_logprob_diff(Config(), lag=1) == 1
 
 
+MEASURED = {
+    "rl.measure_every": 2,
+    "rl.snapshot_every": 2,
+    "rl.steps": 4,
+    "rl.prompts_per_step": 2,
+    "sampling.num_samples": 8,  # samples.jsonl has two prompts of a step
+    "evaluate.sampling.num_samples": 1,
+    "evaluate.sampling.max_new_tokens": 48,
+}
+
+
 @pytest.mark.parametrize("asked_after", [1, 2], ids=["between checkpoints", "at a checkpoint"])
 def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, start_t1, t1, tuned, server, tmp_path):
     """4 steps at once against a run that USR1 stops, and a new process: the same numbers, optimizer and anchor too."""
-    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 4, "parallel.nproc_per_node": 1})
+    arguments = options(tuned, tmp_path, **server, **MEASURED)
     process = start_t1("rl", *arguments, stderr=subprocess.PIPE)
     metrics = tmp_path / "rl/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(rows(metrics)) >= asked_after):
@@ -207,7 +218,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, st
 
 def test_a_step_that_has_not_trained_yet_is_dropped(straight, forks, t1, tuned, server, tmp_path):
     """Asked to stop while the anchor is asked: the step's samples wait in the bank, the checkpoint comes at once."""
-    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 4, "parallel.nproc_per_node": 1})
+    arguments = options(tuned, tmp_path, **server, **MEASURED)
     stopped = forks.run(WORKERS / "stopped_worker.py", *arguments, timeout_s=600)
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     assert [row["step"] for row in rows(tmp_path / "rl/metrics.jsonl")] == [1]
@@ -228,7 +239,7 @@ def timeless(run_dir: Path, job: str = "rl") -> list[dict]:
 def straight(t1, tuned, server, tmp_path_factory) -> Path:
     """Four steps without a break."""
     folder = tmp_path_factory.mktemp("straight")
-    t1("rl", *options(tuned, folder, **server, **{"rl.steps": 4}))
+    t1("rl", *options(tuned, folder, **server, **MEASURED))
     return folder
 
 
@@ -321,6 +332,40 @@ def test_samples_are_made_and_kept_without_training(t1, tuned, server, tmp_path)
     t1("rollout", *arguments)
     assert [path.stat().st_size for path in kept] == sizes
     assert timeless(tmp_path, "rollout") == [{k: v for k, v in row.items() if "second" not in k} for row in made]
+
+
+def test_a_run_is_measured_every_few_steps(straight, tuned):
+    """Accuracy, snapshots, and the KL to the start: 0 there, then what transformers finds between the two models."""
+    measured = {row["step"]: row for row in rows(straight / "rl/metrics.jsonl") if "kl_start" in row}
+    assert list(measured) == [1, 3], "of the weights before the step, as the step's samples are"
+    for step, row in measured.items():
+        result = json.loads((straight / f"evaluate/step_{step - 1:06d}/heldout/summary.json").read_text())
+        assert row["heldout/heldout"] == result["pass_at_1"]
+    assert (straight / "evaluate/step_000004/heldout/summary.json").exists()
+    assert measured[1]["kl_start"] == 0
+    exported, last = (
+        load_file(straight / "rl" / name / "model.safetensors") for name in ("hf", "snapshots/step_000004")
+    )
+    assert all(torch.equal(exported[name], last[name]) for name in exported)
+    tokenizer = AutoTokenizer.from_pretrained(tuned / "model")
+    policy, start = (
+        AutoModelForCausalLM.from_pretrained(folder)
+        for folder in (straight / "rl/snapshots/step_000002", tuned / "model")
+    )
+    ratios = []
+    for row in [row for row in rows(straight / "rl/samples.jsonl") if row["step"] == 3][::8]:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
+        )
+        end = "<|end|>" if row["finish_reason"] == "stop" else ""
+        asked = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt + row["response"] + end, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logprobs = [torch.log_softmax(m(ids).logits[0, :-1].double() / 1.2, -1) for m in (policy, start)]
+        at = torch.arange(asked.shape[1] - 1, ids.shape[1] - 1)
+        ratios.append(float((logprobs[0] - logprobs[1])[at, ids[0, at + 1]].sum()))
+    assert len(ratios) == 2, "one a prompt"
+    assert measured[3]["kl_start"] == pytest.approx(sum(ratios) / 2, abs=1e-4)
 
 
 def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):
@@ -420,9 +465,12 @@ def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
     assert [row["step"] for row in rows(metrics)] == list(range(1, 21))
 
 
-def test_the_exported_model_answers_as_the_trained_one(t1, tuned, server, tmp_path):
+def test_the_exported_model_answers_as_the_trained_one(t1, tuned, server, straight, tmp_path):
     """Greedy answers of the export in transformers are those of vLLM serving the trained weights."""
-    t1("rl", *options(tuned, tmp_path, **server, **{"rl.steps": 2}))
+    same = {"rl.prompts_per_step": 2, "sampling.num_samples": 8}
+    t1("rl", *options(tuned, tmp_path, **server, **same, **{"rl.steps": 2}))
+    for row, measured in zip(timeless(tmp_path), timeless(straight), strict=False):
+        assert row == {name: measured[name] for name in row}, "what is measured meanwhile changes nothing"
     exported = tmp_path / "rl/hf"
     greedy = {"temperature": 0, "num_samples": 1, "top_p": 1}
     sampling = {f"evaluate.sampling.{name}": value for name, value in greedy.items()}

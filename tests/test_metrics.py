@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,20 @@ def test_rollout_metrics_by_hand() -> None:
     assert metrics["share_cut"] == metrics["penalized"] == 0.5
     assert metrics["penalty/repetition"] == metrics["penalty/overlong"] == 0.25
     assert metrics["outcome/wrong"] == 0.75
+    assert (metrics["response_tokens_right"], metrics["response_tokens_wrong"]) == (10, 30)
+
     assert metrics["oldest_version"] == 2
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_words_of_reasoning_are_counted_by_correctness() -> None:
+    right = replace(sample(1, 5), text="Try 4. Wait, that is a mistake; let me check. Alternatively, wait")
+    metrics = rollout_metrics([group("a", right, sample(0, 5))])
+    assert [metrics[f"words/{habit}"] for habit in ("wait", "mistake", "check", "alternatively", "perhaps")] == [
+        *(1, 0.5, 0.5, 0.5, 0)
+    ]
+    assert (metrics["words_right"], metrics["words_wrong"]) == (5, 0)
+    assert "words_wrong" not in rollout_metrics([group("a", right)])
 
 
 def test_stopwatch_keeps_laps_and_totals_apart() -> None:

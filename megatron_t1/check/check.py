@@ -118,7 +118,7 @@ def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | Non
     )
     found.facts.append(
         f"{spec.architecture}, {estimate.Sizes.of(spec).total / 1e9:.2f}e9 parameters; vocabulary {spec.vocab_size} "
-        f"rows for {size} tokens (the rest is masked in the loss); responses end with token {template.eos_token_id}"
+        f"rows for {size} tokens (more than a few others: garbled); responses end with token {template.eos_token_id}"
     )
     path = model_dir / "generation_config.json"
     if path.exists():

@@ -11,15 +11,16 @@ from __future__ import annotations
 import csv
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_t1.data.config import INSTRUCTION
 from megatron_t1.data.prompts import Question, gold_of, is_missing, parse_rows, question_of
 from megatron_t1.files import ENCODING, read_json
 
+T = TypeVar("T")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -69,7 +70,7 @@ def load_set(
     def parse(row: dict[str, Any], number: int) -> Question:
         return _question(row, f"{name if named else path.stem}-{number}", seed, instruction, system_prompt)
 
-    questions = parse_rows(path, parse, _rows(path))
+    questions = parse_file(path, parse)
     uses = Counter(question.id for question in questions)
     if len(uses) < len(questions):
         example = uses.most_common(1)[0][0]
@@ -99,7 +100,7 @@ def load_texts(name: str, *, sets_dir: Path | None = None, field: str = "problem
         return f"{name}:{number}", text
 
     path = file_of(name, sets_dir)
-    texts = parse_rows(path, parse, _rows(path))
+    texts = parse_file(path, parse)
     _check_size(name, path, len(texts))
     return texts
 
@@ -115,6 +116,15 @@ def file_of(name: str, sets_dir: Path | None) -> Path:
     if Path(name).suffix not in _SUFFIXES:
         raise ValueError(f"set {name!r} is none of {', '.join(NAMED)} and no file ending in {', '.join(_SUFFIXES)}")
     return Path(name)
+
+
+def parse_file(path: Path, parse: Callable[[dict[str, Any], int], T]) -> list[T]:
+    """`parse(row, number)` of every row of a JSON lines, JSON, CSV or Parquet file.
+
+    Raises:
+        ValueError: rows that can't be read, each named by its number.
+    """
+    return parse_rows(path, parse, _rows(path))
 
 
 def _check_size(name: str, path: Path, count: int) -> None:

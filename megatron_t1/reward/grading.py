@@ -6,18 +6,20 @@ import functools
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from megatron_t1.reward.answers.verify import Verdict, explained, gold_problem, verify_cheaply, verify_fully
 from megatron_t1.reward.config import PenaltyConfig
 from megatron_t1.reward.penalties import Response, find_penalties
 
+_SEEN = [field.name for field in fields(Response)]
+
 
 @functools.lru_cache(maxsize=8)
 def _penalty_config(as_json: str) -> PenaltyConfig:
-    fields = json.loads(as_json)
-    return PenaltyConfig(**{**fields, "enabled": tuple(fields["enabled"])})
+    values = json.loads(as_json)
+    return PenaltyConfig(**{**values, "enabled": tuple(values["enabled"])})
 
 
 def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -27,9 +29,7 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         return
     penalties = find_penalties(
         _penalty_config(task["penalties"]),
-        Response(
-            text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
-        ),
+        Response(**{name: task[name] for name in _SEEN}),
     )
 
     def told(verdict: Verdict) -> dict[str, Any]:

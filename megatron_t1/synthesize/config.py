@@ -69,7 +69,8 @@ class SynthesizeConfig:
     max_wrong: int = 2
     """Wrong attempts (with different answers) that go into a chain."""
     require_wrong: bool = True
-    """Leave out questions without a wrong attempt: nothing to notice, nothing to correct."""
+    """Leave out questions without a wrong attempt, and chains from which the failure or its correction was smoothed
+    away: nothing to notice, nothing to correct."""
     filter: FilterConfig = field(default_factory=FilterConfig)
     """What is left out."""
     reward: RewardConfig = field(default_factory=RewardConfig)
