@@ -32,7 +32,8 @@ from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
+from megatron_t1.reward.answers.normalize import compact, normalize
+from megatron_t1.reward.answers.numbers import exact_number
 from megatron_t1.reward.answers.verify import verify_cheaply
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer

@@ -25,6 +25,7 @@ from megatron_t1.engine.resume_check import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import Stopwatch, rollout_metrics, staleness
 from megatron_t1.platform.detect import Platform
+from megatron_t1.reward.config import DECIDING
 from megatron_t1.types import Group, Prompt
 
 
@@ -124,5 +125,5 @@ def _settings(cfg: Config, prompts: list[Prompt]) -> dict[str, Any]:
         sampling=cfg.sampling,
         loss=cfg.loss,
         anchor=cfg.anchor,
-        **{"reward.penalties": cfg.reward.penalties, "reward.refuse_copies": cfg.reward.refuse_copies},
+        **{f"reward.{name}": getattr(cfg.reward, name) for name in DECIDING},
     )

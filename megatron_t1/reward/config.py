@@ -6,7 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_t1.fields import above, at_least
+from megatron_t1.reward.answers.policy import EqualityConfig
 from megatron_t1.reward.penalties import PenaltyConfig
+
+DECIDING = ("penalties", "refuse_copies", "equality")
+"""What a verdict depends on: results of another grader are not gone on with."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -25,12 +29,14 @@ class RewardConfig:
     """Graders are replaced after this many answers: caches and leaks stay small."""
     refuse_copies: bool = True
     """An answer that is a formula of the question, where the gold is its value, is wrong; see docs/grading.md."""
+    equality: EqualityConfig = field(default_factory=EqualityConfig)
+    """What counts as equal where people differ; see docs/grading.md."""
     alarm_after: int = 64
     """Warn when this many samples in a row have no answer, time out or crash: the format or the grader is broken."""
 
     def deciding(self) -> dict[str, Any]:
-        """What a verdict depends on, as JSON values: results of another grader are not gone on with."""
-        return {"penalties": asdict(self.penalties), "refuse_copies": self.refuse_copies}
+        """What a verdict depends on, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name in DECIDING}
 
     def __post_init__(self) -> None:
         above(self, 0, "deadline_s")

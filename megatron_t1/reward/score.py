@@ -56,7 +56,7 @@ class Scorer:
         self._failures_in_a_row = 0
         num_workers = cfg.num_workers or min(8, os.cpu_count() or 1)
         self._pool = Pool(grading, num_workers, cfg.deadline_s, cfg.memory_mb << 20, cfg.tasks_per_worker)
-        self._penalties = json.dumps(asdict(cfg.penalties))
+        self._deciding = json.dumps(cfg.deciding())
 
     def __enter__(self) -> Scorer:
         return self
@@ -128,9 +128,8 @@ class Scorer:
             "num_hidden_tokens": int(np.isin(sample.token_ids[:-1], self._hidden_ids).sum()),
             "nll": mean_and_worst_nll(sample.logprobs, own.nll_window) if known else None,
             "question": prompt.text,
-            "refuse_copies": self.cfg.refuse_copies,
             "explain": self._explain,
-            "penalties": self._penalties,
+            "config": self._deciding,
         }
 
     def _reward(self, graded: Graded) -> Reward:

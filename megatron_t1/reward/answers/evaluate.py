@@ -20,7 +20,7 @@ from typing import Any
 import mpmath
 import sympy
 
-from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.trees import INDEX, Binder
 
 Values = dict[str, Any]

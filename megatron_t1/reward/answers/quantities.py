@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_t1.reward.answers.brackets import split_top
-from megatron_t1.reward.answers.normalize import Exact, exact_number
+from megatron_t1.reward.answers.numbers import exact_number
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,20 @@ _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
 )
 _TAIL_CHARS = 120
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
-_HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc[a-z]+)|[A-Za-z]\^")
-NEGATION = re.compile(r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])", re.I)
+_HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
+NEGATION = re.compile(
+    r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])|[不没非未无]|至少|至多", re.I
+)
 _SHORT_WORDS = {"yes", "no", "odd", "dne", "all", "sat", "sun", "mon", "tue", "wed", "thu", "fri"}
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-NUMBER_WORDS = dict(zip(_NUMBERS.split(), map(str, range(17)), strict=True))
+_SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_UP_TO_9 = ("", *_SMALL.split()[1:10])
+_ENGLISH = [*_SMALL.split(), *(f"{ten} {one}".strip() for ten in _TENS.split() for one in _UP_TO_9)]
+_DIGITS = "零一二三四五六七八九"
+_CHINESE = [*_DIGITS, *(f"{ten}十{one}" for ten in ("", *_DIGITS[2:]) for one in ("", *_DIGITS[1:]))]
+NUMBER_WORDS = {word: str(n) for names in (_ENGLISH, _CHINESE) for n, word in enumerate(names)} | {"两": "2"}
+"""Words of the numbers below 100."""
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
 _JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
 _STOP_WORDS = {"the", "a", "an", "is", "are"}
@@ -122,37 +131,31 @@ def words(s: str) -> str:
 def is_text(s: str) -> bool:
     r"""Words, not mathematics: all \text{...}, capital letters naming points, or words of four letters and more."""
     s = _JOINTS.sub("", s)
-    if s.casefold() in _SHORT_WORDS:
+    if s.casefold() in _SHORT_WORDS or s.casefold().replace("-", " ") in NUMBER_WORDS:
         return True
     outside = re.sub(r"\\text\{[^{}]*\}", "", s)
-    if outside != s and not re.search(r"[A-Za-z0-9\\]", outside):
+    if (outside != s and not re.search(r"[A-Za-z0-9\\]", outside)) or re.fullmatch(_CJK, s):
         return True
     return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
 
 
-def rounds_to(exact: Fraction, decimal: Exact, min_digits: int) -> bool:
-    """Whether a decimal of so many digits is `exact`, rounded; the last digits of a float need not be right."""
-    if decimal.decimals is None or decimal.digits < min_digits:
-        return False
-    slack = Fraction(2 if decimal.digits >= 14 else 1, 2) / Fraction(10) ** decimal.decimals
-    return abs(exact - decimal.value) <= slack
+_PART = re.compile(
+    rf"\s*(?:,?\s*\\land\s*)?(\d+(?:\.\d+)?)\s*(\^\\circ|'{{1,2}}|\\text\{{[^{{}}]*\}}|[A-Za-z]+|(?:(?!\d){_CJK[:-1]})+)"
+)
+_ANGLES = {"^\\circ": Fraction(1), "'": Fraction(1, 60), "''": Fraction(1, 3600)}
 
 
-def numbers_equal(gold: Exact, answer: Exact) -> bool:
-    """Exact equality, or a rounding of enough digits.
-
-    A decimal gold of three significant digits takes a fraction or a longer decimal that rounds to it (3.14 takes
-    3.14159); a fraction as gold takes a decimal of four (600/7 as 85.71); a decimal gold takes a shorter decimal of
-    three with two places (2.653 as 2.65). Integers never round.
-    """
-    if gold.value == answer.value:
-        return True
-    if gold.decimals is None:
-        return answer.decimals is not None and gold.value.denominator > 1 and rounds_to(gold.value, answer, 4)
-    if answer.decimals is None:
-        return answer.value.denominator > 1 and rounds_to(answer.value, gold, 3)
-    longer, shorter = (answer, gold) if answer.decimals > gold.decimals else (gold, answer)
-    return shorter.places >= 2 and longer.decimals != shorter.decimals and rounds_to(longer.value, shorter, 3)
+def compound(s: str) -> tuple[Fraction, Unit] | None:
+    """(value, unit) of 1 hour 30 minutes, 5 ft 6 in, 30^\\circ 15': units of one kind, each smaller than the last."""
+    total, units, at = Fraction(0), list[Unit](), 0
+    while m := _PART.match(s, at):
+        name = re.sub(r"\\text\{([^{}]*)\}", r"\1", m[2]).strip(" ,")
+        unit = Unit(_ANGLES[name], DEGREES.kind) if name in _ANGLES else _known([(name, 1)])
+        if unit is None or (units and (unit.kind != units[0].kind or unit.factor >= units[-1].factor)):
+            return None
+        total, at = total + Fraction(m[1]) * unit.factor, m.end()
+        units.append(unit)
+    return (total / units[0].factor, units[0]) if len(units) > 1 and at == len(s) else None
 
 
 def split_unit(s: str) -> tuple[str, Unit] | None:
@@ -175,7 +178,7 @@ def split_unit(s: str) -> tuple[str, Unit] | None:
                 scale, unit = found
                 value = value if scale == 1 else _times(value, scale)
                 return value, unit
-            return None if named or _is_prose(m[2]) else (s, NO_UNIT)
+            return None if named or is_prose(m[2]) else (s, NO_UNIT)
     return s, NO_UNIT
 
 
@@ -184,7 +187,8 @@ def _times(value: str, scale: Fraction | int) -> str:
     return str(number.value * scale) if number else rf"({value})\cdot {scale}"
 
 
-def _is_prose(text: str) -> bool:
+def is_prose(text: str) -> bool:
+    """Whether words are more than names of things: "or more", "is wrong"."""
     return any(len(word) > 1 and word in _NOT_COUNTED for word in re.findall(r"[a-z']+", text.casefold()))
 
 
@@ -198,8 +202,8 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
     if text in ("", *_NAMELESS):
         return scale, NO_UNIT
-    text = re.sub(r"\b(?:square|sq\.?)\s+(\w+)", r"\1^2", text, flags=re.I)
-    text = re.sub(r"\bcubic\s+(\w+)", r"\1^3", text, flags=re.I)
+    text = re.sub(r"(?:\b(?:square|sq)\s+|平方)(\w+)", r"\1^2", text, flags=re.I)
+    text = re.sub(r"(?:\bcubic\s+|立方)(\w+)", r"\1^3", text, flags=re.I)
     text = re.sub(r"(\w+)\s+squared\b", r"\1^2", re.sub(r"(\w+)\s+cubed\b", r"\1^3", text))
     parts = [
         (name, (-1 if mark else 1) * int(power or 1))
@@ -241,8 +245,7 @@ def units_clash(gold: Unit, answer: Unit) -> bool:
 
 def in_base(s: str) -> str | None:
     """The one spelling of a number in a named base."""
-    s = re.sub(r"^(-?)\\text\{([0-9A-Fa-f]+)\}", r"\1\2", s)
-    m = re.fullmatch(r"(-?)\(?([0-9A-Fa-f.]+)\)?\s*_\s*\{?\s*(\d{1,2}|[a-z]{3,})\s*\}?", s)
+    m = re.fullmatch(r"(-?)([0-9A-Fa-f.]+)(?:_|_?base)(\d{1,2}|[a-z]{3,})", re.sub(r"\\text|[(){}\s]", "", s))
     if not m or (m[2].isalpha() and len(m[2]) < 2) or (m[3].isalpha() and m[3] not in NUMBER_WORDS):
         return None
     return f"{m[1]}{m[2].upper()}_{NUMBER_WORDS.get(m[3], m[3])}"
