@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from megatron_t1 import plugins
 from megatron_t1.algo import advantage
-from megatron_t1.algo.loss import t1_token_loss
+from megatron_t1.algo.config import TOKEN_LOSSES
 from megatron_t1.config import Config
 from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
@@ -27,7 +28,7 @@ from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
-from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
+from megatron_t1.metrics import Stopwatch, rollout_metrics
 from megatron_t1.platform.detect import Platform
 from megatron_t1.push.ranks import NoServerError
 from megatron_t1.push.sync import WeightSync
@@ -38,6 +39,7 @@ from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.server import ServerError
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.trace import Trace
+from megatron_t1.trackers import open_log
 from megatron_t1.types import Group, Prompt
 from megatron_t1.warn import warn
 
@@ -106,7 +108,7 @@ class Trainer:
         )
         self.sync = WeightSync(self.engine.pieces(), cfg.rollout, rank0.servers if rank0 else None)
         self.bank = Bank(self.folder / "bank")
-        self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
+        self.log = open_log(cfg, "rl", self.steps_done) if is_main() else None
         self.trace = rank0.trace if rank0 else Trace()
         self.watch = Stopwatch(self.trace)
         self.max_logprob_diff = max_logprob_diff(cfg)
@@ -122,6 +124,7 @@ class Trainer:
             loss=cfg.loss,
             anchor=cfg.anchor,
             **{"reward.penalties": cfg.reward.penalties, "reward.refuse_copies": cfg.reward.refuse_copies},
+            plugins=plugins.identity(),
         )
 
     def push(self) -> None:
@@ -157,7 +160,7 @@ class Trainer:
         with watch("generate"):
             groups = self._collect()
         with watch("pack"):
-            advantage.assign(groups)
+            advantage.assign(groups, cfg.loss.advantage)
             sequences = sequences_of(groups)
             microbatches = self.engine.pack(sequences)
         with watch("anchor"):
@@ -166,7 +169,7 @@ class Trainer:
         self._on_main(lambda: None)
         with watch("train"):
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
-            loss = partial(t1_token_loss, cfg=cfg.loss)
+            loss = partial(TOKEN_LOSSES[cfg.loss.token_loss], cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
         try:
@@ -326,7 +329,8 @@ class Trainer:
         assert self.rank0 is not None
         cfg = self.cfg
         seed = cfg.seed * 1_000_003 + self.steps_done
-        bank = self.bank.step(self.steps_done, weights, asdict(cfg.sampling), asdict(cfg.reward))
+        reward = asdict(cfg.reward) | cfg.reward.deciding()
+        bank = self.bank.step(self.steps_done, weights, asdict(cfg.sampling), reward)
         try:
             return self.rank0.generate(self.batch(self.steps_done), cfg.sampling, seed, bank)
         except NoServerLeftError as error:

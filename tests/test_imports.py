@@ -16,6 +16,7 @@ PACKAGE = ROOT / "megatron_t1"
 # From the ground up: a part may import what stands on a line above its own, and any room's config.py: configs are
 # light, and the command line reads them before anything else.
 FLOORS = [
+    {"plugins"},
     {"types", "files", "fields", "stop", "warn"},
     {"lock", "trace"},
     {"platform"},
@@ -23,7 +24,7 @@ FLOORS = [
     {"weights", "rollout"},
     {"engine", "push"},
     {"config"},
-    {"rank0", "convert", "logprobs", "grade"},
+    {"rank0", "convert", "logprobs", "grade", "trackers"},
     {"evaluation"},
     {"report", "curate", "rl", "sft", "check"},
     {"synthesize", "pipeline"},

@@ -21,6 +21,7 @@ from megatron_t1.engine.config import ModelConfig
 from megatron_t1.rl import max_logprob_diff
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
+from tests.extended import PACKAGE, PLUGINS, install
 from tests.forks import ROOT, WORKERS
 
 EXAMPLE = ROOT / "examples/quickstart/quickstart.yaml"
@@ -228,6 +229,29 @@ def straight(t1, tuned, server, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     t1("rl", *options(tuned, folder, **server, **{"rl.steps": 4}))
     return folder
+
+
+def test_a_package_of_the_users_trains_on_all_ranks(forks, tuned, server, tmp_path):
+    """Its answer mode, penalty, loss, advantage and chat template; once its source has changed, a resume is refused."""
+    shutil.copytree(PACKAGE, tmp_path / "extend")
+    site = install(tmp_path / "site", tmp_path / "extend")
+    questions = [{**row, "mode": "last_integer"} for row in rows(tuned / "rl.jsonl")[:200]]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    own = {"plugins": PLUGINS, "data.train": tmp_path / "questions.jsonl", "loss.token_loss": "t1_length_free",
+           "loss.advantage": "centered_ranks", "data.chat_template": "plain",
+           "reward.penalties.enabled": "[apology]"}  # fmt: skip
+    command = [WORKERS / "extended_worker.py", site, "rl", *options(tuned, tmp_path / "run", **server, **own)]
+    done = forks.run(*command, "--rl.steps", 2, num_ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = rows(tmp_path / "run/rl/samples.jsonl")
+    assert all(sample["reward"]["reason"].startswith(("the last of", "no whole number")) for sample in samples)
+    assert {sample["advantage"] for sample in samples} <= {i / 3 for i in range(-3, 4)}, "ranks of 4 samples"
+    assert (tmp_path / "run/rl/hf/chat_template.jinja").read_text().startswith("{% for m in messages %}")
+    with (site / "my_t1/losses.py").open("a") as file:
+        file.write("\n# a change\n")
+    refused = forks.run(*command, "--rl.steps", 3, "--resume", num_ranks=2)
+    assert refused.returncode == 1
+    assert "was made with other settings: plugins = ['my_t1.rewards " in refused.stderr
 
 
 def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from megatron_t1.reward.answers.verify import Verdict, explained, gold_problem, verify_cheaply, verify_fully
-from megatron_t1.reward.config import PenaltyConfig
+from megatron_t1.reward.answers.verify import explained, gold_problem, verify_cheaply, verify_fully
+from megatron_t1.reward.config import VERIFIERS, PenaltyConfig
 from megatron_t1.reward.penalties import Response, find_penalties
+from megatron_t1.reward.processes.programs import start_runner as prepare
+from megatron_t1.types import Verdict
+
+__all__ = ["grade_task", "prepare", "warm_up"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -25,12 +29,19 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "gold_to_check" in task:
         yield {"problem": gold_problem(task["gold_to_check"]), "done": True}
         return
-    penalties = find_penalties(
-        _penalty_config(task["penalties"]),
-        Response(
-            text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
-        ),
+    response = Response(
+        text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
     )
+    try:
+        penalties = find_penalties(_penalty_config(task["penalties"]), response)
+        if task["mode"] in VERIFIERS:
+            yield {"penalties": penalties, "answer": None, "done": False}
+            yield {"verdict": asdict(VERIFIERS[task["mode"]](task["gold"], response)), "done": True}
+            return
+    except Exception as error:  # of a plugin; it would kill one grader after the other and not say why
+        failed = Verdict("crash", None, f"{type(error).__name__}: {error}"[:200])
+        yield {"penalties": {}, "answer": None, "verdict": asdict(failed), "done": True}
+        return
 
     def told(verdict: Verdict) -> dict[str, Any]:
         return asdict(explained(verdict, task["gold"], task["mode"]) if task["explain"] else verdict)

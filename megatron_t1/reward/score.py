@@ -15,11 +15,10 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
-from megatron_t1.reward.answers.verify import Verdict
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.processes.grader import Graded
 from megatron_t1.reward.processes.pool import Pool
-from megatron_t1.types import Prompt, Reward, Sample
+from megatron_t1.types import Prompt, Reward, Sample, Verdict
 from megatron_t1.warn import warn
 
 _FAILURES = ("no_answer", "timeout", "crash")
@@ -36,8 +35,8 @@ class Scorer:
     """
 
     def __init__(self, cfg: RewardConfig, grading: str = "megatron_t1.reward.grading", explain: bool = False):
-        """`grading`: the module with `grade_task` and `warm_up` that the processes run; `explain`: reasons say what
-        was read and by which rules gold and answer are equal or not."""
+        """`grading`: the module with `grade_task`, `prepare` and `warm_up` that the processes run; `explain`: reasons
+        say what was read and by which rules gold and answer are equal or not."""
         self.cfg = cfg
         self._explain = explain
         self.outcomes: Counter[str] = Counter()

@@ -7,7 +7,7 @@ worker processes of pool.py call it.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.equal import check_readable, equal, equal_cheaply
@@ -16,21 +16,12 @@ from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.normalize import normalize
 from megatron_t1.reward.answers.question import asks_for_percent, is_copied
 from megatron_t1.reward.answers.read import read
-from megatron_t1.types import AnswerMode, Outcome
+from megatron_t1.types import AnswerMode, Verdict
 
 MAX_GOLD_CHARS = 200
 _COMPARED = "compared as mathematics"
 _WITHOUT_PERCENT = "compared without %: the question asks for percent"
 MAX_REASON_CHARS = 2000
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the grader says about one response."""
-
-    outcome: Outcome
-    extracted: str | None
-    reason: str
 
 
 @functools.lru_cache(maxsize=64)
