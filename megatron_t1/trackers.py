@@ -1,8 +1,8 @@
 """Where the numbers of a run go for people: TensorBoard always, Weights & Biases and MLflow when asked.
 
-All stand behind `Tracker`, and are told each step once. What a killed run had told before its last checkpoint was
-written is not told again by the run that resumes from there: it would be the same numbers. A tracker that fails is said,
-and costs the run nothing.
+All stand behind `Tracker`, and are told each step once: what a killed run had told of steps after its last checkpoint
+is not told again by the run that resumes from there, it would be the same numbers. A tracker that fails is said, and
+costs the run nothing.
 """
 
 from __future__ import annotations
@@ -64,9 +64,12 @@ class WandB:
         import wandb
 
         self._table = wandb.Table
+        own: dict[str, Any] = {"console": "off", "silent": True}
+        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:
+            own["x_transaction_log_flush_interval"] = 1.0  # s; what is unwritten when a run is killed is lost
         self._run = wandb.init(
             project=project, id=identity, resume="allow", name=name, dir=str(folder), config=config,
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(**own),
         )  # fmt: skip
 
     def log(self, step: int, values: dict[str, float]) -> None:

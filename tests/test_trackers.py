@@ -27,11 +27,22 @@ READ_WANDB = """
 import json, sys
 sys.path.append(sys.argv[1])
 from wandb.proto.wandb_internal_pb2 import Record
-from wandb.sdk.internal.datastore import DataStore
+
+def records(data, block=1 << 15):  # LevelDB's log: blocks of pieces, each with checksum, length and kind
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the last piece of a record
+            yield whole
+            whole = b""
+
 for path in sys.argv[2:]:
-    store = DataStore()
-    store.open_for_scan(path)
-    while (data := store.scan_data()) is not None:
+    for data in records(open(path, "rb").read()):
         record = Record.FromString(data)
         if record.WhichOneof("record_type") == "run":
             config = {item.key: json.loads(item.value_json) for item in record.run.config.update}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 sys.path.append(sys.argv[1])  # last: what the environment has of their requirements stays
 from megatron_t1.config import Config, LogConfig
@@ -22,5 +23,6 @@ if __name__ == "__main__":
         log.samples(step, [group("a", sample(1, 4))])
         log.log(step, {"reward": step / 10, "kl_loss": 0.5})
     if end == "kill":
+        time.sleep(3)  # wandb writes once a second
         os.kill(os.getpid(), signal.SIGKILL)
     log.close()
