@@ -291,8 +291,9 @@ def run_sync_check(cfg: SyncCheckConfig) -> bool:
 
 
 def _rank0_of_training(cfg: Config, template: Template) -> AbstractContextManager[Rank0]:
-    trace = Trace(Path(cfg.run_dir) / "rl" / "trace.json")
-    return open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace)
+    folder = Path(cfg.run_dir) / "rl"
+    trace = Trace(folder / "trace.json")
+    return open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace, status_in=folder)
 
 
 def _serve_folder(cfg: Config, rank0: Rank0) -> None:

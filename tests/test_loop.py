@@ -324,8 +324,8 @@ def test_killed_while_measuring_it_resumes_to_the_same_files(command, start_t1, 
     assert set(kept) <= set((tmp_path / command / "cut" / final[0]).read_text().splitlines(keepends=True))
 
 
-def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
-    """Of two servers one is killed in the middle: training goes on and the server comes back."""
+def test_a_killed_server_is_replaced(start_t1, t1, tuned, tmp_path):
+    """Of two servers one is killed in the middle: training goes on and the server comes back. `t1 watch` shows it."""
     arguments = options(tuned, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 20})
     process = start_t1("rl", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "rl/metrics.jsonl"
@@ -342,6 +342,10 @@ def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
     rest, _ = process.communicate(timeout=250)
     assert process.returncode == 0, "".join(output) + rest[-3000:]
     assert "was lost and is started again" in rest
+    said = t1("watch", tmp_path, "--once")
+    assert "rl step 20 of 20" in said
+    assert said.count("127.0.0.1:") >= 2, "its servers"
+    assert "is started again: it gets the current weights first" in " ".join(said.split())
     assert [row["step"] for row in rows(metrics)] == list(range(1, 21))
 
 

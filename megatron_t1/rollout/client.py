@@ -114,6 +114,10 @@ class RolloutClient:
         """
         self._run(self._check_contract([int(t) for t in token_ids]))
 
+    def samples_in_flight(self) -> dict[str, int]:
+        """By URL of the server that was asked for them."""
+        return dict(self._load)
+
     def close(self) -> None:
         if self._loop.is_closed():
             return
