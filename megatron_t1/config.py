@@ -7,6 +7,7 @@ line answers at once.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +127,21 @@ class CurateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where the numbers of a run go besides its files and TensorBoard. Nothing is installed for it: pip does."""
+
+    wandb: str = ""
+    """Project of Weights & Biases; empty: none. Its environment holds: WANDB_MODE=offline, WANDB_ENTITY, ..."""
+    mlflow: str = ""
+    """Experiment of MLflow; empty: none. Its environment holds: MLFLOW_TRACKING_URI, ..."""
+
+    def __post_init__(self) -> None:
+        for name in ("wandb", "mlflow"):
+            if getattr(self, name) and find_spec(name) is None:
+                raise FieldError(name, getattr(self, name), f"needs the package {name}: pip install it here")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a job of megatron_t1 is told."""
 
@@ -134,6 +150,9 @@ class Config:
     """Where this run's files go: metrics, checkpoints, exports, logs, report."""
     seed: int = 0
     """Data order and sampling seeds are functions of (seed, step)."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours, by their dotted names, that add penalties, answer modes, losses, advantages, model families,
+    question sets or chat templates; see docs/extending.md."""
     label: str = ""
     """Name of the result of `t1 evaluate` or `t1 scaling` in run_dir; empty: the command's."""
     resume: bool = False
@@ -141,6 +160,7 @@ class Config:
     resume_with_changes: bool = False
     """Go on although data, seed, batch size, model, optimizer, sampling or loss are not the checkpoint's; what changed
     is kept in changes.jsonl of the stage."""
+    log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -218,6 +238,9 @@ class LogprobsConfig:
     """File with that server's key; otherwise the environment variable T1_SERVER_KEY."""
     num_shown: int = 10
     """The worst tokens that are printed."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours, by their dotted names, that add penalties, answer modes, losses, advantages, model families,
+    question sets or chat templates; see docs/extending.md."""
     dtype: Dtype = "bfloat16"
     """Precision of weights and activations; transformers gets the same."""
     layers: Literal["auto", "local"] = "auto"
@@ -235,10 +258,9 @@ class GradeConfig:
 
     input: Path
     """JSON lines: "id"; "gold", or else "answer" (text or number); "prediction", or else "response" (null: none was
-    given); optionally "mode" (answer, response, text or mc; default response: the answer is looked for in a whole
-    response), "choices" (option texts, for mc), "question" (its language is not
-    penalized, its formulas are no answers) and "finish_reason" (stop,
-    length or repetition; default stop)."""
+    given); optionally "mode" (answer, response, text, mc or a plugin's; default response: the answer is looked for in
+    a whole response), "choices" (option texts, for mc), "question" (its language is not penalized, its formulas are no
+    answers) and "finish_reason" (stop, length or repetition; default stop)."""
     output: Path
     """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
     "seconds"."""
@@ -247,6 +269,9 @@ class GradeConfig:
     labels: str | None = None
     """Key of your own verdicts in the input (true or false): accuracy, false positives and false negatives are printed
     by "kind", and every disagreement is named."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours, by their dotted names, that add penalties, answer modes, losses, advantages, model families,
+    question sets or chat templates; see docs/extending.md."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The grader."""
 

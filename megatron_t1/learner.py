@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from megatron_t1 import plugins
 from megatron_t1.algo import advantage
-from megatron_t1.algo.loss import t1_token_loss
+from megatron_t1.algo.config import TOKEN_LOSSES
 from megatron_t1.config import Config
 from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
@@ -75,7 +76,7 @@ class Learner:
         """
         cfg, watch = self.cfg, self.watch
         with watch("pack"):
-            advantage.assign(groups)
+            advantage.assign(groups, cfg.loss.advantage)
             sequences = sequences_of(groups)
             microbatches = self.engine.pack(sequences)
         with watch("anchor"):
@@ -85,7 +86,7 @@ class Learner:
             if cfg.awaits_batches:
                 self._before = [weight.detach().cpu().clone() for weight in self._weights]
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
-            loss = partial(t1_token_loss, cfg=cfg.loss)
+            loss = partial(TOKEN_LOSSES[cfg.loss.token_loss], cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
         stale = staleness(groups, self.steps_done)
         self.steps_done += 1
@@ -126,4 +127,5 @@ def _settings(cfg: Config, prompts: list[Prompt]) -> dict[str, Any]:
         loss=cfg.loss,
         anchor=cfg.anchor,
         **{f"reward.{name}": getattr(cfg.reward, name) for name in DECIDING},
+        plugins=plugins.identity(),
     )

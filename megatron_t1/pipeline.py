@@ -70,14 +70,16 @@ def trainer_ranks(cfg: Config) -> Iterator[Platform]:
 
 def run_sft(cfg: Config) -> None:
     with trainer_ranks(cfg) as platform:
-        template = Template(Path(cfg.model.hf_path))
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         hf_dir = sft.train(cfg, platform, load_sft(cfg.data.need("sft"), template, cfg.data))
+        if is_main():
+            template.keep_in(hf_dir)
         _say(f"fine-tuned model: {hf_dir}")
 
 
 def run_rl(cfg: Config) -> None:
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
-        template = Template(Path(cfg.model.hf_path))
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
         if cfg.data.heldout:
             _refuse_overlap(prompts, load_prompts(cfg.data.need("heldout"), template, cfg.data))
@@ -90,7 +92,10 @@ def run_rl(cfg: Config) -> None:
             keep(cfg)
             rank0.ready(prompts[0])
         trainer.push()
-        _say(f"trained model: {trainer.train()}")
+        hf_dir = trainer.train()
+        if rank0:
+            template.keep_in(hf_dir)
+        _say(f"trained model: {hf_dir}")
 
 
 def run_rollout(cfg: Config) -> None:
@@ -154,7 +159,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
             if not cfg.model.hf_path:
                 raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
             folder = cfg.model.folder()
-            template = Template(folder)
+            template = Template(folder, cfg.data.chat_template)
             HFFolder(folder)  # whole, or refused before the servers start
             longest = _longest(question.prompt(template) for questions in sets.values() for question in questions)
             _check_context(cfg, context_needs(cfg, "evaluate", {"heldout": longest}, template))
@@ -170,9 +175,9 @@ def run_evaluate(cfg: Config, label: str) -> None:
 def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
     folder, other = cfg.model.folder(), cfg.scaling.answer_model
-    template = Template(folder)
+    template = Template(folder, cfg.data.chat_template)
     HFFolder(folder)  # whole, or refused before the servers start
-    answerer = Template(Path(other)) if other else template
+    answerer = Template(Path(other), cfg.data.chat_template) if other else template
     (questions,) = question_sets(cfg, [cfg.scaling.set]).values()
     longest = _longest(question.prompt(template) for question in questions)
     _check_context(cfg, context_needs(cfg, "scaling", {"heldout": longest}, template))
@@ -215,7 +220,7 @@ def run_curate(cfg: Config) -> None:
     sets_dir = Path(cfg.evaluate.sets_dir) if cfg.evaluate.sets_dir else None
     counts = curate.prepare(cfg.curate, cfg.reward, folder, sets_dir=sets_dir, resume=cfg.resume)
     if not cfg.curate.clean_only:
-        template = Template(Path(cfg.model.hf_path))
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
         with open_rank0(cfg, template) as rank0:
             _serve_folder(cfg, rank0)
@@ -233,7 +238,7 @@ def run_all(cfg: Config) -> None:
     began = time.perf_counter() - (time.time() - psutil.Process().create_time())  # Python and the imports included
     run_dir, watch = Path(cfg.run_dir), Stopwatch()
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
-        template = Template(Path(cfg.model.hf_path))
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         train = load_prompts(cfg.data.need("train"), template, cfg.data)
         questions = load_questions(cfg.data.need("heldout"), cfg.data.system_prompt)
         heldout = [question.prompt(template) for question in questions]
@@ -286,6 +291,7 @@ def run_all(cfg: Config) -> None:
         with watch("stop"):
             stack.close()
         if is_main():
+            template.keep_in(final)
             with watch("report"):
                 _summarize(cfg, watch, trainer.watch, began)
                 report = write_report(run_dir)
@@ -325,8 +331,9 @@ def run_sync_check(cfg: SyncCheckConfig) -> bool:
 
 
 def _rank0_of_training(cfg: Config, template: Template) -> AbstractContextManager[Rank0]:
-    trace = Trace(Path(cfg.run_dir) / "rl" / "trace.json")
-    return open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace)
+    folder = Path(cfg.run_dir) / "rl"
+    trace = Trace(folder / "trace.json")
+    return open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace, status_in=folder)
 
 
 def _serve_folder(cfg: Config, rank0: Rank0) -> None:

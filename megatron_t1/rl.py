@@ -23,7 +23,7 @@ from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.learner import Learner
-from megatron_t1.metrics import MetricsLog, Stopwatch
+from megatron_t1.metrics import Stopwatch
 from megatron_t1.milestones import Milestones
 from megatron_t1.platform.detect import Platform
 from megatron_t1.push.ranks import NoServerError
@@ -36,6 +36,7 @@ from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.server import ServerError
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.trace import Trace
+from megatron_t1.trackers import open_log
 from megatron_t1.types import Prompt
 from megatron_t1.warn import warn
 
@@ -123,7 +124,7 @@ class Trainer:
         self.bank = Bank(self.folder / "bank")
         self.queue = self._open_queue(rank0) if rank0 else None
         self.milestones = Milestones(cfg, self.learner.engine, rank0)
-        self.log = MetricsLog(Path(cfg.run_dir), "rl", first_step=self.steps_done) if is_main() else None
+        self.log = open_log(cfg, "rl", self.steps_done) if is_main() else None
         self._rewards: list[float] = []  # of the steps since the last checkpoint
 
     @property

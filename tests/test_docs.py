@@ -204,7 +204,7 @@ def test_what_a_page_names_is_there(page):
         ("```\nt1 evaluate \\\n --evaluate.endpoint '{modell: M}'\n```\n", "t1 evaluate --evaluate.endpoint.modell"),
         ("```\nt1 convert to-hf A B --tp 2\n```\n", "t1 convert to-hf --tp"),
         ("```\nt1 check A.yaml --nodess 2\n```\n", "t1 check --nodess"),
-        ("```\nsbatch slurm/t1_glm9b.sh --rl.stepps 1\n```\n", "t1 rl --rl.stepps"),
+        ("```\nsbatch slurm/rl.sh --rl.stepps 1\n```\n", "t1 rl --rl.stepps"),
         ("`--rollout.await 2`", "setting rollout.await"),
         ("by `rollout.timeout`", "setting rollout.timeout"),
         ("`make nothing`", "make nothing"),

@@ -22,6 +22,7 @@ from megatron_t1.engine.config import ModelConfig
 from megatron_t1.rl import max_logprob_diff
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
+from tests.extended import PACKAGE, PLUGINS, install
 from tests.forks import ROOT, WORKERS
 
 EXAMPLE = ROOT / "examples/quickstart/quickstart.yaml"
@@ -368,6 +369,29 @@ def test_a_run_is_measured_every_few_steps(straight, tuned):
     assert measured[3]["kl_start"] == pytest.approx(sum(ratios) / 2, abs=1e-4)
 
 
+def test_a_package_of_the_users_trains_on_all_ranks(forks, tuned, server, tmp_path):
+    """Its answer mode, penalty, loss, advantage and chat template; once its source has changed, a resume is refused."""
+    shutil.copytree(PACKAGE, tmp_path / "extend")
+    site = install(tmp_path / "site", tmp_path / "extend")
+    questions = [{**row, "mode": "last_integer"} for row in rows(tuned / "rl.jsonl")[:200]]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    own = {"plugins": PLUGINS, "data.train": tmp_path / "questions.jsonl", "loss.token_loss": "t1_length_free",
+           "loss.advantage": "centered_ranks", "data.chat_template": "plain",
+           "reward.penalties.enabled": "[apology]"}  # fmt: skip
+    command = [WORKERS / "extended_worker.py", site, "rl", *options(tuned, tmp_path / "run", **server, **own)]
+    done = forks.run(*command, "--rl.steps", 2, num_ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = rows(tmp_path / "run/rl/samples.jsonl")
+    assert all(sample["reward"]["reason"].startswith(("the last of", "no whole number")) for sample in samples)
+    assert {sample["advantage"] for sample in samples} <= {i / 3 for i in range(-3, 4)}, "ranks of 4 samples"
+    assert (tmp_path / "run/rl/hf/chat_template.jinja").read_text().startswith("{% for m in messages %}")
+    with (site / "my_t1/losses.py").open("a") as file:
+        file.write("\n# a change\n")
+    refused = forks.run(*command, "--rl.steps", 3, "--resume", num_ranks=2)
+    assert refused.returncode == 1
+    assert "was made with other settings: plugins = ['my_t1.rewards " in refused.stderr
+
+
 def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):
     """Nor in a checkpoint: it resumes so, and not with a KL. On policy every weight by sample is 1."""
     weighted = {"loss.importance": "gspo", "loss.ratio_max": 1.1, "loss.mask": "sequence", "loss.mask_min": 0.9}
@@ -444,8 +468,8 @@ def test_killed_while_measuring_it_resumes_to_the_same_files(command, start_t1, 
     assert set(kept) <= set((tmp_path / command / "cut" / final[0]).read_text().splitlines(keepends=True))
 
 
-def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
-    """Of two servers one is killed in the middle: training goes on and the server comes back."""
+def test_a_killed_server_is_replaced(start_t1, t1, tuned, tmp_path):
+    """Of two servers one is killed in the middle: training goes on and the server comes back. `t1 watch` shows it."""
     arguments = options(tuned, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 20})
     process = start_t1("rl", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "rl/metrics.jsonl"
@@ -462,6 +486,10 @@ def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
     rest, _ = process.communicate(timeout=250)
     assert process.returncode == 0, "".join(output) + rest[-3000:]
     assert "was lost and is started again" in rest
+    said = t1("watch", tmp_path, "--once")
+    assert "rl step 20 of 20" in said
+    assert said.count("127.0.0.1:") >= 2, "its servers"
+    assert "is started again: it gets the current weights first" in " ".join(said.split())
     assert [row["step"] for row in rows(metrics)] == list(range(1, 21))
 
 

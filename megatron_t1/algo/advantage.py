@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_t1.algo.config import ADVANTAGES
 from megatron_t1.types import Group
 
 
+@ADVANTAGES.add
 def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     """float [K] -> float64 [K]; K = 1 has no baseline and keeps its reward."""
     rewards = np.asarray(rewards, np.float64)
@@ -29,8 +31,8 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
 
 
-def assign(groups: list[Group]) -> list[Group]:
-    """Set `Sample.advantage` on every sample from the rewards of its group.
+def assign(groups: list[Group], advantage: str = "leave_one_out") -> list[Group]:
+    """Set `Sample.advantage` on every sample from the rewards of its group, by the advantage of that name.
 
     Raises:
         ValueError: a sample that has not been graded.
@@ -41,6 +43,6 @@ def assign(groups: list[Group]) -> list[Group]:
             if sample.reward is None:
                 raise ValueError(f"prompt {group.prompt.id}: a sample has no reward; grade before assigning advantages")
             rewards.append(sample.reward.value)
-        for sample, advantage in zip(group.samples, leave_one_out(np.array(rewards)), strict=True):
-            sample.advantage = float(advantage)
+        for sample, value in zip(group.samples, ADVANTAGES[advantage](np.array(rewards)), strict=True):
+            sample.advantage = float(value)
     return groups

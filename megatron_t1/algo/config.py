@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from megatron_t1.fields import FieldError
+import numpy as np
+
+from megatron_t1.fields import FieldError, known
+from megatron_t1.plugins import Registry
 
 CHUNK_LOGITS = {"cpu": 75 * 2**20, "cuda": 320 * 2**20}
 """Logits that the fused head holds at a time in its 3 G path, by device: a chunk of tokens over all rows of this rank,
@@ -15,10 +19,20 @@ KlBaseline = Literal["prompt", "batch", "none"]
 Importance = Literal["none", "token", "sequence", "ppo", "gspo"]
 Mask = Literal["none", "token", "sequence", "geometric"]
 
+TOKEN_LOSSES: Registry[Callable[..., tuple[Any, Any]]] = Registry("token loss", home="megatron_t1.algo.loss")
+"""Functions as `loss.t1_token_loss`, the built-in one."""
+ADVANTAGES: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("advantage", home="megatron_t1.algo.advantage")
+"""Rewards of a prompt's samples, float [K] -> what weights their tokens, float64 [K]."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Coefficients of the T1 loss."""
+
+    token_loss: str = "t1"
+    """The loss of a token; others come from `plugins`."""
+    advantage: str = "leave_one_out"
+    """What the rewards of a prompt's samples make of each other; others come from `plugins`."""
 
     entropy_coef: float = 1e-3
     """alpha, the weight of the token entropy bonus; our choice, no published value is known to us."""
@@ -46,13 +60,15 @@ class LossConfig:
     """Upper bound of the ratio in `mask`, at least 1; null: none."""
 
     def __post_init__(self) -> None:
+        known(self, "token_loss", TOKEN_LOSSES, self.token_loss, also=["t1"])  # those of torch stay unread here
+        known(self, "advantage", ADVANTAGES, self.advantage, also=["leave_one_out"])
         for name in ("entropy_coef", "kl_coef"):
             if getattr(self, name) < 0:
                 raise FieldError(name, getattr(self, name), "must be 0 or more; 0 switches the term off")
-        choices = {"kl_estimator": KlEstimator, "kl_baseline": KlBaseline, "importance": Importance, "mask": Mask}
-        for name, known in choices.items():
-            if getattr(self, name) not in get_args(known):
-                raise FieldError(name, getattr(self, name), f"must be one of {', '.join(get_args(known))}")
+        literals = {"kl_estimator": KlEstimator, "kl_baseline": KlBaseline, "importance": Importance, "mask": Mask}
+        for name, choices in literals.items():
+            if getattr(self, name) not in get_args(choices):
+                raise FieldError(name, getattr(self, name), f"must be one of {', '.join(get_args(choices))}")
         if self.kl_baseline != "prompt" and self.kl_estimator != "centered":
             raise FieldError("kl_baseline", self.kl_baseline, "needs loss.kl_estimator = centered; leave it out")
         clips = self.importance in ("ppo", "gspo")

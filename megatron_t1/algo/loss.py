@@ -61,7 +61,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from megatron_t1.algo.config import LossConfig
+from megatron_t1.algo.config import TOKEN_LOSSES, LossConfig
 from megatron_t1.types import Microbatch
 
 MAX_EXPONENT = 20.0
@@ -115,6 +115,7 @@ def _max(x: Tensor) -> Tensor:
     return x.amax() if x.numel() else x.new_zeros(())
 
 
+@TOKEN_LOSSES.add("t1")
 def t1_token_loss(
     logprob: Tensor, entropy: Tensor, tokens: TokenFields, kl: Tensor | None = None, *, cfg: LossConfig
 ) -> tuple[Tensor, Metrics]:

@@ -74,7 +74,7 @@ def check(cfg: Config, command: str, machines: Machines, found: Findings) -> Fin
     except CheckpointError as error:
         found.problems.append(str(error))
     trains, samples = command in ("sft", "rl", "run"), command != "sft"
-    template = _tokens(model_dir, spec, found)
+    template = _tokens(cfg, model_dir, spec, found)
     if trains:
         _layout(cfg, spec, command, machines, found)
     if samples:
@@ -104,9 +104,9 @@ def _elsewhere(cfg: Config, found: Findings) -> None:
         found.problems.append(str(error))
 
 
-def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | None:
+def _tokens(cfg: Config, model_dir: Path, spec: ModelSpec, found: Findings) -> Template | None:
     try:
-        template = Template(model_dir)
+        template = Template(model_dir, cfg.data.chat_template)
     except ValueError as error:
         found.problems.append(str(error))
         return None

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_t1 import plugins
 from megatron_t1.cli.streams import outlive_the_terminal
 from megatron_t1.stop import EXIT_STOPPED, STOP, Stopped
 
@@ -39,7 +40,8 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   sync-check  push model.hf_path (--perturb: changed, and back) and hold every server's logprobs to the trainer's
   synthesize  SFT chains of trial, error and verification from questions, by any chat endpoints
   serve       start vLLM servers for model.hf_path and keep them up
-  report      (re)write the HTML report of run_dir
+  watch       a run on one page of the terminal, while it goes (`t1 watch RUN_DIR`)
+  report      write the HTML report of a run; of several, one that compares them (`t1 report RUN_DIR ...`)
   grade       grade IN.jsonl into OUT.jsonl (`t1 grade IN.jsonl OUT.jsonl`), without any model
   convert     Hugging Face folder to Megatron checkpoint and back, and `verify`: compare two (`t1 convert --help`)
   logprobs    logprobs of given texts, and how far transformers or a server is (`t1 logprobs MODEL --input FILE`)
@@ -289,11 +291,31 @@ def _report(arguments: list[str]) -> int:
     from megatron_t1.report.report import write_report
 
     parser = ArgumentParser(prog="t1 report", description=_line_of("report"))
-    parser.add_argument("run_dir", type=str, help="folder of a run")
-    run_dir = Path(parser.parse_args(arguments).run_dir)
-    if not run_dir.is_dir():
-        raise ValueError(f"{run_dir} is not there: give the folder of a run")
-    print(write_report(run_dir))
+    parser.add_argument("run_dir", type=Path, nargs="+", help="folder of a run, running or over; several are compared")
+    run_dirs = parser.parse_args(arguments).run_dir
+    if len(run_dirs) > 1:
+        from megatron_t1.report.compare import write_comparison
+
+        print(write_comparison(run_dirs))
+        return 0
+    if not run_dirs[0].is_dir():
+        raise ValueError(f"{run_dirs[0]} is not there: give the folder of a run")
+    print(write_report(run_dirs[0]))
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    from argparse import ArgumentParser
+
+    from megatron_t1.report.watch import watch
+
+    parser = ArgumentParser(prog="t1 watch", description=_line_of("watch"))
+    parser.add_argument("run_dir", type=Path, help="folder of a run")
+    parser.add_argument("--once", action="store_true", help="print the page once, and end")
+    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between looks at the files (2)")
+    asked = parser.parse_args(arguments)
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(asked.run_dir, every_s=asked.every_s, once=asked.once)
     return 0
 
 
@@ -326,6 +348,8 @@ def _convert(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
     parser = ArgumentParser(prog="t1 convert", description=_line_of("convert"))
+    parser.add_argument("--plugins", default=[], type=lambda text: text.split(","), metavar="MODULE[,...]",
+                        help="of yours, with the model's family")  # fmt: skip
     jobs = parser.add_subparsers(dest="job", required=True)
     job = jobs.add_parser("to-megatron", help="Hugging Face folder -> Megatron checkpoint; it loads at any layout")
     job.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="config.json, tokenizer and safetensors")
@@ -342,6 +366,7 @@ def _convert(arguments: list[str]) -> int:
     job.add_argument("b", type=Path, metavar="B", help="Hugging Face folder or Megatron checkpoint")
     job.add_argument("--hf", type=Path, help="folder with config.json, for a Megatron checkpoint without it")
     options = parser.parse_args(arguments)
+    plugins.load(options.plugins)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("one process converts: start it alone, not under torchrun or as several tasks")
     from megatron_t1 import convert
@@ -420,6 +445,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sync-check": _sync_check,
     "synthesize": _synthesize,
     "serve": _serve,
+    "watch": _watch,
     "report": _report,
     "compare": _compare,
     "grade": _grade,

@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_t1.reward.answers.verify import Verdict
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.penalties import mean_and_worst_nll
 from megatron_t1.reward.processes.grader import Graded
 from megatron_t1.reward.processes.pool import Pool
-from megatron_t1.types import Prompt, Reward, Sample
+from megatron_t1.types import Prompt, Reward, Sample, Verdict
 from megatron_t1.warn import warn
 
 _FAILURES = ("no_answer", "timeout", "crash")
@@ -45,8 +44,9 @@ class Scorer:
         explain: bool = False,
         hidden_ids: Sequence[int] = (),
     ):
-        """`grading`: the module with `grade_task` and `warm_up` that the processes run; `explain`: reasons say what
-        was read and by which rules gold and answer are equal or not; `hidden_ids`: tokens that leave no text."""
+        """`grading`: the module with `grade_task`, `prepare` and `warm_up` that the processes run; `explain`: reasons
+        say what was read and by which rules gold and answer are equal or not; `hidden_ids`: tokens that leave no
+        text."""
         self.cfg = cfg
         self._hidden_ids = np.array(hidden_ids, np.int64)
         self._without_logprobs = False  # and said so

@@ -75,7 +75,8 @@ class Batches:
         as are missing at a time, until none is missing or no prompt may be asked any more; then they fill the batch.
         """
         began = time.monotonic()
-        bank = self.bank.step(step, weights, asdict(self.sampling), asdict(self._reward))
+        reward = asdict(self._reward) | self._reward.deciding()
+        bank = self.bank.step(step, weights, asdict(self.sampling), reward)
         seed = self._seed * 1_000_003 + step
         groups = generate(self.prompts_of(step), seed, bank)
         if not self._refill:

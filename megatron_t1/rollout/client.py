@@ -117,6 +117,10 @@ class RolloutClient:
         """
         self._run(self._check_contract([int(t) for t in token_ids]))
 
+    def samples_in_flight(self) -> dict[str, int]:
+        """By URL of the server that was asked for them."""
+        return dict(self._load)
+
     def cancel(self) -> None:
         """Ends the calls that other threads wait in: they raise CancelledError."""
         for call in list(self._calls):

@@ -57,7 +57,7 @@ def prepare(work: Path) -> None:
 
 def submit(folder: Path, steps: int, lag: int) -> Job:
     env = {"VLLM_NODES": 1, "RANKS": 2, "SERVERS_PER_NODE": 2, "RESTARTS": 99}
-    return Job(folder, "t1_qwen32b.sh", *OPTIONS, "--rl.steps", steps, "--rl.lag", lag, nodes="2", env=env)
+    return Job(folder, "rl.sh", *OPTIONS, "--rl.steps", steps, "--rl.lag", lag, nodes="2", env=env)
 
 
 BLOWS: dict[str, tuple[int, tuple[str, ...], int]] = {
