@@ -31,7 +31,6 @@ SIZE = {
     # 256 samples a step as there, in groups of 32 and not 8: K = 64 then costs two such steps, not eight.
     "rl.prompts_per_step": 8,
     "sampling.num_samples": 32,
-    "reward.penalties.enabled": "[repetition, overlong, malformed, perplexity]",
 }
 LAST = 10
 """Steps at the end whose mean stands for a run's lengths, penalties and entropy."""
