@@ -109,8 +109,8 @@ def test_check_knows_what_it_adds(extended: Callable[..., str], tmp_path: Path) 
     assert "the longest of the first 40: 22 tokens" in said
     said = extended("check", *options, "--evaluate.sets", "[times_tables]", "--for", "evaluate")
     assert "set times_tables: 64 questions" in said
-    extended("convert", "--plugins", "my_t1.llama", "to-megatron", model, tmp_path / "megatron")
-    said = extended("convert", "--plugins", "my_t1.llama", "verify", model, tmp_path / "megatron")
+    extended("convert", "to-megatron", model, tmp_path / "megatron", "--plugins", "my_t1.llama")
+    said = extended("convert", "verify", model, tmp_path / "megatron", "--plugins", "my_t1.llama")
     assert "are the same: names, shapes, dtypes and every byte" in said
 
 

@@ -348,8 +348,6 @@ def _convert(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
     parser = ArgumentParser(prog="t1 convert", description=_line_of("convert"))
-    parser.add_argument("--plugins", default=[], type=lambda text: text.split(","), metavar="MODULE[,...]",
-                        help="of yours, with the model's family")  # fmt: skip
     jobs = parser.add_subparsers(dest="job", required=True)
     job = jobs.add_parser("to-megatron", help="Hugging Face folder -> Megatron checkpoint; it loads at any layout")
     job.add_argument("hf_dir", type=Path, metavar="HF_DIR", help="config.json, tokenizer and safetensors")
@@ -365,8 +363,10 @@ def _convert(arguments: list[str]) -> int:
     job.add_argument("a", type=Path, metavar="A", help="Hugging Face folder or Megatron checkpoint")
     job.add_argument("b", type=Path, metavar="B", help="Hugging Face folder or Megatron checkpoint")
     job.add_argument("--hf", type=Path, help="folder with config.json, for a Megatron checkpoint without it")
+    for job in jobs.choices.values():
+        job.add_argument("--plugins", default="", metavar="MODULE[,...]", help="of yours, with the model's family")
     options = parser.parse_args(arguments)
-    plugins.load(options.plugins)
+    plugins.load(filter(None, options.plugins.split(",")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("one process converts: start it alone, not under torchrun or as several tasks")
     from megatron_t1 import convert
