@@ -23,7 +23,9 @@ from typing import Any, NotRequired, TypedDict
 
 from tqdm import tqdm
 
+from megatron_t1 import plugins
 from megatron_t1.config import CurateConfig
+from megatron_t1.data.config import QUESTION_SETS
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
 from megatron_t1.data.prompts import is_missing, parse_rows
 from megatron_t1.data.sets import file_of, load_texts
@@ -216,11 +218,14 @@ def prepare(
         ValueError: see `clean`; or the folder holds a curation that was not asked to go on, or of something else.
     """
     counts_path = folder / "cleaned.json"
-    files = {name: Path(name) for name in cfg.inputs} | {name: file_of(name, sets_dir) for name in cfg.evaluation}
+    files = {name: Path(name) for name in cfg.inputs}
+    files |= {name: file_of(name, sets_dir) for name in cfg.evaluation if name not in QUESTION_SETS}
     settings = {
         "files": {name: _digest(path) for name, path in files.items()},
         **{f"curate.{name}": value for name, value in asdict(cfg).items() if name not in _MAY_CHANGE},
     }
+    if own := [name for name in cfg.evaluation if name in QUESTION_SETS]:
+        settings["plugins"] = plugins.identity(QUESTION_SETS.modules[name] for name in own)
     if counts_path.exists():
         check_settings(folder / "settings.json", settings, resume=resume, elsewhere="another run_dir")
     else:

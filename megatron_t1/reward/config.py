@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from megatron_t1 import plugins
 from megatron_t1.fields import above, at_least
 from megatron_t1.reward.answers.policy import EqualityConfig
-from megatron_t1.reward.penalties import PenaltyConfig
+from megatron_t1.reward.penalties import PenaltyConfig, Response
+from megatron_t1.types import AnswerMode, Verdict
+
+Verifier = Callable[[str, Response], Verdict]
+VERIFIERS: plugins.Registry[Verifier] = plugins.Registry("answer mode", in_graders=True)
+verifier = VERIFIERS.add
+"""Registers `function(gold, response) -> Verdict` as the answer mode of its name. It runs in a grader process."""
+
+
+def check_mode(mode: Any) -> str:
+    """An answer mode that is known; raises ValueError for others."""
+    known = (*get_args(AnswerMode), *VERIFIERS)
+    if mode not in known:
+        raise ValueError(f"mode={mode!r:.60} is not one of {', '.join(known)}")
+    return mode
+
 
 DECIDING = ("penalties", "refuse_copies", "equality")
 """What a verdict depends on: results of another grader are not gone on with."""
@@ -36,7 +53,9 @@ class RewardConfig:
 
     def deciding(self) -> dict[str, Any]:
         """What a verdict depends on, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if name in DECIDING}
+        own = plugins.identity(plugins.for_graders())
+        decided = {name: value for name, value in asdict(self).items() if name in DECIDING}
+        return decided | ({"plugins": own} if own else {})
 
     def __post_init__(self) -> None:
         above(self, 0, "deadline_s")

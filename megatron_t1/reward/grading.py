@@ -6,21 +6,27 @@ import functools
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from megatron_t1.reward.answers.golds import gold_problem
 from megatron_t1.reward.answers.policy import EqualityConfig
-from megatron_t1.reward.answers.verify import Verdict, explained, verify_cheaply, verify_fully
-from megatron_t1.reward.config import PenaltyConfig, RewardConfig
+from megatron_t1.reward.answers.verify import explained, verify_cheaply, verify_fully
+from megatron_t1.reward.config import DECIDING, VERIFIERS, PenaltyConfig, RewardConfig
 from megatron_t1.reward.penalties import Response, find_penalties
+from megatron_t1.reward.processes.programs import start_runner as prepare
+from megatron_t1.types import Verdict
+
+__all__ = ["grade_task", "prepare", "warm_up"]
+
+_SEEN = [field.name for field in fields(Response)]
 
 
 @functools.lru_cache(maxsize=8)
 def _config(deciding: str) -> RewardConfig:
-    fields = json.loads(deciding)
-    penalties = PenaltyConfig(**{**fields["penalties"], "enabled": tuple(fields["penalties"]["enabled"])})
-    return RewardConfig(**{**fields, "penalties": penalties, "equality": EqualityConfig(**fields["equality"])})
+    values = {name: value for name, value in json.loads(deciding).items() if name in DECIDING}
+    penalties = PenaltyConfig(**{**values["penalties"], "enabled": tuple(values["penalties"]["enabled"])})
+    return RewardConfig(**{**values, "penalties": penalties, "equality": EqualityConfig(**values["equality"])})
 
 
 def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -29,12 +35,17 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"problem": gold_problem(task["gold_to_check"]), "done": True}
         return
     cfg, gold, mode, question = _config(task["config"]), task["gold"], task["mode"], task["question"]
-    penalties = find_penalties(
-        cfg.penalties,
-        Response(
-            text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
-        ),
-    )
+    response = Response(**{name: task[name] for name in _SEEN})
+    try:
+        penalties = find_penalties(cfg.penalties, response)
+        if mode in VERIFIERS:
+            yield {"penalties": penalties, "answer": None, "done": False}
+            yield {"verdict": asdict(VERIFIERS[mode](gold, response)), "done": True}
+            return
+    except Exception as error:  # of a plugin; it would kill one grader after the other and not say why
+        failed = Verdict("crash", None, f"{type(error).__name__}: {error}"[:200])
+        yield {"penalties": {}, "answer": None, "verdict": asdict(failed), "done": True}
+        return
 
     def told(verdict: Verdict) -> dict[str, Any]:
         return asdict(explained(verdict, gold, mode, question, cfg.equality) if task["explain"] else verdict)

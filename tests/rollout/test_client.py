@@ -247,16 +247,16 @@ def test_a_line_cut_by_a_kill_is_asked_again(tmp_path) -> None:
         token_ids=np.array([7]), logprobs=np.array([-1], np.float32), text="", finish_reason="stop",
         weight_versions=((0, 0, 1),), server="",
     )  # fmt: skip
-    bank = Bank(tmp_path).step(0)
+    bank = Bank(tmp_path).step(0, "weights")
     bank.add("a", [1], 5, [sample])
     bank.add("a", [1], 6, [sample])
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-20])
-    bank = Bank(tmp_path).step(0)
+    bank = Bank(tmp_path).step(0, "weights")
     assert bank.find([1], 5, 1) is not None
     assert bank.find([1], 6, 1) is None
     bank.add("a", [1], 6, [sample])
-    assert Bank(tmp_path).step(0).find([1], 6, 1) is not None
+    assert Bank(tmp_path).step(0, "weights").find([1], 6, 1) is not None
 
 
 def test_a_server_that_started_again_unnoticed_is_left(monkeypatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from megatron_t1.reward.answers import choices as letters
 from megatron_t1.reward.answers import extract
@@ -20,19 +20,10 @@ from megatron_t1.reward.answers.question import asks_for_percent, is_copied
 from megatron_t1.reward.answers.read import read
 from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
 from megatron_t1.reward.answers.values import equal_cheaply
-from megatron_t1.types import AnswerMode, Outcome
+from megatron_t1.types import AnswerMode, Verdict
 
 _OPTION = "the letter of an option"
 MAX_REASON_CHARS = 2000
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the grader says about one response."""
-
-    outcome: Outcome
-    extracted: str | None
-    reason: str
 
 
 @functools.lru_cache(maxsize=64)
