@@ -32,7 +32,7 @@ from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import StoredSampler
 from megatron_t1.files import read_jsonl
 from megatron_t1.models import spec_of
-from megatron_t1.rollout import endpoint, reply
+from megatron_t1.rollout import chat_endpoint, reply
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers import server as servers
@@ -707,7 +707,7 @@ def reply_readers(tmp: Path) -> list[Reader]:
             spans = sample.weight_versions
             must(spans and all(start < end for _, start, end in spans), spans)
 
-    def check_reply(found: endpoint.Reply) -> None:
+    def check_reply(found: chat_endpoint.Reply) -> None:
         is_text(found.text)
         assert found.finish_reason in ("stop", "length")
         assert type(found.num_tokens) is int
@@ -762,7 +762,7 @@ def reply_readers(tmp: Path) -> list[Reader]:
             damaged=json_damage(chat, parts),
             read=lambda data: asyncio.run(_asked(data)),
             check=check_reply,
-            errors=(endpoint.RefusedError, endpoint.NoAnswerError),
+            errors=(chat_endpoint.RefusedError, chat_endpoint.NoAnswerError),
             says=r"finish_reason|m at http://host:1",
             seeds=[json.dumps(chat).encode(), json.dumps(parts).encode()],
         ),
@@ -806,7 +806,7 @@ def _answering(answers: dict[str, bytes]) -> Any:
     return Undone()
 
 
-async def _asked(data: bytes) -> endpoint.Reply:
+async def _asked(data: bytes) -> chat_endpoint.Reply:
     """What `ask` makes of a reply with status 200."""
 
     class Content:
@@ -826,7 +826,9 @@ async def _asked(data: bytes) -> endpoint.Reply:
         def post(self, *_: object, **__: object) -> Response:
             return Response()
 
-    asked = endpoint.ChatEndpoint(endpoint.EndpointConfig(urls=("http://host:1",), model="m", max_retries=0), "")
+    asked = chat_endpoint.ChatEndpoint(
+        chat_endpoint.EndpointConfig(urls=("http://host:1",), model="m", max_retries=0), ""
+    )
     asked._session = Session()  # type: ignore[assignment]
     asked._count = lambda *_: None  # type: ignore[method-assign]
     return await asked.ask([{"role": "user", "content": "?"}], max_new_tokens=4)
