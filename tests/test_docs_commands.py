@@ -17,7 +17,8 @@ from tests.test_docs import CONFIGS, ROOT, split, words_of
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 NOT_THERE = re.compile(
-    r"can't be read: No such file|must be a file|must be files that are there|names \$\w+, which the environment|needs the package"
+    r"can't be read: No such file|must be a file|must be files that are there|names \$\w+, which the environment|"
+    r"needs the package"
 )
 """Problems of a reader's own files, and of the shell's variables."""
 
