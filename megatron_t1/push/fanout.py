@@ -1,8 +1,8 @@
 """vLLM's weight-update calls, made on all servers at once, with a deadline and a record of what became of each.
 
 A server that fails is dropped from the push and the others go on; the push fails when none is left. What a failure
-leaves behind is known by phase: until the load begins the server holds the weights it held, after that nobody knows. A
-server on unknown weights is marked unusable, and never asked again before it was started anew.
+leaves behind is known by phase: until the load (or the stream) begins the server holds the weights it held, after that
+nobody knows. A server on unknown weights is marked unusable, and never asked again before it was started anew.
 """
 
 from __future__ import annotations

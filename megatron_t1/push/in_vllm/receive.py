@@ -76,7 +76,7 @@ class Engine(WeightTransferEngine[Init, Update]):
     reload: Reload | None = None
     """The load that was begun and not finished: until it is, the weights are neither the old nor the new ones."""
     may_start_over: bool = False
-    """That load stopped between two tensors."""
+    """That load stopped between two tensors, or after the last."""
 
     def init_transfer_engine(self, init_info: Init) -> None:
         layout = Layout.from_json(init_info.num_bytes, init_info.tensors, init_info.pieces)
@@ -129,6 +129,7 @@ class Engine(WeightTransferEngine[Init, Update]):
         buffer = self.buffer
         assert buffer is not None
         self._begin_load().load((tensor.name, tensor.view(buffer)) for tensor in self.layout.tensors)
+        self.may_start_over = True
         logger.info("weights loaded in %.3f s", time.monotonic() - began)
 
     def _begin_load(self) -> Reload:
