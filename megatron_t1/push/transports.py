@@ -221,6 +221,8 @@ class CollectiveTransport:
                 with ThreadPoolExecutor(1) as pool:
                     asked = pool.submit(self._ask, fanout, push, meeting, invitation)
                     fault = self._take_part({"invitation": invitation and asdict(invitation)})
+                    if fault and meeting:
+                        meeting.close()
                 faults = [fault for fault in self._ranks.to_0("stream", fault) if fault]
                 faults += self._drop_the_guilty(fanout, *asked.result())
                 arrived = not faults

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_t1.push import transports
-from megatron_t1.push.group import Group, Invitation, Wait
+from megatron_t1.push.group import Group, GroupError, Invitation, Wait
 from megatron_t1.push.ranks import NoServerError, SyncError
 from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.rollout.client import RolloutClient
@@ -159,10 +159,20 @@ def test_a_stream_that_breaks_is_sent_anew_by_another_group(
             return broadcast(group, *args)
 
         monkeypatch.setattr(Group, "broadcast", breaks_once)
-        version = sync.next_version()
+        version, joins = sync.next_version(), itertools.count()
         assert sync.push(version).failed == {}
         assert next(count) > 10
         assert_serves(client, model, version)
+
+        def comes_the_second_time(*args: Any) -> Group:
+            if next(joins) == 0:
+                raise GroupError("not at the first meeting")
+            return Group(*args)
+
+        monkeypatch.setattr(transports, "Group", comes_the_second_time)
+        sync._transport.close()
+        assert sync.push(version + 1).failed == {}
+        assert next(joins) == 2
 
         # Numbers that change after their digests were made are refused at the end, and the server is not asked again.
         deliver = sync._transport.deliver
@@ -173,11 +183,11 @@ def test_a_stream_that_breaks_is_sent_anew_by_another_group(
 
         monkeypatch.setattr(sync._transport, "deliver", corrupted)
         with pytest.raises(NoServerError, match=r"(?s)phase stream.*model.norm.weight \(from rank 0\)"):
-            sync.push(version + 1)
+            sync.push(version + 2)
         assert "unknown weights" in server.all[0].unusable
         server.all[0].unusable = None
         monkeypatch.setattr(sync._transport, "deliver", deliver)
-        assert sync.push(version + 1).failed == {}
+        assert sync.push(version + 2).failed == {}
 
 
 @pytest.mark.parametrize("mode", ["wait", "abort", "keep"])

@@ -151,17 +151,17 @@ def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutC
         # Killed before a push, which goes to the one that is left; started anew, and brought up before it is asked.
         group_signal(second, signal.SIGKILL)
         second.process.wait()
-        assert sync.push(5).failed == {}
-        (second,) = pair.revive()
-        assert pair.usable() == [first]
-        pair.wait_ready()
-        assert_serve(client, folders[0], 5, [first])
-        assert sync.bring_up() == [second.name]
-        assert_serve(client, folders[0], 5, [first, second])
-
-        # Killed while the weights stream into both: the other one gets them anew, in a group without it.
         pair.cfg = dataclasses.replace(through_host, transport="collective")
         with WeightSync(folder_pieces(folders[1]), pair.cfg, pair) as stream:
+            assert stream.push(5).failed == {}
+            (second,) = pair.revive()
+            assert pair.usable() == [first]
+            pair.wait_ready()
+            assert_serve(client, folders[1], 5, [first])
+            assert stream.bring_up() == [second.name]
+            assert_serve(client, folders[1], 5, [first, second])
+
+            # Killed while the weights stream into both: the other one gets them anew, in a group without it.
             with before("stream", stream, lambda: group_signal(first, signal.SIGKILL)):
                 report = stream.push(6)
             assert "phase stream" in report.failed[first.name]
