@@ -99,8 +99,7 @@ class WeightSync:
         written = time.monotonic()
         gathered = [iter(of_rank) for of_rank in self.ranks.to_0("write", digests)]
         owners = [part.rank for tensor in self.plan.tensors for part in tensor.parts] if gathered else []
-        # nccl makes no digests
-        self._digests = [digest for rank in owners if (digest := next(gathered[rank], None)) is not None]
+        self._digests = [next(gathered[rank]) for rank in owners]
         self._seconds = {"write": written - self._began, "ranks": time.monotonic() - written}
         self._version = version
         self._pending = self._deliver(version, self._live_servers())
