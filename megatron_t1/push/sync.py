@@ -174,9 +174,7 @@ class WeightSync:
     def _deliver(self, version: int, targets: list[Server]) -> Future[float]:
         """Runs the transport on a thread; returns once it reads no weight any more. The result is when it was done."""
         weights_free: Future[None] = Future()
-        if (
-            self.servers is not None
-        ):  # now, not on the thread: what is asked after this call is asked of the new weights
+        if self.servers is not None:  # not on the thread: what is asked from now on waits for the new weights
             self.servers.required_version, self.servers.pushing = version, True
 
         def run() -> float:
