@@ -17,7 +17,8 @@ from tests.test_docs import CONFIGS, ROOT, split, words_of
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 NOT_THERE = re.compile(
-    r"can't be read: No such file|must be a file|must be files that are there|names \$\w+, which the environment|needs the package"
+    r"can't be read: No such file|must be a file|must be files that are there|names \$\w+, which the environment|"
+    r"needs the package"
 )
 """Problems of a reader's own files, and of the shell's variables."""
 
@@ -40,16 +41,16 @@ def problems_of(words: list[str]) -> list[str]:
     """What is wrong with a `t1` command; its positional words are files of the reader's."""
     command, *rest = words
     cls = CONFIGS.get(command)
-    if cls is None or command in ("check", "grade", "logprobs"):
+    if cls is None or command in ("check", "grade", "logprobs", "replay"):
         rest = rest[next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest)) :]
     if cls is None or "..." in words or "examples/extend" in str(words):  # the last: tests/test_plugins.py
         return []
-    if command == "check":  # whose own options are argparse's, and are held to its help by test_docs
-        own = {f"--{name}" for name in ("for", *Machines.__dataclass_fields__)}
-        while taken := own & set(rest):
-            at = rest.index(taken.pop())
-            del rest[at : at + 2]
-        rest = [word for word in rest if word != "--dry-run"]
+    # Options that are argparse's are held to the help by test_docs.
+    own = {"check": {"--for", *(f"--{name}" for name in Machines.__dataclass_fields__)}, "replay": {"--step"}}
+    while taken := own.get(command, set()) & set(rest):
+        at = rest.index(taken.pop())
+        del rest[at : at + 2]
+    rest = [word for word in rest if word not in ("--dry-run", "--profile")]
     found = parse(cls, [word for word in rest if word not in ("--help", "--print_config")])[1]
     return [problem for problem in found if not NOT_THERE.search(problem) and " is not set" not in problem]
 

@@ -45,7 +45,7 @@ def dry_run(cfg: Config, command: str, machines: Machines, options: list[str]) -
     text = done.stdout
     model_dir = Path(cfg.model.hf_path)
     if command != "sft" and (model_dir / "config.json").is_file():
-        words = vllm_command(cfg.rollout, model_dir, host="NODE", port=0, device="cuda", transport="nccl")
+        words = vllm_command(cfg.rollout, model_dir, host="NODE", port=0, device="cuda")
         text += (
             "\n# each server that `t1 serve` starts on a node, with the key in its environment:\n"
             + shlex.join(words)

@@ -99,8 +99,7 @@ class WeightSync:
         written = time.monotonic()
         gathered = [iter(of_rank) for of_rank in self.ranks.to_0("write", digests)]
         owners = [part.rank for tensor in self.plan.tensors for part in tensor.parts] if gathered else []
-        # nccl makes no digests
-        self._digests = [digest for rank in owners if (digest := next(gathered[rank], None)) is not None]
+        self._digests = [next(gathered[rank]) for rank in owners]
         self._seconds = {"write": written - self._began, "ranks": time.monotonic() - written}
         self._version = version
         self._pending = self._deliver(version, self._live_servers())
@@ -175,9 +174,7 @@ class WeightSync:
     def _deliver(self, version: int, targets: list[Server]) -> Future[float]:
         """Runs the transport on a thread; returns once it reads no weight any more. The result is when it was done."""
         weights_free: Future[None] = Future()
-        if (
-            self.servers is not None
-        ):  # now, not on the thread: what is asked after this call is asked of the new weights
+        if self.servers is not None:  # not on the thread: what is asked from now on waits for the new weights
             self.servers.required_version, self.servers.pushing = version, True
 
         def run() -> float:

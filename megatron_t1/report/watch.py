@@ -6,6 +6,7 @@ shown without its control characters.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import deque
@@ -51,9 +52,10 @@ class Lines:
         self._at += len(whole) + len(newline)
         rows = []
         for line in whole.splitlines():
-            row = parse_json(line)
-            if isinstance(row, dict):
-                rows.append(row)
+            with contextlib.suppress(ValueError):  # a damaged line hides no other
+                row = parse_json(line)
+                if isinstance(row, dict):
+                    rows.append(row)
         return rows
 
 
@@ -84,7 +86,7 @@ class Run:
         """Reads what is new; returns the new steps."""
         found = []
         for stage, lines in self._lines.items():
-            if rows := lines.new():
+            if rows := [row for row in lines.new() if isinstance(row.get("step"), int)]:
                 if stage != self.stage:
                     self.stage, self.total = stage, self._steps(stage)
                     self.recent.clear()
@@ -141,9 +143,9 @@ class Run:
         """All of it."""
         parts: list[Any] = [Text(f"{self.folder.resolve().name}: {self.says()}", style="bold")]
         if self.recent:
-            parts += [self._numbers(), self._seconds()]
+            parts += [Text(), self._numbers(), Text(), self._seconds()]
         if self.status:
-            parts += [self._servers(), Text(self._rest())]
+            parts += [Text(), self._servers(), Text(), Text(self._rest())]
         for row in self.warnings:
             age = _time(max(0.0, time.time() - float(row.get("time", 0))))
             parts.append(Text(f"{age} ago: {_plain(row.get('text', ''))[:300]}", style="yellow"))

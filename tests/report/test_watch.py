@@ -61,6 +61,8 @@ def test_it_follows_a_run_and_a_resumed_one(run_dir: Path) -> None:
     run = Run(run_dir)
     assert len(run.look()) == 41
     assert run.look() == []
+    with (run_dir / "rl/metrics.jsonl").open("a") as file:
+        file.write('{"step": 40.5, "re\n[]\n{"reward": 1}\n')  # damaged
     append_jsonl(run_dir / "rl/metrics.jsonl", [step(41)])
     with (run_dir / "rl/metrics.jsonl").open("a") as file:
         file.write('{"step": 42, "rew')  # being written

@@ -42,6 +42,12 @@ def client(server: Servers, tiny_dir: Path):
 TINY_PROMPT = dataclasses.replace(prompt(0), token_ids=np.array([1]))  # fits the vocabulary of 9 of lying servers
 
 
+def test_a_server_says_how_full_its_cache_is(server: Servers) -> None:
+    usage = server.all[0].cache_usage()
+    assert usage is not None
+    assert 0 <= usage <= 1
+
+
 def ids_of(groups) -> list[list[list[int]]]:
     return [[sample.token_ids.tolist() for sample in group.samples] for group in groups]
 
