@@ -1,8 +1,10 @@
 """Weight push of a 0.5B Qwen2.5 shape (bf16, tied, 988 MB) from two trainer ranks into one and two CPU servers.
 
 Prints seconds by phase, their ratio to a memcpy of the same bytes between the same pushes, how long the trainer stalls
-(alone, and when it updates its EMA anchor meanwhile, as the RL loop does), and the peak of extra memory of a trainer
-rank. Needs about 10 GB of memory. `python benchmarks/weight_sync.py [--layouts tp2 pp2] [--transports shm tcp]`.
+(alone, and when it updates its EMA anchor meanwhile, as the RL loop does), and the peaks of private memory that pushes
+add to a trainer rank and to a server's process. Needs about 10 GB of memory.
+`python -m benchmarks.weight_sync [--layouts tp2 pp2] [--transports collective shm tcp]`; a server keeps the memory that
+it once had, so the transport that is to be measured comes first.
 """
 
 from __future__ import annotations
@@ -102,9 +104,9 @@ def train(rank: int, world_size: int, store: str, layout: str, cfg: RolloutConfi
                 average.lerp_(piece.view.float(), 0.01)
             anchor_s.append(time.perf_counter() - began)
             beside.append(sync.finish_push().stall_s)
-        with PeakMemory() as memory:
+        with PeakMemory(os.getpid()) as memory:
             sync.push(sync.next_version())
-        extra = torch.tensor([memory.peak - memory.start])
+        extra = torch.tensor([memory.extra])
         dist.all_reduce(extra, dist.ReduceOp.MAX)
         if rank == 0:
             report = sorted(reports, key=lambda r: r.total_s)[PUSHES // 2]
@@ -128,10 +130,18 @@ def train(rank: int, world_size: int, store: str, layout: str, cfg: RolloutConfi
 
 
 class PeakMemory:
-    """Peak of the private resident bytes of this process, sampled: pages of the shared file are not a rank's own."""
+    """What the private resident bytes of a process, or of any process of its group, grow by at most, sampled: pages of
+    the shared file are nobody's own."""
+
+    def __init__(self, pid: int, *, group: bool = False) -> None:
+        self._pids = [pid]
+        if group:
+            numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+            self._pids = [number for number in numbers if _group_of(number) == pid]
 
     def __enter__(self) -> PeakMemory:
-        self.start = self.peak = self._now()
+        self._start = self._now()
+        self.extra = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -143,23 +153,38 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stop.wait(0.005):
-            self.peak = max(self.peak, self._now())
+            grown = [now - start for now, start in zip(self._now(), self._start, strict=True)]
+            self.extra = max(self.extra, *grown)
 
-    @staticmethod
-    def _now() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+    def _now(self) -> list[int]:
+        return [_private_bytes(pid) for pid in self._pids]
+
+
+def _group_of(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def _private_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def loading_s(run_dir: Path) -> float:
     """Median seconds that the slowest server spent in vLLM's own loading and packing, from its log.
 
-    A tied head is packed when the update is finished, everything else when it is loaded.
+    A tied head is packed when the update is finished, everything else when it is loaded: while it arrives, over the
+    collective transport.
     """
     medians = []
     for log in run_dir.glob("logs/*.log"):
         text = log.read_text()
-        steps = [re.findall(rf"weights {word} in ([\d.]+) s", text)[-2 * PUSHES :] for word in ("loaded", "finished")]
+        steps = [
+            re.findall(rf"weights {word} in ([\d.]+) s", text)[-2 * PUSHES :]
+            for word in ("(?:received and )?loaded", "finished")
+        ]
         medians.append(statistics.median(float(load) + float(pack) for load, pack in zip(*steps, strict=True)))
     return max(medians)
 
@@ -167,7 +192,7 @@ def loading_s(run_dir: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layouts", nargs="+", default=["tp2", "pp2"], choices=["tp1", "tp2", "pp2"])
-    parser.add_argument("--transports", nargs="+", default=["shm", "tcp"], choices=["shm", "tcp"])
+    parser.add_argument("--transports", nargs="+", default=["collective", "shm", "tcp"])
     parser.add_argument("--servers", nargs="+", type=int, default=[1, 2])
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -201,21 +226,23 @@ def main() -> None:
             run_dir = Path(tmp) / f"run{num_servers}"
             with open_servers(cfg, model, run_dir) as servers:
                 urls = tuple(server.url for server in servers.all)
-                for layout, transport in itertools.product(args.layouts, args.transports):
+                for transport, layout in itertools.product(args.transports, args.layouts):
                     joined = RolloutConfig(
                         urls=urls, key_file=str(run_dir / "server_key"), device="cpu", transport=transport
                     )
                     name = f"{layout}-{transport}-{num_servers}"
                     world_size = 1 if layout == "tp1" else 2
                     train_args = (world_size, f"{tmp}/store-{name}", layout, joined, f"{tmp}/{name}.json")
-                    torch.multiprocessing.spawn(train, train_args, world_size)
+                    with PeakMemory(servers.all[0].process.pid, group=True) as memory:
+                        torch.multiprocessing.spawn(train, train_args, world_size)
                     row = json.loads(Path(f"{tmp}/{name}.json").read_text())
                     row["outside_s"] = row["total_s"] - row["seconds"]["finish"] - loading_s(run_dir)
+                    row["server_extra_bytes"] = memory.extra
                     rows.append(row)
                     print(json.dumps(rows[-1]), flush=True)
-    phases = ["write", "ranks", "init", "start", "receive", "pause", "load", "finish", "cache", "check", "resume"]
+    phases = ["write", "ranks", "start", "receive", "pause", "load", "meet", "stream", "finish"]
     head = [
-        "layout, servers",
+        "layout, transport, servers",
         "memcpy s",
         "total s",
         "x memcpy",
@@ -224,7 +251,8 @@ def main() -> None:
         "stall s",
         "stall s beside the anchor",
         "anchor s",
-        "extra MiB",
+        "extra MiB, rank",
+        "server",
         *phases,
     ]
     print("| " + " | ".join(head) + " |")
@@ -236,7 +264,7 @@ def main() -> None:
             f"| {row['layout']}, {row['servers']} | {memcpy:.3f} | {total:.2f} | {total / memcpy:.1f} | "
             f"{row['outside_s'] / memcpy:.1f} | {row['first_s']:.2f} | {row['stall_s']:.3f} | "
             f"{row['stall_beside_s']:.3f} | {row['anchor_s']:.3f} | "
-            f"{row['extra_bytes'] / 2**20:.0f} | {seconds} |"
+            f"{row['extra_bytes'] / 2**20:.0f} | {row['server_extra_bytes'] / 2**20:.0f} | {seconds} |"
         )
 
 

@@ -81,7 +81,7 @@ class Milestones:
     def kl_to_start(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
         """KL(policy || starting policy) in nats a sample, from the first sample of every prompt; {} when none is due.
 
-        Those are the policy's own samples, so that the mean of their log-ratios is unbiased (top_p and min_p aside).
+        On policy those are its own samples, so that the mean of their log-ratios is unbiased (top_p and min_p aside).
         """
         if not self.due(step):
             return {}

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_t1 import status
 from megatron_t1.config import Config
 from megatron_t1.data.template import Template
 from megatron_t1.data.tokenizer import hidden_ids
@@ -46,13 +47,14 @@ class Rank0:
 
 @contextmanager
 def open_rank0(
-    cfg: Config, template: Template, *, trainer_gpus: int = 0, trace: Trace | None = None
+    cfg: Config, template: Template, *, trainer_gpus: int = 0, trace: Trace | None = None, status_in: Path | None = None
 ) -> Iterator[Rank0]:
     """Start servers (or take those of `rollout.urls`), client and grader; end all of them on the way out.
 
     Args:
         trainer_gpus: the first GPUs of this host, which trainer ranks use (`gpus.of_trainer`).
         trace: where generation and grading are noted.
+        status_in: folder of the files that `t1 watch` reads.
     """
     model_dir = Path(cfg.model.hf_path)
     with ExitStack() as stack:
@@ -63,4 +65,6 @@ def open_rank0(
         trace = trace or Trace()
         client = stack.enter_context(RolloutClient(servers, template.tokenizer, vocab_size=vocab_size, trace=trace))
         stack.enter_context(frozen_heap())
+        if status_in is not None:
+            stack.enter_context(status.kept(status_in, servers, client, scorer))
         yield Rank0(servers, client, scorer, trace)

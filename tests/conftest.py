@@ -151,11 +151,9 @@ def vllm_forks() -> Iterator[Forks]:
 def fork_servers(vllm_forks: Forks) -> Callable[..., AbstractContextManager[Servers]]:
     """`open_servers` whose vLLM processes are forked; one that is started again is not."""
 
-    def fork(cfg: RolloutConfig, model_dir: Path, *, index, host, port, key, device, transport, log):
+    def fork(cfg: RolloutConfig, model_dir: Path, *, index, host, port, key, device, log):
         log.parent.mkdir(parents=True, exist_ok=True)
-        _, _, module, *options = launch.command(
-            cfg, model_dir, host=host, port=port, device=device, transport=transport
-        )
+        _, _, module, *options = launch.command(cfg, model_dir, host=host, port=port, device=device)
         env = launch.environment(cfg, index=index, key=key, device=device)
         return vllm_forks.start(module, *options, env=env, stdout=log)[0]
 

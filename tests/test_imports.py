@@ -16,6 +16,7 @@ PACKAGE = ROOT / "megatron_t1"
 # From the ground up: a part may import what stands on a line above its own, and any room's config.py: configs are
 # light, and the command line reads them before anything else.
 FLOORS = [
+    {"plugins"},
     {"types", "files", "fields", "stop", "warn", "reasoning"},
     {"lock", "trace"},
     {"platform"},
@@ -23,11 +24,13 @@ FLOORS = [
     {"weights", "rollout"},
     {"engine", "push"},
     {"config"},
-    {"rank0", "convert", "logprobs", "grade"},
+    {"status", "learner", "convert", "logprobs", "grade", "trackers"},
+    {"rank0"},
     {"evaluation"},
     {"report", "curate", "sft", "check", "milestones"},
     {"rl"},
-    {"synthesize", "pipeline"},
+    {"synthesize", "replay"},
+    {"pipeline"},
     {"cli"},
     {"__main__", "__init__"},
 ]

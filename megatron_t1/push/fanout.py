@@ -1,8 +1,8 @@
 """vLLM's weight-update calls, made on all servers at once, with a deadline and a record of what became of each.
 
 A server that fails is dropped from the push and the others go on; the push fails when none is left. What a failure
-leaves behind is known by phase: until the load begins the server holds the weights it held, after that nobody knows. A
-server on unknown weights is marked unusable, and never asked again before it was started anew.
+leaves behind is known by phase: until the load (or the stream) begins the server holds the weights it held, after that
+nobody knows. A server on unknown weights is marked unusable, and never asked again before it was started anew.
 """
 
 from __future__ import annotations
@@ -19,28 +19,26 @@ from megatron_t1.warn import warn
 
 
 class Fanout:
-    """Has the four methods of vLLM's `VLLMWeightSyncClient`, so that its own trainer engines can drive it too."""
-
     def __init__(self, servers: Servers) -> None:
         self.servers = servers
         self.targets: list[Server] = []
         self.version = 0
         self._introduced: set[Server] = set()
-        self._offsets: dict[Server, int] = {}
         self.failed: dict[str, str] = {}
         """Server name -> why it was dropped from the current push."""
         self._paused = False
+        self.mixed = False
+        """The servers still in the push hold a part of the new weights: whatever fails now leaves unknown ones."""
         self.seconds: dict[str, float] = {}
         """Phase -> wall seconds of the current push."""
 
     def open(self, version: int, targets: list[Server]) -> None:
-        """Begins a push into `targets`: from here on no server is asked for samples before it holds `version`."""
+        """Begins a push into `targets`."""
         self.version = version
-        self.servers.required_version = version
         self.targets = list(targets)
         self.failed = {}
         self.seconds = {}
-        self._paused = False
+        self._paused = self.mixed = False
         if not targets:
             raise NoServerError(f"push of version {version}: no server is alive:\n{self.servers.describe_failures()}")
 
@@ -50,79 +48,80 @@ class Fanout:
         self._paused = True
         self.each("pause", lambda server: self._post(server, f"/pause?mode={mode}"), spoils=False)
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Tells the servers that have not heard it yet where the weights will come from."""
+    def introduce(self, init_info: dict[str, Any]) -> None:
+        """Tells the servers that have not heard it yet what lies where, and which tensors will come."""
 
         def introduce(server: Server) -> None:
             if server not in self._introduced:
-                self._post(server, "/init_weight_transfer_engine", {"init_info": self._for(server, init_info)})
+                self._post(server, "/init_weight_transfer_engine", {"init_info": init_info})
                 self._introduced.add(server)
 
         self.each("init", introduce, spoils=False)
 
-    def receive(self, update_info: dict[str, Any]) -> None:
-        """Our own engine: has every server bring the bytes in and verify them. No weight is touched yet."""
+    def start(self) -> None:
         self.each("start", self._start, spoils=False)
-        update = {"update_info": {"step": "receive", **update_info}}
-        self.each("receive", lambda server: self._post(server, "/update_weights", update), spoils=False)
+
+    def receive(self, update_info: dict[str, Any]) -> None:
+        """Has every server bring the bytes in and verify them. No weight is touched yet."""
+        self.start()
+        update = {"step": "receive", **update_info}
+        self.each("receive", lambda server: self.update(server, update), spoils=False)
 
     def load(self) -> None:
-        """Our own engine: pauses the servers and has them load what they received."""
+        """Pauses the servers and has them load what they received."""
         self.pause()
-        self.each("load", lambda server: self._post(server, "/update_weights", {"update_info": {"step": "load"}}))
+        self.each("load", lambda server: self.update(server, {"step": "load"}))
 
-    def start_weight_update(self) -> None:
-        self.each("start", self._start)
+    def update(self, server: Server, update_info: dict[str, Any]) -> None:
+        self._post(server, "/update_weights", {"update_info": update_info})
 
-    def update_weights(self, update_info: Any) -> None:
-        self.each("update", lambda server: self._post(server, "/update_weights", {"update_info": update_info}))
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
+    def finish(self) -> None:
         """Puts the weights in force under this push's version, forgets the prefix cache, and lets requests go on."""
-        body = {"weight_version": weight_version or str(self.version)}
+        body = {"weight_version": str(self.version)}
         self.each("finish", lambda server: self._post(server, "/finish_weight_update", body))
         self.each("cache", self._reset_cache)
         self.each("check", self._check_version)
         self.each("resume", lambda server: self._post(server, "/resume"))
 
-    def count_workers(self) -> int:
-        """Workers of all servers in the push; from here on a `rank_offset` in an info is shifted for each server."""
-        self._offsets, total = {}, 0
-        for server in self.targets:
-            self._offsets[server] = total
-            total += int(self._get(server, "/get_world_size")["world_size"])
-        return total
+    def num_workers(self) -> list[int]:
+        """Of each server in the push."""
+        counted: dict[Server, int] = {}
 
-    def forget(self) -> None:
-        """The next `init_weight_transfer_engine` reaches every server again."""
-        self._introduced.clear()
+        def count(server: Server) -> None:
+            counted[server] = int(self._get(server, "/get_world_size")["world_size"])
+
+        self.each("workers", count, spoils=False)
+        return [counted[server] for server in self.targets]
 
     def each(self, phase: str, call: Callable[[Server], None], *, spoils: bool = True) -> None:
         """Runs `call` on all servers still in the push at once; drops those where it raises ServerError.
 
         `spoils`: a failure leaves unknown weights. Raises NoServerError when none is left.
         """
+        self.drop(phase, self.attempt(phase, call), spoils=spoils)
+
+    def attempt(self, phase: str, call: Callable[[Server], None]) -> dict[Server, ServerError]:
+        """The errors of `call`, run on all servers still in the push at once."""
         began = time.monotonic()
         targets = list(self.targets)
         with ThreadPoolExecutor(len(targets)) as pool:
             errors = list(pool.map(lambda server: _error_of(call, server), targets))
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
-        for server, error in zip(targets, errors, strict=True):
-            # vLLM's NCCL engine has a thread of its own for one of the calls: it may have dropped the server already.
-            if error is not None and server in self.targets:
-                self._drop(server, phase, error, spoils)
+        return {server: error for server, error in zip(targets, errors, strict=True) if error is not None}
+
+    def drop(self, phase: str, errors: dict[Server, ServerError], *, spoils: bool) -> None:
+        """Leaves these servers out. Raises NoServerError when none is left."""
+        for server, error in errors.items():
+            self._drop(server, phase, error, spoils or self.mixed)
         if not self.targets:
             reasons = "\n".join(self.failed.values())
             raise NoServerError(f"push of version {self.version} reached no server:\n{reasons}")
 
-    def lose_all(self, phase: str, reason: Exception, *, spoils: bool) -> NoReturn:
+    def lose_all(self, phase: str, reason: str, *, spoils: bool) -> NoReturn:
         """Drops all servers still in the push, for a failure that does not say whose it is; raises NoServerError."""
-
-        def lose(server: Server) -> None:
-            raise ServerError(f"server {server.name}: {reason!r}")
-
-        self.each(phase, lose, spoils=spoils)
-        raise AssertionError("`each` raises when no server is left")
+        errors = {server: ServerError(f"server {server.name}: {reason}") for server in self.targets}
+        self.drop(phase, errors, spoils=spoils)
+        raise AssertionError("`drop` raises when no server is left")
 
     def _drop(self, server: Server, phase: str, error: ServerError, spoils: bool) -> None:
         message = f"push of version {self.version}, phase {phase}: {error}"
@@ -143,13 +142,8 @@ class Fanout:
             if "already active" not in str(error):
                 raise
             # A trainer died in its push, or one of this server's workers refused what another one took.
-            _error_of(lambda s: self._post(s, "/update_weights", {"update_info": {"step": "cancel"}}), server)
+            _error_of(lambda s: self.update(s, {"step": "cancel"}), server)
             self._post(server, "/start_weight_update")
-
-    def _for(self, server: Server, info: dict[str, Any]) -> dict[str, Any]:
-        if "rank_offset" not in info:
-            return info
-        return info | {"rank_offset": info["rank_offset"] + self._offsets[server]}
 
     def _post(self, server: Server, path: str, body: Any = None) -> Any:
         return server.call("POST", path, body, timeout_s=self.servers.cfg.sync_timeout_s)

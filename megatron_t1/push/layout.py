@@ -57,10 +57,13 @@ class PieceSpec:
     def shape(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
 
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The piece, aliasing the whole `tensor`."""
+        return tensor[tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))]
+
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The piece, aliasing `buffer`."""
-        index = tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
-        return self.tensor.view(buffer)[index]
+        return self.of(self.tensor.view(buffer))
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class Layout:
                 start, stop = zip(*part.index, strict=True) if part.index else ((), ())
                 pieces.append(PieceSpec(spec, tuple(start), tuple(stop), part.rank))
         return cls(tensors, pieces, offset)
+
+    @property
+    def owners(self) -> list[int]:
+        """The trainer ranks that write any piece, in order; 0 is one of them."""
+        return sorted({piece.rank for piece in self.pieces})
 
     def of_rank(self, rank: int) -> list[PieceSpec]:
         """The pieces that a trainer rank writes, in the plan's order."""

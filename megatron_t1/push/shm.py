@@ -1,7 +1,7 @@
 """A push through one shared file, both ends: every rank writes its pieces, every server on the host maps it.
 
 The file lives in /dev/shm, mode 0600, as large as the model, and stays between pushes: the second push then touches no
-new page, and a server that joins late can be brought up from it. Left out: other hosts (transport tcp or nccl).
+new page, and a server that joins late can be brought up from it. Left out: other hosts (transport tcp or collective).
 """
 
 from __future__ import annotations

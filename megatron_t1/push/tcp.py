@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import torch
 
@@ -24,11 +25,10 @@ CHUNK_BYTES = 16 << 20
 _MAX_FETCHES = 16
 
 
-class PieceServer:
-    """Serves one rank's pieces from its construction until `close`; every connection on a thread of its own."""
+class TokenServer:
+    """Answers whoever brings `token`, every connection on a thread of its own, from its construction until `close`."""
 
-    def __init__(self, views: list[tuple[torch.Tensor, PieceSpec]], host: str, token: str, timeout_s: float) -> None:
-        self._views = views
+    def __init__(self, host: str, token: str, timeout_s: float) -> None:
         self._token = token.encode()
         self._timeout_s = timeout_s
         self._listener = socket.create_server((host, 0), backlog=128)
@@ -36,20 +36,23 @@ class PieceServer:
         self._acceptor = threading.Thread(target=self._accept, name="pieces", daemon=True)
         self._acceptor.start()
 
+    def _answer(self, connection: socket.socket) -> None:
+        raise NotImplementedError
+
     @property
     def address(self) -> tuple[str, int]:
         host, port = self._listener.getsockname()[:2]
         return host, port
 
     def close(self) -> None:
-        """Ends all connections; when it returns, nothing reads the weights any more."""
+        """Ends all connections; when it returns, none is answered any more."""
         _end(self._listener)
         self._acceptor.join()
         for connection, thread in self._connections:
             _end(connection)
             thread.join()
 
-    def __enter__(self) -> PieceServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,16 +69,26 @@ class PieceServer:
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        # The worker reports what went wrong: it is the one that misses bytes.
+        # Who asks reports what went wrong: it is the one that misses bytes.
         with connection, contextlib.suppress(OSError, EOFError):
             connection.settimeout(self._timeout_s)
             given = bytearray(len(self._token))
             _receive(connection, memoryview(given))
-            if not hmac.compare_digest(given, self._token):
-                return
-            for view, piece in self._views:
-                for chunk in _chunks(view.reshape(piece.shape)):
-                    connection.sendall(bytes_of(chunk.detach().contiguous().cpu()))
+            if hmac.compare_digest(given, self._token):
+                self._answer(connection)
+
+
+class PieceServer(TokenServer):
+    """Serves one rank's pieces; once it is closed, nothing reads the weights any more."""
+
+    def __init__(self, views: list[tuple[torch.Tensor, PieceSpec]], host: str, token: str, timeout_s: float) -> None:
+        self._views = views
+        super().__init__(host, token, timeout_s)
+
+    def _answer(self, connection: socket.socket) -> None:
+        for view, piece in self._views:
+            for chunk in _chunks(view.reshape(piece.shape)):
+                connection.sendall(bytes_of(chunk.detach().contiguous().cpu()))
 
 
 def fetch(

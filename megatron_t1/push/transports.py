@@ -3,17 +3,16 @@
 `prepare` runs on every rank and returns the digests of this rank's pieces; `deliver` brings the weights into the
 servers through the `Fanout` that rank 0 holds, and says when it reads the trainer's parameters no more.
 
-| transport | bytes travel                                    | proof before loading | the trainer stalls      |
-|-----------|-------------------------------------------------|----------------------|-------------------------|
-| shm       | one file of the host, written by all ranks      | a digest per piece   | while it writes         |
-| tcp       | from each rank what it owns, to every worker    | a digest per piece   | until they have arrived |
-| nccl      | vLLM's NCCL broadcast from rank 0's GPU         | none but vLLM's own  | until all answered      |
+| transport  | bytes travel                                  | a failure meanwhile leaves | the trainer stalls      |
+|------------|-----------------------------------------------|----------------------------|-------------------------|
+| shm        | one file of the host, written by all ranks    | the old weights            | while it writes         |
+| tcp        | from each rank what it owns, to every worker  | the old weights            | until they have arrived |
+| collective | each rank broadcasts what it owns, in buckets | unknown weights            | until they are loaded   |
 
-shm and tcp serve CUDA servers too, through host memory. `nccl` stands on vLLM's own trainer engine and has not been
-run: it takes two GPUs; its messages are checked against vLLM's classes. Left out: CUDA IPC, which needs trainer and
-server on the same GPU and travels over HTTP as a pickle; and NCCL M2N, whose placements can't express pipeline or
-expert parallelism, and whose worker takes the ranks after the trainer's for one server's, so that it can't serve
-several.
+All prove every piece by a digest before the weights are in force, and all serve CUDA servers; `collective` alone does
+so without a copy in the host's memory, over NCCL, which takes two GPUs and has not been run. Left out: CUDA IPC, which
+needs trainer and server on the same GPU and travels over HTTP as a pickle; vLLM's own NCCL engine, which gathers on one
+rank and proves nothing; and NCCL M2N, whose placements can't express pipeline or expert parallelism.
 """
 
 from __future__ import annotations
@@ -21,28 +20,28 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
 
+from megatron_t1.push import collective
 from megatron_t1.push.digests import digest, digest_kind
 from megatron_t1.push.fanout import Fanout
-from megatron_t1.push.layout import Layout
+from megatron_t1.push.group import BROKE, Group, GroupError, Invitation, Meeting
+from megatron_t1.push.layout import Layout, PieceSpec
 from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
 from megatron_t1.push.shm import SharedFile
 from megatron_t1.push.tcp import PieceServer
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.launch import own_address, reserve_port
-from megatron_t1.servers.server import Server
+from megatron_t1.servers.launch import own_address
+from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.weights.plan import Plan
-
-_NCCL_BUFFER_BYTES = 256 << 20
-"""vLLM's 1 GiB costs rank 0 up to 10 GB and each worker 5 GB: two of them, and their parts put together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +72,8 @@ def open_transport(plan: Plan, layout: Layout, ranks: Ranks, cfg: RolloutConfig,
         ValueError: shm was asked for, and the trainer's ranks are on several hosts.
     """
     name = ranks.from_0("set-up", servers and servers.transport)
-    if name == "nccl":
-        return NcclTransport(plan, ranks)
+    if name == "collective":
+        return CollectiveTransport(plan, layout, ranks)
     if name == "shm" and not ranks.on_one_host:
         if cfg.transport == "shm":
             raise ValueError("rollout.transport = shm must be tcp: the trainer's ranks are on several hosts")
@@ -97,10 +96,10 @@ class ShmTransport:
         push.weights_free()
         if fanout is not None:
             fanout.open(push.version, push.targets)
-            fanout.init_weight_transfer_engine(self._init_info)
+            fanout.introduce(self._init_info)
             fanout.receive({"digests": push.digests})
             fanout.load()
-            fanout.finish_weight_update()
+            fanout.finish()
 
     def close(self) -> None:
         self.file.close()
@@ -113,21 +112,21 @@ class TcpTransport:
         self._init_info = {"timeout_s": ranks.timeout_s, **layout.to_json()}
 
     def prepare(self) -> list[str]:
-        return [digest(view, digest_kind(view, piece.shape)) for view, piece in self._views]
+        return _digests(self._views)
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
         begun = None
         try:
             if fanout is not None:
                 fanout.open(push.version, push.targets)
-                fanout.init_weight_transfer_engine(self._init_info)
+                fanout.introduce(self._init_info)
                 begun = [secrets.token_urlsafe(32), [_host(server) for server in fanout.targets]]
         finally:
             begun = self._ranks.from_0("start", begun)
         if begun is None:
             return
         token, hosts = begun
-        with PieceServer(self._views, self._listen_at(hosts), token, self._ranks.timeout_s) as server:
+        with PieceServer(self._views, _listen_at(self._ranks, hosts), token, self._ranks.timeout_s) as server:
             addresses = self._ranks.to_0("listen", server.address)
             try:
                 if fanout is not None:
@@ -141,142 +140,166 @@ class TcpTransport:
         push.weights_free()
         if fanout is not None:
             fanout.load()
-            fanout.finish_weight_update()
+            fanout.finish()
 
     def close(self) -> None:
         pass
 
-    def _listen_at(self, server_hosts: list[str]) -> str:
-        """Where this rank listens: the loopback address, unless servers or ranks are on other hosts."""
-        others = list(server_hosts)
-        if not self._ranks.on_one_host:
-            others.append(os.environ["MASTER_ADDR"])
-        addresses = [own_address(towards=host) for host in others]
-        return next((address for address in addresses if not address.startswith("127.")), addresses[0])
 
+class CollectiveTransport:
+    """The group of one push stays for the next ones, until a member is lost or other servers are to be reached."""
 
-class NcclTransport:
-    def __init__(self, plan: Plan, ranks: Ranks) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, layout: Layout, ranks: Ranks) -> None:
+        self._layout = layout
+        self._views = layout.views(plan)
         self._ranks = ranks
-        self._engine: Any = None
-        self._source: Any = None
-        self._members: list[Server] = []
+        self._init_info = layout.to_json()
+        # Of a meeting, and of a stream: a server can then say within its phase's deadline that they failed.
+        self._timeout_s = ranks.timeout_s / 2
+        self._group: Group | None = None
+        # On rank 0: how many workers of which servers were invited into the group, and with which token.
+        self._workers: dict[Server, int] = {}
+        self._token = ""
 
     def prepare(self) -> list[str]:
-        if torch.cuda.is_available():
-            # vLLM reads the parameters on streams that do not wait for the one that still writes the new ones.
-            torch.cuda.synchronize()
-        return []
+        return _digests(self._views)
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
-        meeting: Any = "failed"
-        try:
-            if fanout is not None:
-                fanout.open(push.version, push.targets)
-                fanout.pause()
-                # The group of the first push stays, until a server joined or left.
-                meeting = None if fanout.targets == self._members else self._new_meeting(fanout)
-        finally:
-            meeting = self._ranks.from_0("start", meeting)
-        if meeting == "failed":
-            return
-        if meeting is not None and not self._meet(fanout, push, *meeting):
-            return
-        # NCCL itself waits for a dead worker without end; aborting the group lets the broadcast return.
-        watchdog = threading.Timer(self._ranks.timeout_s, self.close)
-        watchdog.start()
-        try:
-            self._source.items = None
-            self._engine.send_weights()
-        except Exception as error:
-            self.close()
-            lost_a_rank = isinstance(error, SyncError) and not isinstance(error, NoServerError)
-            if fanout is not None and not lost_a_rank:
-                self._source.drain()
-                if fanout.targets:
-                    fanout.lose_all("broadcast", error, spoils=True)
-            if isinstance(error, SyncError):
-                raise
-            raise SyncError(f"push of version {push.version}, NCCL broadcast: {error!r}") from error
-        finally:
-            watchdog.cancel()
-
-    def _meet(self, fanout: Fanout | None, push: Push, host: str, port: int, world_size: int) -> bool:
-        """Makes a new group; False where rank 0 could not. A rank that went on alone would wait for ever for rank 0 to
-        gather what it sends."""
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        self.close()
-        info = NCCLTrainerInitInfo(
-            master_address=host,
-            master_port=port,
-            world_size=world_size,
-            rank=self._plan.rank,
-            packed_buffer_size_bytes=_NCCL_BUFFER_BYTES,
-        )
-        failure = None
-        try:
-            self._source = _nccl_source(self._plan)
-            self._engine = WeightTransferTrainerFactory.trainer_init(
-                info,
-                client=fanout,  # type: ignore[arg-type]
-                source=self._source,
-            )
-            self._members = list(fanout.targets) if fanout is not None else []
-        except Exception as error:  # of NCCL, of the store where its members meet, or of a server
-            failure = error
-        met: bool = self._ranks.from_0("meeting", failure is None)
-        if failure is None:
-            return met
-        self.close()
-        if isinstance(failure, SyncError):
-            raise failure
         if fanout is not None:
-            fanout.lose_all("meeting", failure, spoils=False)
-        raise SyncError(f"push of version {push.version}, NCCL meeting: {failure!r}") from failure
+            self._lead(fanout, push)
+            return
+        # Rank 0 says why it began no further attempt: in `WeightSync.finish_push`.
+        while (call := self._ranks.from_0("start", None)) is not None:
+            self._ranks.to_0("stream", self._take_part(call))
+            if self._ranks.from_0("verdict", None):
+                push.weights_free()
+                return
+            self.close()
 
     def close(self) -> None:
-        self._members = []
-        if self._engine is not None:
-            self._engine.shutdown()
+        if self._group is not None:
+            self._group.close()
+        self._group = None
 
-    def _new_meeting(self, fanout: Fanout) -> tuple[str, int, int]:
-        """Rendezvous address and size of a new group: trainer rank 0 and every worker of every server."""
-        fanout.forget()
-        with reserve_port("", 0) as holder:
-            port = holder.getsockname()[1]
-        return own_address(towards=_host(fanout.targets[0])), port, 1 + fanout.count_workers()
+    def _lead(self, fanout: Fanout, push: Push) -> None:
+        """Rank 0: as many attempts as servers are lost in, each with a new group, and one more."""
+        in_vain = 0
+        try:
+            fanout.open(push.version, push.targets)
+            fanout.introduce(self._init_info)
+            fanout.pause()
+            while True:
+                num_before = len(fanout.targets)
+                faults = self._attempt(fanout, push)
+                if not faults:
+                    break
+                in_vain += len(fanout.targets) == num_before
+                if in_vain == 2:
+                    fanout.lose_all("stream", "; ".join(faults), spoils=False)
+        except SyncError as error:
+            self.close()
+            if fanout.targets and not isinstance(error, NoServerError):
+                with contextlib.suppress(NoServerError):  # a rank was lost, and is what is to be said
+                    fanout.lose_all("stream", str(error), spoils=False)
+            with contextlib.suppress(SyncError):
+                self._ranks.from_0("start", None)
+            raise
+        push.weights_free()
+        fanout.finish()
 
-
-def _nccl_source(plan: Plan) -> Any:
-    """The plan as vLLM's WeightSource: whole tensors on rank 0's device, one after the other."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-    class PlanSource(WeightSource):
-        items: Iterator[tuple[str, torch.Tensor]] | None = None
-        """What is left of the present push's iteration."""
-
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(tensor.name, tensor.dtype, tensor.shape) for tensor in plan.tensors]
-
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            self.items = self._gather()
-            return self.items
-
-        def _gather(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _attempt(self, fanout: Fanout, push: Push) -> list[str]:
+        """Rank 0: streams the weights into all servers at once; returns what broke the group, [] when nothing did."""
+        fanout.start()
+        arrived = False
+        with contextlib.ExitStack() as stack:
+            meeting, invitation = None, None
+            if self._group is None or fanout.targets != list(self._workers):
+                meeting, invitation = self._invite(fanout)
+                stack.enter_context(meeting)
+            self._ranks.from_0("start", {"invitation": invitation and asdict(invitation)})
             try:
-                yield from plan.gather(device=torch.accelerator.current_accelerator() or "cpu")
-            except RuntimeError as error:
-                raise SyncError(f"weight push, NCCL: a trainer rank could not be reached: {error}") from error
+                with ThreadPoolExecutor(1) as pool:
+                    asked = pool.submit(self._ask, fanout, push, meeting, invitation)
+                    fault = self._take_part({"invitation": invitation and asdict(invitation)})
+                    if fault and meeting:
+                        meeting.close()
+                faults = [fault for fault in self._ranks.to_0("stream", fault) if fault]
+                faults += self._drop_the_guilty(fanout, *asked.result())
+                arrived = not faults
+            finally:
+                with contextlib.suppress(*[] if arrived else [SyncError]):
+                    self._ranks.from_0("verdict", arrived)
+        if faults:
+            self.close()
+        return faults
 
-        def drain(self) -> None:
-            """Rank 0: takes what the other ranks still send, so that a push without servers ends for them too."""
-            for _ in self.items or iter(self):
-                pass
+    def _invite(self, fanout: Fanout) -> tuple[Meeting, Invitation]:
+        """Rank 0: opens the meeting of a new group."""
+        self._workers = dict(zip(fanout.targets, fanout.num_workers(), strict=True))
+        size = len(self._layout.owners) + sum(self._workers.values())
+        device = "cuda" if torch.cuda.is_available() and fanout.servers.device == "cuda" else "cpu"
+        host = _listen_at(self._ranks, [_host(server) for server in fanout.targets])
+        self._token = secrets.token_urlsafe(32)
+        meeting = Meeting(host, self._token, self._timeout_s)
+        return meeting, Invitation(*meeting.address, self._token, size, device, self._timeout_s)
 
-    return PlanSource()
+    def _ask(
+        self, fanout: Fanout, push: Push, meeting: Meeting | None, invitation: Invitation | None
+    ) -> tuple[str, dict[Server, ServerError]]:
+        """Rank 0, beside its own broadcasts: the calls of the servers; their last phase, and its errors."""
+        if meeting is not None and invitation is not None:
+            first = dict(
+                zip(self._workers, accumulate([len(self._layout.owners), *self._workers.values()]), strict=False)
+            )
+
+            def join(server: Server) -> None:
+                info = {"step": "join", "invitation": asdict(invitation), "first_member": first[server]}
+                try:
+                    fanout.update(server, info)
+                except ServerError:
+                    meeting.close()  # the others need not wait for this one
+                    raise
+
+            if errors := fanout.attempt("meet", join):
+                return "meet", errors
+        fanout.mixed = True
+        info = {"step": "stream", "digests": push.digests, "token": self._token}
+        return "stream", fanout.attempt("stream", lambda server: fanout.update(server, info))
+
+    def _take_part(self, call: dict[str, Any]) -> str | None:
+        """This rank's own broadcasts, if it owns anything; returns what broke them."""
+        owners = self._layout.owners
+        if self._ranks.rank not in owners:
+            return None
+        try:
+            if call["invitation"]:
+                self.close()
+                self._group = Group(Invitation(**call["invitation"]), owners.index(self._ranks.rank))
+            assert self._group is not None
+            collective.send(self._group, self._layout, self._views)
+        except GroupError as error:
+            self.close()
+            return f"trainer rank {self._ranks.rank}: {error}"
+        return None
+
+    def _drop_the_guilty(self, fanout: Fanout, phase: str, errors: dict[Server, ServerError]) -> list[str]:
+        """Leaves out the servers that are gone or failed by themselves; returns what the others say."""
+        innocent = {server: error for server, error in errors.items() if BROKE in str(error) and server.healthy()}
+        fanout.drop(phase, {s: error for s, error in errors.items() if s not in innocent}, spoils=False)
+        return [str(error) for error in (errors if phase == "meet" else innocent).values()]
+
+
+def _digests(views: list[tuple[torch.Tensor, PieceSpec]]) -> list[str]:
+    return [digest(view, digest_kind(view, piece.shape)) for view, piece in views]
+
+
+def _listen_at(ranks: Ranks, server_hosts: list[str]) -> str:
+    """Where a rank listens: the loopback address, unless servers or ranks are on other hosts."""
+    others = list(server_hosts)
+    if not ranks.on_one_host:
+        others.append(os.environ["MASTER_ADDR"])
+    addresses = [own_address(towards=host) for host in others]
+    return next((address for address in addresses if not address.startswith("127.")), addresses[0])
 
 
 def _host(server: Server) -> str:

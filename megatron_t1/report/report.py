@@ -64,6 +64,7 @@ def write_report(run_dir: Path) -> Path:
             "evaluate/*/*/summary.json, scaling/*/points.json is there; give a run's run_dir"
         )
     summary = _read_json(run_dir / "summary.json") or {}
+    samples = [*_eval_samples(responses), *_rl_samples(run_dir)]
     html = render(
         "report.html.j2",
         name=run_dir.resolve().name,
@@ -83,7 +84,8 @@ def write_report(run_dir: Path) -> Path:
         published=published(list(evals.values())),
         stages={stage: plots.learning_curves(rows) for stage, rows in metrics.items() if rows},
         kl_plot=plots.reward_against_kl(metrics["rl"]),
-        samples=[*_eval_samples(responses), *_rl_samples(run_dir)],
+        samples=samples,
+        penalties=sorted({name for row in samples for name in row["reward"].get("penalties") or ()}),
         seconds=summary.get("seconds", {}),
         idle=_idle(metrics["rl"]),
         wasted=_wasted(metrics["rl"]),

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_t1.fields import FieldError, above, at_least, within
+from megatron_t1.fields import above, at_least, known, within
+from megatron_t1.plugins import Registry
 from megatron_t1.reward.answers import extract
 from megatron_t1.types import FinishReason
 
@@ -66,9 +67,8 @@ class PenaltyConfig:
     """Perplexity: the same bound for the worst window, where a good response has run into soup."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.enabled) - set(PENALTIES)
-        if unknown:
-            raise FieldError("enabled", self.enabled, f"has {sorted(unknown)}; choose from {sorted(PENALTIES)}")
+        for name in self.enabled:
+            known(self, "enabled", PENALTIES, name)
         at_least(self, 1, "max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size")
         at_least(self, 1, "nll_window")
         at_least(self, 0, "max_ngram_repeats", "max_foreign_letters")
@@ -78,7 +78,7 @@ class PenaltyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What a penalty sees."""
+    """What a penalty or a verifier sees."""
 
     text: str
     prompt: str | None = None
@@ -92,13 +92,9 @@ class Response:
 
 
 Penalty = Callable[[PenaltyConfig, Response], "str | None"]
-PENALTIES: dict[str, Penalty] = {}
-
-
-def penalty(function: Penalty) -> Penalty:
-    """Register a penalty under its function's name."""
-    PENALTIES[function.__name__] = function
-    return function
+PENALTIES: Registry[Penalty] = Registry("penalty", in_graders=True)
+penalty = PENALTIES.add
+"""Registers a penalty under its function's name."""
 
 
 def find_penalties(cfg: PenaltyConfig, response: Response) -> dict[str, str]:

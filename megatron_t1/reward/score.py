@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_t1.reward.answers.verify import Verdict
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.penalties import mean_and_worst_nll
 from megatron_t1.reward.processes.grader import Graded
 from megatron_t1.reward.processes.pool import Pool
-from megatron_t1.types import Prompt, Reward, Sample
+from megatron_t1.types import Prompt, Reward, Sample, Verdict
 from megatron_t1.warn import warn
 
 _FAILURES = ("no_answer", "timeout", "crash")
@@ -45,8 +44,9 @@ class Scorer:
         explain: bool = False,
         hidden_ids: Sequence[int] = (),
     ):
-        """`grading`: the module with `grade_task` and `warm_up` that the processes run; `explain`: reasons say what
-        was read and by which rules gold and answer are equal or not; `hidden_ids`: tokens that leave no text."""
+        """`grading`: the module with `grade_task`, `prepare` and `warm_up` that the processes run; `explain`: reasons
+        say what was read and by which rules gold and answer are equal or not; `hidden_ids`: tokens that leave no
+        text."""
         self.cfg = cfg
         self._hidden_ids = np.array(hidden_ids, np.int64)
         self._without_logprobs = False  # and said so
@@ -56,7 +56,7 @@ class Scorer:
         self._failures_in_a_row = 0
         num_workers = cfg.num_workers or min(8, os.cpu_count() or 1)
         self._pool = Pool(grading, num_workers, cfg.deadline_s, cfg.memory_mb << 20, cfg.tasks_per_worker)
-        self._penalties = json.dumps(asdict(cfg.penalties))
+        self._deciding = json.dumps(cfg.deciding())
 
     def __enter__(self) -> Scorer:
         return self
@@ -128,9 +128,8 @@ class Scorer:
             "num_hidden_tokens": int(np.isin(sample.token_ids[:-1], self._hidden_ids).sum()),
             "nll": mean_and_worst_nll(sample.logprobs, own.nll_window) if known else None,
             "question": prompt.text,
-            "refuse_copies": self.cfg.refuse_copies,
             "explain": self._explain,
-            "penalties": self._penalties,
+            "config": self._deciding,
         }
 
     def _reward(self, graded: Graded) -> Reward:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from megatron_t1.fields import FieldError, above, at_least, http_only
 
-Transport = Literal["shm", "tcp", "nccl"]
-HOST_BACKEND = "t1_host"
-"""Name, inside vLLM, of our own weight-transfer backend: what carries `shm` and `tcp`."""
+Transport = Literal["shm", "tcp", "collective"]
+BACKEND = "t1"
+"""Name, inside vLLM, of our own weight-transfer backend: the receiving end of every transport."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -57,8 +57,8 @@ class RolloutConfig:
     kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
-    """How new weights reach the servers. auto: nccl on CUDA; on CPU and with share_gpus shm, or tcp when trainer or
-    servers span hosts. See `megatron_t1.push.transports`."""
+    """How new weights reach the servers. auto: collective (broadcasts over NCCL) on CUDA; on CPU and with share_gpus
+    shm, or tcp when trainer or servers span hosts. See `megatron_t1.push.transports`."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""
@@ -96,8 +96,8 @@ class RolloutConfig:
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise FieldError("gpu_memory_utilization", self.gpu_memory_utilization, "must lie in (0, 1]")
-        if self.share_gpus and self.transport == "nccl":
-            raise FieldError("transport", "nccl", "must be auto, shm or tcp with rollout.share_gpus")
+        if self.share_gpus and self.transport == "collective":
+            raise FieldError("transport", "collective", "must be auto, shm or tcp with rollout.share_gpus")
         if self.await_servers and self.urls:
             raise FieldError("await_servers", self.await_servers, "and rollout.urls exclude each other")
         http_only(self, "urls")

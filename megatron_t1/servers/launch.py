@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from megatron_t1.files import read_json
-from megatron_t1.servers.config import HOST_BACKEND, RolloutConfig
+from megatron_t1.servers.config import BACKEND, RolloutConfig
 from megatron_t1.servers.guard import KEY_ENV
 from megatron_t1.servers.server import ServerError
 
@@ -54,7 +54,6 @@ def launch(
     port: int,
     key: str,
     device: str,
-    transport: str,
     log: Path,
 ) -> subprocess.Popen[bytes]:
     """Starts server `index` as a process group of its own that ends when this process does; appends to `log`."""
@@ -62,7 +61,7 @@ def launch(
     supervisor = [sys.executable, "-m", "megatron_t1.servers.die_with_parent", str(os.getpid())]
     with log.open("ab") as file:
         return subprocess.Popen(
-            [*supervisor, *command(cfg, model_dir, host=host, port=port, device=device, transport=transport)],
+            [*supervisor, *command(cfg, model_dir, host=host, port=port, device=device)],
             env=environment(cfg, index=index, key=key, device=device),
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -71,7 +70,7 @@ def launch(
         )
 
 
-def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device: str, transport: str) -> list[str]:
+def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device: str) -> list[str]:
     """The vLLM command line. The key is not on it: it is in the environment."""
     options: dict[str, Any] = {
         "model": str(model_dir),
@@ -87,7 +86,7 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         "enable-prefix-caching": True,
         "enable-scale-out": True,
         "generation-config": "vllm",
-        "weight-transfer-config": {"backend": HOST_BACKEND if transport in ("shm", "tcp") else transport},
+        "weight-transfer-config": {"backend": BACKEND},
         "middleware": "megatron_t1.servers.guard.KeyGuard",
         "disable-uvicorn-access-log": True,
     }

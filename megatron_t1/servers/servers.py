@@ -49,17 +49,17 @@ class Servers:
         """Version that a server must hold to be asked; None: the newest that any holds. Set by every weight push."""
         self.pushing = False
         """A weight push is under way: no server is usable until it ends, and whoever asks should wait."""
-        self._source = source_of(cfg, self.model_dir, self.run_dir, self.device, self.transport)
+        self._source = source_of(cfg, self.model_dir, self.run_dir, self.device)
         if self.device == "cuda" and isinstance(self._source, LocalServers) and not cfg.share_gpus:
             _refuse_overlap(cfg, trainer_gpus)
 
     @property
     def transport(self) -> Transport:
-        """How new weights will reach them (`push/transports.py`): servers are started for it."""
+        """How new weights will reach them (`push/transports.py`)."""
         if self.cfg.transport != "auto":
             return self.cfg.transport
         if self.device == "cuda" and not self.cfg.share_gpus:
-            return "nccl"
+            return "collective"
         return "shm" if all_on_this_host(self.cfg) else "tcp"
 
     def start(self) -> Servers:

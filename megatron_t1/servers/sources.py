@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megatron_t1.servers.config import RolloutConfig, Transport
+from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import KEY_FILE, REMOTE_KEY_ENV, new_key, read_key, shared_key
 from megatron_t1.servers.launch import end_group, launch, public_address, reserve_port, signal_group
 from megatron_t1.servers.registry import Entry, Registry
@@ -49,9 +49,8 @@ class Source:
 class LocalServers(Source):
     """vLLM processes of this host, ended by `close`."""
 
-    def __init__(self, cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> None:
-        self._cfg, self._model_dir, self._run_dir = cfg, model_dir, run_dir
-        self._device, self._transport = device, transport
+    def __init__(self, cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str) -> None:
+        self._cfg, self._model_dir, self._run_dir, self._device = cfg, model_dir, run_dir, device
         self._host = public_address() if cfg.host == "auto" else cfg.host
         self._key = ""
         self._reserved: list[socket.socket] = []
@@ -111,7 +110,6 @@ class LocalServers(Source):
             port=port,
             key=self._key,
             device=self._device,
-            transport=self._transport,
             log=log,
         )
         return Server(url=f"http://{self._host}:{port}", key=self._key, process=process, log_path=log)
@@ -169,12 +167,12 @@ class AnnouncedServers(Source):
         return fresh
 
 
-def source_of(cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str, transport: Transport) -> Source:
+def source_of(cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str) -> Source:
     if cfg.urls:
         return GivenServers(cfg)
     if cfg.await_servers:
         return AnnouncedServers(cfg, run_dir)
-    return LocalServers(cfg, model_dir, run_dir, device, transport)
+    return LocalServers(cfg, model_dir, run_dir, device)
 
 
 def all_on_this_host(cfg: RolloutConfig) -> bool:

@@ -43,6 +43,9 @@ class SynthesizeConfig:
     """Question file ({"id", "prompt" or "messages", "answer"}, or a layout of `evaluate.sets`)."""
     out: str
     """Folder of the results and of the cache; the same folder again goes on where it was stopped."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours, by their dotted names, that add penalties, answer modes, losses, advantages, model families,
+    question sets or chat templates; see docs/extending.md."""
     endpoints: dict[str, EndpointConfig] = field(default_factory=dict)
     """Chat endpoints by names of your choice: {"big": {"urls": ["https://host/v1"], "model": "...", "key_env": "..."}}.
     Replies are stored by the model's name there: for another model of the same name take another `out`."""

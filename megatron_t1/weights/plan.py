@@ -150,28 +150,26 @@ class Plan:
             dist.all_gather_object(totals, total, group=self._group)
         return f"{sum(totals) % (1 << 128):032x}"
 
-    def gather(self, dst: int = 0, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
-        """Collective: rank `dst` gets (name, whole tensor on `device`) one after the other, the others get nothing.
+    def gather(self, dst: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+        """Collective: rank `dst` gets (name, whole tensor on the CPU) one after the other, the others get nothing.
 
-        At most one tensor is in flight, so the extra memory is that of the largest. Tensors on a GPU travel by the
-        default group, which has NCCL for them.
+        At most one tensor is in flight, so the extra memory is that of the largest.
         """
-        group = self._group if torch.device(device).type == "cpu" else None
         for tensor in self.tensors:
             if self.rank != dst:
                 for part in tensor.parts:
                     if part.rank == self.rank:
-                        dist.send(self._mine[tensor.name, part.index].view.contiguous().to(device), dst, group=group)
+                        dist.send(self._mine[tensor.name, part.index].view.contiguous().cpu(), dst, group=self._group)
                 continue
-            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype)
             for part in tensor.parts:
                 target = whole[tuple(slice(*bounds) for bounds in part.index)]
                 if part.rank == dst:
                     view = self._mine[tensor.name, part.index].view
                     target.view(view.shape).copy_(view) if target.is_contiguous() else target.copy_(view)
                 else:
-                    received = torch.empty(target.shape, dtype=tensor.dtype, device=device)
-                    dist.recv(received, part.rank, group=group)
+                    received = torch.empty(target.shape, dtype=tensor.dtype)
+                    dist.recv(received, part.rank, group=self._group)
                     target.copy_(received)
             yield tensor.name, whole
 

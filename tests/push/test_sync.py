@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_t1.push.ranks import SyncError
+from megatron_t1.push import transports
+from megatron_t1.push.group import Group, GroupError, Invitation, Wait
+from megatron_t1.push.ranks import NoServerError, SyncError
 from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
@@ -124,18 +129,65 @@ def test_a_folder_is_pushed_by_one_process(server: Servers, client: RolloutClien
     assert_serves(client, AutoModelForCausalLM.from_pretrained(folder), 61)
 
 
-def test_the_same_over_tcp(server: Servers, client: RolloutClient, tiny_dir: Path) -> None:
+@pytest.mark.parametrize("transport", ["tcp", "collective"])
+def test_the_same_by_other_transports(
+    transport: str, server: Servers, client: RolloutClient, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of(tiny_dir, seed=8)
-    cfg = server.cfg
-    server.cfg = dataclasses.replace(cfg, transport="tcp")
-    try:
-        with WeightSync(reference.whole(reference.tensors_of(model)), server.cfg, server) as sync:
-            sync.push(71)
-            assert_serves(client, model, 71)
-            assert sync.push(72).failed == {}
-    finally:
-        server.cfg = cfg
-    assert_serves(client, model, 72)
+    monkeypatch.setattr(server, "cfg", dataclasses.replace(server.cfg, transport=transport))
+    with WeightSync(reference.whole(reference.tensors_of(model)), server.cfg, server) as sync:
+        version = sync.next_version()
+        sync.push(version)
+        assert_serves(client, model, version)
+        assert sync.push(version + 1).failed == {}
+    assert_serves(client, model, version + 1)
+
+
+def test_a_stream_that_breaks_is_sent_anew_by_another_group(
+    server: Servers, client: RolloutClient, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is left with a part of the new weights, packed copies and tied head included."""
+    model = model_of(tiny_dir, seed=12)
+    monkeypatch.setattr(server, "cfg", dataclasses.replace(server.cfg, transport="collective"))
+    monkeypatch.setattr(transports, "Invitation", partial(Invitation, bucket_bytes=16 << 10))
+    with WeightSync(reference.whole(reference.tensors_of(model)), server.cfg, server) as sync:
+        broadcast, count = Group.broadcast, itertools.count()
+
+        def breaks_once(group: Group, *args: Any) -> Wait:
+            if next(count) == 5:
+                group.close()
+            return broadcast(group, *args)
+
+        monkeypatch.setattr(Group, "broadcast", breaks_once)
+        version, joins = sync.next_version(), itertools.count()
+        assert sync.push(version).failed == {}
+        assert next(count) > 10
+        assert_serves(client, model, version)
+
+        def comes_the_second_time(*args: Any) -> Group:
+            if next(joins) == 0:
+                raise GroupError("not at the first meeting")
+            return Group(*args)
+
+        monkeypatch.setattr(transports, "Group", comes_the_second_time)
+        sync._transport.close()
+        assert sync.push(version + 1).failed == {}
+        assert next(joins) == 2
+
+        # Numbers that change after their digests were made are refused at the end, and the server is not asked again.
+        deliver = sync._transport.deliver
+
+        def corrupted(*args: Any) -> None:
+            sync._transport._views[-1][0].add_(1)
+            deliver(*args)
+
+        monkeypatch.setattr(sync._transport, "deliver", corrupted)
+        with pytest.raises(NoServerError, match=r"(?s)phase stream.*model.norm.weight \(from rank 0\)"):
+            sync.push(version + 2)
+        assert "unknown weights" in server.all[0].unusable
+        server.all[0].unusable = None
+        monkeypatch.setattr(sync._transport, "deliver", deliver)
+        assert sync.push(version + 2).failed == {}
 
 
 @pytest.mark.parametrize("mode", ["wait", "abort", "keep"])

@@ -30,13 +30,13 @@ TP2_SERVER = "qwen2"
 """The family whose second server is tensor parallel itself."""
 
 
-def layouts(family: str) -> dict[str, tuple[dict[str, object], int]]:
-    """Name -> fields of ParallelConfig for four ranks, number of servers."""
+def layouts(family: str) -> dict[str, tuple[dict[str, object], int, str]]:
+    """Name -> fields of ParallelConfig for four ranks, number of servers, transport."""
     moe = family in MOE
     return {
-        "TP2": ({"tensor": 2, "sequence_parallel": True, "expert": 2 if moe else 1}, 1),
-        "PP2": ({"pipeline": 2, "expert": 2} if moe else {"pipeline": 2, "virtual_pipeline": 2}, 2),
-        "TP2 PP2": ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 2),
+        "TP2": ({"tensor": 2, "sequence_parallel": True, "expert": 2 if moe else 1}, 1, "collective"),
+        "PP2": ({"pipeline": 2, "expert": 2} if moe else {"pipeline": 2, "virtual_pipeline": 2}, 2, "collective"),
+        "TP2 PP2": ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, 2, "collective" if moe else "shm"),
     }
 
 
@@ -54,13 +54,13 @@ def test_servers_say_what_transformers_says(family: str, fork_servers, run_ranks
         for index, tp in enumerate((1, 2 if family == TP2_SERVER else 1)):
             cfg = RolloutConfig(tp=tp, **common)
             opened.append(stack.enter_context(fork_servers(cfg, folders[0], tmp_path / str(index))))
-        for version, (layout, (fields, num_servers)) in enumerate(layouts(family).items(), start=1):
+        for version, (layout, (fields, num_servers, transport)) in enumerate(layouts(family).items(), start=1):
             targets = [(servers, servers.all[0]) for servers in opened[:num_servers]]
             export = tmp_path / "export" / layout
             push = {
                 "folder": str(folders[version]),
                 "fields": fields,
-                "rollout": {**common, "urls": [server.url for _, server in targets]},
+                "rollout": {**common, "urls": [server.url for _, server in targets], "transport": transport},
                 "version": version,
                 "export": str(export),
             }

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,17 +83,23 @@ def group_signal(server: Server, number: int) -> None:
 
 @contextlib.contextmanager
 def before(phase: str, sync: WeightSync, act: Callable[[], None]) -> Iterator[None]:
-    """`act` happens just before the servers are called for `phase`."""
-    fanout, each = sync._fanout, sync._fanout.each
+    """`act` happens just before the servers are called for `phase`, once."""
+    fanout, attempt = sync._fanout, sync._fanout.attempt
+    acts = [act]
 
-    def act_then_call(name: str, call: Callable[[Server], None], **options: bool) -> None:
-        if name == phase:
-            act()
-        each(name, call, **options)
+    def act_then_call(name: str, call: Callable[[Server], None]) -> dict[Server, ServerError]:
+        if name == phase and acts:
+            acts.pop()()
+        return attempt(name, call)
 
-    fanout.each = act_then_call
+    fanout.attempt = act_then_call
     yield
-    del fanout.each
+    del fanout.attempt
+
+
+def stop_for(server: Server, seconds: float) -> None:
+    group_signal(server, signal.SIGSTOP)
+    threading.Timer(seconds, group_signal, (server, signal.SIGCONT)).start()
 
 
 def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutClient, folders: list[Path]) -> None:
@@ -101,10 +108,14 @@ def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutC
     with pytest.raises(ServerError, match=r"ignore the temperature.*--logprobs-mode processed_logprobs"):
         client.check_logprob_contract()
 
+    through_host = pair.cfg
+    pair.cfg = dataclasses.replace(through_host, transport="collective")
     with WeightSync(folder_pieces(folders[1]), pair.cfg, pair) as sync:
-        # Experts are packed anew at the first push and at the second.
-        assert sync.push(1).failed == {}
+        # Experts are packed anew at the first push and at the second. A slow server is waited for.
+        with before("stream", sync, lambda: stop_for(second, 1.0)):
+            assert sync.push(1).failed == {}
         assert_serve(client, folders[1], 1, [first, second])
+    pair.cfg = through_host
     with WeightSync(folder_pieces(folders[0]), pair.cfg, pair) as sync:
         assert sync.push(2).failed == {}
         assert_serve(client, folders[0], 2, [first, second])
@@ -140,19 +151,23 @@ def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutC
         # Killed before a push, which goes to the one that is left; started anew, and brought up before it is asked.
         group_signal(second, signal.SIGKILL)
         second.process.wait()
-        assert sync.push(5).failed == {}
-        (second,) = pair.revive()
-        assert pair.usable() == [first]
-        pair.wait_ready()
-        assert_serve(client, folders[0], 5, [first])
-        assert sync.bring_up() == [second.name]
-        assert_serve(client, folders[0], 5, [first, second])
+        pair.cfg = dataclasses.replace(through_host, transport="collective")
+        with WeightSync(folder_pieces(folders[1]), pair.cfg, pair) as stream:
+            assert stream.push(5).failed == {}
+            (second,) = pair.revive()
+            assert pair.usable() == [first]
+            pair.wait_ready()
+            assert_serve(client, folders[1], 5, [first])
+            assert stream.bring_up() == [second.name]
+            assert_serve(client, folders[1], 5, [first, second])
 
-        # Killed in a push, between receiving and loading: the other one goes on.
-        with before("load", sync, lambda: group_signal(first, signal.SIGKILL)):
-            report = sync.push(6)
-        assert "phase load" in report.failed[first.name]
-        assert_serve(client, folders[0], 6, [second])
+            # Killed while the weights stream into both: the other one gets them anew, in a group without it.
+            with before("stream", stream, lambda: group_signal(first, signal.SIGKILL)):
+                report = stream.push(6)
+            assert "phase stream" in report.failed[first.name]
+            assert "unknown weights" in first.unusable
+            assert_serve(client, folders[1], 6, [second])
+        pair.cfg = through_host
 
         # Killed after a push, while it generates, and nobody is left: errors that say so, with the end of the log.
         with ThreadPoolExecutor(1) as pool:

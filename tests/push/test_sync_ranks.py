@@ -1,4 +1,4 @@
-"""A trainer rank that dies in a push, by both host transports, after pushes that went well."""
+"""A trainer rank that dies in a push, by every transport, after pushes that went well."""
 
 from __future__ import annotations
 
@@ -84,3 +84,18 @@ def test_a_rank_killed_while_it_sends(run_trainer, server: Servers, tmp_path: Pa
         assert_says([[s.token_ids.tolist(), s.logprobs, s.weight_versions] for s in samples], folders[1], 212)
     with WeightSync(folder_pieces(folders[0]), server.cfg, server) as sync:
         assert sync.push(214).failed == {}
+
+
+def test_a_rank_killed_while_it_broadcasts(run_trainer, server: Servers, tmp_path: Path, folders: list[Path]) -> None:
+    layouts = ("tp2 collective", "pp2 collective", "killed in collective")
+    pushes = [(layout, folders[i % 2], 221 + i) for i, layout in enumerate(layouts)]
+    results = run_trainer(pushes)
+    for result, (_, folder, version) in zip(results, pushes[:2], strict=True):
+        assert_says(result["samples"], folder, version)
+    assert "trainer rank 1 ended or was silent" in (tmp_path / "out.error").read_text()
+    # The server holds a part of the new weights: the next trainer, whatever its transport, pushes all of them.
+    with WeightSync(folder_pieces(folders[1]), server.cfg, server) as sync:
+        assert sync.push(224).failed == {}
+    with RolloutClient(server, trainer.NoText(), vocab_size=320) as client:
+        (samples,) = client.complete_tokens([trainer.PROMPT], trainer.SAMPLING, seed=0)
+    assert_says([[s.token_ids.tolist(), s.logprobs, s.weight_versions] for s in samples], folders[1], 224)

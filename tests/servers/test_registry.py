@@ -152,10 +152,10 @@ def test_servers_take_no_gpu_of_the_trainer_unasked(trainer_gpus, options, fault
 
 
 def test_a_shared_gpu_is_pushed_to_through_the_hosts_memory(tmp_path: Path) -> None:
-    assert Servers(RolloutConfig(device="cuda"), "", tmp_path).transport == "nccl"
+    assert Servers(RolloutConfig(device="cuda"), "", tmp_path).transport == "collective"
     assert Servers(RolloutConfig(device="cuda", share_gpus=True), "", tmp_path).transport == "shm"
     with pytest.raises(FieldError, match="transport"):
-        RolloutConfig(share_gpus=True, transport="nccl")
+        RolloutConfig(share_gpus=True, transport="collective")
 
 
 def test_too_few_visible_gpus_are_said() -> None:
@@ -175,6 +175,6 @@ def test_too_few_visible_gpus_are_said() -> None:
 )
 def test_the_head_is_float32_on_gpus(device, given, expected, tiny_dir: Path) -> None:
     cfg = RolloutConfig(vllm_args=given)
-    words = command(cfg, tiny_dir, host="localhost", port=1, device=device, transport="shm")
+    words = command(cfg, tiny_dir, host="localhost", port=1, device=device)
     values = [json.loads(value) for word, value in pairwise(words) if word == "--hf-overrides"]
     assert values == ([] if expected is None else [expected])

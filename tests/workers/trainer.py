@@ -1,8 +1,8 @@
 """Two trainer ranks: each holds its cut of a Hugging Face folder and pushes it into a running server.
 
 argv: RolloutConfig's fields, [[layout, folder, version], ...], both as JSON; the file for what the server then says. A
-layout that ends in `tcp` travels by it. The last rank dies in `killed` before it has written, and in `killed in tcp`
-when it has sent a part of what it owns; rank 0 then writes the error and ends.
+layout that ends in `tcp` or `collective` travels by it. The last rank dies in `killed` before it has written, and in
+`killed in tcp` (or `collective`) when it has sent a part of what it owns; rank 0 then writes the error and ends.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_t1.models.weight_map import Piece
-from megatron_t1.push import tcp
+from megatron_t1.push import tcp, transports
+from megatron_t1.push.group import Group, Invitation
 from megatron_t1.push.ranks import SyncError
 from megatron_t1.push.sync import WeightSync
 from megatron_t1.rollout.client import RolloutClient
@@ -47,18 +48,20 @@ def pieces_of(layout: str, folder: Path, rank: int) -> list[Piece]:
     return reference.whole({name: t for name, t in tensors.items() if any(key in name for key in keys)})
 
 
-def die(at_chunk: int) -> None:
-    """SIGKILL, at once or when this rank is about to send its `at_chunk`-th chunk over TCP."""
-    if at_chunk == 0:
+def die(transport: str) -> None:
+    """SIGKILL, at once or when this rank is about to send its fifth chunk over TCP, or to take part in the fifth
+    broadcast."""
+    if transport == "shm":
         os.kill(os.getpid(), signal.SIGKILL)
-    chunks, count = tcp.bytes_of, itertools.count(1)
+    owner, name = {"tcp": (tcp, "bytes_of"), "collective": (Group, "broadcast")}[transport]
+    sends, count = getattr(owner, name), itertools.count(1)
 
-    def bytes_or_death(chunk: torch.Tensor) -> memoryview:
-        if next(count) == at_chunk:
+    def send_or_die(*arguments: object) -> object:
+        if next(count) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return chunks(chunk)
+        return sends(*arguments)
 
-    tcp.bytes_of = bytes_or_death
+    setattr(owner, name, send_or_die)
 
 
 def main() -> None:
@@ -67,15 +70,17 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     servers = Servers(cfg, "", "").start().wait_ready() if rank == 0 else None
+    transports.Invitation = partial(Invitation, bucket_bytes=16 << 10)
     results = []
     for layout, folder, version in pushes:
         pieces = pieces_of(layout, Path(folder), rank)
+        transport = next((word for word in ("tcp", "collective") if word in layout), "shm")
         if servers is not None:
-            servers.cfg = dataclasses.replace(cfg, transport="tcp" if "tcp" in layout else "shm")
+            servers.cfg = dataclasses.replace(cfg, transport=transport)
         with WeightSync(pieces, cfg, servers) as sync:
             if layout.startswith("killed"):
                 if rank == world_size - 1:
-                    die(at_chunk=5 if layout == "killed in tcp" else 0)
+                    die(transport)
                 try:
                     sync.push(version)
                 except SyncError as error:

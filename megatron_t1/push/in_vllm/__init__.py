@@ -5,12 +5,12 @@ vLLM calls `register` in every one of its processes (entry point `vllm.general_p
 
 from __future__ import annotations
 
-from megatron_t1.servers.config import HOST_BACKEND
+from megatron_t1.servers.config import BACKEND
 
 
 def register() -> None:
-    """Makes the weight-transfer backend `t1_host` known to vLLM. Imports neither torch nor our engine."""
+    """Makes the weight-transfer backend `t1` known to vLLM. Imports neither torch nor our engine."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if HOST_BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(HOST_BACKEND, f"{__name__}.receive", "HostEngine")
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, f"{__name__}.receive", "Engine")

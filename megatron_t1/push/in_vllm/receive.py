@@ -1,13 +1,16 @@
-"""vLLM's end of a weight push through host memory: receive and verify everything, then load, and prove that all was.
+"""vLLM's end of a weight push: receive and verify, load, and prove that everything was.
 
-The bytes come in a file of /dev/shm that the trainer's ranks wrote and every worker on the host maps, or over TCP into
-a buffer of each worker's own. A push is two updates: `receive` touches no weight and may run while the server samples;
-`load` comes when it is paused. So a push that is refused, late or cut off in `receive` leaves the old weights whole.
-Left out: a device copy of our own, because vLLM's loaders copy to wherever a parameter lives.
+Through the host's memory the bytes come in a file of /dev/shm that the trainer's ranks wrote and every worker on the
+host maps, or over TCP into a buffer of each worker's own. Such a push is two updates: `receive` touches no weight and
+may run while the server samples; `load` comes when it is paused. So a push that is refused, late or cut off in
+`receive` leaves the old weights whole. A collective push holds no second copy of the weights: `join` touches nothing,
+`stream`, on a paused server, loads each tensor as it comes, and one that was cut off may begin anew. Left out: a device
+copy of our own, because vLLM's loaders copy to wherever a parameter lives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +24,9 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.logger import init_logger
 
+from megatron_t1.push import collective
 from megatron_t1.push.digests import digest
+from megatron_t1.push.group import Group, GroupError, Invitation
 from megatron_t1.push.in_vllm.reload import Reload, check_names
 from megatron_t1.push.layout import Layout, PieceSpec
 from megatron_t1.push.shm import map_shared
@@ -33,98 +38,151 @@ _DIGEST_THREADS = 2
 
 
 @dataclass
-class HostInit(WeightTransferInitInfo):
+class Init(WeightTransferInitInfo):
     """Sent once: what lies where, as `Layout.to_json` says it, and how it comes."""
 
     num_bytes: int
     tensors: list[list[Any]]
     pieces: list[list[Any]]
     path: str | None = None
-    """The shared file; None: the bytes come over TCP."""
+    """The shared file; None: the bytes come over TCP, or by broadcasts."""
     timeout_s: float = 600.0
     """Longest silence of a trainer rank, for TCP."""
 
 
 @dataclass
-class HostUpdate(WeightTransferUpdateInfo):
-    """`receive` brings digests (and, for TCP, where to fetch from); `load` and `cancel` bring nothing."""
+class Update(WeightTransferUpdateInfo):
+    """`receive` brings digests (and, for TCP, where to fetch from), `join` an invitation and the member number of this
+    server's first worker, `stream` digests and the token of the group; `load` and `cancel` bring nothing."""
 
-    step: Literal["receive", "load", "cancel"]
+    step: Literal["receive", "load", "join", "stream", "cancel"]
     digests: list[str] = field(default_factory=list)
-    """One for each piece, in the order of `HostInit.pieces`."""
+    """One for each piece, in the order of `Init.pieces`."""
     sources: list[list[Any]] = field(default_factory=list)
     """(rank, host, port) of every trainer rank that has pieces."""
     token: str = ""
+    invitation: dict[str, Any] = field(default_factory=dict)
+    first_member: int = 0
 
 
-class HostEngine(WeightTransferEngine[HostInit, HostUpdate]):
-    init_info_cls = HostInit
-    update_info_cls = HostUpdate
+class Engine(WeightTransferEngine[Init, Update]):
+    init_info_cls = Init
+    update_info_cls = Update
 
-    buffer: torch.Tensor
-    """uint8 [num_bytes]: the shared file, or this worker's own memory."""
+    buffer: torch.Tensor | None = None
+    """uint8 [num_bytes]: the shared file, or, for TCP, this worker's own memory."""
     layout: Layout
+    group: Group | None = None
     reload: Reload | None = None
     """The load that was begun and not finished: until it is, the weights are neither the old nor the new ones."""
+    may_start_over: bool = False
+    """That load stopped between two tensors, or after the last."""
 
-    def init_transfer_engine(self, init_info: HostInit) -> None:
+    def init_transfer_engine(self, init_info: Init) -> None:
         layout = Layout.from_json(init_info.num_bytes, init_info.tensors, init_info.pieces)
         check_names(self.model_config, {tensor.name: tensor.shape for tensor in layout.tensors})
-        if init_info.path is None:
-            self.buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
-        else:
-            self.buffer = map_shared(init_info.path, layout.num_bytes)
+        self.buffer = None if init_info.path is None else map_shared(init_info.path, layout.num_bytes)
         self.layout, self.timeout_s = layout, init_info.timeout_s
 
     def start_weight_update(self) -> None:
-        if self.reload:
+        if self.reload and not self.may_start_over:
             raise RuntimeError("an earlier push ended half-way in its load and left mixed weights: restart this server")
 
-    def receive_weights(self, update_info: HostUpdate) -> None:
+    def receive_weights(self, update_info: Update) -> None:
         if update_info.step == "receive":
             self._receive(update_info)
         elif update_info.step == "load":
             self._load()
+        elif update_info.step == "join":
+            self._join(update_info)
+        elif update_info.step == "stream":
+            self._stream(update_info)
         else:
             raise ValueError("cancelled: vLLM ends an update that nobody finished only by an error in it")
 
     def finish_weight_update(self) -> None:
         assert self.reload is not None
         began = time.monotonic()
+        self.may_start_over = False
         self.reload.finish()
         self.reload = None
         logger.info("weights finished in %.3f s", time.monotonic() - began)
 
     def shutdown(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = None
+        if self.group:
+            self.group.close()
 
-    def _receive(self, update_info: HostUpdate) -> None:
+    def _receive(self, update_info: Update) -> None:
         began = time.monotonic()
+        if self.buffer is None:
+            self.buffer = torch.empty(self.layout.num_bytes, dtype=torch.uint8)
         if update_info.sources:
             sources = [(rank, host, port) for rank, host, port in update_info.sources]
             fetch(sources, update_info.token, self.layout, self.buffer, self.timeout_s)
         received = time.monotonic()
-        self._verify(update_info.digests)
+        self._verify(update_info.digests, self.buffer)
         logger.info("weights received in %.3f s, verified in %.3f s", received - began, time.monotonic() - received)
 
     def _load(self) -> None:
         began = time.monotonic()
-        self.reload = Reload(self.model, self.model_config)
-        self.reload.load((tensor.name, tensor.view(self.buffer)) for tensor in self.layout.tensors)
+        buffer = self.buffer
+        assert buffer is not None
+        self._begin_load().load((tensor.name, tensor.view(buffer)) for tensor in self.layout.tensors)
+        self.may_start_over = True
         logger.info("weights loaded in %.3f s", time.monotonic() - began)
 
-    def _verify(self, digests: list[str]) -> None:
-        """Raises ValueError that names the first tensors, and the trainer ranks they came from, whose bytes differ."""
+    def _begin_load(self) -> Reload:
+        if self.reload:
+            self.reload.start_over()
+        else:
+            self.reload = Reload(self.model, self.model_config)
+        self.may_start_over = False
+        return self.reload
+
+    def _join(self, update_info: Update) -> None:
+        if self.group:
+            self.group.close()
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self.group = Group(Invitation(**update_info.invitation), update_info.first_member + worker)
+
+    def _stream(self, update_info: Update) -> None:
+        began = time.monotonic()
+        if self.group is None or self.group.token != update_info.token:
+            raise GroupError("this worker is in another one")
+        bad: list[PieceSpec] = []
+        weights = collective.receive(self.group, self.layout, self.device, update_info.digests, bad)
+        try:
+            self._begin_load().load(weights)
+        except GroupError:
+            self.may_start_over = True
+            self.group.close()
+            raise
+        finally:
+            with contextlib.suppress(GroupError):
+                for _ in weights:  # whatever became of our load, the other members wait for us
+                    pass
+        self.may_start_over = True
+        self._refuse(bad)
+        logger.info("weights received and loaded in %.3f s", time.monotonic() - began)
+
+    def _verify(self, digests: list[str], buffer: torch.Tensor) -> None:
+        """Raises ValueError for pieces whose bytes differ."""
         pieces = self.layout.pieces
         if len(digests) != len(pieces):
             raise ValueError(f"{len(digests)} digests for {len(pieces)} pieces")
 
         def agrees(piece: PieceSpec, expected: str) -> bool:
-            return digest(piece.view(self.buffer), expected.partition(":")[0]) == expected
+            return digest(piece.view(buffer), expected.partition(":")[0]) == expected
 
         with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
             results = list(pool.map(agrees, pieces, digests))
-        bad = [piece for piece, good in zip(pieces, results, strict=True) if not good]
+        self._refuse([piece for piece, good in zip(pieces, results, strict=True) if not good])
+
+    def _refuse(self, bad: list[PieceSpec]) -> None:
+        """Raises ValueError that names the first tensors, and the trainer ranks they came from."""
         if bad:
             names = ", ".join(f"{piece.tensor.name} (from rank {piece.rank})" for piece in bad[:3])
-            raise ValueError(f"{len(bad)} of {len(pieces)} pieces arrived with bytes that were not sent: {names}")
+            count = f"{len(bad)} of {len(self.layout.pieces)}"
+            raise ValueError(f"{count} pieces arrived with bytes that were not sent: {names}")

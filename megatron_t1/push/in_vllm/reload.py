@@ -23,13 +23,22 @@ from vllm.platforms import current_platform
 
 
 class Reload:
-    """One reload of all weights: made, `load`, then `finish`. There is no way back."""
+    """One reload of all weights: made, `load`, then `finish`. There is no way back, but a load may start over."""
 
     def __init__(self, model: torch.nn.Module, model_config: Any) -> None:
         self.model = model
         self.model_config = model_config
         self.tied_heads = _tied_heads(model)
         initialize_layerwise_reload(model)
+
+    def start_over(self) -> None:
+        """After a load that was cut off between two tensors: forgets what modules that are not complete got."""
+        for module in self.model.modules():
+            info = get_layerwise_info(module)
+            if info.can_load():
+                info.loaded_weights.clear()
+                info.load_numel = 0
+        initialize_layerwise_reload(self.model)  # for those that were complete
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Loads all weights and raises when any parameter did not get all of its numbers (vLLM itself would not)."""
