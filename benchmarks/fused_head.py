@@ -103,8 +103,14 @@ def inputs(device: str, dtype: torch.dtype, num_tokens: int, hidden_size: int, v
     hidden = torch.randn(num_tokens, hidden_size, device=device).to(dtype).requires_grad_()
     head = Head(weight=weight.requires_grad_(), vocab_size=vocab_size, temperature=TEMPERATURE)
     noise = [torch.randn(num_tokens, device=device) for _ in range(4)]
+    zeros = torch.zeros(num_tokens, device=device)
     tokens = TokenFields(
-        advantage=noise[0], centered_kl=noise[1], rollout_logprob=-noise[2].abs(), anchor_logprob=-noise[3].abs()
+        advantage=noise[0],
+        centered_kl=noise[1],
+        rollout_logprob=-noise[2].abs(),
+        anchor_logprob=-noise[3].abs(),
+        sequence_log_ratio=zeros,
+        geometric_log_ratio=zeros,
     )
     targets = torch.randint(vocab_size, (num_tokens,), device=device)
     return hidden, head, torch.arange(num_tokens, device=device), targets, tokens

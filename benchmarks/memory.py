@@ -46,6 +46,7 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     from megatron_t1.engine.anchor import Anchor
     from megatron_t1.engine.config import AnchorConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
+    from megatron_t1.engine.prescore import prescore
     from megatron_t1.engine.step import Engine
     from megatron_t1.platform.detect import setup
     from megatron_t1.types import TrainSequence
@@ -60,7 +61,7 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
         ]
         microbatches = engine.pack(sequences)
         assert len(microbatches) == MICROBATCHES
-        anchor.fill(microbatches, sequences, LossConfig())
+        prescore(engine, anchor, microbatches, sequences, LossConfig())
         engine.step(microbatches, MICROBATCHES * TOKENS, lambda *a: t1_token_loss(*a, cfg=LossConfig()))
         anchor.update()
 

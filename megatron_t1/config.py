@@ -7,6 +7,7 @@ line answers at once.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,15 +31,30 @@ class RLConfig:
     steps: int = 500
     """Optimizer steps of the whole run; a resumed run goes on to the same number."""
     prompts_per_step: int = 32
+    lag: int = 0
+    """Steps that a batch is asked ahead of its training. 0, as T1 does: generation and training take turns. 1: a batch
+    is made by the weights of the step before, while that batch trains; give loss.importance a correction then. More
+    than 1 gains only with rollout.pause_mode: keep."""
+    refill: float = 0.0
+    """Groups whose samples are all right or all wrong teach nothing: up to refill x prompts_per_step more prompts are
+    asked in their place. 0: none."""
     max_logprob_diff: float | None = None
     """Largest mean |trainer - servers| of logprobs; beyond it the run ends: when the servers got their first weights,
     or in a step, which is dropped. Rounding makes 3e-7 in float32 and 0.01 to 0.05 in bfloat16, more with FP8. null:
-    0.01 where trainer and servers are set to float32 and sampling cuts nothing off, else 0.2. 0: no bound."""
+    0.01 where trainer and servers are set to float32 and sampling cuts nothing off, else 0.2; 1 in the steps of a run
+    with rl.lag, whose samples are not of the policy that trains. 0: no bound."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    measure_every: int = 0
+    """Steps between measurements by the servers that are there: accuracy on evaluate.sets, or else data.heldout, and
+    the KL to the starting policy, which is read from model.hf_path again each time. 0: none."""
+    snapshot_every: int = 0
+    """Steps between copies of the policy in Hugging Face format (2 bytes a parameter in bfloat16, where a checkpoint
+    has 18) in run_dir/rl/snapshots: for scaling curves along the training. 0: none."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "prompts_per_step")
+        at_least(self, 0, "lag", "refill", "measure_every", "snapshot_every")
         if self.max_logprob_diff is not None:
             at_least(self, 0, "max_logprob_diff")
         self.optim.check_steps(self.steps)
@@ -111,6 +127,21 @@ class CurateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where the numbers of a run go besides its files and TensorBoard. Nothing is installed for it: pip does."""
+
+    wandb: str = ""
+    """Project of Weights & Biases; empty: none. Its environment holds: WANDB_MODE=offline, WANDB_ENTITY, ..."""
+    mlflow: str = ""
+    """Experiment of MLflow; empty: none. Its environment holds: MLFLOW_TRACKING_URI, ..."""
+
+    def __post_init__(self) -> None:
+        for name in ("wandb", "mlflow"):
+            if getattr(self, name) and find_spec(name) is None:
+                raise FieldError(name, getattr(self, name), f"needs the package {name}: pip install it here")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a job of megatron_t1 is told."""
 
@@ -119,6 +150,9 @@ class Config:
     """Where this run's files go: metrics, checkpoints, exports, logs, report."""
     seed: int = 0
     """Data order and sampling seeds are functions of (seed, step)."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours, by their dotted names, that add penalties, answer modes, losses, advantages, model families,
+    question sets or chat templates; see docs/extending.md."""
     label: str = ""
     """Name of the result of `t1 evaluate` or `t1 scaling` in run_dir; empty: the command's."""
     resume: bool = False
@@ -126,6 +160,7 @@ class Config:
     resume_with_changes: bool = False
     """Go on although data, seed, batch size, model, optimizer, sampling or loss are not the checkpoint's; what changed
     is kept in changes.jsonl of the stage."""
+    log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -153,6 +188,11 @@ class Config:
                 self.sampling.temperature,
                 "must be above 0, RL samples; evaluation has its own (evaluate.sampling.temperature)",
             )
+
+    @property
+    def awaits_batches(self) -> bool:
+        """Batches are asked ahead, and a push waits for them: none is of two weights."""
+        return self.rl.lag > 0 and self.rollout.pause_mode == "wait"
 
 
 def dump(config: Any) -> str:
@@ -198,6 +238,9 @@ class LogprobsConfig:
     """File with that server's key; otherwise the environment variable T1_SERVER_KEY."""
     num_shown: int = 10
     """The worst tokens that are printed."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours, by their dotted names, that add penalties, answer modes, losses, advantages, model families,
+    question sets or chat templates; see docs/extending.md."""
     dtype: Dtype = "bfloat16"
     """Precision of weights and activations; transformers gets the same."""
     layers: Literal["auto", "local"] = "auto"
@@ -215,10 +258,9 @@ class GradeConfig:
 
     input: Path
     """JSON lines: "id"; "gold", or else "answer" (text or number); "prediction", or else "response" (null: none was
-    given); optionally "mode" (answer, response, text or mc; default response: the answer is looked for in a whole
-    response), "choices" (option texts, for mc), "question" (its language is not
-    penalized, its formulas are no answers) and "finish_reason" (stop or
-    length; default stop)."""
+    given); optionally "mode" (answer, response, text, mc or a plugin's; default response: the answer is looked for in
+    a whole response), "choices" (option texts, for mc), "question" (its language is not penalized, its formulas are no
+    answers) and "finish_reason" (stop, length or repetition; default stop)."""
     output: Path
     """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
     "seconds"."""
@@ -227,6 +269,9 @@ class GradeConfig:
     labels: str | None = None
     """Key of your own verdicts in the input (true or false): accuracy, false positives and false negatives are printed
     by "kind", and every disagreement is named."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours, by their dotted names, that add penalties, answer modes, losses, advantages, model families,
+    question sets or chat templates; see docs/extending.md."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The grader."""
 

@@ -23,7 +23,9 @@ from typing import Any, NotRequired, TypedDict
 
 from tqdm import tqdm
 
+from megatron_t1 import plugins
 from megatron_t1.config import CurateConfig
+from megatron_t1.data.config import QUESTION_SETS
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
 from megatron_t1.data.prompts import is_missing, parse_rows
 from megatron_t1.data.sets import file_of, load_texts
@@ -32,7 +34,8 @@ from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
+from megatron_t1.reward.answers.normalize import compact, normalize
+from megatron_t1.reward.answers.numbers import exact_number
 from megatron_t1.reward.answers.verify import verify_cheaply
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
@@ -215,11 +218,14 @@ def prepare(
         ValueError: see `clean`; or the folder holds a curation that was not asked to go on, or of something else.
     """
     counts_path = folder / "cleaned.json"
-    files = {name: Path(name) for name in cfg.inputs} | {name: file_of(name, sets_dir) for name in cfg.evaluation}
+    files = {name: Path(name) for name in cfg.inputs}
+    files |= {name: file_of(name, sets_dir) for name in cfg.evaluation if name not in QUESTION_SETS}
     settings = {
         "files": {name: _digest(path) for name, path in files.items()},
         **{f"curate.{name}": value for name, value in asdict(cfg).items() if name not in _MAY_CHANGE},
     }
+    if own := [name for name in cfg.evaluation if name in QUESTION_SETS]:
+        settings["plugins"] = plugins.identity(QUESTION_SETS.modules[name] for name in own)
     if counts_path.exists():
         check_settings(folder / "settings.json", settings, resume=resume, elsewhere="another run_dir")
     else:

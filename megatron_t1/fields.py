@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from megatron_t1.plugins import Registry
 
 
 class FieldError(ValueError):
@@ -17,6 +20,18 @@ class FieldError(ValueError):
         shown = list(value) if isinstance(value, tuple) else value
         super().__init__(f"{field} = {shown!r} {rule}")
         self.field = field
+
+
+def known(config: object, field: str, registry: Registry, name: str, also: Iterable[str] = ()) -> None:
+    """Raises FieldError when `name`, of that field of `config`, is neither registered nor in `also`."""
+    if name not in also and name not in registry:
+        names = ", ".join(sorted({*registry, *also})) or "none"
+        raise FieldError(
+            field,
+            getattr(config, field),
+            f"has the {registry.kind} {name!r}, which is not known; known: {names}. One of your own stands in a module "
+            "that `plugins` names",
+        )
 
 
 def at_least(config: object, least: float, *names: str) -> None:

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from megatron_t1.config import GradeConfig
 from megatron_t1.data.prompts import gold_of, parse_rows
+from megatron_t1.reward.config import check_mode
 from megatron_t1.reward.score import Scorer
-from megatron_t1.types import AnswerMode, Prompt, Reward, Sample, text_sample
+from megatron_t1.types import FinishReason, Prompt, Reward, Sample, text_sample
 
 
 def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
@@ -41,11 +42,9 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
     choices = row.get("choices") or []
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"choices={choices!r:.60} must be a list of option texts")
-    mode, finish_reason = row.get("mode", "response"), row.get("finish_reason", "stop")
-    if mode not in get_args(AnswerMode):
-        raise ValueError(f"mode={mode!r} is not one of {', '.join(get_args(AnswerMode))}")
-    if finish_reason not in ("stop", "length"):
-        raise ValueError(f"finish_reason={finish_reason!r} is neither stop nor length")
+    mode, finish_reason = check_mode(row.get("mode", "response")), row.get("finish_reason", "stop")
+    if finish_reason not in get_args(FinishReason):
+        raise ValueError(f"finish_reason={finish_reason!r} is none of {', '.join(get_args(FinishReason))}")
     prompt = Prompt(
         id=str(row["id"]),
         text=str(row.get("question") or ""),

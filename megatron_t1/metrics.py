@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: one JSON line and TensorBoard scalars a step, sample responses, stage times.
+"""What a run writes down while it goes: one JSON line a step (trackers are told it too), sample responses, stage times.
 
 Rank 0 only. Lines are flushed as they are written; a resumed run drops those after its step and goes on.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
+from megatron_t1 import reasoning
 from megatron_t1.files import append_jsonl, read_jsonl, write_jsonl
 from megatron_t1.trace import Trace
 from megatron_t1.types import Group
@@ -57,10 +57,13 @@ class Stopwatch:
 class MetricsLog:
     """Metrics of one stage of a run (`sft` or `rl`)."""
 
-    def __init__(self, run_dir: Path, stage: str, *, first_step: int = 0, groups_kept: int = 2) -> None:
+    def __init__(
+        self, run_dir: Path, stage: str, *, first_step: int = 0, trackers: Sequence[Any] = (), groups_kept: int = 2
+    ) -> None:
         """
         Args:
             first_step: lines after this step are of a run that was cut; they are dropped.
+            trackers: told the same (`trackers.Tracker`).
             groups_kept: groups whose responses are written down each step.
         """
         folder = run_dir / stage
@@ -68,22 +71,22 @@ class MetricsLog:
         self._groups_kept = groups_kept
         for path in (self._path, self._samples_path):
             write_jsonl(path, [row for row in read_jsonl(path, _Step) if row["step"] <= first_step])
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=first_step + 1)
+        self._trackers = trackers
 
     def log(self, step: int, values: dict[str, float]) -> None:
         append_jsonl(self._path, [{"step": step, **values}])
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     def samples(self, step: int, groups: list[Group]) -> None:
-        kept = groups[: self._groups_kept]
-        append_jsonl(
-            self._samples_path,
-            ({"step": step, **sample_row(group, sample)} for group in kept for sample in group.samples),
-        )
+        rows = [sample_row(group, sample) for group in groups[: self._groups_kept] for sample in group.samples]
+        append_jsonl(self._samples_path, ({"step": step, **row} for row in rows))
+        for tracker in self._trackers:
+            tracker.table(step, rows)
 
     def close(self) -> None:
-        self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def sample_row(group: Group, sample: Any) -> dict[str, Any]:
@@ -102,7 +105,8 @@ def sample_row(group: Group, sample: Any) -> dict[str, Any]:
 
 
 def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """A step's samples in numbers: reward and its parts, lengths, groups that teach nothing, penalties by kind."""
+    """A step's samples in numbers: reward and its parts, lengths and words of reasoning (a response, in the mean),
+    groups that teach nothing, penalties by kind."""
     samples = [sample for group in groups for sample in group.samples]
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     lengths = np.array([len(sample.token_ids) for sample in samples])
@@ -124,8 +128,24 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
         "num_response_tokens": float(lengths.sum()),
         "oldest_version": float(min(span[0] for sample in samples for span in sample.weight_versions)),
     }
+    words = [reasoning.count(sample.text) for sample in samples]
+    for habit in reasoning.HABITS:
+        metrics[f"words/{habit}"] = float(np.mean([each[habit] for each in words]))
+    right = np.array([reward.correct for reward in rewards])
+    total = np.array([sum(each.values()) for each in words])
+    for name, chosen in (("right", right), ("wrong", ~right)):
+        if chosen.any():  # no sample, no mean
+            metrics[f"response_tokens_{name}"] = float(lengths[chosen].mean())
+            metrics[f"words_{name}"] = float(total[chosen].mean())
     for outcome in ("wrong", "no_answer", "timeout", "crash"):
         metrics[f"outcome/{outcome}"] = float(np.mean([reward.outcome == outcome for reward in rewards]))
     for name in sorted({name for reward in rewards for name in reward.penalties}):
         metrics[f"penalty/{name}"] = float(np.mean([name in reward.penalties for reward in rewards]))
     return metrics
+
+
+def staleness(groups: list[Group], version: int) -> float:
+    """By how many versions the weights that made a token are older than `version`, as a mean over tokens."""
+    spans = [span for group in groups for sample in group.samples for span in sample.weight_versions]
+    num_tokens = sum(end - start for _, start, end in spans)
+    return sum((version - made_by) * (end - start) for made_by, start, end in spans) / num_tokens

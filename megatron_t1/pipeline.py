@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import torch.distributed as dist
+from tqdm import trange
 
 from megatron_t1 import curate, rl, sft
 from megatron_t1.check.context import context_needs, too_long
@@ -32,7 +33,7 @@ from megatron_t1.evaluation.results import read_summaries, table
 from megatron_t1.evaluation.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
 from megatron_t1.evaluation.scaling import Scaling
 from megatron_t1.files import read_json, write_json
-from megatron_t1.metrics import Stopwatch
+from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
 from megatron_t1.models import spec_of
 from megatron_t1.platform import gpus
 from megatron_t1.platform.detect import Platform, setup
@@ -40,8 +41,10 @@ from megatron_t1.platform.installed import versions
 from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.push.sync_check import TOLERANCE, sync_check
 from megatron_t1.rank0 import Rank0, open_rank0
+from megatron_t1.replay import replay
 from megatron_t1.report.report import write_report
 from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.batches import BatchQueue
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.stop import STOP
@@ -67,14 +70,16 @@ def trainer_ranks(cfg: Config) -> Iterator[Platform]:
 
 def run_sft(cfg: Config) -> None:
     with trainer_ranks(cfg) as platform:
-        template = Template(Path(cfg.model.hf_path))
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         hf_dir = sft.train(cfg, platform, load_sft(cfg.data.need("sft"), template, cfg.data))
+        if is_main():
+            template.keep_in(hf_dir)
         _say(f"fine-tuned model: {hf_dir}")
 
 
 def run_rl(cfg: Config) -> None:
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
-        template = Template(Path(cfg.model.hf_path))
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
         if cfg.data.heldout:
             _refuse_overlap(prompts, load_prompts(cfg.data.need("heldout"), template, cfg.data))
@@ -87,7 +92,47 @@ def run_rl(cfg: Config) -> None:
             keep(cfg)
             rank0.ready(prompts[0])
         trainer.push()
-        _say(f"trained model: {trainer.train()}")
+        hf_dir = trainer.train()
+        if rank0:
+            template.keep_in(hf_dir)
+        _say(f"trained model: {hf_dir}")
+
+
+def run_rollout(cfg: Config) -> None:
+    """Make and store the samples of `rl.steps` batches with the weights of model.hf_path; one process, no Megatron."""
+    folder = Path(cfg.run_dir) / "rollout"
+    template = Template(cfg.model.folder())
+    prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
+    HFFolder(cfg.model.folder())  # whole, or refused before the servers start
+    rl.check(cfg, prompts)
+    _check_context(cfg, context_needs(cfg, "rl", {"train": _longest(prompts)}, template))
+    weights = weights_digest(cfg.model.folder())
+    with ExitStack() as stack:
+        rank0 = stack.enter_context(open_rank0(cfg, template))
+        _serve_folder(cfg, rank0)
+        batches = rl.batches_of(cfg, prompts, folder)
+        # The next batch is asked beside each: its samples fill the servers while the last of this one end.
+        queue = BatchQueue(batches, rank0.client, rank0.scorer.score, lag=1, begun_at=0)
+        stack.callback(queue.close)
+        log = MetricsLog(Path(cfg.run_dir), "rollout")
+        stack.callback(log.close)
+        for step in trange(cfg.rl.steps, desc="rollout", unit="batch"):
+            queue.ask(range(step, min(step + 2, cfg.rl.steps)), weights)
+            batch = queue.take(step)
+            log.samples(step + 1, batch.groups)
+            log.log(step + 1, rollout_metrics(batch.groups) | batch.metrics | {"seconds": batch.seconds})
+    num_bytes = sum(path.stat().st_size for path in batches.bank.folder.glob("*.jsonl"))
+    print(f"samples: {batches.bank.folder} ({num_bytes / 1e6:.1f} MB), {folder / 'metrics.jsonl'}")
+
+
+def run_replay(cfg: Config, step: int, *, profiled: bool) -> None:
+    """Train step `step` of the run in run_dir again, from what is stored."""
+    with trainer_ranks(cfg) as platform:
+        prompts = load_prompts(cfg.data.need("train"), Template(Path(cfg.model.hf_path)), cfg.data)
+        to = Path(cfg.run_dir) / "replay" / f"step_{step}.json" if profiled else None
+        _say(replay(cfg, platform, prompts, step, to).table())
+        if to:
+            _say(f"profile: {to} (open it in https://ui.perfetto.dev)")
 
 
 def run_evaluate(cfg: Config, label: str) -> None:
@@ -114,7 +159,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
             if not cfg.model.hf_path:
                 raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
             folder = cfg.model.folder()
-            template = Template(folder)
+            template = Template(folder, cfg.data.chat_template)
             HFFolder(folder)  # whole, or refused before the servers start
             longest = _longest(question.prompt(template) for questions in sets.values() for question in questions)
             _check_context(cfg, context_needs(cfg, "evaluate", {"heldout": longest}, template))
@@ -130,9 +175,9 @@ def run_evaluate(cfg: Config, label: str) -> None:
 def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
     folder, other = cfg.model.folder(), cfg.scaling.answer_model
-    template = Template(folder)
+    template = Template(folder, cfg.data.chat_template)
     HFFolder(folder)  # whole, or refused before the servers start
-    answerer = Template(Path(other)) if other else template
+    answerer = Template(Path(other), cfg.data.chat_template) if other else template
     (questions,) = question_sets(cfg, [cfg.scaling.set]).values()
     longest = _longest(question.prompt(template) for question in questions)
     _check_context(cfg, context_needs(cfg, "scaling", {"heldout": longest}, template))
@@ -175,7 +220,7 @@ def run_curate(cfg: Config) -> None:
     sets_dir = Path(cfg.evaluate.sets_dir) if cfg.evaluate.sets_dir else None
     counts = curate.prepare(cfg.curate, cfg.reward, folder, sets_dir=sets_dir, resume=cfg.resume)
     if not cfg.curate.clean_only:
-        template = Template(Path(cfg.model.hf_path))
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
         with open_rank0(cfg, template) as rank0:
             _serve_folder(cfg, rank0)
@@ -193,7 +238,7 @@ def run_all(cfg: Config) -> None:
     began = time.perf_counter() - (time.time() - psutil.Process().create_time())  # Python and the imports included
     run_dir, watch = Path(cfg.run_dir), Stopwatch()
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
-        template = Template(Path(cfg.model.hf_path))
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         train = load_prompts(cfg.data.need("train"), template, cfg.data)
         questions = load_questions(cfg.data.need("heldout"), cfg.data.system_prompt)
         heldout = [question.prompt(template) for question in questions]
@@ -246,6 +291,7 @@ def run_all(cfg: Config) -> None:
         with watch("stop"):
             stack.close()
         if is_main():
+            template.keep_in(final)
             with watch("report"):
                 _summarize(cfg, watch, trainer.watch, began)
                 report = write_report(run_dir)
@@ -285,8 +331,9 @@ def run_sync_check(cfg: SyncCheckConfig) -> bool:
 
 
 def _rank0_of_training(cfg: Config, template: Template) -> AbstractContextManager[Rank0]:
-    trace = Trace(Path(cfg.run_dir) / "rl" / "trace.json")
-    return open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace)
+    folder = Path(cfg.run_dir) / "rl"
+    trace = Trace(folder / "trace.json")
+    return open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace, status_in=folder)
 
 
 def _serve_folder(cfg: Config, rank0: Rank0) -> None:

@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_t1 import plugins
 from megatron_t1.algo.loss import sft_token_loss
 from megatron_t1.config import Config, keep
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
 from megatron_t1.engine.step import Engine
-from megatron_t1.metrics import MetricsLog, Stopwatch
+from megatron_t1.metrics import Stopwatch
 from megatron_t1.platform.detect import Platform
 from megatron_t1.stop import STOP, Stopped
+from megatron_t1.trackers import open_log
 from megatron_t1.types import TrainSequence
 
 
@@ -45,6 +47,7 @@ def _settings(cfg: Config, examples: list[TrainSequence]) -> dict[str, Any]:
     return named(
         **{"data.sft": data_identity(rows), "sft.batch_size": cfg.sft.batch_size, "sft.optim": cfg.sft.optim},
         **{"seed": cfg.seed, "model": model_identity(cfg.model), "model.dtype": cfg.model.dtype},
+        plugins=plugins.identity(),
     )
 
 
@@ -89,7 +92,7 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
     )
     if is_main():
         keep(cfg)
-    log = MetricsLog(Path(cfg.run_dir), "sft", first_step=done) if is_main() else None
+    log = open_log(cfg, "sft", done) if is_main() else None
     watch = Stopwatch()
     losses: list[float] = []  # of the steps since the last checkpoint
 

@@ -35,6 +35,7 @@ class Trace:
         self._named: set[str] = set()
         self._under_way: dict[str, int] = defaultdict(int)
         self._since: dict[str, float] = {}
+        self._counted_to: dict[str, float] = {}
         self._busy_s: dict[str, float] = defaultdict(float)
 
     def span(self, track: str, name: str, began: float, ended: float) -> None:
@@ -70,7 +71,7 @@ class Trace:
         """`count` things are under way on a track; all that overlaps is one span, from the first to the last."""
         with self._lock:
             if self._under_way[track] == 0:
-                self._since[track] = time.monotonic()
+                self._since[track] = self._counted_to[track] = time.monotonic()
             self._under_way[track] += count
         try:
             yield
@@ -80,12 +81,17 @@ class Trace:
                 self._under_way[track] -= count
                 idle_again = self._under_way[track] == 0
                 if idle_again:
-                    self._busy_s[track] += ended - self._since[track]
+                    self._busy_s[track] += ended - self._counted_to[track]
             if idle_again and ended - self._since[track] >= _SHORTEST_S:
                 self.span(track, name, self._since[track], ended)
 
     def take_busy_s(self) -> dict[str, float]:
-        """Seconds that each track was busy since the last call, spans that have ended."""
+        """Seconds that each track was busy since the last call."""
+        now = time.monotonic()
         with self._lock:
+            for track, count in self._under_way.items():
+                if count:
+                    self._busy_s[track] += now - self._counted_to[track]
+                    self._counted_to[track] = now
             taken, self._busy_s = dict(self._busy_s), defaultdict(float)
         return taken

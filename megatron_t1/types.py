@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # the grader's workers import this module and must stay light
     import torch
 
 AnswerMode = Literal["answer", "response", "text", "mc"]
-FinishReason = Literal["stop", "length"]
+"""The built-in ones; plugins bring others (`reward.config`)."""
+FinishReason = Literal["stop", "length", "repetition"]
+"""By itself, at the limit, or by the detector of loops that vLLM has (`rollout.vllm_args` may switch it on)."""
 Message = dict[str, str]
 """One turn of a conversation: `role` and `content`."""
 Outcome = Literal["correct", "wrong", "no_answer", "timeout", "crash", "refused"]
@@ -34,12 +36,23 @@ class Prompt:
     """int64 [num_prompt_tokens], template applied, ready for the server."""
     gold: str
     """The reference answer."""
-    mode: AnswerMode = "response"
+    mode: str = "response"
     """How a response to this prompt is graded; `response` reads the last \\boxed after the closed thinking."""
     choices: tuple[str, ...] = ()
     """Option texts, for `mode="mc"` only."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Whatever else the data line had (level, subject, source)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the grader says about one response."""
+
+    outcome: Outcome
+    extracted: str | None
+    """The answer text found in the response; None when there was none."""
+    reason: str
+    """One line for a person: why this outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +84,7 @@ class Sample:
     text: str
     """Detokenised response, special tokens left out; with the `<think>` before it that the prompt has opened."""
     finish_reason: FinishReason
-    """`stop`: an end token was sampled; `length`: cut at the limit."""
+    """`stop`: an end token was sampled; the others cut the response."""
     weight_versions: tuple[tuple[int, int, int], ...]
     """(version, start, end) spans over token_ids: which weights made which tokens. One span when nothing moved."""
     server: str
@@ -148,6 +161,10 @@ class Microbatch:
     """float32 [T], 0 in SFT"""
     anchor_logprob: torch.Tensor
     """float32 [T], 0 in SFT"""
+    sequence_log_ratio: torch.Tensor
+    """float32 [T], the sample's sum of log policy/rollout repeated over its tokens, where the loss reads it; else 0"""
+    geometric_log_ratio: torch.Tensor
+    """float32 [T], the same by the number of its tokens"""
     sample_index: torch.Tensor
     """int64 [T], index of the sample in the step's flat list, to bring per-token results back to samples"""
     anchor_hidden: torch.Tensor | None = None

@@ -14,10 +14,10 @@
 #SBATCH --output=%x-%j.log
 # Accuracy of a model on held-out questions, vLLM on every node.
 # Edit account, partition (above) and the paths (below); then: sbatch slurm/evaluate.sh [options of t1]
-MODEL=${MODEL:-/path/to/runs/t1-qwen32b/rl/hf} # Hugging Face folder
-DATA=${DATA:-/path/to/data}          # folder with heldout.jsonl
-RUN_DIR=${RUN_DIR:-/path/to/runs/evaluate} # on a file system that all nodes share
-CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml}
+MODEL=${MODEL:-/path/to/runs/rl/rl/hf}       # Hugging Face folder
+DATA=${DATA:-/path/to/data}                  # folder with heldout.jsonl
+RUN_DIR=${RUN_DIR:-/path/to/runs/evaluate}   # on a file system that all nodes share
+CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml} # settings; options after the script's name override them
 # shellcheck source=slurm/lib.sh
 source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh" || { echo "submit from the project's folder, or set T1_HOME to it"; exit 2; }
 t1_evaluate "$CONFIG" "$@"

@@ -3,10 +3,14 @@
 #
 #   t1_rl CONFIG [OPTIONS]            trainer on the first nodes, vLLM servers on the last VLLM_NODES
 #   t1_sft CONFIG [OPTIONS]           trainer on all nodes
-#   t1_evaluate CONFIG [OPTIONS]      one process on the first node, vLLM servers on all nodes
+#   t1_evaluate CONFIG [OPTIONS]      one process on the first node, vLLM servers on all nodes; t1_scaling, t1_curate too
+#   t1_synthesize CONFIG [OPTIONS]    one process on the first node, vLLM servers beside it
+#   t1_convert WORDS...               one process on the first node
 #
 # OPTIONS are options of the `t1` command (--rl.steps 100). With T1_DRY_RUN=1 and
-# T1_NODES="NAME NAME ..." the srun commands for these nodes are printed, not run.
+# T1_NODES="NAME NAME ..." the srun commands for these nodes are printed, not run. With T1_CONTAINER=IMAGE all of them run
+# in a container: by Apptainer when IMAGE ends in .sif, by the pyxis plugin of Slurm otherwise. It sees T1_HOME, RUN_DIR,
+# MODEL and DATA, or the folders in T1_MOUNTS (A,B), and T1_PYTHON is the Python inside.
 #
 # USR1 (Slurm sends it before the time limit, #SBATCH --signal=B:USR1@1800) -> the trainer finishes or drops its step,
 # writes a checkpoint and exits with 75 -> the job is requeued and goes on from there. A rank that was killed -> the
@@ -15,9 +19,12 @@
 
 set -uo pipefail
 T1_HOME=${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+T1_CONTAINER=${T1_CONTAINER:-}
+[ -n "$T1_CONTAINER" ] && T1_PYTHON=${T1_PYTHON:-python3}
 T1_PYTHON=${T1_PYTHON:-$T1_HOME/.venv/bin/python}
 VLLM_NODES=${VLLM_NODES:-0}
-VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0: servers and trainer share nodes, not GPUs; unset: half
+SHARE_GPUS=${SHARE_GPUS:-}        # 1, with VLLM_NODES=0: trainer and servers on all GPUs of every node, by turns (rollout.share_gpus)
+VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0 without SHARE_GPUS: servers' own; unset: half
 VLLM_TP=${VLLM_TP:-}              # GPUs of one server; unset: rollout.tp of the options or of CONFIG
 RESTARTS=${RESTARTS:-3}
 GRACE_S=${GRACE_S:-1740}          # from USR1 to the end, when the trainer does not stop by itself: 60 less than --signal says
@@ -29,6 +36,8 @@ export PYTHONPATH=$T1_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 ASKED_TO_STOP=
 TRAINER=
 KEEPERS=()
+PYXIS=()                          # options of srun, and
+APPTAINER=()                      # words before a command, that bring it into the container
 
 say() { echo "$(date '+%F %T') job $SESSION: $*"; }
 
@@ -43,11 +52,14 @@ fail() { # EXIT_CODE WORDS...: the job's last line
 t1_rl() {
   local config=$1
   shift
-  prepare rl "$config" ${DATA:+--data.train "$DATA/rl.jsonl"} "$@"
+  prepare rl "$config" ${DATA:+--data.train "$DATA/rl.jsonl"} ${SHARE_GPUS:+--rollout.share_gpus true} "$@"
   local train_nodes=$((${#NODES[@]} - VLLM_NODES)) ranks=$GPUS first_gpu=0
   ((train_nodes >= 1)) || fail 2 "VLLM_NODES=$VLLM_NODES of ${#NODES[@]} nodes leaves none to train: lower it or ask for more nodes"
   local -a serve_on=("${NODES[@]:train_nodes}")
-  if ((VLLM_NODES == 0)); then
+  if [ -n "$SHARE_GPUS" ]; then
+    ((VLLM_NODES == 0)) || fail 2 "SHARE_GPUS=$SHARE_GPUS and VLLM_NODES=$VLLM_NODES: nodes for vLLM alone share no GPU with a trainer; unset one of them"
+    serve_on=("${NODES[@]}")
+  elif ((VLLM_NODES == 0)); then
     serve_on=("${NODES[@]}") ranks=$((GPUS - VLLM_GPUS)) first_gpu=$((GPUS - VLLM_GPUS))
     ((ranks >= 1)) || fail 2 "VLLM_GPUS=$VLLM_GPUS of $GPUS GPUs leaves none to train"
   fi
@@ -62,10 +74,33 @@ t1_sft() {
   run_trainer sft "${RANKS:-$GPUS}" "${NODES[@]}"
 }
 
-t1_evaluate() {
+t1_evaluate() { ask evaluate "${DATA:+--data.heldout=$DATA/heldout.jsonl}" "$@"; }
+
+t1_scaling() { ask scaling "${DATA:+--data.heldout=$DATA/heldout.jsonl}" "$@"; }
+
+t1_curate() { ask curate "${DATA:+--curate.inputs=[$DATA/raw.jsonl]}" "$@"; }
+
+t1_synthesize() {
   local config=$1
-  local -a options=() label=()
   shift
+  find_nodes synthesize
+  [[ $config = /* ]] || config=$T1_HOME/$config
+  VLLM_TP=${VLLM_TP:-$(rollout_tp "$config" "$@")}
+  OPTIONS=(--config "$config" --model "$MODEL" --questions "$DATA/questions.jsonl" --out "$RUN_DIR/synthesize"
+    --rollout.tp "$VLLM_TP" --rollout.num_servers "${SERVERS_PER_NODE:-$((GPUS / VLLM_TP))}" "$@")
+  run_trainer synthesize 1 "${NODES[0]}"
+}
+
+t1_convert() {
+  find_nodes convert
+  OPTIONS=("$@")
+  run_trainer convert 1 "${NODES[0]}"
+}
+
+ask() { # COMMAND DATA_OPTION CONFIG OPTIONS...
+  local command=$1 data=$2 config=$3
+  local -a options=() label=()
+  shift 3
   while (($#)); do # the label is the evaluation's own: `t1 check` and `t1 serve` have none
     case $1 in
       --label) label=(--label "$2") && shift ;;
@@ -74,35 +109,64 @@ t1_evaluate() {
     esac
     shift
   done
-  prepare evaluate "$config" ${DATA:+--data.heldout "$DATA/heldout.jsonl"} ${options[@]+"${options[@]}"}
+  prepare "$command" "$config" ${data:+"$data"} ${options[@]+"${options[@]}"}
   start_servers 0 "${NODES[@]}"
   OPTIONS+=(${label[@]+"${label[@]}"})
-  run_trainer evaluate 1 "${NODES[0]}"
+  run_trainer "$command" 1 "${NODES[0]}"
 }
 
-prepare() { # COMMAND CONFIG OPTIONS...: nodes, options, signals; refuses what would fail later
-  local command=$1 config=$2
-  shift 2
-  [[ $config = /* ]] || config=$T1_HOME/$config
-  command -v "$T1_PYTHON" >/dev/null || fail 2 "there is no Python at $T1_PYTHON: set T1_PYTHON to that of the environment with megatron_t1's requirements"
-  [ -n "$VLLM_TP" ] || VLLM_TP=$(rollout_tp "$config" "$@")
-  OPTIONS=(--config "$config" --run_dir "$RUN_DIR" --model.hf_path "$MODEL" "$@" --resume)
-  REGISTRY=$RUN_DIR/servers/$SESSION
+find_nodes() { # COMMAND: nodes, logs, signals, container
   LOGS=$RUN_DIR/logs
   GPUS=${SLURM_GPUS_PER_NODE:-8}
   GPUS=${GPUS##*:}
-  VLLM_GPUS=${VLLM_GPUS:-$((GPUS / 2))}
+  VLLM_GPUS=${VLLM_GPUS:-$((SHARE_GPUS ? GPUS : GPUS / 2))}
   CPUS=${SLURM_CPUS_PER_TASK:-1}
   if [ -n "${T1_DRY_RUN:-}" ]; then
     read -ra NODES <<<"${T1_NODES:?names of the nodes, with T1_DRY_RUN=1}"
+    enter_container
     return
   fi
   [ -n "${SLURM_JOB_NODELIST:-}" ] || fail 2 "not in a Slurm job: submit this script with sbatch"
   mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   trap on_usr1 USR1
-  say "$command on ${NODES[*]}, $VLLM_NODES of them for vLLM alone, logs in $LOGS"
+  say "$1 on ${NODES[*]}, $VLLM_NODES of them for vLLM alone, logs in $LOGS"
   mkdir -p "$LOGS" || fail 2 "RUN_DIR=$RUN_DIR can't be made: set it to a folder that all nodes share"
-  "$T1_PYTHON" -m megatron_t1 check --for "$command" --nodes "${#NODES[@]}" --vllm_nodes "$VLLM_NODES" \
+  enter_container
+  [ -n "$T1_CONTAINER" ] || command -v "$T1_PYTHON" >/dev/null || fail 2 "there is no Python at $T1_PYTHON: set T1_PYTHON to that of the environment with megatron_t1's requirements"
+}
+
+enter_container() {
+  [ -n "$T1_CONTAINER" ] || return 0
+  local mounts
+  mounts=${T1_MOUNTS:-$(printf '%s\n' "$T1_HOME" "$RUN_DIR" "${MODEL:-}" "${DATA:-}" | grep . | sort -u | paste -sd,)}
+  if [[ $T1_CONTAINER = *.sif ]]; then
+    APPTAINER=(apptainer exec --nv --bind "$mounts" "$T1_CONTAINER")
+  else
+    PYXIS=("--container-image=$T1_CONTAINER" "--container-mounts=$(sed -E 's/([^,]+)/\1:\1/g' <<<"$mounts")")
+  fi
+}
+
+python() { # the job's Python, in its container
+  if [ -n "${T1_DRY_RUN:-}" ]; then
+    "$T1_PYTHON" "$@"
+  elif ((${#PYXIS[@]})); then
+    srun --overlap --nodes=1 --ntasks=1 "--nodelist=${NODES[0]}" --mem=0 --input=none "${PYXIS[@]}" "$T1_PYTHON" "$@"
+  else
+    ${APPTAINER[@]+"${APPTAINER[@]}"} "$T1_PYTHON" "$@"
+  fi
+}
+
+prepare() { # COMMAND CONFIG OPTIONS...: all of `find_nodes`, and options; refuses what would fail later
+  local command=$1 config=$2
+  shift 2
+  find_nodes "$command"
+  [[ $config = /* ]] || config=$T1_HOME/$config
+  [ -n "$VLLM_TP" ] || VLLM_TP=$(rollout_tp "$config" "$@")
+  OPTIONS=(--config "$config" --run_dir "$RUN_DIR" --model.hf_path "$MODEL" "$@" --resume)
+  REGISTRY=$RUN_DIR/servers/$SESSION
+  [ -z "${T1_DRY_RUN:-}" ] || return 0
+  [ "$command" = curate ] && command=serve # what it needs of the machines
+  python -m megatron_t1 check --for "$command" --nodes "${#NODES[@]}" --vllm_nodes "$VLLM_NODES" \
     --gpus_per_node "$GPUS" --vllm_gpus "$VLLM_GPUS" ${RANKS:+--ranks_per_node "$RANKS"} --grace_s "$GRACE_S" "${OPTIONS[@]}" --rollout.tp "$VLLM_TP" ||
     fail 2 "t1 check refused the configuration: see above"
 }
@@ -120,7 +184,8 @@ step() { # LOG NUM_NODES TASKS_PER_NODE NODELIST COMMAND...
   shift 4
   local -a command=(srun --overlap "--nodes=$num_nodes" "--ntasks-per-node=$tasks" "--ntasks=$((num_nodes * tasks))"
     "--nodelist=$nodelist" "--cpus-per-task=$((CPUS / tasks > 0 ? CPUS / tasks : 1))" --mem=0
-    --kill-on-bad-exit=1 --unbuffered --input=none "--output=$log" --open-mode=append "$@")
+    --kill-on-bad-exit=1 --unbuffered --input=none "--output=$log" --open-mode=append ${PYXIS[@]+"${PYXIS[@]}"}
+    ${APPTAINER[@]+"${APPTAINER[@]}"} "$@")
   if [ -n "${T1_DRY_RUN:-}" ]; then
     printf '%q ' "${command[@]}"
     echo
@@ -256,11 +321,11 @@ rollout_tp() { # CONFIG OPTIONS...
       --rollout.tp=*) echo "${1#*=}" && return ;;
     esac
   done
-  "$T1_PYTHON" -c 'import sys, yaml
+  python -c 'import sys, yaml
 print((yaml.safe_load(open(sys.argv[1])).get("rollout") or {}).get("tp", 1))' "$config"
 }
 
-free_port() { "$T1_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
 steps_done() { tail -qn 1 "$RUN_DIR/rl/metrics.jsonl" "$RUN_DIR/sft/metrics.jsonl" 2>/dev/null | cut -c 1-20; }
 

@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_t1"
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tests/**/README.md")]
 CONFIGS = {
-    **dict.fromkeys(("run", "sft", "rl", "curate", "evaluate", "scaling", "serve", "check"), Config),
+    **dict.fromkeys(
+        ("run", "sft", "rl", "rollout", "replay", "curate", "evaluate", "scaling", "serve", "check"), Config
+    ),
     "sync-check": SyncCheckConfig,
     "synthesize": SynthesizeConfig,
     "grade": GradeConfig,
@@ -142,9 +144,9 @@ def wrong_in_command(words: list[str]) -> Iterator[str]:
             continue
         if name == "label" and command in LABELLED:
             continue
-        if command == "check" and "." not in name:
+        if command in ("check", "replay") and "." not in name:
             if f'"{option}"' not in source_of_cli():
-                yield f"t1 check {option}"
+                yield f"t1 {command} {option}"
         elif command == "convert":
             if not re.search(rf"{option}\b", help_of(command, rest[0])):
                 yield f"t1 convert {rest[0]} {option}"
@@ -202,7 +204,7 @@ def test_what_a_page_names_is_there(page):
         ("```\nt1 evaluate \\\n --evaluate.endpoint '{modell: M}'\n```\n", "t1 evaluate --evaluate.endpoint.modell"),
         ("```\nt1 convert to-hf A B --tp 2\n```\n", "t1 convert to-hf --tp"),
         ("```\nt1 check A.yaml --nodess 2\n```\n", "t1 check --nodess"),
-        ("```\nsbatch slurm/t1_glm9b.sh --rl.stepps 1\n```\n", "t1 rl --rl.stepps"),
+        ("```\nsbatch slurm/rl.sh --rl.stepps 1\n```\n", "t1 rl --rl.stepps"),
         ("`--rollout.await 2`", "setting rollout.await"),
         ("by `rollout.timeout`", "setting rollout.timeout"),
         ("`make nothing`", "make nothing"),

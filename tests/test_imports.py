@@ -16,17 +16,21 @@ PACKAGE = ROOT / "megatron_t1"
 # From the ground up: a part may import what stands on a line above its own, and any room's config.py: configs are
 # light, and the command line reads them before anything else.
 FLOORS = [
-    {"types", "files", "fields", "stop", "warn"},
+    {"plugins"},
+    {"types", "files", "fields", "stop", "warn", "reasoning"},
     {"lock", "trace"},
     {"platform"},
     {"algo", "data", "models", "servers", "reward", "metrics"},
     {"weights", "rollout"},
     {"engine", "push"},
     {"config"},
-    {"rank0", "convert", "logprobs", "grade"},
+    {"status", "learner", "convert", "logprobs", "grade", "trackers"},
+    {"rank0"},
     {"evaluation"},
-    {"report", "curate", "rl", "sft", "check"},
-    {"synthesize", "pipeline"},
+    {"report", "curate", "sft", "check", "milestones"},
+    {"rl"},
+    {"synthesize", "replay"},
+    {"pipeline"},
     {"cli"},
     {"__main__", "__init__"},
 ]

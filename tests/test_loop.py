@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from megatron_t1.engine.config import ModelConfig
 from megatron_t1.rl import max_logprob_diff
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
+from tests.extended import PACKAGE, PLUGINS, install
 from tests.forks import ROOT, WORKERS
 
 EXAMPLE = ROOT / "examples/quickstart/quickstart.yaml"
@@ -178,12 +180,24 @@ def test_the_bound_is_of_the_precision_that_is_set():
     assert bound("bfloat16", "bfloat16") == bound(servers="auto") == bound(min_p=0.05) == 0.2
     assert bound(asked=0.5) == 0.5
     assert bound(asked=0) == float("inf")
+    assert max_logprob_diff(Config(), lag=1) == 1
+
+
+MEASURED = {
+    "rl.measure_every": 2,
+    "rl.snapshot_every": 2,
+    "rl.steps": 4,
+    "rl.prompts_per_step": 2,
+    "sampling.num_samples": 8,  # samples.jsonl has two prompts of a step
+    "evaluate.sampling.num_samples": 1,
+    "evaluate.sampling.max_new_tokens": 48,
+}
 
 
 @pytest.mark.parametrize("asked_after", [1, 2], ids=["between checkpoints", "at a checkpoint"])
 def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, start_t1, t1, tuned, server, tmp_path):
     """4 steps at once against a run that USR1 stops, and a new process: the same numbers, optimizer and anchor too."""
-    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 4, "parallel.nproc_per_node": 1})
+    arguments = options(tuned, tmp_path, **server, **MEASURED)
     process = start_t1("rl", *arguments, stderr=subprocess.PIPE)
     metrics = tmp_path / "rl/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(rows(metrics)) >= asked_after):
@@ -205,7 +219,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, st
 
 def test_a_step_that_has_not_trained_yet_is_dropped(straight, forks, t1, tuned, server, tmp_path):
     """Asked to stop while the anchor is asked: the step's samples wait in the bank, the checkpoint comes at once."""
-    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 4, "parallel.nproc_per_node": 1})
+    arguments = options(tuned, tmp_path, **server, **MEASURED)
     stopped = forks.run(WORKERS / "stopped_worker.py", *arguments, timeout_s=600)
     assert stopped.returncode == 75, stopped.stderr[-3000:]
     assert [row["step"] for row in rows(tmp_path / "rl/metrics.jsonl")] == [1]
@@ -214,11 +228,11 @@ def test_a_step_that_has_not_trained_yet_is_dropped(straight, forks, t1, tuned, 
     assert timeless(tmp_path) == timeless(straight)
 
 
-def timeless(run_dir: Path) -> list[dict]:
+def timeless(run_dir: Path, job: str = "rl") -> list[dict]:
     """The metrics of every step that do not depend on the machine's speed."""
     return [
         {k: v for k, v in row.items() if "second" not in k and "per_s" not in k and "idle/" not in k}
-        for row in rows(run_dir / "rl/metrics.jsonl")
+        for row in rows(run_dir / job / "metrics.jsonl")
     ]
 
 
@@ -226,13 +240,162 @@ def timeless(run_dir: Path) -> list[dict]:
 def straight(t1, tuned, server, tmp_path_factory) -> Path:
     """Four steps without a break."""
     folder = tmp_path_factory.mktemp("straight")
-    t1("rl", *options(tuned, folder, **server, **{"rl.steps": 4}))
+    t1("rl", *options(tuned, folder, **server, **MEASURED))
     return folder
 
 
+def test_at_learning_rate_0_a_lag_changes_nothing(t1, tuned, server, tmp_path):
+    """Batches asked one step ahead are then those of the loop on policy: the same numbers bit by bit, and versions."""
+    still = {**server, "rl.steps": 4, "rl.optim.lr": 0}
+    t1("rl", *options(tuned, tmp_path / "on policy", **still))
+    t1("rl", *options(tuned, tmp_path / "ahead", **still, **{"rl.lag": 1}))
+    on_policy, ahead = timeless(tmp_path / "on policy"), timeless(tmp_path / "ahead")
+    assert [row.pop("oldest_version") for row in on_policy] == [0, 1, 2, 3]
+    assert [row.pop("oldest_version") for row in ahead] == [0, 0, 1, 2]
+    assert [row.pop("staleness") for row in on_policy] == [0, 0, 0, 0]
+    assert [row.pop("staleness") for row in ahead] == [0, 1, 1, 1]
+    assert ahead == on_policy
+
+
+@pytest.fixture(scope="module")
+def ahead(t1, tuned, server, tmp_path_factory) -> Path:
+    """Six steps at a lag of 1 without a break, with groups asked in place of those that teach nothing."""
+    folder = tmp_path_factory.mktemp("ahead")
+    t1("rl", *options(tuned, folder, **server, **AHEAD))
+    return folder
+
+
+AHEAD = {"rl.steps": 6, "rl.lag": 1, "rl.refill": 2, "rl.checkpoint.keep": 2, "parallel.nproc_per_node": 1}
+
+
+def test_a_lag_is_reproduced_through_a_stop_and_a_kill(ahead, start_t1, t1, tuned, server, tmp_path):
+    """USR1 with a batch under way, then kill -9, each followed by a new process: the numbers of the unbroken run."""
+    metrics = tmp_path / "rl/metrics.jsonl"
+    arguments = options(tuned, tmp_path, **server, **AHEAD)
+    for number, (sign, steps) in enumerate(((signal.SIGUSR1, 1), (signal.SIGKILL, 3))):
+        process = start_t1("rl", *arguments, *["--resume"] * number, stderr=subprocess.PIPE)
+        while process.poll() is None and not (metrics.exists() and len(rows(metrics)) >= steps):
+            time.sleep(0.02)
+        process.send_signal(sign)
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == (75 if sign == signal.SIGUSR1 else -sign), said[-3000:]
+    t1("rl", *arguments, "--resume")
+    assert timeless(tmp_path) == timeless(ahead)
+    assert [row["oldest_version"] for row in timeless(ahead)] == [0, 0, 1, 2, 3, 4]
+    assert sum(row["refill/groups"] for row in timeless(ahead)) > 0
+    one, other = (load_file(folder / "rl/hf/model.safetensors") for folder in (ahead, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("layout", [{}, {"parallel.tensor": 2}], ids=["one process", "TP2"])
+def test_a_stored_step_is_trained_again_without_servers(layout, ahead, t1):
+    """From the checkpoint before it: bit by bit on the run's layout, within rounding on another."""
+    changed = [part for name, value in layout.items() for part in (f"--{name}", str(value))]
+    said = t1("replay", ahead, "--step", 6, "--profile", *changed, num_ranks=2 if layout else 1)
+    if not layout:
+        assert re.search(r"step 6: all [3-9]\d metrics are the run's, bit by bit", said), said
+    trace = json.loads((ahead / "replay/step_6.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+    for line in re.findall(r"^(?:loss|entropy|kl_sample|grad_norm) .*$", said, re.MULTILINE):
+        assert float(line.split()[-1]) < 2e-3, line
+    refused = t1("replay", ahead, "--step", 2, num_ranks=1, expect=1)
+    assert "the samples of step 1 are not stored" in refused
+    assert "steps 5 to 6 are" in refused
+
+
+def test_a_batch_that_lost_all_servers_is_made_whole_by_the_weights_it_began_with(ahead, forks, tuned, tmp_path):
+    """The trainer had gone on; the servers come back with the weights from before its step: the same numbers."""
+    done = forks.run(WORKERS / "lost_servers_worker.py", *options(tuned, tmp_path, **AHEAD), timeout_s=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "it is made whole with the weights that it began with" in done.stderr
+    assert timeless(tmp_path) == timeless(ahead)
+
+
+def test_requests_under_way_go_on_with_new_weights(t1, tuned, server, tmp_path):
+    """pause_mode keep: samples of several versions, none older than the lag, each logprob that of its weights."""
+    still = {"rl.steps": 6, "rl.lag": 2, "rl.optim.lr": 0, "rollout.pause_mode": "keep", "sampling.max_new_tokens": 96}
+    t1("rl", *options(tuned, tmp_path, **server, **still, **{"rl.checkpoint.every_steps": 6}))
+    for row in rows(tmp_path / "rl/metrics.jsonl"):
+        assert row["oldest_version"] >= row["step"] - 1 - 2
+        assert row["logprob_diff"] < 1e-3
+    kept = [row["weight_versions"] for row in rows(tmp_path / "rl/samples.jsonl")]
+    assert any(len(versions) > 1 for versions in kept), kept
+
+
+def test_samples_are_made_and_kept_without_training(t1, tuned, server, tmp_path):
+    """The batches of RL's first steps, by an unchanged model; what is there is not asked again."""
+    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 2})
+    assert "samples:" in t1("rollout", *arguments)
+    made = rows(tmp_path / "rollout/metrics.jsonl")
+    assert [row["step"] for row in made] == [1, 2]
+    kept = sorted((tmp_path / "rollout/bank").iterdir())
+    sizes = [path.stat().st_size for path in kept]
+    t1("rollout", *arguments)
+    assert [path.stat().st_size for path in kept] == sizes
+    assert timeless(tmp_path, "rollout") == [{k: v for k, v in row.items() if "second" not in k} for row in made]
+
+
+def test_a_run_is_measured_every_few_steps(straight, tuned):
+    """Accuracy, snapshots, and the KL to the start: 0 there, then what transformers finds between the two models."""
+    measured = {row["step"]: row for row in rows(straight / "rl/metrics.jsonl") if "kl_start" in row}
+    assert list(measured) == [1, 3], "of the weights before the step, as the step's samples are"
+    for step, row in measured.items():
+        result = json.loads((straight / f"evaluate/step_{step - 1:06d}/heldout/summary.json").read_text())
+        assert row["heldout/heldout"] == result["pass_at_1"]
+    assert (straight / "evaluate/step_000004/heldout/summary.json").exists()
+    assert measured[1]["kl_start"] == 0
+    exported, last = (
+        load_file(straight / "rl" / name / "model.safetensors") for name in ("hf", "snapshots/step_000004")
+    )
+    assert all(torch.equal(exported[name], last[name]) for name in exported)
+    tokenizer = AutoTokenizer.from_pretrained(tuned / "model")
+    policy, start = (
+        AutoModelForCausalLM.from_pretrained(folder)
+        for folder in (straight / "rl/snapshots/step_000002", tuned / "model")
+    )
+    ratios = []
+    for row in [row for row in rows(straight / "rl/samples.jsonl") if row["step"] == 3][::8]:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
+        )
+        end = "<|end|>" if row["finish_reason"] == "stop" else ""
+        asked = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ids = tokenizer(prompt + row["response"] + end, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logprobs = [torch.log_softmax(m(ids).logits[0, :-1].double() / 1.2, -1) for m in (policy, start)]
+        at = torch.arange(asked.shape[1] - 1, ids.shape[1] - 1)
+        ratios.append(float((logprobs[0] - logprobs[1])[at, ids[0, at + 1]].sum()))
+    assert len(ratios) == 2, "one a prompt"
+    assert measured[3]["kl_start"] == pytest.approx(sum(ratios) / 2, abs=1e-4)
+
+
+def test_a_package_of_the_users_trains_on_all_ranks(forks, tuned, server, tmp_path):
+    """Its answer mode, penalty, loss, advantage and chat template; once its source has changed, a resume is refused."""
+    shutil.copytree(PACKAGE, tmp_path / "extend")
+    site = install(tmp_path / "site", tmp_path / "extend")
+    questions = [{**row, "mode": "last_integer"} for row in rows(tuned / "rl.jsonl")[:200]]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    own = {"plugins": PLUGINS, "data.train": tmp_path / "questions.jsonl", "loss.token_loss": "t1_length_free",
+           "loss.advantage": "centered_ranks", "data.chat_template": "plain",
+           "reward.penalties.enabled": "[apology]"}  # fmt: skip
+    command = [WORKERS / "extended_worker.py", site, "rl", *options(tuned, tmp_path / "run", **server, **own)]
+    done = forks.run(*command, "--rl.steps", 2, num_ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = rows(tmp_path / "run/rl/samples.jsonl")
+    assert all(sample["reward"]["reason"].startswith(("the last of", "no whole number")) for sample in samples)
+    assert {sample["advantage"] for sample in samples} <= {i / 3 for i in range(-3, 4)}, "ranks of 4 samples"
+    assert (tmp_path / "run/rl/hf/chat_template.jinja").read_text().startswith("{% for m in messages %}")
+    with (site / "my_t1/losses.py").open("a") as file:
+        file.write("\n# a change\n")
+    refused = forks.run(*command, "--rl.steps", 3, "--resume", num_ranks=2)
+    assert refused.returncode == 1
+    assert "was made with other settings: plugins = ['my_t1.rewards " in refused.stderr
+
+
 def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):
-    """Nor in a checkpoint: it resumes so, and not with a KL."""
-    arguments = options(tuned, tmp_path, **server, **{"loss.kl_coef": 0})
+    """Nor in a checkpoint: it resumes so, and not with a KL. On policy every weight by sample is 1."""
+    weighted = {"loss.importance": "gspo", "loss.ratio_max": 1.1, "loss.mask": "sequence", "loss.mask_min": 0.9}
+    arguments = options(tuned, tmp_path, **server, **{"loss.kl_coef": 0}, **weighted)
     t1("rl", *arguments, "--rl.steps", 2)
     stored = tmp_path / "rl/checkpoints/step_00000002"
     assert not any("anchor" in name for name in FileSystemReader(stored).read_metadata().state_dict_metadata)
@@ -241,7 +404,12 @@ def test_without_a_kl_there_is_no_anchor(t1, tuned, server, tmp_path):
     t1("rl", *arguments, "--rl.steps", 3, "--resume")
     metrics = rows(tmp_path / "rl/metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3]
-    assert not [name for row in metrics for name in row if name.startswith("kl_")]
+    assert {name for row in metrics for name in row if name.startswith("kl_")} == {"kl_behaviour"}
+    for row in metrics:
+        assert row["weight"] == pytest.approx(1.0, abs=1e-5)
+        assert row["effective_sample_size"] == pytest.approx(1.0, abs=1e-5)
+        assert row["clip_fraction"] == row["masked"] == 0
+        assert abs(row["kl_behaviour"]) < 1e-9
 
 
 def test_the_models_own_chains_teach_it_and_are_measured(t1, tuned, server, tmp_path):
@@ -300,8 +468,8 @@ def test_killed_while_measuring_it_resumes_to_the_same_files(command, start_t1, 
     assert set(kept) <= set((tmp_path / command / "cut" / final[0]).read_text().splitlines(keepends=True))
 
 
-def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
-    """Of two servers one is killed in the middle: training goes on and the server comes back."""
+def test_a_killed_server_is_replaced(start_t1, t1, tuned, tmp_path):
+    """Of two servers one is killed in the middle: training goes on and the server comes back. `t1 watch` shows it."""
     arguments = options(tuned, tmp_path, **{"rollout.num_servers": 2, "rl.steps": 20})
     process = start_t1("rl", *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     metrics = tmp_path / "rl/metrics.jsonl"
@@ -318,12 +486,19 @@ def test_a_killed_server_is_replaced(start_t1, tuned, tmp_path):
     rest, _ = process.communicate(timeout=250)
     assert process.returncode == 0, "".join(output) + rest[-3000:]
     assert "was lost and is started again" in rest
+    said = t1("watch", tmp_path, "--once")
+    assert "rl step 20 of 20" in said
+    assert said.count("127.0.0.1:") >= 2, "its servers"
+    assert "is started again: it gets the current weights first" in " ".join(said.split())
     assert [row["step"] for row in rows(metrics)] == list(range(1, 21))
 
 
-def test_the_exported_model_answers_as_the_trained_one(t1, tuned, server, tmp_path):
+def test_the_exported_model_answers_as_the_trained_one(t1, tuned, server, straight, tmp_path):
     """Greedy answers of the export in transformers are those of vLLM serving the trained weights."""
-    t1("rl", *options(tuned, tmp_path, **server, **{"rl.steps": 2}))
+    same = {"rl.prompts_per_step": 2, "sampling.num_samples": 8}
+    t1("rl", *options(tuned, tmp_path, **server, **same, **{"rl.steps": 2}))
+    for row, measured in zip(timeless(tmp_path), timeless(straight), strict=False):
+        assert row == {name: measured[name] for name in row}, "what is measured meanwhile changes nothing"
     exported = tmp_path / "rl/hf"
     greedy = {"temperature": 0, "num_samples": 1, "top_p": 1}
     sampling = {f"evaluate.sampling.{name}": value for name, value in greedy.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
+from megatron_t1.trackers import TensorBoard
 from megatron_t1.types import Group, Prompt, Reward, Sample
 
 
@@ -44,14 +46,15 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_resume_drops_what_came_after_its_step(tmp_path: Path) -> None:
-    first = MetricsLog(tmp_path, "rl", groups_kept=1)
+    first = MetricsLog(tmp_path, "rl", trackers=[TensorBoard(tmp_path / "tensorboard/rl", 0)], groups_kept=1)
     for step in (1, 2, 3):
         first.log(step, {"reward": step / 10})
         first.samples(step, [group("a", sample(1, 4)), group("b", sample(0, 4))])
     first.close()
     with (tmp_path / "rl/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # killed while writing
-    second = MetricsLog(tmp_path, "rl", first_step=2, groups_kept=1)
+    board = TensorBoard(tmp_path / "tensorboard/rl", 2)
+    second = MetricsLog(tmp_path, "rl", first_step=2, trackers=[board], groups_kept=1)
     second.log(3, {"reward": 9.0})
     second.close()
     assert [(row["step"], row["reward"]) for row in rows(tmp_path / "rl/metrics.jsonl")] == [
@@ -60,8 +63,8 @@ def test_resume_drops_what_came_after_its_step(tmp_path: Path) -> None:
         (3, 9.0),
     ]
     assert [(row["step"], row["id"]) for row in rows(tmp_path / "rl/samples.jsonl")] == [(1, "a"), (2, "a")]
-    board = EventAccumulator(str(tmp_path / "tensorboard/rl")).Reload()
-    assert [(e.step, round(e.value, 3)) for e in board.Scalars("reward")] == [(1, 0.1), (2, 0.2), (3, 9.0)]
+    read = EventAccumulator(str(tmp_path / "tensorboard/rl")).Reload()
+    assert [(e.step, round(e.value, 3)) for e in read.Scalars("reward")] == [(1, 0.1), (2, 0.2), (3, 9.0)]
 
 
 def test_rollout_metrics_by_hand() -> None:
@@ -78,8 +81,20 @@ def test_rollout_metrics_by_hand() -> None:
     assert metrics["share_cut"] == metrics["penalized"] == 0.5
     assert metrics["penalty/repetition"] == metrics["penalty/overlong"] == 0.25
     assert metrics["outcome/wrong"] == 0.75
+    assert (metrics["response_tokens_right"], metrics["response_tokens_wrong"]) == (10, 30)
+
     assert metrics["oldest_version"] == 2
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_words_of_reasoning_are_counted_by_correctness() -> None:
+    right = replace(sample(1, 5), text="Try 4. Wait, that is a mistake; let me check. Alternatively, wait")
+    metrics = rollout_metrics([group("a", right, sample(0, 5))])
+    assert [metrics[f"words/{habit}"] for habit in ("wait", "mistake", "check", "alternatively", "perhaps")] == [
+        *(1, 0.5, 0.5, 0.5, 0)
+    ]
+    assert (metrics["words_right"], metrics["words_wrong"]) == (5, 0)
+    assert "words_wrong" not in rollout_metrics([group("a", right)])
 
 
 def test_stopwatch_keeps_laps_and_totals_apart() -> None:

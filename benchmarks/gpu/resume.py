@@ -16,6 +16,7 @@ from megatron_t1.algo.loss import t1_token_loss
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig
+from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.step import Engine
 from tests.engine.batch import make_sequences
 from tests.tiny import make_tiny
@@ -85,7 +86,7 @@ def _advance(engine: Engine, anchor: Anchor, steps: int) -> dict[str, float]:
         sequences = make_sequences(321)
         microbatches = engine.pack(sequences)
         cfg = LossConfig(entropy_coef=0.01, kl_coef=0.02)
-        anchor.fill(microbatches, sequences, cfg)
+        prescore(engine, anchor, microbatches, sequences, cfg)
         metrics = engine.step(microbatches, num_targets(sequences), partial(t1_token_loss, cfg=cfg))
         anchor.update()
     return metrics

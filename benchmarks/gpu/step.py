@@ -21,6 +21,7 @@ from megatron_t1.check.estimate import Layout, Sizes, stage_memory
 from megatron_t1.engine import step as engine_step
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.config import AnchorConfig
+from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.step import Engine
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -111,7 +112,7 @@ def _memory(check: Check, layers: str) -> None:
         phases = _Phases()
         for _ in range(3):
             with phases.measure("anchor"):
-                anchor.fill(microbatches, sequences, LossConfig())
+                prescore(engine, anchor, microbatches, sequences, LossConfig())
             with phases.measure("step"):
                 engine.step(microbatches, num_targets(sequences), partial(t1_token_loss, cfg=LossConfig()))
             with phases.measure("average"):

@@ -4,6 +4,11 @@
 
 i.e. leave-one-out of r - beta KL. For samples of pi its expected gradient is that of KL(pi||anchor), with either
 baseline and with none: these only change the variance.
+
+Off policy -beta KL_i, of the present pi, still is a part of sample i's reward: with samples of mu and unbounded
+weights by sequence E_mu[s KL_i grad log pi] is the gradient of KL(pi||anchor). So c has the weight of the advantage,
+and what `algo.advantage` says of the baseline under each weight is true of c's. The mean of KL_i over samples of mu is
+not KL(pi||anchor), and may be negative.
 """
 
 from __future__ import annotations

@@ -17,9 +17,40 @@ KL to the anchor, with x = logp - anchor_logprob of the sampled token and `sg` a
     k3_score  e^(logp - sg(logp)) k3  unbiased in value and gradient
     full      sum_v p ln(p / q)       exact, over the whole vocabulary; `kl` comes from the head
 
-One update a batch is on policy and needs no ratio to the rollout's logprobs. For a later off-policy step, either
-PPO clipping (ratio r = e^(logp - rollout_logprob), loss -min(r A, clip(r, 1 - low, 1 + high) A)) or truncated
-importance sampling (loss -sg(min(r, cap)) A logp) may be switched on.
+Samples that are not of the policy pi that trains (`rl.lag`, servers of another precision) are of a mu, whose logprob of
+each token, under the very weights that chose it, came with it: `rollout_logprob`. One optimizer step a batch leaves no
+third distribution; what papers call the old policy is mu. With the ratios
+
+    r_t = pi(y_t) / mu(y_t),   s = prod_t r_t over the sample,   g = s^(1 / number of its tokens)
+
+and bounds [a, b] from loss.ratio_min and ratio_max, or mask_min and mask_max, every correction is a weight, constant
+for the gradient, on what rests on the token's having been sampled. With S_t = A_t - beta c_t
+
+    loss_t = -w_t m_t S_t logp_t - alpha H_t,   and beta w_t m_t k_t for the k1 to k3_score above
+
+    importance  w_t                  bias, and source
+    none        1                    first order in pi - mu, and a baseline does not drop out (`algo.advantage`)
+    token       clip(r_t, a, b)      unbounded: each token's own expectation is exact, what stands before and after it
+                                     stays of mu; bounds add that of the ratios cut. Truncated importance sampling has
+                                     b alone (Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy
+                                     RL Training", 2025); CISPO (arXiv 2506.13585) is the same formula
+    sequence    clip(s, a, b)        unbounded: none where mu covers pi, but a variance exponential in the length;
+                                     bounds trade it for the bias of the ratios cut (verl's rollout correction)
+    ppo         r_t; 0 where         that of `token`, and that of the tokens stopped. Gradient of
+                clip(r_t, a, b) S_t  -min(r_t S_t, clip(r_t, a, b) S_t) (arXiv 1707.06347; bounds unlike each other:
+                < r_t S_t            DAPO, arXiv 2503.14476)
+    gspo        g; 0 where           that of `ppo`, and that g is no ratio of densities. Gradient of
+                clip(g, a, b) S_t    -min(g S, clip(g, a, b) S) x number of tokens (arXiv 2507.18071, where a sample
+                < g S_t              counts once; here, as in all of T1's loss, once a token)
+
+    mask        m_t = 1 only where   bias: what the dropped would have taught; source
+    token       a <= r_t <= b        IcePop, with importance = token unbounded (Ling team, arXiv 2510.18855)
+    sequence    a <= s <= b          drops whole samples, long ones first (verl)
+    geometric   a <= g <= b          drops whole samples, whatever their length (verl, prime-rl)
+
+Entropy and `full` KL are expectations over the vocabulary, in which no token was sampled: they keep weight 1, also
+where m_t = 0. Their bias: the places they are taken at are those that mu visits. What top_p or min_p kept a server
+from sampling is in no sample, and no weight brings it back.
 """
 
 from __future__ import annotations
@@ -30,11 +61,12 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from megatron_t1.algo.config import LossConfig
+from megatron_t1.algo.config import TOKEN_LOSSES, LossConfig
 from megatron_t1.types import Microbatch
 
 MAX_EXPONENT = 20.0
 """Log-ratios are cut here before exp: a token that the anchor finds e^100 times likelier must not overflow."""
+_RATIO_OF = {"token": "token", "sequence": "sequence", "ppo": "token", "gspo": "geometric"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +77,8 @@ class TokenFields:
     centered_kl: Tensor
     rollout_logprob: Tensor
     anchor_logprob: Tensor
+    sequence_log_ratio: Tensor
+    geometric_log_ratio: Tensor
 
     @classmethod
     def of(cls, microbatch: Microbatch) -> TokenFields:
@@ -81,6 +115,7 @@ def _max(x: Tensor) -> Tensor:
     return x.amax() if x.numel() else x.new_zeros(())
 
 
+@TOKEN_LOSSES.add("t1")
 def t1_token_loss(
     logprob: Tensor, entropy: Tensor, tokens: TokenFields, kl: Tensor | None = None, *, cfg: LossConfig
 ) -> tuple[Tensor, Metrics]:
@@ -92,29 +127,20 @@ def t1_token_loss(
         kl: float32 [T], full-vocabulary KL(policy||anchor) with gradient, for `kl_estimator="full"`.
 
     Returns:
-        loss float32 [T], and sums over tokens of: `entropy`, `logprob`, `pg_loss`, with an anchor `kl_loss`
-        (unweighted), `kl_k1` and `kl_k3`, `ratio` policy/rollout, `logprob_diff` and `prob_diff` (absolute, policy
-        against rollout), `clip_fraction` (tokens whose gradient the clipping stopped or TIS cut), `num_tokens`; maxima
-        of `ratio`, `logprob_diff`, `prob_diff`, all >= 0.
+        loss float32 [T], and sums over tokens of: `entropy`, `logprob`, `pg_loss`, with an anchor `kl_loss` (without
+        beta), `kl_k1` and `kl_k3`, `ratio` policy/rollout, `logprob_diff` and `prob_diff` (absolute, policy against
+        rollout), `kl_behaviour` (r - 1 - ln r, whose mean over samples of mu is KL(mu||policy) a token), `num_tokens`;
+        where cfg corrects also `weight` and `weight_squared`, `clip_fraction` (tokens that `importance` cut or
+        stopped) and `masked`; maxima of `ratio`, `logprob_diff`, `prob_diff`, all >= 0.
 
     Raises:
         ValueError: `kl_estimator="full"` without `kl`.
     """
     log_ratio = logprob - tokens.rollout_logprob
     ratio = _exp(log_ratio)
-    clipped = torch.zeros_like(log_ratio, dtype=torch.bool)
-    if cfg.clips:
-        low = 1.0 - cfg.clip_ratio_low if cfg.clip_ratio_low is not None else None
-        high = 1.0 + cfg.clip_ratio_high if cfg.clip_ratio_high is not None else None
-        free, bounded = ratio * tokens.advantage, ratio.clamp(low, high) * tokens.advantage
-        pg_loss = -torch.minimum(free, bounded)
-        clipped = bounded < free
-    elif cfg.tis_cap is not None:
-        pg_loss = -ratio.detach().clamp(max=cfg.tis_cap) * tokens.advantage * logprob
-        clipped = ratio > cfg.tis_cap
-    else:
-        pg_loss = -tokens.advantage * logprob
-
+    score = tokens.advantage - cfg.kl_coef * tokens.centered_kl if cfg.centers else tokens.advantage
+    weight, correction = _weight(log_ratio.detach(), score, tokens, cfg)
+    pg_loss = -weight * tokens.advantage * logprob
     loss = pg_loss - cfg.entropy_coef * entropy
     to_anchor: dict[str, Tensor] = {}
     if cfg.kl_coef:
@@ -135,6 +161,8 @@ def t1_token_loss(
                 if kl is None:
                     raise ValueError('loss.kl_estimator = "full" needs a full-vocabulary KL: give the head the anchor')
                 kl_loss = kl
+        if cfg.kl_estimator != "full":
+            kl_loss = weight * kl_loss
         loss = loss + cfg.kl_coef * kl_loss
         to_anchor = {"kl_loss": kl_loss, "kl_k1": k1, "kl_k3": k3}
 
@@ -149,7 +177,8 @@ def t1_token_loss(
             "ratio": ratio,
             "logprob_diff": logprob_diff,
             "prob_diff": prob_diff,
-            "clip_fraction": clipped.float(),
+            "kl_behaviour": log_ratio.clamp(max=MAX_EXPONENT).expm1() - log_ratio,
+            **correction,
             "num_tokens": torch.ones_like(logprob),
         }
         maxima = {"ratio": ratio, "logprob_diff": logprob_diff, "prob_diff": prob_diff}
@@ -157,6 +186,29 @@ def t1_token_loss(
             sums={name: value.sum() for name, value in sums.items()},
             maxima={name: _max(value) for name, value in maxima.items()},
         )
+
+
+def _weight(log_ratio: Tensor, score: Tensor, tokens: TokenFields, cfg: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """w m of each token, and its metrics where cfg corrects anything."""
+    weight = torch.ones_like(log_ratio)
+    cut = masked = torch.zeros_like(log_ratio, dtype=torch.bool)
+    ratios = {"token": log_ratio, "sequence": tokens.sequence_log_ratio, "geometric": tokens.geometric_log_ratio}
+    if cfg.importance != "none":
+        weight = _exp(ratios[_RATIO_OF[cfg.importance]])
+        bounded = weight.clamp(cfg.ratio_min or 0.0, cfg.ratio_max)
+        if cfg.importance in ("ppo", "gspo"):
+            cut = bounded * score < weight * score
+            weight = weight.masked_fill(cut, 0.0)
+        else:
+            cut = bounded != weight
+            weight = bounded
+    if cfg.mask != "none":
+        ratio = _exp(ratios[cfg.mask])
+        masked = ratio.clamp(cfg.mask_min or 0.0, cfg.mask_max) != ratio
+        weight = weight.masked_fill(masked, 0.0)
+    if cfg.importance == cfg.mask == "none":
+        return weight, {}
+    return weight, {"weight": weight, "weight_squared": weight.square(), "clip_fraction": cut, "masked": masked}
 
 
 def sft_token_loss(logprob: Tensor, entropy: Tensor, tokens: TokenFields) -> tuple[Tensor, Metrics]:

@@ -74,7 +74,7 @@ def check(cfg: Config, command: str, machines: Machines, found: Findings) -> Fin
     except CheckpointError as error:
         found.problems.append(str(error))
     trains, samples = command in ("sft", "rl", "run"), command != "sft"
-    template = _tokens(model_dir, spec, found)
+    template = _tokens(cfg, model_dir, spec, found)
     if trains:
         _layout(cfg, spec, command, machines, found)
     if samples:
@@ -104,9 +104,9 @@ def _elsewhere(cfg: Config, found: Findings) -> None:
         found.problems.append(str(error))
 
 
-def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | None:
+def _tokens(cfg: Config, model_dir: Path, spec: ModelSpec, found: Findings) -> Template | None:
     try:
-        template = Template(model_dir)
+        template = Template(model_dir, cfg.data.chat_template)
     except ValueError as error:
         found.problems.append(str(error))
         return None
@@ -118,7 +118,7 @@ def _tokens(model_dir: Path, spec: ModelSpec, found: Findings) -> Template | Non
     )
     found.facts.append(
         f"{spec.architecture}, {estimate.Sizes.of(spec).total / 1e9:.2f}e9 parameters; vocabulary {spec.vocab_size} "
-        f"rows for {size} tokens (the rest is masked in the loss); responses end with token {template.eos_token_id}"
+        f"rows for {size} tokens (more than a few others: garbled); responses end with token {template.eos_token_id}"
     )
     path = model_dir / "generation_config.json"
     if path.exists():
@@ -301,9 +301,20 @@ def _needs(
         f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
         f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
     )
+    if machines.share_gpus and command != "sft":
+        _shared(cfg, gpu, max(total, gpu_bytes), found)
     size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     seconds = seconds_of(cfg, spec, command, machines, longest)
-    _grace(estimate.stop_seconds(sizes, layout, seconds, size, machines.trainer_nodes(command)), machines, found)
+    ahead = command != "sft" and cfg.rl.lag > 0
+    found.should(
+        not ahead or cfg.loss.importance != "none",
+        f"rl.lag = {cfg.rl.lag} trains on samples of older weights, for which loss.importance = none does not correct: "
+        "docs/off-policy.md has the choices",
+    )
+    awaits_batch = command != "sft" and cfg.awaits_batches
+    nodes = machines.trainer_nodes(command)
+    stopping = estimate.stop_seconds(sizes, layout, seconds, size, nodes, awaits_batch=awaits_batch)
+    _grace(stopping, machines, found)
     keep = stage.checkpoint.keep + stage.checkpoint.keep_best + 1  # and the one that is being written
     disk = keep * size
     folder = next(
@@ -330,9 +341,29 @@ def _needs(
         f"a vLLM server of TP {cfg.rollout.tp} has no room for one sample of {full} tokens: raise rollout.tp",
     )
     listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
+    step_s = sum(seconds.values())
+    if ahead:
+        step_s = max(seconds["generate"], step_s - seconds["generate"])
     found.facts.append(
-        f"time of a step: about {sum(seconds.values()):.3g} s ({listed}) on {machines.gpu}s, if responses have half of "
+        f"time of a step: about {step_s:.3g} s ({listed}) on {machines.gpu}s, if responses have half of "
         "max_new_tokens on average"
+    )
+
+
+def _shared(cfg: Config, gpu: estimate.Gpu, trainer_bytes: float, found: Findings) -> None:
+    """Trainer and server on one GPU: what each takes of it."""
+    free = 0.97 - (trainer_bytes + estimate.CONTEXT_BYTES) / gpu.memory_bytes
+    room = max(0, math.floor(100 * free)) / 100
+    asked = cfg.rollout.gpu_memory_utilization
+    found.facts.append(
+        f"the trainer's {trainer_bytes / 1e9:.3g} GB leave {room:.2f} of a shared GPU to the servers; "
+        f"rollout.gpu_memory_utilization is {asked:g}"
+    )
+    found.must(
+        asked <= room,
+        f"rollout.gpu_memory_utilization = {asked:g} is more than the {room:.2f} of a shared GPU that the trainer "
+        "leaves: lower it, or have the trainer need less (more nodes or parallel.pipeline, fewer "
+        "parallel.max_tokens_per_microbatch, full recomputation)",
     )
 
 

@@ -25,7 +25,11 @@ def context_needs(cfg: Config, command: str, longest: Mapping[str, int], templat
         own = cfg.scaling
         forced = len(template.ids(own.answer_opening)) + own.max_answer_tokens
         needs["scaling.sampling.max_new_tokens"] = heldout + own.sampling.max_new_tokens
-        needs["scaling.budgets"] = heldout + min(own.budgets[-1], own.sampling.max_new_tokens) + forced
+        longest_cut = min(own.budgets[-1], own.sampling.max_new_tokens)
+        needs["scaling.budgets"] = heldout + longest_cut + forced
+        if own.summary and not own.summary_endpoint.urls:
+            around = len(template.ids(own.summary_prompt)) + own.summary_sampling.max_new_tokens
+            needs["scaling.summary_sampling.max_new_tokens"] = heldout + longest_cut + around
     return needs
 
 

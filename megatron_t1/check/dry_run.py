@@ -36,8 +36,8 @@ def dry_run(cfg: Config, command: str, machines: Machines, options: list[str]) -
         "RUN_DIR": cfg.run_dir,
         "RANKS": str(machines.ranks_per_node or ""),
     }
-    if command not in ("rl", "sft", "evaluate"):
-        raise ValueError(f"--dry-run is for rl, sft and evaluate; there is no batch script for {command}")
+    if command not in ("rl", "sft", "evaluate", "scaling"):
+        raise ValueError(f"--dry-run is for rl, sft, evaluate and scaling; there is no batch script for {command}")
     script = f'source {shlex.quote(str(library))}; t1_{command} "$@"'
     done = subprocess.run(["bash", "-c", script, "t1", str(config), *rest], env=env, capture_output=True, text=True)
     if done.returncode:

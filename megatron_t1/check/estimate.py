@@ -23,7 +23,8 @@ A checkpoint needs no activations, and besides the first four, where D > 1,
     host         (12 + b + 4) P            all that a rank writes; 8 P + 12 P / D more while it gathers
 
 Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P. The anchor's stage
-is a forward of the anchor, 2 P, and with loss.kl_estimator = centered one of the policy, 2 P more.
+is a forward of the anchor, 2 P, and where sums over samples are constants of the loss (loss.kl_estimator = centered,
+importance and masks by sample) one of the policy, 2 P more.
 
     train        flops / (GPUs x peak x _TRAIN_SHARE)
     generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
@@ -31,15 +32,19 @@ is a forward of the anchor, 2 P, and with loss.kl_estimator = centered one of th
                  repeated when the servers hold fewer samples than there are
     push         b x parameters / (network of one node x _NET_SHARE)
 
+With rl.lag a step takes as long as the slower of generate and the rest.
+
 From a signal to stop to the end, at worst: it comes when the training of a step begins.
 
     train, push  of that step: it is finished
+    generate     with rl.lag and rollout.pause_mode = wait: what is left of the batch that is made meanwhile
     collect      12 P / _COPY_BYTES_PER_S: the optimizer's state, to the host
     write        the checkpoint / (nodes x _DISK_BYTES_PER_S)
     digest       the same again: it is read back
 
 The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
-peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, NCCL's buffers, the CUDA context (about 2 GB a GPU).
+peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, and what CUDA and NCCL take for themselves; where
+servers share the GPUs it counts (`CONTEXT_BYTES`).
 """
 
 from __future__ import annotations
@@ -55,6 +60,8 @@ _TRAIN_SHARE, _READ_SHARE, _NET_SHARE = 0.40, 0.60, 0.50
 AnchorKind = Literal["moving", "fixed", "none"]
 _COPY_BYTES_PER_S = 3e9
 """Of one process, from its GPU into memory that is not pinned."""
+CONTEXT_BYTES = 2e9
+"""What CUDA and NCCL take of a GPU in a process that trains."""
 _DISK_BYTES_PER_S = 1e9
 """Of a node, to and from a shared file system under load: many are faster, few slower."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
@@ -227,7 +234,7 @@ def checkpoint_memory(sizes: Sizes, layout: Layout, stage: int) -> tuple[float, 
 
 
 def stop_seconds(
-    sizes: Sizes, layout: Layout, step: Mapping[str, float], checkpoint: float, nodes: int
+    sizes: Sizes, layout: Layout, step: Mapping[str, float], checkpoint: float, nodes: int, *, awaits_batch: bool
 ) -> dict[str, float]:
     """Seconds from a signal to stop to the end by part, at worst.
 
@@ -235,10 +242,13 @@ def stop_seconds(
         step: seconds of a step by stage.
         checkpoint: bytes of one.
         nodes: that train.
+        awaits_batch: the next batch is being made and has to be finished.
     """
     most = max(parameters(sizes, layout, stage) for stage in range(layout.pipeline))
     disk = checkpoint / (nodes * _DISK_BYTES_PER_S)
     finished = {name: step[name] for name in ("train", "push") if name in step}
+    if awaits_batch:
+        finished["generate"] = max(0.0, step["generate"] - step["train"])
     return {**finished, "collect": 12 * most / _COPY_BYTES_PER_S, "write": disk, "digest": disk}
 
 
@@ -269,7 +279,7 @@ def step_seconds(
     max_tokens: int,
     max_num_seqs: int,
     utilization: float,
-    anchor_forwards: int,
+    score_passes: int,
 ) -> dict[str, float]:
     """Seconds of an RL step by stage, for `num_samples` samples of `mean_tokens` tokens, the longest `max_tokens`."""
     b = _BYTES[server_dtype]
@@ -286,7 +296,7 @@ def step_seconds(
     push = _BYTES[layout.dtype] * sizes.total / (gpu.network_bytes_per_s * _NET_SHARE)
     return {
         "generate": generate,
-        "anchor": anchor_forwards * pass_seconds(sizes, layout, gpu, tokens),
+        "anchor": score_passes * pass_seconds(sizes, layout, gpu, tokens),
         "train": train_seconds(sizes, layout, gpu, tokens),
         "push": push,
     }

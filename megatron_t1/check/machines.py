@@ -21,7 +21,9 @@ class Machines:
     """Of them for vLLM alone; 0: every node both trains and serves."""
     gpus_per_node: int = 8
     vllm_gpus: int | None = None
-    """Of every node, when `vllm_nodes` is 0; None: half of them."""
+    """Of every node, when `vllm_nodes` is 0; None: half of them, or with `share_gpus` all."""
+    share_gpus: bool = False
+    """Trainer ranks are on all GPUs of a node, servers on those for vLLM as well (`rollout.share_gpus`)."""
     ranks_per_node: int | None = None
     """Trainer processes on a node; None: one on each of its GPUs that is not vLLM's."""
     gpu: str = "H100"
@@ -37,20 +39,27 @@ class Machines:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if not 0 <= self.vllm_nodes < self.nodes:
             raise ValueError(f"vllm_nodes = {self.vllm_nodes} must leave one of the {self.nodes} nodes to train")
+        if self.share_gpus and self.vllm_nodes:
+            raise ValueError(
+                f"rollout.share_gpus and vllm_nodes = {self.vllm_nodes}: nodes for vLLM alone share no GPU"
+            )
         if not 0 <= self.shared_gpus <= self.gpus_per_node:
             raise ValueError(f"vllm_gpus = {self.vllm_gpus} of {self.gpus_per_node} GPUs of a node")
 
     @property
     def shared_gpus(self) -> int:
         """GPUs for vLLM on a node that trains too."""
-        return self.gpus_per_node // 2 if self.vllm_gpus is None else self.vllm_gpus
+        if self.vllm_gpus is None:
+            return self.gpus_per_node if self.share_gpus else self.gpus_per_node // 2
+        return self.vllm_gpus
 
     def trainer_nodes(self, command: str) -> int:
         return self.nodes - (self.vllm_nodes if command == "rl" else 0)
 
     def ranks(self, command: str) -> int:
         shared = command in ("rl", "run") and self.vllm_nodes == 0
-        each = self.ranks_per_node or self.gpus_per_node - (self.shared_gpus if shared else 0)
+        apart = shared and not self.share_gpus
+        each = self.ranks_per_node or self.gpus_per_node - (self.shared_gpus if apart else 0)
         return self.trainer_nodes(command) * each
 
     def servers(self, tp: int) -> int:
@@ -113,5 +122,5 @@ def seconds_of(
         max_tokens=cfg.sampling.max_new_tokens,
         max_num_seqs=cfg.rollout.max_num_seqs,
         utilization=cfg.rollout.gpu_memory_utilization,
-        anchor_forwards=0 if not cfg.loss.kl_coef else 2 if cfg.loss.kl_estimator == "centered" else 1,
+        score_passes=(cfg.loss.kl_coef > 0) + cfg.loss.scores_policy,
     )

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_t1 import plugins
 from megatron_t1.cli.streams import outlive_the_terminal
 from megatron_t1.stop import EXIT_STOPPED, STOP, Stopped
 
@@ -29,6 +30,8 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   run         SFT, evaluation, RL, evaluation, inference scaling and report, in one job
   sft         supervised fine-tuning of model.hf_path on data.sft
   rl          reinforcement learning of model.hf_path on data.train
+  rollout     make and store the samples of rl.steps batches of data.train, without training
+  replay      train a step of a run again, from its stored samples: `t1 replay runs/a --step 20`
   curate      make data.train: clean raw questions, keep those that model.hf_path solves in at most 30% of 16 samples
   evaluate    accuracy of model.hf_path (or an endpoint, or stored responses) on evaluate.sets or data.heldout
   compare     two evaluations, paired by question: `t1 compare runs/a/evaluate/sft runs/a/evaluate/rl`
@@ -37,7 +40,8 @@ T1 reasoning RL (arXiv 2501.11651) on Megatron-Core and vLLM.
   sync-check  push model.hf_path (--perturb: changed, and back) and hold every server's logprobs to the trainer's
   synthesize  SFT chains of trial, error and verification from questions, by any chat endpoints
   serve       start vLLM servers for model.hf_path and keep them up
-  report      (re)write the HTML report of run_dir
+  watch       a run on one page of the terminal, while it goes (`t1 watch RUN_DIR`)
+  report      write the HTML report of a run; of several, one that compares them (`t1 report RUN_DIR ...`)
   grade       grade IN.jsonl into OUT.jsonl (`t1 grade IN.jsonl OUT.jsonl`), without any model
   convert     Hugging Face folder to Megatron checkpoint and back, and `verify`: compare two (`t1 convert --help`)
   logprobs    logprobs of given texts, and how far transformers or a server is (`t1 logprobs MODEL --input FILE`)
@@ -91,6 +95,7 @@ def _line_of(command: str) -> str:
 _SECTIONS = {
     "sft": ("model", "parallel", "data", "sft"),
     "rl": ("model", "parallel", "data", "rollout", "sampling", "reward", "loss", "anchor", "rl"),
+    "rollout": ("model", "data", "rollout", "sampling", "reward", "rl"),
     "curate": ("model", "data", "rollout", "sampling", "reward", "evaluate", "curate"),
     "evaluate": ("model", "data", "rollout", "reward", "evaluate"),
     "scaling": ("model", "data", "rollout", "reward", "evaluate", "scaling"),
@@ -186,15 +191,46 @@ def _sync_check(arguments: list[str]) -> int:
     return 0 if pipeline.run_sync_check(cfg) else 1
 
 
-def _curate(arguments: list[str]) -> int:
+def _single_job(command: str) -> Callable[[list[str]], int]:
+    """A job of one process with a folder of its own in run_dir."""
+
+    def job(arguments: list[str]) -> int:
+        from megatron_t1.config import Config
+
+        cfg = _read(command, arguments, Config)
+        from megatron_t1 import pipeline
+        from megatron_t1.lock import locked
+
+        with locked(Path(cfg.run_dir) / command):
+            {"curate": pipeline.run_curate, "rollout": pipeline.run_rollout}[command](cfg)
+        return 0
+
+    return job
+
+
+def _replay(arguments: list[str]) -> int:
+    from argparse import ArgumentParser
+
+    from megatron_t1.cli import options
     from megatron_t1.config import Config
 
-    cfg = _read("curate", arguments, Config)
+    parser = ArgumentParser(prog="t1 replay", description=_line_of("replay"), allow_abbrev=False,
+                            epilog="Further options change the run's own: --parallel.tensor 2")  # fmt: skip
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in metrics.jsonl")
+    parser.add_argument("--profile", action="store_true", help="write torch's profile of the step to RUN/replay/")
+    asked, rest = parser.parse_known_args(arguments)
+    kept = asked.run_dir / "config.yaml"
+    if not kept.is_file():
+        raise ValueError(f"{kept} is not there: give the folder of a run whose RL has begun")
+    if asked.step < 1:
+        raise ValueError(f"--step = {asked.step}: steps are counted from 1")
+    cfg = options.read(Config, ["--config", str(kept), *rest, "--run_dir", str(asked.run_dir)])
+    if "RANK" not in os.environ:
+        return _on_ranks(cfg.parallel, "replay", arguments)
     from megatron_t1 import pipeline
-    from megatron_t1.lock import locked
 
-    with locked(Path(cfg.run_dir) / "curate"):
-        pipeline.run_curate(cfg)
+    pipeline.run_replay(cfg, asked.step, profiled=asked.profile)
     return 0
 
 
@@ -228,7 +264,8 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--nodes", type=int, default=1, help="nodes in all (1)")
     parser.add_argument("--vllm_nodes", type=int, default=0, help="of them for vLLM alone; 0: all do both (0)")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="(8)")
-    parser.add_argument("--vllm_gpus", type=int, help="of every node for vLLM, when --vllm_nodes is 0 (half of them)")
+    parser.add_argument("--vllm_gpus", type=int, help="of every node for vLLM, when --vllm_nodes is 0 (half of them, "
+                        "or all with rollout.share_gpus)")  # fmt: skip
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
     parser.add_argument("--grace_s", type=float, help="seconds that a trainer has from USR1 to its end (unchecked)")
@@ -238,7 +275,8 @@ def _check(arguments: list[str]) -> int:
     asked, rest = parser.parse_known_args(arguments)
     cfg, problems = options.parse(Config, rest)
     findings = Findings(problems=problems)
-    machines = Machines(**{name: getattr(asked, name) for name in Machines.__dataclass_fields__})
+    said = {name: getattr(asked, name) for name in Machines.__dataclass_fields__ if name != "share_gpus"}
+    machines = Machines(**said, share_gpus=cfg is not None and cfg.rollout.share_gpus)
     if cfg is not None:
         check(cfg, asked.command, machines, findings)
     print(findings.text())
@@ -253,11 +291,31 @@ def _report(arguments: list[str]) -> int:
     from megatron_t1.report.report import write_report
 
     parser = ArgumentParser(prog="t1 report", description=_line_of("report"))
-    parser.add_argument("run_dir", type=str, help="folder of a run")
-    run_dir = Path(parser.parse_args(arguments).run_dir)
-    if not run_dir.is_dir():
-        raise ValueError(f"{run_dir} is not there: give the folder of a run")
-    print(write_report(run_dir))
+    parser.add_argument("run_dir", type=Path, nargs="+", help="folder of a run, running or over; several are compared")
+    run_dirs = parser.parse_args(arguments).run_dir
+    if len(run_dirs) > 1:
+        from megatron_t1.report.compare import write_comparison
+
+        print(write_comparison(run_dirs))
+        return 0
+    if not run_dirs[0].is_dir():
+        raise ValueError(f"{run_dirs[0]} is not there: give the folder of a run")
+    print(write_report(run_dirs[0]))
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    from argparse import ArgumentParser
+
+    from megatron_t1.report.watch import watch
+
+    parser = ArgumentParser(prog="t1 watch", description=_line_of("watch"))
+    parser.add_argument("run_dir", type=Path, help="folder of a run")
+    parser.add_argument("--once", action="store_true", help="print the page once, and end")
+    parser.add_argument("--every_s", type=float, default=2.0, help="seconds between looks at the files (2)")
+    asked = parser.parse_args(arguments)
+    with contextlib.suppress(KeyboardInterrupt):
+        watch(asked.run_dir, every_s=asked.every_s, once=asked.once)
     return 0
 
 
@@ -305,7 +363,10 @@ def _convert(arguments: list[str]) -> int:
     job.add_argument("a", type=Path, metavar="A", help="Hugging Face folder or Megatron checkpoint")
     job.add_argument("b", type=Path, metavar="B", help="Hugging Face folder or Megatron checkpoint")
     job.add_argument("--hf", type=Path, help="folder with config.json, for a Megatron checkpoint without it")
+    for job in jobs.choices.values():
+        job.add_argument("--plugins", default="", metavar="MODULE[,...]", help="of yours, with the model's family")
     options = parser.parse_args(arguments)
+    plugins.load(filter(None, options.plugins.split(",")))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("one process converts: start it alone, not under torchrun or as several tasks")
     from megatron_t1 import convert
@@ -375,13 +436,16 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _trainer_job("run"),
     "sft": _trainer_job("sft"),
     "rl": _trainer_job("rl"),
-    "curate": _curate,
+    "rollout": _single_job("rollout"),
+    "replay": _replay,
+    "curate": _single_job("curate"),
     "evaluate": _labelled_job("evaluate"),
     "scaling": _labelled_job("scaling"),
     "check": _check,
     "sync-check": _sync_check,
     "synthesize": _synthesize,
     "serve": _serve,
+    "watch": _watch,
     "report": _report,
     "compare": _compare,
     "grade": _grade,

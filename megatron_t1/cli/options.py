@@ -7,6 +7,7 @@ It goes on after an error, so that a person is told everything at once; an error
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import os
@@ -20,6 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import msgspec
 
+from megatron_t1 import plugins
 from megatron_t1.fields import FieldError
 from megatron_t1.files import parse_yaml, read_text
 
@@ -44,9 +46,17 @@ def read(cls: type[T], arguments: Sequence[str]) -> T:
 
 
 def parse(cls: type[T], arguments: Sequence[str]) -> tuple[T | None, list[str]]:
-    """The config with every faulty field at its default (None when one is needed), and a line for each fault."""
+    """The config with every faulty field at its default (None when one is needed), and a line for each fault.
+
+    Raises:
+        ValueError: one of `plugins` can't be loaded.
+    """
     problems: list[str] = []
-    return _build(cls, _collect(cls, arguments, problems), problems), problems
+    settings = _collect(cls, arguments, problems)
+    if "plugins" in settings and "plugins" in get_type_hints(cls):
+        with contextlib.suppress(msgspec.ValidationError):  # `_build` says what is wrong with it
+            plugins.load(_typed(settings["plugins"], tuple[str, ...]))  # the other settings name what they bring
+    return _build(cls, settings, problems), problems
 
 
 class _Word(str):

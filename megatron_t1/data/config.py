@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_t1.fields import known
+from megatron_t1.plugins import Registry
+
+CHAT_TEMPLATES: Registry[Callable[[], str]] = Registry("chat template")
+"""Functions that return Jinja, as tokenizers have it."""
+QUESTION_SETS: Registry[Callable[[Path | None], Iterable[dict[str, Any]]]] = Registry("question set")
+"""evaluate.sets_dir -> the set's rows, in a layout that `sets.load_set` knows."""
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -20,6 +29,13 @@ class DataConfig:
     """Questions for evaluation; none of them may be in `train`."""
     system_prompt: str | None = None
     """Put before every question that brings no system message of its own."""
+
+    chat_template: str | None = None
+    """Chat template of a plugin, in place of the checkpoint's; models that are trained with it bring it along."""
+
+    def __post_init__(self) -> None:
+        if self.chat_template is not None:
+            known(self, "chat_template", CHAT_TEMPLATES, self.chat_template)
 
     def need(self, name: str) -> Path:
         """The path of a file that the command can't do without; raises ValueError when it is not there."""

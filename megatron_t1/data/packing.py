@@ -108,7 +108,7 @@ def _pack_one(
     def tensor(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([*parts, np.zeros(0, dtype)]).astype(dtype)).to(device)
 
-    num_targets = sum(len(t) for t in targets)
+    zeros = torch.zeros(sum(len(t) for t in targets), device=device)
     return Microbatch(
         token_ids=torch.from_numpy(token_ids).to(device),
         position_ids=torch.from_numpy(position_ids).to(device),
@@ -117,8 +117,10 @@ def _pack_one(
         target_positions=tensor(positions, np.int64),
         targets=tensor(targets, np.int64),
         advantage=tensor(advantage, np.float32),
-        centered_kl=torch.zeros(num_targets, device=device),
+        centered_kl=zeros,
         rollout_logprob=tensor(rollout, np.float32),
-        anchor_logprob=torch.zeros(num_targets, device=device),
+        anchor_logprob=zeros,
+        sequence_log_ratio=zeros,
+        geometric_log_ratio=zeros,
         sample_index=tensor(index, np.int64),
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from megatron_t1.data.config import DataConfig
 from megatron_t1.data.template import Template
 from megatron_t1.data.tokenizer import load_tokenizer
 from megatron_t1.files import ENCODING, parse_json
-from megatron_t1.types import AnswerMode, Message, Prompt, TrainSequence
+from megatron_t1.reward.config import check_mode
+from megatron_t1.types import Message, Prompt, TrainSequence
 
 T = TypeVar("T")
 Q = TypeVar("Q", "Question", Prompt)
@@ -38,7 +39,7 @@ class Question:
     """What is asked; the last message is the user's."""
     gold: str
     """The reference answer."""
-    mode: AnswerMode = "response"
+    mode: str = "response"
     """How a response is graded."""
     choices: tuple[str, ...] = ()
     """Option texts, for `mode="mc"` only."""
@@ -84,9 +85,6 @@ def load_questions(path: Path, system_prompt: str | None = None) -> list[Questio
 def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Question:
     """The question of one line; raises ValueError for what is missing or has a value that is not known."""
     messages = _messages(row, system_prompt)
-    mode = row.get("mode", "response")
-    if mode not in get_args(AnswerMode):
-        raise ValueError(f'"mode" is {mode!r:.60}; use one of {", ".join(get_args(AnswerMode))}')
     choices = row.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError('"choices" must be a list of strings')
@@ -95,7 +93,7 @@ def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Questi
         id=id_of(row),
         messages=messages,
         gold=gold_of(row.get("answer")),
-        mode=mode,
+        mode=check_mode(row.get("mode", "response")),
         choices=tuple(choices),
         meta={name: value for name, value in row.items() if name not in known},
     )

@@ -11,15 +11,16 @@ from __future__ import annotations
 import csv
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_t1.data.config import INSTRUCTION
+from megatron_t1.data.config import INSTRUCTION, QUESTION_SETS
 from megatron_t1.data.prompts import Question, gold_of, is_missing, parse_rows, question_of
 from megatron_t1.files import ENCODING, read_json
 
+T = TypeVar("T")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -64,12 +65,12 @@ def load_set(
     Raises:
         ValueError: neither name nor file, no local copy and no hub, or rows that can't be read.
     """
-    path, named = file_of(name, sets_dir), NAMED.get(name)
+    path, rows, named = *_read(name, sets_dir), NAMED.get(name)
 
     def parse(row: dict[str, Any], number: int) -> Question:
-        return _question(row, f"{name if named else path.stem}-{number}", seed, instruction, system_prompt)
+        return _question(row, f"{set_name(name)}-{number}", seed, instruction, system_prompt)
 
-    questions = parse_rows(path, parse, _rows(path))
+    questions = parse_rows(path, parse, rows)
     uses = Counter(question.id for question in questions)
     if len(uses) < len(questions):
         example = uses.most_common(1)[0][0]
@@ -98,10 +99,18 @@ def load_texts(name: str, *, sets_dir: Path | None = None, field: str = "problem
             text = _problem_of(row, field)
         return f"{name}:{number}", text
 
-    path = file_of(name, sets_dir)
-    texts = parse_rows(path, parse, _rows(path))
+    path, rows = _read(name, sets_dir)
+    texts = parse_rows(path, parse, rows)
     _check_size(name, path, len(texts))
     return texts
+
+
+def _read(name: str, sets_dir: Path | None) -> tuple[Path, Iterable[tuple[int, Any]] | None]:
+    """What its rows are named after in errors, and the rows as `parse_rows` takes them."""
+    if name in QUESTION_SETS:
+        return Path(name), enumerate(QUESTION_SETS[name](sets_dir), start=1)
+    path = file_of(name, sets_dir)
+    return path, _rows(path)
 
 
 def file_of(name: str, sets_dir: Path | None) -> Path:
@@ -113,8 +122,18 @@ def file_of(name: str, sets_dir: Path | None) -> Path:
     if named := NAMED.get(name):
         return _find(name, named, sets_dir)
     if Path(name).suffix not in _SUFFIXES:
-        raise ValueError(f"set {name!r} is none of {', '.join(NAMED)} and no file ending in {', '.join(_SUFFIXES)}")
+        known = ", ".join([*NAMED, *QUESTION_SETS])
+        raise ValueError(f"set {name!r} is none of {known} and no file ending in {', '.join(_SUFFIXES)}")
     return Path(name)
+
+
+def parse_file(path: Path, parse: Callable[[dict[str, Any], int], T]) -> list[T]:
+    """`parse(row, number)` of every row of a JSON lines, JSON, CSV or Parquet file.
+
+    Raises:
+        ValueError: rows that can't be read, each named by its number.
+    """
+    return parse_rows(path, parse, _rows(path))
 
 
 def _check_size(name: str, path: Path, count: int) -> None:
@@ -128,7 +147,7 @@ def _check_size(name: str, path: Path, count: int) -> None:
 
 def set_name(name: str) -> str:
     """What a set's results are filed under: its name, or the stem of its file."""
-    return name if name in NAMED else Path(name).stem
+    return name if name in NAMED or name in QUESTION_SETS else Path(name).stem
 
 
 def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:

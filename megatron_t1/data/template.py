@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_t1.data.config import CHAT_TEMPLATES
 from megatron_t1.data.tokenizer import load_tokenizer
 from megatron_t1.types import Message
 
@@ -36,13 +37,18 @@ def opened_thinking(tokenizer: Any, prompt_ids: Sequence[int] | np.ndarray) -> s
 class Template:
     """Tokenizer and chat template of a Hugging Face folder."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, named: str | None = None) -> None:
         """
+        Args:
+            named: chat template of a plugin in place of the folder's.
+
         Raises:
             ValueError: the folder has no tokenizer, no chat template or no end token.
         """
-        self._folder = model_dir
+        self._folder, self._named = model_dir, named
         self.tokenizer: Any = load_tokenizer(model_dir)
+        if named:
+            self.tokenizer.chat_template = CHAT_TEMPLATES[named]()
         if not self.tokenizer.chat_template:
             raise ValueError(f"{model_dir}: the tokenizer has no chat template; add chat_template.jinja to the folder")
         if self.tokenizer.eos_token_id is None:
@@ -88,6 +94,11 @@ class Template:
                 ids.append(self._control[control[0]])
                 start = control.end()
         return np.array(ids, np.int64)
+
+    def keep_in(self, model_dir: Path) -> None:
+        """Give a model that was trained with a plugin's chat template that template; others have theirs."""
+        if self._named:
+            (model_dir / "chat_template.jinja").write_text(self.tokenizer.chat_template, encoding="utf-8")
 
     def check_response(self, text: str) -> None:
         """

@@ -49,6 +49,13 @@ def load_tokenizer(model_dir: Path) -> Any:
     return tokenizer
 
 
+def hidden_ids(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Ids below `vocab_size` that leave no text when a response is decoded: control tokens, and rows of the embedding
+    for which the tokenizer has no token (399 of Qwen2.5's)."""
+    control = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(set(range(vocab_size)) - (set(tokenizer.get_vocab().values()) - control))
+
+
 def _told(error: Exception) -> str:
     """Its words, or its class where these alone say nothing."""
     named = (

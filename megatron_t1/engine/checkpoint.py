@@ -52,6 +52,11 @@ def finished(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if _STEP.match(path.name)) if folder.exists() else []
 
 
+def step_of(checkpoint: Path) -> int:
+    """Steps that a finished checkpoint holds, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def _sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> dict[str, Any]:
     models = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(engine.chunks)}
     with _padding_counted(engine), _alone_ungathered(engine):

@@ -252,6 +252,8 @@ class Engine(ForwardEngine):
             for name, value in maxima.items():
                 metrics[f"{name}_max"] = max(metrics.get(f"{name}_max", -math.inf), value)
         metrics["num_tokens"] *= num_targets  # a count, not a mean
+        if (squared := metrics.pop("weight_squared", None)) is not None:  # all are dropped: 0
+            metrics["effective_sample_size"] = metrics["weight"] ** 2 / squared if squared else 0.0
         return metrics
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
 from megatron_t1.data.config import INSTRUCTION
 from megatron_t1.fields import FieldError, at_least
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
+
+_NUM_SAMPLES = {"aime2024": 32}
+"""As the paper measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +24,10 @@ class EvaluateConfig:
     """Sets by name (math500, aime2024, omni_math_500, gpqa, gsm8k) or question files; empty: data.heldout."""
     sets_dir: str | None = None
     """Folder with local copies of the named sets; what it lacks is fetched from the Hugging Face hub."""
-    num_samples: dict[str, int] = field(default_factory=lambda: {"aime2024": 32})
+    num_samples: dict[str, int] = field(default_factory=lambda: dict(_NUM_SAMPLES))
     """Samples a question for single sets, in place of sampling.num_samples."""
+    sampling_by_set: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other fields of `sampling` for single sets: {aime2024: {temperature: 0.6, top_p: 0.95}} beside a greedy one."""
     instruction: str = INSTRUCTION
     """Put under every question of the named sets (files with "prompt" or "messages" are asked as they are)."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
@@ -28,9 +35,23 @@ class EvaluateConfig:
     responses: str | None = None
     """Grade the responses of this JSON lines file ({"id", "response"}) instead of asking a model."""
 
+    def __post_init__(self) -> None:
+        for name, own in self.sampling_by_set.items():
+            known = {each.name for each in fields(SamplingConfig)} - {"num_samples"}
+            if unknown := sorted(set(own) - known):
+                rule = f"sets {unknown}; it may set {', '.join(sorted(known))} (and evaluate.num_samples the number)"
+                raise FieldError("sampling_by_set", {name: own}, rule)
+        for name in {Path(name).stem for name in self.sets} & (set(self.num_samples) | set(self.sampling_by_set)):
+            try:
+                self.sampling_of(name)
+            except FieldError as error:
+                rule = f"leaves {name} with {error}; give {{{name}: {{temperature: 0.6, top_p: 0.95}}}}, say"
+                raise FieldError("sampling_by_set", self.sampling_by_set, rule) from None
+
     def sampling_of(self, name: str) -> SamplingConfig:
         """The sampling of one set."""
-        return replace(self.sampling, num_samples=self.num_samples.get(name, self.sampling.num_samples))
+        own: dict[str, Any] = {"num_samples": self.num_samples.get(name, self.sampling.num_samples)}
+        return replace(self.sampling, **own, **self.sampling_by_set.get(name, {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +75,29 @@ class ScalingConfig:
     """Limit of a forced answer."""
     answer_model: str | None = None
     """Hugging Face folder of another model that gives the forced answers; null: the model that thought."""
+    num_samples: dict[str, int] = field(default_factory=lambda: dict(_NUM_SAMPLES))
+    """Thinkings a question for single sets, in place of sampling.num_samples."""
+    summary: bool = False
+    """Let a model also write the answer from the question and the cut thinking, as T1's paper does: a second curve. It
+    is the one that gives the forced answers, or summary_endpoint."""
+    summary_endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """An OpenAI-compatible endpoint that writes those answers."""
+    summary_prompt: str = (
+        "Question:\n{question}\n\nSomebody's thinking about it, which may be unfinished:\n{thinking}\n\nWrite a short "
+        "solution of the question that follows this thinking. Where it does not reach an answer, give the one that it "
+        "makes most likely. Put the final answer within \\boxed{}."
+    )
+    """What that model is asked; {question} and {thinking} are replaced."""
+    summary_sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(temperature=0.0, num_samples=1, max_new_tokens=1024)
+    )
+    """Of those answers."""
 
     def __post_init__(self) -> None:
         if not self.budgets or self.budgets[0] < 1 or tuple(sorted(set(self.budgets))) != tuple(self.budgets):
             raise FieldError("budgets", self.budgets, "must be numbers of tokens, at least 1, that rise")
         at_least(self, 1, "max_answer_tokens")
+        if missing := [name for name in ("{question}", "{thinking}") if name not in self.summary_prompt]:
+            raise FieldError("summary_prompt", self.summary_prompt, f"must hold {' and '.join(missing)}")
+        if self.summary_sampling.num_samples != 1:
+            raise FieldError("summary_sampling.num_samples", self.summary_sampling.num_samples, "must be 1")

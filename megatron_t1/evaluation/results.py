@@ -20,6 +20,16 @@ PAPER_NAMES = {
     "gsm8k": "GSM8K",
 }
 
+PUBLISHED = {
+    "T1-SFT (GLM-4-9B)": (60.2, 4.1, 20.0, 37.2),
+    "T1 (GLM-4-9B)": (65.8, 9.2, 24.4, 38.1),
+    "T1-SFT (Qwen2.5-14B)": (77.2, 10.3, 28.5, 42.3),
+    "T1 (Qwen2.5-14B)": (87.4, 30.5, 38.6, 48.3),
+    "T1-SFT (Qwen2.5-32B)": (83.4, 24.9, 34.6, 49.5),
+    "T1 (Qwen2.5-32B)": (92.4, 50.6, 49.6, 56.1),
+}
+"""The paper's models on the first four of its sets, percent: README of github.com/THUDM/T1."""
+
 
 class _Settings(TypedDict):
     step: NotRequired[int]
@@ -56,11 +66,26 @@ def table(summaries: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items())])
 
 
-def grid(summaries: list[dict[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
-    """As in the paper: titles of the sets; label -> pass@1 in percent, with half the width of its 95% interval."""
-    sets = sorted(
+def published(summaries: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Rows of the paper beside those of `grid`; {} where none of its sets was measured."""
+    sets = _in_order(summaries)
+    if not any(name in list(PAPER_NAMES)[:4] for name in sets):
+        return {}
+    return {
+        label: [str(dict(zip(PAPER_NAMES, figures, strict=False)).get(name, "")) for name in sets]
+        for label, figures in PUBLISHED.items()
+    }
+
+
+def _in_order(summaries: list[dict[str, Any]]) -> list[str]:
+    return sorted(
         {s["set"] for s in summaries}, key=lambda name: (name not in PAPER_NAMES, [*PAPER_NAMES, name].index(name))
     )
+
+
+def grid(summaries: list[dict[str, Any]]) -> tuple[list[str], dict[str, list[str]]]:
+    """As in the paper: titles of the sets; label -> pass@1 in percent, with half the width of its 95% interval."""
+    sets = _in_order(summaries)
     titles = []
     for name in sets:
         most = max(s["num_samples"] for s in summaries if s["set"] == name)

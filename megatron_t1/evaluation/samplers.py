@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 from megatron_t1.data.prompts import Question, id_of, is_missing, parse_rows
 from megatron_t1.data.template import Template
@@ -138,8 +138,8 @@ class StoredSampler:
             whole = type(count) is int or (isinstance(count, float) and count.is_integer())
             if not whole or count < 0:
                 raise ValueError(f'"num_tokens" is {count!r}; it must be a number of tokens, or null')
-            if finish not in (None, "stop", "length"):
-                raise ValueError(f'"finish_reason" is {finish!r}; it must be stop or length, or null')
+            if finish not in (None, *get_args(FinishReason)):
+                raise ValueError(f'"finish_reason" is {finish!r}; it must be stop, length or repetition, or null')
             row = {**row, "num_tokens": int(count), "finish_reason": finish or "stop"}
             self._stored[identity].append(row)
 

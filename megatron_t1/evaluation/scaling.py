@@ -2,7 +2,8 @@
 
     think:  what thinkings.jsonl lacks is generated, token ids kept
     answer: every thinking is cut at every budget, the answer forced from the cut by closing the thinking and opening
-            the answer; the server continues from those very tokens, which its prefix cache still holds
+            the answer; the server continues from those very tokens, which its prefix cache still holds. Beside it, when
+            asked for, a model writes the answer from question and cut: the paper's instrument, which may reason on
     curve:  accuracy against the mean thinking tokens that were used, and the majority of n full responses beside it
 
 Nothing is generated twice, on resume neither, and budgets may be added later. A thinking that ended within the budget
@@ -27,8 +28,8 @@ from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.evaluate import missing, questions_digest, response_row
 from megatron_t1.evaluation.figures import RIGHT_ANSWER, majority_interval
-from megatron_t1.evaluation.resume import ResponseRow, collecting, open_folder
-from megatron_t1.evaluation.samplers import graded, sample_seed
+from megatron_t1.evaluation.resume import ResponseRow, check_settings, collecting, open_folder
+from megatron_t1.evaluation.samplers import Ask, EndpointSampler, Response, Sampler, ServerSampler, graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
@@ -71,11 +72,22 @@ class _Thinking(ResponseRow):
     token_ids: list[int]
 
 
-class _Forced(TypedDict):
+class _Answer(TypedDict):
     id: str
     sample: int
     budget: int
     correct: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ToSummarize(Question):
+    """A question and a cut thinking in one message; its answers are graded as the question's."""
+
+    question: Question
+
+    @property
+    def text(self) -> str:
+        return self.question.text
 
 
 class _Cut(NamedTuple):
@@ -106,8 +118,11 @@ class Scaling:
         Raises:
             ValueError: the folder holds another curve, or this one and `resume` is not given.
         """
+        count = cfg.num_samples.get(set_name(cfg.set), cfg.sampling.num_samples)
+        cfg = replace(cfg, sampling=replace(cfg.sampling, num_samples=count))
         self.cfg, self.questions, self.folder, self.seed = cfg, questions, folder, seed
-        own = {name: value for name, value in asdict(cfg).items() if name not in ("budgets", "answer_model", "set")}
+        own = {name: getattr(cfg, name) for name in ("end_of_thinking", "answer_opening", "max_answer_tokens")}
+        own["sampling"] = asdict(cfg.sampling)
         settings = {**settings, **own, "seed": seed, "questions": questions_digest(questions)}
         open_folder(folder, settings, resume=resume, replace_other=replace_other)
         self._place = {question.id: i for i, question in enumerate(questions)}
@@ -144,15 +159,19 @@ class Scaling:
         part.unlink()
 
     def answer(self, rank0: Rank0, template: Template, thinker: Template) -> None:
-        """Force the answers that are not there yet; they go to forced.jsonl.
+        """Ask for the answers that are not there yet: forced ones, and the summaries when `cfg.summary` is set.
 
         Args:
             template: of the model that answers.
             thinker: of the model that thought; when it is another one, the cut travels as text.
         """
+        self._force(rank0, template, thinker)
+        if self.cfg.summary:
+            self._summarize(rank0, template, thinker)
+
+    def _force(self, rank0: Rank0, template: Template, thinker: Template) -> None:
         path = self.folder / "forced.jsonl"
-        have = {(row["id"], row["sample"], row["budget"]) for row in iter_jsonl(path, _Forced)}
-        cuts = [cut for cut in self._cuts() if (cut.row["id"], cut.row["sample"], cut.budget) not in have]
+        cuts, num_kept = self._missing(path)
         asked = {question.id: question.prompt(template) for question in self.questions}
         opening, same = template.ids(self.cfg.answer_opening), template is thinker
         thought = asked if same else {question.id: question.prompt(thinker) for question in self.questions}
@@ -169,7 +188,7 @@ class Scaling:
             return await rank0.scorer.score(prompt, replace(sample, text=prompt.meta["before"] + sample.text))
 
         name = f"answer {self.folder.name}"
-        with collecting(path, name, unit="answer", num_kept=len(have), num_missing=len(cuts)) as add:
+        with collecting(path, name, unit="answer", num_kept=num_kept, num_missing=len(cuts)) as add:
 
             def force(window: list[_Cut]) -> None:
                 rank0.client.generate_each(
@@ -178,20 +197,76 @@ class Scaling:
                     [0] * len(window),
                     sampling,
                     score,
-                    lambda i, _, samples: add([_forced_row(window[i], samples[0])], len(samples[0].token_ids)),
+                    lambda i, _, samples: add([_answer_row(window[i], graded(samples[0]))], len(samples[0].token_ids)),
                 )
 
             for start in range(0, len(cuts), _WINDOW):
                 force(cuts[start : start + _WINDOW])
+        self._sort(path)
+
+    def _summarize(self, rank0: Rank0, template: Template, thinker: Template) -> None:
+        own, path = self.cfg, self.folder / "summaries.jsonl"
+        endpoint = own.summary_endpoint
+        who = {"model": endpoint.model, "extra_body": endpoint.extra_body} if endpoint.urls else {}
+        settings = {"prompt": own.summary_prompt, "sampling": asdict(own.summary_sampling), **who}
+        check_settings(self.folder / "summaries.json", settings, resume=True, elsewhere="another --label")
+        sampler: Sampler = EndpointSampler(endpoint, rank0.scorer) if endpoint.urls else ServerSampler(rank0, template)
+        cuts, num_kept = self._missing(path)
+        asked = {question.id: question for question in self.questions}
+
+        def ask(number: str, cut: _Cut) -> Ask:
+            question = asked[cut.row["id"]]
+            opened = opened_thinking(thinker.tokenizer, question.prompt(thinker).token_ids)
+            thinking = opened + thinker.tokenizer.decode(cut.row["token_ids"][: cut.budget], skip_special_tokens=True)
+            parts = {"{question}": question.text, "{thinking}": thinking}
+            text = re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], own.summary_prompt)
+            to_summarize = _ToSummarize(
+                id=number,
+                messages=[{"role": "user", "content": text}],
+                gold=question.gold,
+                mode=question.mode,
+                choices=question.choices,
+                question=question,
+            )
+            return Ask(to_summarize, 0, 1)
+
+        name = f"summarize {self.folder.name}"
+        with collecting(path, name, unit="answer", num_kept=num_kept, num_missing=len(cuts)) as add:
+            for start in range(0, len(cuts), _WINDOW):
+                window = {f"{cut.row['id']}/{cut.row['sample']}/{cut.budget}": cut for cut in cuts[start:][:_WINDOW]}
+
+                def done(question: Question, _: int, responses: list[Response], window: Any = window) -> None:
+                    add([_answer_row(window[question.id], responses[0])], responses[0].num_tokens)
+
+                sampler.sample([ask(*item) for item in window.items()], own.summary_sampling, self.seed, done)
+        self._sort(path)
+
+    def _missing(self, path: Path) -> tuple[list[_Cut], int]:
+        """The cuts whose answers are not in the file yet, and how many are."""
+        have = {(row["id"], row["sample"], row["budget"]) for row in iter_jsonl(path, _Answer)}
+        return [cut for cut in self._cuts() if (cut.row["id"], cut.row["sample"], cut.budget) not in have], len(have)
+
+    def _sort(self, path: Path) -> None:
         sort_jsonl(path, path, key=lambda row: (self._place[row["id"]], row["sample"], row["budget"]))
 
     def curve(self) -> list[Point]:
-        """Write points.json and majority.json; returns the points."""
+        """Write points.json, summary_points.json and majority.json; returns the points of the forced answers."""
         thinkings = list(self._thinkings())
-        forced = {
-            (row["id"], row["sample"], row["budget"]): row["correct"]
-            for row in iter_jsonl(self.folder / "forced.jsonl", _Forced)
-        }
+        points = self._points(thinkings, self.folder / "forced.jsonl")
+        write_json(self.folder / "points.json", [asdict(point) for point in points])
+        if self.cfg.summary:
+            summarized = self._points(thinkings, self.folder / "summaries.jsonl")
+            write_json(self.folder / "summary_points.json", [asdict(point) for point in summarized])
+            for point in summarized:
+                low, high = point.interval
+                print(
+                    f"budget {point.budget:>6}, summary: accuracy {point.accuracy:.3f} (95%: {low:.3f} to {high:.3f})"
+                )
+        write_json(self.folder / "majority.json", [asdict(point) for point in _majority(thinkings)])
+        return points
+
+    def _points(self, thinkings: Sequence[dict[str, Any]], answers: Path) -> list[Point]:
+        forced = {(row["id"], row["sample"], row["budget"]): row["correct"] for row in iter_jsonl(answers, _Answer)}
         points = []
         for budget in self.cfg.budgets:
             correct: dict[str, list[bool]] = {}
@@ -209,8 +284,6 @@ class Scaling:
                     share_forced=float(np.mean([_is_cut(row, budget) for row in thinkings])),
                 )
             )
-        write_json(self.folder / "points.json", [asdict(point) for point in points])
-        write_json(self.folder / "majority.json", [asdict(point) for point in _majority(thinkings)])
         return points
 
     def _thinkings(self) -> Iterator[dict[str, Any]]:
@@ -230,16 +303,15 @@ def _is_cut(row: dict[str, Any], budget: int) -> bool:
     return bool(row["thinking_tokens"] > budget or not row["ended"])
 
 
-def _forced_row(cut: _Cut, sample: Sample) -> dict[str, Any]:
-    assert sample.reward is not None
+def _answer_row(cut: _Cut, response: Response) -> dict[str, Any]:
     return {
         "id": cut.row["id"],
         "sample": cut.row["sample"],
         "budget": cut.budget,
-        "answer": sample.text,
-        "extracted": sample.reward.extracted,
-        "correct": sample.reward.correct,
-        "reason": sample.reward.reason,
+        "answer": response.text,
+        "extracted": response.reward.extracted,
+        "correct": response.reward.correct,
+        "reason": response.reward.reason,
     }
 
 

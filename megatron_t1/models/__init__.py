@@ -22,7 +22,7 @@ def spec_of(model_dir: Path) -> ModelSpec:
     if hf.architecture not in FAMILIES:
         raise ValueError(
             f"{hf.origin}: architecture {hf.architecture!r:.80} is not known; known: {', '.join(sorted(FAMILIES))}. "
-            "A family is one file in megatron_t1/models/."
+            "A family is one file in megatron_t1/models/, or in a module that `plugins` names."
         )
     spec = FAMILIES[hf.architecture](hf)
     hf.refuse_unread()

@@ -14,6 +14,7 @@ from typing import Any, NotRequired, TypedDict
 
 from megatron_t1.files import of_shape, read_json
 from megatron_t1.models.weight_map import Op
+from megatron_t1.plugins import Registry
 
 # Fields of any Hugging Face config that do not change what the forward pass computes from its weights and tokens.
 _WITHOUT_EFFECT = {
@@ -206,15 +207,7 @@ class ModelSpec:
 
 Family = Callable[[HFConfig], ModelSpec]
 
-FAMILIES: dict[str, Family] = {}
-"""Hugging Face architecture -> its family; filled by the modules of this package."""
-
-
-def family(architecture: str) -> Callable[[Family], Family]:
-    """Registers a function as the reader of the checkpoints of `architecture`."""
-
-    def register(read: Family) -> Family:
-        FAMILIES[architecture] = read
-        return read
-
-    return register
+FAMILIES: Registry[Family] = Registry("model family", home="megatron_t1.models")
+"""Hugging Face architecture -> its family."""
+family = FAMILIES.add
+"""Registers a function as the reader of the checkpoints of an architecture."""

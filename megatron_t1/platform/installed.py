@@ -22,6 +22,8 @@ REQUIRED = {
     "tensorboard": "learning curves",
     "matplotlib": "the report",
     "jinja2": "the report",
+    "latex2mathml": "formulas in the report",
+    "rich": "t1 watch",
 }
 OPTIONAL = {
     "transformer-engine": "its fused layers and FP8 on GPUs",

@@ -33,9 +33,8 @@ class Fanout:
         """Phase -> wall seconds of the current push."""
 
     def open(self, version: int, targets: list[Server]) -> None:
-        """Begins a push into `targets`: from here on no server is asked for samples before it holds `version`."""
+        """Begins a push into `targets`."""
         self.version = version
-        self.servers.required_version = version
         self.targets = list(targets)
         self.failed = {}
         self.seconds = {}

@@ -65,6 +65,8 @@ class WeightSync:
         self.layout = Layout.of(self.plan)
         self._transport = open_transport(self.plan, self.layout, self.ranks, cfg, servers)
         self._fanout = Fanout(servers) if servers is not None else None
+        self.fingerprint = ""
+        """Digest of the numbers of the last push, the same on all ranks and for every layout."""
         self._version: int | None = None
         self._digests: list[str] = []
         self._pending: Future[float] | None = None
@@ -92,6 +94,7 @@ class WeightSync:
         if self._pending is not None:
             wait([self._pending])  # servers may still read the file that is written next
         self._began = time.monotonic()
+        self.fingerprint = self.plan.fingerprint()
         digests = self._transport.prepare()
         written = time.monotonic()
         gathered = [iter(of_rank) for of_rank in self.ranks.to_0("write", digests)]
@@ -171,18 +174,18 @@ class WeightSync:
     def _deliver(self, version: int, targets: list[Server]) -> Future[float]:
         """Runs the transport on a thread; returns once it reads no weight any more. The result is when it was done."""
         weights_free: Future[None] = Future()
+        if self.servers is not None:  # not on the thread: what is asked from now on waits for the new weights
+            self.servers.required_version, self.servers.pushing = version, True
 
         def run() -> float:
-            if self._fanout is not None:
-                self._fanout.servers.pushing = True
             try:
                 free = partial(weights_free.set_result, None)
                 push = Push(version=version, targets=targets, digests=self._digests, weights_free=free)
                 self._transport.deliver(self._fanout, push)
                 return time.monotonic()
             finally:
-                if self._fanout is not None:
-                    self._fanout.servers.pushing = False
+                if self.servers is not None:
+                    self.servers.pushing = False
 
         delivered = self._background.submit(run)
         both: list[Future[Any]] = [delivered, weights_free]

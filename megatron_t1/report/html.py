@@ -10,13 +10,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from megatron_t1.report.mathematics import with_formulas
+
 
 def render(template: str, **values: Any) -> str:
     """The page of a template in megatron_t1/report/templates; what models wrote stays text."""
     environment = Environment(
         loader=PackageLoader("megatron_t1.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "seconds": _seconds}
+    environment.filters |= {"percent": _percent, "seconds": _seconds, "formulas": with_formulas}
     assert environment.loader is not None
     script, style = (environment.loader.get_source(environment, name)[0] for name in ("report.js", "report.css"))
     html = environment.get_template(template).render(

@@ -50,8 +50,15 @@ _PANELS = (
     _Panel("Entropy (nats a token)", ("entropy",)),
     _Panel("KL to the anchor (nats a token)", ("kl_k1", "kl_k3")),
     _Panel("KL to the anchor (nats a sample)", ("kl_sample", "kl_sample_std")),
-    _Panel("Mismatch of trainer and servers (mean)", ("logprob_diff", "prob_diff"), log=True),
+    _Panel("Mismatch of trainer and servers (mean)", ("logprob_diff", "prob_diff", "kl_behaviour"), log=True),
+    _Panel("Off policy (share of tokens)", ("effective_sample_size", "clip_fraction", "masked")),
+    _Panel("Held-out accuracy", ("heldout/",)),
+    _Panel("KL to the starting policy (nats a sample)", ("kl_start",)),
     _Panel("Response tokens", ("response_tokens_mean", "response_tokens_max")),
+    _Panel("Response tokens, right and wrong ones", ("response_tokens_right", "response_tokens_wrong")),
+    _Panel("Words of reasoning (in a response)", ("words/",)),
+    _Panel("Words of reasoning, right and wrong ones", ("words_right", "words_wrong")),
+    _Panel("Tokens of a step, and of groups that teach nothing", ("num_response_tokens", "tokens_all_equal")),
     _Panel("Gradient norm", ("grad_norm",)),
     _Panel("Learning rate", ("lr",)),
     _Panel("Shares of samples and groups", ("share_cut", "penalized", "groups_all_equal")),
@@ -84,6 +91,22 @@ def learning_curves(rows: Sequence[dict[str, float]]) -> dict[str, list[Plot]]:
     if stages:
         main.append(_stacked("Seconds a step, by stage", steps, {name: series[name] for name in stages}))
     return {"main": main, "more": [_curves(name, steps, {name: series[name]}) for name in left]}
+
+
+@matplotlib.rc_context(_STYLE)
+def reward_against_kl(rows: Sequence[dict[str, float]]) -> Plot | None:
+    """What the reward cost in distance from the starting policy: the paper's figure; None where that is not known."""
+    known = [row for row in rows if "kl_start" in row]
+    if len(known) < 2:
+        return None
+    title = "Reward against KL to the starting policy"
+    figure, axes = _figure(title)
+    axes.plot([row["kl_start"] for row in known], [row["reward"] for row in known], "o-", markersize=4)
+    for row in (known[0], known[-1]):
+        at = (row["kl_start"], row["reward"])
+        axes.annotate(f"step {row['step']}", at, xytext=(4, 4), textcoords="offset points")
+    axes.set_xlabel("nats a sample")
+    return _plot(title, figure)
 
 
 @matplotlib.rc_context(_STYLE)

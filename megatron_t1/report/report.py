@@ -3,7 +3,7 @@
 It reads files in the run's folder and nothing else, and leaves out the parts that are not there:
 
     config.yaml summary.json                                sft/metrics.jsonl rl/metrics.jsonl rl/samples.jsonl
-    evaluate/<label>/<set>/{summary.json,responses.jsonl}   scaling/<label>/{points,majority}.json
+    evaluate/<label>/<set>/{summary.json,responses.jsonl}   scaling/<label>/{points,summary_points,majority}.json
 
 What a model wrote is hostile: the template escapes everything, the only script is ours and allowed by its hash, and the
 page asks no other host for anything. Left out: interactive plots (TensorBoard has the same numbers).
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
-from megatron_t1.evaluation.results import compare, grid, read_summaries
+from megatron_t1.evaluation.results import compare, grid, published, read_summaries
 from megatron_t1.files import iter_jsonl, read_json, read_jsonl, write_text
 from megatron_t1.report import plots
 from megatron_t1.report.html import render
@@ -54,6 +54,8 @@ def write_report(run_dir: Path) -> Path:
     evals = _evaluations(run_dir)
     responses = {name: run_dir / "evaluate" / s["label"] / s["set"] / "responses.jsonl" for name, s in evals.items()}
     curves = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/points.json"))}
+    for path in sorted(run_dir.glob("scaling/*/summary_points.json")):
+        curves[f"{path.parent.name}, by summary"] = _read_json(path)
     majorities = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/majority.json"))}
     metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl", _Step) for stage in ("sft", "rl")}
     if not (evals or curves or any(metrics.values())):
@@ -62,6 +64,7 @@ def write_report(run_dir: Path) -> Path:
             "evaluate/*/*/summary.json, scaling/*/points.json is there; give a run's run_dir"
         )
     summary = _read_json(run_dir / "summary.json") or {}
+    samples = [*_eval_samples(responses), *_rl_samples(run_dir)]
     html = render(
         "report.html.j2",
         name=run_dir.resolve().name,
@@ -78,10 +81,14 @@ def write_report(run_dir: Path) -> Path:
         majorities=majorities,
         scaling_plot=plots.scaling(curves, majorities) if curves else None,
         grid=grid(list(evals.values())),
+        published=published(list(evals.values())),
         stages={stage: plots.learning_curves(rows) for stage, rows in metrics.items() if rows},
-        samples=[*_eval_samples(responses), *_rl_samples(run_dir)],
+        kl_plot=plots.reward_against_kl(metrics["rl"]),
+        samples=samples,
+        penalties=sorted({name for row in samples for name in row["reward"].get("penalties") or ()}),
         seconds=summary.get("seconds", {}),
         idle=_idle(metrics["rl"]),
+        wasted=_wasted(metrics["rl"]),
         summary={name: value for name, value in summary.items() if not isinstance(value, (dict, list))},
         config=_read_text(run_dir / "config.yaml"),
         versions=summary.get("versions", {}),
@@ -95,6 +102,14 @@ def _idle(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Who -> mean share of an RL step in which it computed nothing."""
     shares = {name: [row[name] for row in rows if name in row] for name in ("idle/trainer", "idle/servers")}
     return {name.removeprefix("idle/"): sum(each) / len(each) for name, each in shares.items() if each}
+
+
+def _wasted(rows: list[dict[str, Any]]) -> float | None:
+    """Share of all tokens of RL that went into groups whose samples all got one reward."""
+    known = [row for row in rows if "tokens_all_equal" in row]
+    if not known:
+        return None
+    return float(sum(row["tokens_all_equal"] for row in known) / sum(row["num_response_tokens"] for row in known))
 
 
 def _evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from megatron_t1 import plugins
 from megatron_t1.fields import above, at_least
-from megatron_t1.reward.penalties import PenaltyConfig
+from megatron_t1.reward.answers.policy import EqualityConfig
+from megatron_t1.reward.penalties import PenaltyConfig, Response
+from megatron_t1.types import AnswerMode, Verdict
+
+Verifier = Callable[[str, Response], Verdict]
+VERIFIERS: plugins.Registry[Verifier] = plugins.Registry("answer mode", in_graders=True)
+verifier = VERIFIERS.add
+"""Registers `function(gold, response) -> Verdict` as the answer mode of its name. It runs in a grader process."""
+
+
+def check_mode(mode: Any) -> str:
+    """An answer mode that is known; raises ValueError for others."""
+    known = (*get_args(AnswerMode), *VERIFIERS)
+    if mode not in known:
+        raise ValueError(f"mode={mode!r:.60} is not one of {', '.join(known)}")
+    return mode
+
+
+DECIDING = ("penalties", "refuse_copies", "equality")
+"""What a verdict depends on: results of another grader are not gone on with."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -25,12 +46,16 @@ class RewardConfig:
     """Graders are replaced after this many answers: caches and leaks stay small."""
     refuse_copies: bool = True
     """An answer that is a formula of the question, where the gold is its value, is wrong; see docs/grading.md."""
+    equality: EqualityConfig = field(default_factory=EqualityConfig)
+    """What counts as equal where people differ; see docs/grading.md."""
     alarm_after: int = 64
     """Warn when this many samples in a row have no answer, time out or crash: the format or the grader is broken."""
 
     def deciding(self) -> dict[str, Any]:
-        """What a verdict depends on, as JSON values: results of another grader are not gone on with."""
-        return {"penalties": asdict(self.penalties), "refuse_copies": self.refuse_copies}
+        """What a verdict depends on, as JSON values."""
+        own = plugins.identity(plugins.for_graders())
+        decided = {name: value for name, value in asdict(self).items() if name in DECIDING}
+        return decided | ({"plugins": own} if own else {})
 
     def __post_init__(self) -> None:
         above(self, 0, "deadline_s")

@@ -6,18 +6,27 @@ import functools
 import importlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
-from megatron_t1.reward.answers.verify import Verdict, explained, gold_problem, verify_cheaply, verify_fully
-from megatron_t1.reward.config import PenaltyConfig
+from megatron_t1.reward.answers.golds import gold_problem
+from megatron_t1.reward.answers.policy import EqualityConfig
+from megatron_t1.reward.answers.verify import explained, verify_cheaply, verify_fully
+from megatron_t1.reward.config import DECIDING, VERIFIERS, PenaltyConfig, RewardConfig
 from megatron_t1.reward.penalties import Response, find_penalties
+from megatron_t1.reward.processes.programs import start_runner as prepare
+from megatron_t1.types import Verdict
+
+__all__ = ["grade_task", "prepare", "warm_up"]
+
+_SEEN = [field.name for field in fields(Response)]
 
 
 @functools.lru_cache(maxsize=8)
-def _penalty_config(as_json: str) -> PenaltyConfig:
-    fields = json.loads(as_json)
-    return PenaltyConfig(**{**fields, "enabled": tuple(fields["enabled"])})
+def _config(deciding: str) -> RewardConfig:
+    values = {name: value for name, value in json.loads(deciding).items() if name in DECIDING}
+    penalties = PenaltyConfig(**{**values["penalties"], "enabled": tuple(values["penalties"]["enabled"])})
+    return RewardConfig(**{**values, "penalties": penalties, "equality": EqualityConfig(**values["equality"])})
 
 
 def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -25,23 +34,31 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "gold_to_check" in task:
         yield {"problem": gold_problem(task["gold_to_check"]), "done": True}
         return
-    penalties = find_penalties(
-        _penalty_config(task["penalties"]),
-        Response(
-            text=task["text"], prompt=task["prompt"], token_ids=task["token_ids"], finish_reason=task["finish_reason"]
-        ),
-    )
+    cfg, gold, mode, question = _config(task["config"]), task["gold"], task["mode"], task["question"]
+    response = Response(**{name: task[name] for name in _SEEN})
+    try:
+        penalties = find_penalties(cfg.penalties, response)
+        if mode in VERIFIERS:
+            yield {"penalties": penalties, "answer": None, "done": False}
+            yield {"verdict": asdict(VERIFIERS[mode](gold, response)), "done": True}
+            return
+    except Exception as error:  # of a plugin; it would kill one grader after the other and not say why
+        failed = Verdict("crash", None, f"{type(error).__name__}: {error}"[:200])
+        yield {"penalties": {}, "answer": None, "verdict": asdict(failed), "done": True}
+        return
 
     def told(verdict: Verdict) -> dict[str, Any]:
-        return asdict(explained(verdict, task["gold"], task["mode"]) if task["explain"] else verdict)
+        return asdict(explained(verdict, gold, mode, question, cfg.equality) if task["explain"] else verdict)
 
-    verdict, answer = verify_cheaply(task["gold"], task["text"], task["mode"], tuple(task["choices"]))
+    verdict, answer = verify_cheaply(gold, task["text"], mode, tuple(task["choices"]), cfg.equality.rounding)
     done = verdict is not None or answer is None
     yield {"penalties": penalties, "answer": answer, "verdict": told(verdict) if verdict else None, "done": done}
     if not done:
         assert answer is not None
-        context = task["question"], task["refuse_copies"]
-        yield {"verdict": told(verify_fully(task["gold"], answer, task["mode"], *context)), "done": True}
+        yield {
+            "verdict": told(verify_fully(gold, answer, mode, question, cfg.refuse_copies, cfg.equality)),
+            "done": True,
+        }
 
 
 _LAZY_IMPORTS = ("heapq", "sympy.combinatorics", "sympy.tensor.tensor")

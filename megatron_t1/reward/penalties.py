@@ -5,11 +5,13 @@ Adding a penalty is one function `name(cfg, response) -> reason | None` with `@p
 
 The separator for loops is the longest exactly periodic run of text pieces (about one token each: a word, one digit,
 one symbol). n-gram ratios alone hit LaTeX matrices and miss digit loops; compression ratios miss a loop after a long
-good prefix. Mixing two languages of the Latin script is not detected.
+good prefix. Mixing two languages of the Latin script, and words that make no sense, leave no trace in characters: they
+show in how little the policy itself expected them, so `perplexity` reads the logprobs that came with the sample.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections import Counter
@@ -18,7 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_t1.fields import FieldError, at_least, within
+from megatron_t1.fields import above, at_least, known, within
+from megatron_t1.plugins import Registry
 from megatron_t1.reward.answers import extract
 from megatron_t1.types import FinishReason
 
@@ -27,7 +30,7 @@ from megatron_t1.types import FinishReason
 class PenaltyConfig:
     """Which bad patterns cost -1, and from where on."""
 
-    enabled: tuple[str, ...] = ("repetition", "overlong", "garbled", "language")
+    enabled: tuple[str, ...] = ("repetition", "overlong", "garbled", "language", "perplexity")
     """Penalties that count, by name; also available: `malformed`."""
     max_periodic_run: int = 500
     """Repetition: longest allowed run of pieces with one exact period and letters in it. Good texts reach 71 (agent
@@ -45,42 +48,53 @@ class PenaltyConfig:
     """Repetition: times one n-gram of tokens may occur; 0 switches this off. For tiny models with short answers (3);
     long honest reasoning repeats n-grams often. It counts where token ids are known: samples of our own servers."""
     max_garbled_chars: int = 4
-    """Garbled: replacement, control, private or unassigned characters allowed."""
+    """Garbled: replacement, control, private or unassigned characters allowed, and tokens that leave no text: control
+    tokens inside a response, entries of the vocabulary that stand for nothing."""
     max_letters_without_space: int = 300
     """Garbled: longest run of Latin letters without anything between them."""
     max_foreign_share: float = 0.02
     """Language: share of letters in scripts that the prompt does not use (Latin is always allowed: names, code)."""
     min_foreign_letters: int = 10
     """Language: fewer foreign letters than this never count (a quoted word)."""
+    max_foreign_letters: int = 30
+    """Language: more than this always count, however long the response."""
+    max_nll: float = 2.5
+    """Perplexity: mean -logprob of a response's tokens (nats, under the policy that sampled them, at its temperature)
+    from which on it is soup. See benchmarks/penalties.md for what honest texts have."""
+    nll_window: int = 64
+    """Perplexity: tokens of the window whose mean -logprob counts too."""
+    max_nll_window: float = 5.0
+    """Perplexity: the same bound for the worst window, where a good response has run into soup."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.enabled) - set(PENALTIES)
-        if unknown:
-            raise FieldError("enabled", self.enabled, f"has {sorted(unknown)}; choose from {sorted(PENALTIES)}")
+        for name in self.enabled:
+            known(self, "enabled", PENALTIES, name)
         at_least(self, 1, "max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size")
-        at_least(self, 0, "max_ngram_repeats")
+        at_least(self, 1, "nll_window")
+        at_least(self, 0, "max_ngram_repeats", "max_foreign_letters")
+        above(self, 0, "max_nll", "max_nll_window")
         within(self, 0, 1, "max_foreign_share")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """What a penalty sees."""
+    """What a penalty or a verifier sees."""
 
     text: str
     prompt: str | None = None
     """Question text; None when unknown (then the response's own main script is taken as the prompt's)."""
     token_ids: Sequence[int] = ()
     finish_reason: FinishReason = "stop"
+    num_hidden_tokens: int = 0
+    """Tokens before the last one that leave no text."""
+    nll: tuple[float, float] | None = None
+    """`mean_and_worst_nll` of the response's logprobs; None where these aren't known."""
 
 
 Penalty = Callable[[PenaltyConfig, Response], "str | None"]
-PENALTIES: dict[str, Penalty] = {}
-
-
-def penalty(function: Penalty) -> Penalty:
-    """Register a penalty under its function's name."""
-    PENALTIES[function.__name__] = function
-    return function
+PENALTIES: Registry[Penalty] = Registry("penalty", in_graders=True)
+penalty = PENALTIES.add
+"""Registers a penalty under its function's name."""
 
 
 def find_penalties(cfg: PenaltyConfig, response: Response) -> dict[str, str]:
@@ -138,7 +152,10 @@ def _may_loop(text: str, stride: int = 100, probe: int = 40, window: int = 8000)
 
 @penalty
 def repetition(cfg: PenaltyConfig, response: Response) -> str | None:
-    """Loops: an exactly periodic run, a prose line that only changes its numbers, or (optional) token n-grams."""
+    """Loops: an exactly periodic run, a prose line that only changes its numbers, (optional) token n-grams, or what the
+    server itself ended as one."""
+    if response.finish_reason == "repetition":
+        return "the server ended it as a loop"
     length = start = period = 0
     text = response.text[-MAX_LOOP_CHARS:]
     if _may_loop(text):
@@ -186,6 +203,8 @@ def overlong(cfg: PenaltyConfig, response: Response) -> str | None:
 def garbled(cfg: PenaltyConfig, response: Response) -> str | None:
     """Text that no tokenizer round trip of honest writing gives: broken bytes, control characters, endless letters."""
     text = response.text
+    if response.num_hidden_tokens > cfg.max_garbled_chars:
+        return f"{response.num_hidden_tokens} tokens without text: control tokens or unused entries of the vocabulary"
     if not text.isascii() or any(c in text for c in "\x00\x07\x08\x0b\x1b\x7f"):
         bad = [
             c
@@ -201,27 +220,37 @@ def garbled(cfg: PenaltyConfig, response: Response) -> str | None:
     return None
 
 
-_SCRIPTS = (
-    ("Han", r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"),
-    ("Kana", r"[\u3040-\u30ff\u31f0-\u31ff]"),
-    ("Hangul", r"[\u1100-\u11ff\u3130-\u318f\uac00-\ud7af]"),
-    ("Cyrillic", r"[\u0400-\u052f]"),
-    ("Arabic", r"[\u0600-\u06ff\u0750-\u077f]"),
-    ("Hebrew", r"[\u0590-\u05ff]"),
-    ("Devanagari", r"[\u0900-\u097f]"),
-    ("Thai", r"[\u0e00-\u0e7f]"),
-    ("other Indic", r"[\u0980-\u0dff]"),
-    ("Armenian or Georgian", r"[\u0530-\u058f\u10a0-\u10ff]"),
-)
+_ONE_SCRIPT = {"IDEOGRAPHIC": "CJK", "HIRAGANA": "KANA", "KATAKANA": "KANA", "KATAKANA-HIRAGANA": "KANA"}
+_GREEK_WORD = 4
+"""Greek letters in a row that are a word; fewer are mathematics."""
+
+
+@functools.lru_cache(maxsize=4096)
+def script_of(char: str) -> str:
+    """The script of a letter by its Unicode name ("CYRILLIC", "CJK", ...), "EMOJI" for those of the higher planes, and
+    "" for all that belongs to no language: digits, signs, letters that are styled for mathematics."""
+    if char >= "\U0001f000" and unicodedata.category(char) == "So":
+        return "EMOJI"
+    if not char.isalpha():
+        return ""
+    styled, _, plain = unicodedata.decomposition(char).partition("> ")
+    if styled in ("<font", "<compat", "<super", "<sub"):
+        return ""
+    whole = unicodedata.normalize("NFKC" if plain else "NFC", char)  # "NFKC": wide, narrow and joined forms
+    first = unicodedata.name(whole[0], "").partition(" ")[0]
+    return _ONE_SCRIPT.get(first, first)
 
 
 def letters_by_script(text: str) -> Counter[str]:
-    """Number of letters of each non-Latin script, and of "Latin", outside mathematics."""
+    """Number of letters of each script ("LATIN", "CJK", ...) outside mathematics."""
     prose = _without_math(text)
-    counts = Counter({"Latin": len(re.findall(r"[A-Za-z\u00c0-\u024f]", prose))})
+    counts = Counter({"LATIN": len(re.findall(r"[A-Za-z]", prose))})
     if not prose.isascii():
-        for name, pattern in _SCRIPTS:
-            counts[name] = len(re.findall(pattern, prose))
+        prose = unicodedata.normalize("NFC", prose)  # the sign of the ohm is an omega
+        prose = re.sub(rf"(?<![\u0370-\u03ff])[\u0370-\u03ff]{{1,{_GREEK_WORD - 1}}}(?![\u0370-\u03ff])", " ", prose)
+        for char, count in Counter(prose).items():
+            if not char.isascii() and (script := script_of(char)):
+                counts[script] += count
     return counts
 
 
@@ -235,13 +264,38 @@ def language(cfg: PenaltyConfig, response: Response) -> str | None:
         own = {script for script, count in letters_by_script(response.prompt).items() if count}
     else:
         own = {counts.most_common(1)[0][0]}
-    own.add("Latin")
-    if "Kana" in own:
-        own.add("Han")
+    own.add("LATIN")
+    if "KANA" in own:
+        own.add("CJK")
     foreign = Counter({script: count for script, count in counts.items() if script not in own and count})
     total, letters = sum(foreign.values()), sum(counts.values())
-    if total >= cfg.min_foreign_letters and total > cfg.max_foreign_share * letters:
+    share = max(cfg.min_foreign_letters - 1, cfg.max_foreign_share * letters)
+    if total > min(share, cfg.max_foreign_letters):
         return f"{total} of {letters} letters are {', '.join(foreign)}, which the prompt does not use"
+    return None
+
+
+def mean_and_worst_nll(logprobs: np.ndarray, window: int) -> tuple[float, float]:
+    """Mean -logprob of all tokens, and of the worst `window` tokens in a row (of all, where there are fewer); nats.
+
+    logprobs: float [num_response_tokens], at least one.
+    """
+    total = np.concatenate(([0.0], np.cumsum(-logprobs, dtype=np.float64)))
+    size = min(window, len(logprobs))
+    return float(total[-1] / len(logprobs)), float((total[size:] - total[:-size]).max() / size)
+
+
+@penalty
+def perplexity(cfg: PenaltyConfig, response: Response) -> str | None:
+    """Tokens that the policy itself did not expect: random words, a thought that dissolves. Nothing where logprobs
+    aren't known."""
+    if response.nll is None:
+        return None
+    mean, worst = response.nll
+    if mean > cfg.max_nll:
+        return f"{mean:.2f} nats a token: the policy did not expect its own words"
+    if worst > cfg.max_nll_window:
+        return f"{worst:.2f} nats a token in {cfg.nll_window} tokens in a row: the policy did not expect its own words"
     return None
 
 

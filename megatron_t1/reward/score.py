@@ -10,16 +10,18 @@ import asyncio
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
-from megatron_t1.reward.answers.verify import Verdict
+import numpy as np
+
 from megatron_t1.reward.config import RewardConfig
+from megatron_t1.reward.penalties import mean_and_worst_nll
 from megatron_t1.reward.processes.grader import Graded
 from megatron_t1.reward.processes.pool import Pool
-from megatron_t1.types import Prompt, Reward, Sample
+from megatron_t1.types import Prompt, Reward, Sample, Verdict
 from megatron_t1.warn import warn
 
 _FAILURES = ("no_answer", "timeout", "crash")
@@ -35,17 +37,26 @@ class Scorer:
     penalties.
     """
 
-    def __init__(self, cfg: RewardConfig, grading: str = "megatron_t1.reward.grading", explain: bool = False):
-        """`grading`: the module with `grade_task` and `warm_up` that the processes run; `explain`: reasons say what
-        was read and by which rules gold and answer are equal or not."""
+    def __init__(
+        self,
+        cfg: RewardConfig,
+        grading: str = "megatron_t1.reward.grading",
+        explain: bool = False,
+        hidden_ids: Sequence[int] = (),
+    ):
+        """`grading`: the module with `grade_task`, `prepare` and `warm_up` that the processes run; `explain`: reasons
+        say what was read and by which rules gold and answer are equal or not; `hidden_ids`: tokens that leave no
+        text."""
         self.cfg = cfg
+        self._hidden_ids = np.array(hidden_ids, np.int64)
+        self._without_logprobs = False  # and said so
         self._explain = explain
         self.outcomes: Counter[str] = Counter()
         """Samples graded so far by outcome, plus one count a penalty (`penalty/repetition`, ...)."""
         self._failures_in_a_row = 0
         num_workers = cfg.num_workers or min(8, os.cpu_count() or 1)
         self._pool = Pool(grading, num_workers, cfg.deadline_s, cfg.memory_mb << 20, cfg.tasks_per_worker)
-        self._penalties = json.dumps(asdict(cfg.penalties))
+        self._deciding = json.dumps(cfg.deciding())
 
     def __enter__(self) -> Scorer:
         return self
@@ -101,19 +112,24 @@ class Scorer:
 
     def task(self, prompt: Prompt, sample: Sample) -> dict[str, Any]:
         """What a grader is told of a sample."""
-        needs_tokens = self.cfg.penalties.max_ngram_repeats > 0
+        own = self.cfg.penalties
+        known = len(sample.logprobs) > 0
+        if not known and "perplexity" in own.enabled and not self._without_logprobs:
+            self._without_logprobs = True
+            warn("the penalty `perplexity` is left out: there are no logprobs with these responses, only their text")
         return {
             "gold": str(prompt.gold),
             "mode": prompt.mode,
             "choices": prompt.choices,
             "prompt": prompt.text or None,
             "text": sample.text,
-            "token_ids": sample.token_ids.tolist() if needs_tokens else (),
+            "token_ids": sample.token_ids.tolist() if own.max_ngram_repeats else (),
             "finish_reason": sample.finish_reason,
+            "num_hidden_tokens": int(np.isin(sample.token_ids[:-1], self._hidden_ids).sum()),
+            "nll": mean_and_worst_nll(sample.logprobs, own.nll_window) if known else None,
             "question": prompt.text,
-            "refuse_copies": self.cfg.refuse_copies,
             "explain": self._explain,
-            "penalties": self._penalties,
+            "config": self._deciding,
         }
 
     def _reward(self, graded: Graded) -> Reward:

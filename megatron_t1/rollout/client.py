@@ -15,6 +15,7 @@ import hashlib
 import math
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import aiohttp
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.finished_samples import StepBank
 from megatron_t1.rollout.reply import AbortedError, Request, RestartedError, Tokenizer, samples_of
+from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.trace import Trace
@@ -51,6 +53,7 @@ class RolloutClient:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
         self._room = asyncio.Condition()
+        self._calls: set[Future[Any]] = set()
 
     def generate(
         self,
@@ -67,7 +70,7 @@ class RolloutClient:
         The same seed gives the same samples from the same weights on the same server setup, whatever the number of
         samples a request carries. Raises ServerError when no server is left, ValueError when a prompt does not fit.
         """
-        requests = self._requests(_labelled(prompts), sampling, *_counts_and_seeds(len(prompts), sampling, seed))
+        requests = self._requests(_labelled(prompts), sampling, *counts_and_seeds(len(prompts), sampling, seed))
         samples = self._run(self._ask_all(requests, prompts, score, bank, show=True))
         return [Group(prompt=p, samples=s) for p, s in zip(prompts, samples, strict=True)]
 
@@ -84,7 +87,7 @@ class RolloutClient:
         `cache_salt`: keeps the prefixes apart from all that the servers' prefix caches hold of other salts.
         """
         labelled = [(f"prefix {i}", [int(t) for t in ids]) for i, ids in enumerate(token_ids)]
-        counts, seeds = _counts_and_seeds(len(labelled), sampling, seed)
+        counts, seeds = counts_and_seeds(len(labelled), sampling, seed)
         requests = self._requests(labelled, sampling, counts, seeds, cache_salt)
         return self._run(self._ask_all(requests, None, None, None))
 
@@ -114,6 +117,15 @@ class RolloutClient:
         """
         self._run(self._check_contract([int(t) for t in token_ids]))
 
+    def samples_in_flight(self) -> dict[str, int]:
+        """By URL of the server that was asked for them."""
+        return dict(self._load)
+
+    def cancel(self) -> None:
+        """Ends the calls that other threads wait in: they raise CancelledError."""
+        for call in list(self._calls):
+            call.cancel()
+
     def close(self) -> None:
         if self._loop.is_closed():
             return
@@ -130,6 +142,7 @@ class RolloutClient:
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._calls.add(future)
         try:
             return future.result()
         except BaseException as error:
@@ -137,6 +150,8 @@ class RolloutClient:
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             raise error from None
+        finally:
+            self._calls.discard(future)
 
     def _requests(
         self,
@@ -148,7 +163,6 @@ class RolloutClient:
     ) -> list[list[Request]]:
         usable = self.servers.usable()
         limit = min((server.max_model_len for server in usable), default=0)
-        chunk = min(self.cfg.samples_per_request, self.cfg.max_num_seqs)
         requests = []
         for (label, ids), count, seed in zip(labelled, counts, seeds, strict=True):
             if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
@@ -159,12 +173,8 @@ class RolloutClient:
                     f"exceed the servers' max_model_len = {limit}: raise rollout.max_model_len, lower max_new_tokens "
                     "or drop the prompt"
                 )
-            requests.append(
-                [
-                    Request(label, ids, min(chunk, count - j), seed + j, sampling, cache_salt)
-                    for j in range(0, count, chunk)
-                ]
-            )
+            parts = parts_of(count, self.cfg)
+            requests.append([Request(label, ids, part, seed + j, sampling, cache_salt) for j, part in parts])
         return requests
 
     async def _ask_all(
@@ -336,7 +346,13 @@ def _labelled(prompts: Sequence[Prompt]) -> list[tuple[str, list[int]]]:
     return [(prompt.id, [int(t) for t in prompt.token_ids]) for prompt in prompts]
 
 
-def _counts_and_seeds(number: int, sampling: SamplingConfig, seed: int) -> tuple[list[int], list[int]]:
+def parts_of(count: int, cfg: RolloutConfig) -> list[tuple[int, int]]:
+    """(number of the first sample, samples) of each request for `count` samples of one prompt."""
+    chunk = min(cfg.samples_per_request, cfg.max_num_seqs)
+    return [(j, min(chunk, count - j)) for j in range(0, count, chunk)]
+
+
+def counts_and_seeds(number: int, sampling: SamplingConfig, seed: int) -> tuple[list[int], list[int]]:
     """For `number` prompts of one call: a 48-bit hash keeps calls apart, within one the seeds are consecutive."""
     base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=6).digest())
     return [sampling.num_samples] * number, [base + i * sampling.num_samples for i in range(number)]

@@ -40,8 +40,9 @@ _MAX_RETRY_AFTER_S = 900.0
 _FINISH_REASONS: dict[Any, FinishReason] = {
     **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence", None), "stop"),
     **dict.fromkeys(("length", "max_tokens", "model_length"), "length"),
+    "repetition": "repetition",
 }
-"""Spellings of an ending by itself or at the limit. Any other one (content_filter, tool_calls) would come again."""
+"""Spellings of an ending by itself, at the limit, in a loop. Any other (content_filter) would come again."""
 
 
 class EndpointError(RuntimeError):

@@ -1,9 +1,9 @@
-"""Finished samples of the steps since the last checkpoint, on the disk: a trainer that died need not ask again.
+"""Finished samples of the last steps, on the disk: a trainer that died need not ask again, and a step can be replayed.
 
 A line is the graded samples of one request. It is found again only for the same weights, prompt, seed, sampling and
 grading: the key is a digest of all of them, and the weights enter by the digest of their numbers, not by their version.
-So a run that resumes bit-equal replays its steps from here, and one that resumes with other rounding asks anew.
-Samples of a request that was not finished are lost.
+So a run that resumes bit-equal finds its steps here, and one that resumes with other rounding asks anew. Samples of a
+request that was not finished are lost.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from megatron_t1.files import append_jsonl, read_jsonl
+from megatron_t1.files import append_jsonl, iter_jsonl, read_jsonl
 from megatron_t1.types import FinishReason, Reward, Sample
 
 _STEP = re.compile(r"^step_(\d{8})\.jsonl$")
@@ -41,32 +41,54 @@ class _Row(TypedDict):
     samples: list[_Sample]
 
 
+class _Weights(TypedDict):
+    weights: NotRequired[str]
+
+
 class Bank:
-    """The samples of every step since the last checkpoint: a file a step."""
+    """The samples of a run's last steps: a file a step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def step(self, step: int, *same: Any) -> StepBank:
-        """The samples of one step; `same` (JSON values) is what has to be the same for a sample to be used again."""
-        return StepBank(self.folder / f"step_{step:08d}.jsonl", json.dumps([step, *same], sort_keys=True))
+    def step(self, step: int, weights: str, *same: Any) -> StepBank:
+        """The samples of one step.
 
-    def drop(self, step: int) -> None:
-        """Forget the samples of one step: they must not be used again."""
-        (self.folder / f"step_{step:08d}.jsonl").unlink(missing_ok=True)
+        Args:
+            weights: digest of the numbers that the servers held when the step was asked.
+            same: JSON values, what else has to be the same for a sample to be used again.
+        """
+        return StepBank(self._path(step), weights, json.dumps([step, weights, *same], sort_keys=True))
+
+    def weights_of(self, step: int) -> str | None:
+        """Digest of the weights of which a step was asked last; None when nothing of it is here."""
+        weights = None
+        for row in iter_jsonl(self._path(step), _Weights):
+            weights = row.get("weights")
+        return weights
+
+    def drop_from(self, step: int) -> None:
+        """Forget the samples of `step` and of later ones: they must not be used again."""
+        self._drop(lambda other: other >= step)
 
     def drop_before(self, step: int) -> None:
         """Forget the samples of steps below `step`: a checkpoint holds what was learned from them."""
+        self._drop(lambda other: other < step)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.jsonl"
+
+    def _drop(self, which: Callable[[int], bool]) -> None:
         for path in self.folder.glob("step_*.jsonl"):
-            if (match := _STEP.match(path.name)) and int(match[1]) < step:
+            if (match := _STEP.match(path.name)) and which(int(match[1])):
                 path.unlink()
 
 
 class StepBank:
     """The finished requests of one step. `add` may be called from several threads."""
 
-    def __init__(self, path: Path, same: str) -> None:
-        self._path, self._same = path, same
+    def __init__(self, path: Path, weights: str, same: str) -> None:
+        self._path, self._weights, self._same = path, weights, same
         self._lock = threading.Lock()
         self._rows = {row["key"]: row for row in read_jsonl(path, _Row)}
 
@@ -91,7 +113,13 @@ class StepBank:
     def add(self, prompt_id: str, token_ids: Sequence[int], seed: int, samples: list[Sample]) -> None:
         """Brings the samples to the disk before it returns."""
         key = self._key(token_ids, seed, len(samples))
-        row = {"key": key, "prompt": prompt_id, "seed": seed, "samples": [_fields(sample) for sample in samples]}
+        row = {
+            "key": key,
+            "weights": self._weights,
+            "prompt": prompt_id,
+            "seed": seed,
+            "samples": [_fields(sample) for sample in samples],
+        }
         with self._lock:
             append_jsonl(self._path, [row])
 

@@ -14,7 +14,7 @@ import numpy as np
 from megatron_t1.data.template import opened_thinking
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.server import Server, ServerError, parse_version
-from megatron_t1.types import Sample
+from megatron_t1.types import FinishReason, Sample
 
 
 class Tokenizer(Protocol):
@@ -61,7 +61,7 @@ class _Span(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     index: int
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: FinishReason | Literal["abort"]
     token_ids: list[int]
     logprobs: _Logprobs
     weight_versions: list[_Span]

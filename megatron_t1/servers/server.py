@@ -20,6 +20,8 @@ from megatron_t1.servers.die_with_parent import ENDED_BY_ITSELF
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 65536
 _VERSION = re.compile(r"[0-9]{1,18}")
+_METRICS_BYTES = 1 << 20
+_CACHE_USAGE = re.compile(rb"^vllm:kv_cache_usage_perc\{[^}]*\} ([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)$", re.M)
 _ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
 
 
@@ -117,6 +119,16 @@ class Server:
                 return bool(response.status == 200)
         except OSError:
             return False
+
+    def cache_usage(self) -> float | None:
+        """Share of its cache of keys and values that is taken; None when it does not say."""
+        request = urllib.request.Request(self.url + "/metrics", headers=dict(self.headers))
+        try:
+            with _OPENER.open(request, timeout=2.0) as response:
+                found = _CACHE_USAGE.search(response.read(_METRICS_BYTES))
+        except OSError:
+            return None
+        return float(found[1]) if found else None
 
     def hangs(self, timeout_s: float) -> bool:
         """Whether it takes connections but answers nothing: stopped or stuck, not ended."""

@@ -23,7 +23,7 @@ from megatron_t1.reward.answers import extract
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.endpoint import ChatEndpoint, RefusedError, Reply
 from megatron_t1.synthesize.config import SynthesizeConfig
-from megatron_t1.synthesize.filters import chain_is_unfit, question_is_unfit
+from megatron_t1.synthesize.filters import NO_CORRECTION, chain_is_unfit, corrects, question_is_unfit
 from megatron_t1.synthesize.prompts import Prompts, Stage
 from megatron_t1.synthesize.store import Store
 from megatron_t1.types import Message, Reward, text_sample
@@ -63,6 +63,8 @@ class Outcome:
     integrated: str | None = None
     rewritten: str | None = None
     response: str | None = None
+    corrects: bool = False
+    """Whether the response holds a failure and its correction."""
     reached: str = "attempt"
     """The last stage that was begun."""
     dropped: str | None = None
@@ -81,6 +83,7 @@ class Outcome:
             "integrated": self.integrated,
             "rewritten": self.rewritten,
             "response": self.response,
+            "corrects": self.corrects,
             "reached": self.reached,
             "dropped": self.dropped,
             "costs": {name: round(count, 9) for name, count in sorted(self.costs.items())},
@@ -169,8 +172,8 @@ class Workshop:
         outcome.reached = name
         endpoint = endpoint or next(iter(self.endpoints))
         reply = await self._ask(outcome, name, endpoint, 0, question=outcome.question.text, **values)
-        if reply.finish_reason == "length":
-            raise Dropped(f"{name}: cut at max_tokens")
+        if reply.finish_reason != "stop":
+            raise Dropped(f"{name}: cut at max_tokens or in a loop")
         if not (text := _kept(self.prompts[name], reply)):
             raise Dropped(f"{name}: empty or never closed its thinking")
         return text
@@ -186,6 +189,9 @@ class Workshop:
         reward = await self.scorer.score(outcome.question.prompt(None), text_sample(response, "stop"))
         if reason := chain_is_unfit(self.cfg.filter, response, reward, outcome.question.text):
             raise Dropped(reason)
+        outcome.corrects = corrects(response, [attempt.answer for attempt in outcome.used if not attempt.correct])
+        if self.cfg.require_wrong and not outcome.corrects:
+            raise Dropped(NO_CORRECTION)
 
     async def _grade(self, question: Question, reply: Reply) -> Reward:
         return await self.scorer.score(question.prompt(None), text_sample(reply.text, reply.finish_reason))

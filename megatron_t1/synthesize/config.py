@@ -43,6 +43,9 @@ class SynthesizeConfig:
     """Question file ({"id", "prompt" or "messages", "answer"}, or a layout of `evaluate.sets`)."""
     out: str
     """Folder of the results and of the cache; the same folder again goes on where it was stopped."""
+    plugins: tuple[str, ...] = ()
+    """Modules of yours, by their dotted names, that add penalties, answer modes, losses, advantages, model families,
+    question sets or chat templates; see docs/extending.md."""
     endpoints: dict[str, EndpointConfig] = field(default_factory=dict)
     """Chat endpoints by names of your choice: {"big": {"urls": ["https://host/v1"], "model": "...", "key_env": "..."}}.
     Replies are stored by the model's name there: for another model of the same name take another `out`."""
@@ -69,7 +72,8 @@ class SynthesizeConfig:
     max_wrong: int = 2
     """Wrong attempts (with different answers) that go into a chain."""
     require_wrong: bool = True
-    """Leave out questions without a wrong attempt: nothing to notice, nothing to correct."""
+    """Leave out questions without a wrong attempt, and chains from which the failure or its correction was smoothed
+    away: nothing to notice, nothing to correct."""
     filter: FilterConfig = field(default_factory=FilterConfig)
     """What is left out."""
     reward: RewardConfig = field(default_factory=RewardConfig)

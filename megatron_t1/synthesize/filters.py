@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_t1.reasoning import REVISION
 from megatron_t1.synthesize.config import FilterConfig
 from megatron_t1.types import Reward
 
@@ -22,6 +23,8 @@ GIVE_AWAY = (
     r"\bas an ai\b",
 )
 """Phrases of somebody who was told the answer or who reads other people's attempts."""
+
+NO_CORRECTION = "holds no failure and its correction"
 
 
 def question_is_unfit(cfg: FilterConfig, rewards: Sequence[Reward], require_wrong: bool) -> str | None:
@@ -53,3 +56,11 @@ def chain_is_unfit(cfg: FilterConfig, response: str, reward: Reward, question: s
         if phrase and phrase.group().lower() not in question.lower():
             return "gives the answer or the attempts away"
     return None
+
+
+def corrects(response: str, wrong_answers: Sequence[str | None]) -> bool:
+    """Whether the thinking of a finished chain still shows a failure that it corrects: a word of revision, or the
+    answer of a wrong attempt that it was made of."""
+    thinking = response.rpartition("</think>")[0] or response
+    tried = any(re.search(rf"(?<![\w.]){re.escape(answer)}(?![\w.])", thinking) for answer in wrong_answers if answer)
+    return tried or REVISION.search(thinking) is not None

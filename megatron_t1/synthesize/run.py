@@ -31,6 +31,7 @@ from megatron_t1.servers.servers import open_servers
 from megatron_t1.synthesize import browse, prompts
 from megatron_t1.synthesize.chain import Outcome, Workshop
 from megatron_t1.synthesize.config import SynthesizeConfig
+from megatron_t1.synthesize.filters import NO_CORRECTION
 from megatron_t1.synthesize.store import Store
 from megatron_t1.weights.folder_digest import weights_digest
 
@@ -127,8 +128,9 @@ def _sft_row(row: dict[str, Any]) -> dict[str, Any]:
 def _summarize(rows: Iterable[dict[str, Any]], num_questions: int, *, rewrite: bool) -> dict[str, Any]:
     """Yield (how many questions began each stage, why they were left out) and cost by stage."""
     reached, dropped, costs = Counter[str](), Counter[str](), Counter[str]()
-    num_kept = 0
+    num_kept, num_corrects = 0, 0
     for row in rows:
+        num_corrects += row["corrects"]
         reached.update(name for name in STAGES[: STAGES.index(row["reached"]) + 1] if rewrite or name != "rewrite")
         if row["dropped"] is None:
             num_kept += 1
@@ -144,6 +146,7 @@ def _summarize(rows: Iterable[dict[str, Any]], num_questions: int, *, rewrite: b
     return {
         "num_questions": num_questions,
         "num_kept": num_kept,
+        "share_with_correction": num_corrects / max(1, num_kept + dropped[NO_CORRECTION]),
         "reached": {stage: reached[stage] for stage in STAGES if rewrite or stage != "rewrite"},
         "dropped": dict(sorted(dropped.items(), key=lambda item: (-item[1], item[0]))),
         "cost": {stage: cost(stage) for stage in prompts.STAGES},
@@ -153,7 +156,10 @@ def _summarize(rows: Iterable[dict[str, Any]], num_questions: int, *, rewrite: b
 
 def describe(summary: dict[str, Any]) -> str:
     """The summary as lines for a terminal."""
-    lines = [f"{summary['num_kept']} chains of {summary['num_questions']} questions"]
+    lines = [
+        f"{summary['num_kept']} chains of {summary['num_questions']} questions; of the finished ones "
+        f"{100 * summary['share_with_correction']:.1f}% hold a failure and its correction"
+    ]
     for stage, count in summary["reached"].items():
         cost = summary["cost"].get(stage)
         spent = f", {cost['requests']:,} requests, {cost['tokens']:,} tokens, price {cost['price']:g}" if cost else ""

@@ -44,6 +44,8 @@ def case(*, s, hidden_size, vocab_size, num_targets, padded_size=None, scale=1.0
             centered_kl=randn(num_targets),
             rollout_logprob=-randn(num_targets).abs() * 3,
             anchor_logprob=-randn(num_targets).abs() * 3,
+            sequence_log_ratio=randn(num_targets),
+            geometric_log_ratio=randn(num_targets),
         ),
         anchor_hidden=anchor_hidden,
         anchor_weight=anchor_weight,

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_t1.check import estimate
-from megatron_t1.check.check import Findings, _grace, check
+from megatron_t1.check.check import Findings, _grace, _needs, check
 from megatron_t1.check.dry_run import dry_run
 from megatron_t1.check.machines import Machines, layout_of, seconds_of
 from megatron_t1.cli.main import main
@@ -205,6 +205,25 @@ def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> N
             assert other == pytest.approx(bytes_each * on_rank)
 
 
+def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None:
+    """4 nodes that all train and serve: 32 ranks and 8 servers, whose memory is what the trainer leaves."""
+    cfg, machines = at(tmp_path, nodes=4, share_gpus=True)
+    spec, longest = spec_of(tmp_path), {"train": 200}
+    assert (machines.ranks("rl"), machines.servers(cfg.rollout.tp)) == (32, 8)
+    assert layout_of(cfg, spec, "rl", machines, longest).data == 2
+    refused = Findings()
+    _needs(cfg, spec, "rl", machines, longest, refused)
+    room = re.search(r"= 0.9 is more than the (0\.\d\d) of a shared GPU", "\n".join(refused.problems))
+    assert room, refused.problems
+    assert 0.3 < float(room[1]) < 0.4
+    fits = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_utilization=float(room[1])))
+    found = Findings()
+    _needs(fits, spec, "rl", machines, longest, found)
+    assert not [problem for problem in found.problems if "shared" in problem]
+    with pytest.raises(ValueError, match="share no GPU"):
+        Machines(nodes=4, vllm_nodes=2, share_gpus=True)
+
+
 @pytest.mark.parametrize(
     ("example", "new_tokens"), [("glm-4-9b", 10240), ("qwen2.5-14b", 10240), ("qwen2.5-32b", 16384)]
 )
@@ -223,7 +242,9 @@ def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
     sizes, layout = estimate.Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
     step = seconds_of(cfg, spec, "rl", machines, longest)
     size = estimate.checkpoint_bytes(sizes, "bfloat16", layout.anchor)
-    seconds = estimate.stop_seconds(sizes, layout, step, size, nodes=2)
+    ahead = estimate.stop_seconds(sizes, layout, step, size, nodes=2, awaits_batch=True)
+    seconds = estimate.stop_seconds(sizes, layout, step, size, nodes=2, awaits_batch=False)
+    assert ahead == seconds | {"generate": max(0, step["generate"] - step["train"])}
     assert seconds["train"] == step["train"]
     assert seconds["write"] == seconds["digest"] == size / 2e9
     assert 900 < sum(seconds.values()) < 1740

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.engine.batch import ENTROPY_COEF, KL_COEF, LOSSES, TEMPERATURE, make_sequences
+from tests.engine.batch import COEFFICIENTS, LOSSES, TEMPERATURE, make_sequences
 from tests.forks import WORKERS
 from tests.tiny import make_tiny_qwen2
 
@@ -51,30 +51,30 @@ def token_loss(name, s, logps, anchor_logps, centered_kl):
     logprob, anchor = logps[at], anchor_logps[at]
     entropy = -(logps.exp() * logps).sum(-1)
     ratio = (logprob - torch.tensor(s.rollout_logprobs).double()).exp()
+    if name == "sft":
+        return -logprob, {"nll": -logprob, "entropy": entropy}
+    cfg = COEFFICIENTS | LOSSES[name]
     k1 = logprob - anchor
-    k3 = (-k1).exp() - 1 + k1
-    clipped = torch.zeros_like(ratio)
-    match name:
-        case "sft":
-            return -logprob, {"nll": -logprob, "entropy": entropy}
-        case "rl" | "batch_kl" | "plain_kl":
-            pg_loss, kl_loss = -s.advantage * logprob, centered_kl * logprob
-        case "full_kl":
-            pg_loss, kl_loss = -s.advantage * logprob, (logps.exp() * (logps - anchor_logps)).sum(-1)
-        case "clipped":
-            stopped = ratio > 1.28 if s.advantage > 0 else ratio < 0.8
-            pg_loss, kl_loss = -s.advantage * torch.where(stopped, ratio.detach().clamp(0.8, 1.28), ratio), k3
-            clipped = stopped.double()
-        case "truncated":
-            weight = ratio.detach().clamp(max=2.0)
-            pg_loss, kl_loss = -weight * s.advantage * logprob, logprob.exp() / logprob.detach().exp() * k3
-            clipped = (ratio > 2.0).double()
+    weight, corrections = torch.ones_like(ratio), {}
+    if "importance" in cfg:
+        product, mean = ratio.prod().item(), ratio.log().mean().exp().item()
+        if name == "sequence":
+            factor, cut, dropped = min(max(product, 0.1), 1.5), not 0.1 <= product <= 1.5, mean < 0.55
+        else:
+            cut, dropped = mean > 1.03 if s.advantage > 0 else mean < 0.8, not 1e-5 <= product <= 1.5
+            factor = 0.0 if cut else mean
+        weight *= 0.0 if dropped else factor
+        corrections = {"weight": weight, "clip_fraction": weight * 0 + cut, "masked": weight * 0 + dropped}
+    pg_loss = -weight * s.advantage * logprob
+    kl_loss = (logps.exp() * (logps - anchor_logps)).sum(-1) if name == "full_kl" else weight * centered_kl * logprob
     metrics = {
-        "entropy": entropy, "logprob": logprob, "pg_loss": pg_loss, "kl_loss": kl_loss, "kl_k1": k1, "kl_k3": k3,
-        "ratio": ratio, "logprob_diff": ratio.log().abs(), "clip_fraction": clipped,
+        "entropy": entropy, "logprob": logprob, "pg_loss": pg_loss, "ratio": ratio, "logprob_diff": ratio.log().abs(),
         "prob_diff": (logprob.exp() - torch.tensor(s.rollout_logprobs).double().exp()).abs(),
+        "kl_behaviour": ratio - 1 - ratio.log(), **corrections,
     }  # fmt: skip
-    return pg_loss - ENTROPY_COEF * entropy + KL_COEF * kl_loss, metrics
+    if cfg["kl_coef"]:
+        metrics |= {"kl_loss": kl_loss, "kl_k1": k1, "kl_k3": (-k1).exp() - 1 + k1}
+    return pg_loss - cfg["entropy_coef"] * entropy + cfg["kl_coef"] * kl_loss, metrics
 
 
 def centred(kl, groups, name):
@@ -175,9 +175,12 @@ def test_equals_the_plain_reference(tied, layout, reference, run_ranks, tmp_path
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name, (losses, per_token, grads) in reference["steps"].items():
         got = metrics[name]
-        if name in ("rl", "batch_kl", "plain_kl"):
+        if name in ("rl", "batch_kl", "plain_kl", "sequence"):
             assert got.pop("kl_sample") == pytest.approx(reference["kl"].mean(), rel=1e-5)
             assert got.pop("kl_sample_std") == pytest.approx(reference["kl"].std(), rel=1e-5)
+        if (weight := per_token.get("weight")) is not None:
+            share = weight.mean() ** 2 / weight.square().mean()
+            assert got.pop("effective_sample_size") == pytest.approx(share.item(), rel=1e-5)
         assert got["loss"] == near_mean(losses)
         assert got["num_tokens"] == pytest.approx(next(iter(per_token.values())).numel())
         for key, values in per_token.items():

@@ -28,6 +28,7 @@ from megatron_t1.evaluation.samplers import (
     ServerSampler,
     StoredSampler,
 )
+from megatron_t1.fields import FieldError
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
@@ -274,3 +275,15 @@ def test_stored_responses_with_odd_fields_are_named_by_line(
     path.write_text(json.dumps({"id": "q0", "response": "x", **fields}))
     with pytest.raises(ValueError, match=f"stored.jsonl:1: {message}"):
         StoredSampler(path, scorer)
+
+
+def test_greedy_and_sampled_sets_are_one_command() -> None:
+    greedy = SamplingConfig(temperature=0, num_samples=1)
+    with pytest.raises(FieldError, match=r"sampling_by_set = \{\} leaves aime2024 with num_samples = 32 must be 1"):
+        EvaluateConfig(sampling=greedy, sets=("math500", "aime2024"))
+    own = {"aime2024": {"temperature": 0.6, "top_p": 0.95}}
+    cfg = EvaluateConfig(sampling=greedy, sets=("math500", "aime2024"), sampling_by_set=own)
+    assert cfg.sampling_of("math500") == greedy
+    assert cfg.sampling_of("aime2024") == replace(greedy, temperature=0.6, top_p=0.95, num_samples=32)
+    with pytest.raises(FieldError, match=r"sets \['heat'\]; it may set"):
+        EvaluateConfig(sampling_by_set={"math500": {"heat": 1}})

@@ -23,9 +23,10 @@ from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
-from megatron_t1.rollout.config import SamplingConfig
+from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt, Sample
+from tests.scripted import ScriptedEndpoint, serving
 from tests.tiny import make_tiny_tokenizer
 
 QUESTIONS = [Question(id=f"q{i}", messages=[{"role": "user", "content": f"{i}+7?"}], gold="7") for i in range(4)]
@@ -161,6 +162,46 @@ def test_another_models_answer_gets_the_cut_as_text(real: Rank0, template: Templ
     cut = template.tokenizer.decode(thinking["token_ids"][:16], skip_special_tokens=True)
     asked = [prompt.token_ids.tolist() for prompt in rank0.client.prompts]
     assert [*QUESTIONS[0].prompt(other).token_ids, *other.ids(cut + CFG.answer_opening)] in asked
+
+
+def test_a_summary_model_answers_beside_the_forced_box(real: Rank0, template: Template, tmp_path: Path) -> None:
+    """A scripted endpoint sees question and cut, and answers right from 24 bytes of thinking on; the policy itself may
+    be asked too. Added to a curve that is there, without thinking anew."""
+    short = replace(CFG, budgets=(8, 48), num_samples={"x": 1}, set="x.jsonl")
+    measure(short, real, template, tmp_path)
+    thinkings = {(row["id"], row["sample"]): row for row in rows(tmp_path / "thinkings.jsonl")}
+    seen: list[tuple[str, str]] = []
+
+    def summarizer(body: dict[str, Any]) -> str:
+        question, thinking = re.fullmatch(r"(?s)Q (.*?)\nT (.*)", body["messages"][0]["content"]).groups()
+        seen.append((question, thinking))
+        return r"So \boxed{7}" if len(template.ids(thinking)) > 24 else r"\boxed{8}"
+
+    with serving(ScriptedEndpoint(summarizer)) as scripted:
+        own = replace(
+            short,
+            summary=True,
+            summary_prompt="Q {question}\nT {thinking}",
+            summary_endpoint=EndpointConfig(urls=(scripted.url,)),
+        )
+        measure(own, real, template, tmp_path, resume=True)
+        measure(own, real, template, tmp_path, resume=True)  # asks nobody
+    answers = rows(tmp_path / "summaries.jsonl")
+    assert len(thinkings) == 4  # one a question, as the set says
+    assert len(seen) == len(answers) == len(rows(tmp_path / "forced.jsonl"))
+    cut = thinkings["q0", 0]["token_ids"][:8]
+    assert ("0+7?", template.tokenizer.decode(cut, skip_special_tokens=True)) in seen
+    assert {row["correct"] for row in answers if row["budget"] == 8} == {False}
+    assert {row["correct"] for row in answers if row["budget"] == 48} == {True}
+    low, high = json.loads((tmp_path / "summary_points.json").read_text())
+    assert (low["accuracy"], high["accuracy"]) == (0, high["share_forced"])
+    with pytest.raises(ValueError, match="other extra_body, model, prompt"):
+        measure(replace(short, summary=True), real, template, tmp_path, resume=True)
+    policy = replace(
+        short, summary=True, summary_sampling=SamplingConfig(temperature=0, num_samples=1, max_new_tokens=4)
+    )
+    measure(policy, real, template, tmp_path / "policy")
+    assert len(rows(tmp_path / "policy/summaries.jsonl")) == len(rows(tmp_path / "policy/forced.jsonl"))
 
 
 def test_majority_of_full_responses_stands_beside_the_curve(real: Rank0, template: Template, tmp_path: Path) -> None:

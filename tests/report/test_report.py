@@ -167,9 +167,17 @@ def test_curves_of_several_sets_name_theirs(run_dir: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-@pytest.mark.parametrize(("chosen", "verdict"), [("", ""), ("#verdict=correct", "correct"), ("#text=QUESTION+3", "3")])
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        ("", ""),
+        ("#verdict=correct", 'data-verdict="correct"'),
+        ("#text=QUESTION+3", "question 3"),
+        ("#outcome=wrong&penalty=garbled", 'data-penalty="garbled"'),
+    ],
+)
 def test_the_filter_works_under_the_pages_policy_in_a_browser(
-    chosen: str, verdict: str, run_dir: Path, tmp_path: Path
+    chosen: str, wanted: str, run_dir: Path, tmp_path: Path
 ) -> None:
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", write_report(run_dir).as_uri() + chosen]
@@ -179,10 +187,9 @@ def test_the_filter_works_under_the_pages_policy_in_a_browser(
     rows = re.findall(r"<tr data-source=.*?</tr>", dom, re.S)
     visible = [row for row in rows if " hidden=" not in row.partition(">")[0]]
     assert (int(shown[1]), int(shown[2])) == (len(visible), len(rows))
-    if not verdict:
+    if not wanted:
         assert len(visible) == len(rows) > 0
     else:
-        wanted = 'data-verdict="correct"' if verdict == "correct" else "question 3"
         assert 0 < len(visible) == sum(wanted in row for row in rows) < len(rows)
 
 

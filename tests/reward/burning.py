@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_t1.reward import grading
-from megatron_t1.reward.grading import warm_up
+from megatron_t1.reward.grading import prepare, warm_up
 
-__all__ = ["grade_task", "warm_up"]
+__all__ = ["grade_task", "prepare", "warm_up"]
 BURNS, BURNS_AT_ONCE, DIES, SLEEPS = "burns", "burns at once", "dies", "sleeps"
 """Golds: endless after the penalties and before anything is said, the end of the process, no CPU time used."""
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 
 import pytest
+import regex
 
 from megatron_t1.reward.config import PenaltyConfig
-from megatron_t1.reward.penalties import PENALTIES, Response, find_penalties, longest_periodic_run, np
+from megatron_t1.reward.penalties import (
+    PENALTIES,
+    Response,
+    find_penalties,
+    language,
+    longest_periodic_run,
+    mean_and_worst_nll,
+    np,
+    script_of,
+)
 from tests.reward.cases import rows
 
 CONFIG = PenaltyConfig()
@@ -59,6 +70,7 @@ def test_ngrams_of_tokens_are_off_until_asked_for() -> None:
 def test_overlong_is_the_length_limit() -> None:
     assert "overlong" in find_penalties(CONFIG, Response(text="cut", finish_reason="length"))
     assert not find_penalties(PenaltyConfig(enabled=()), Response(text="cut", finish_reason="length"))
+    assert set(find_penalties(CONFIG, Response(text="cut", finish_reason="repetition"))) == {"repetition"}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +124,62 @@ def test_config_errors_name_the_field(field: str, value: object) -> None:
 
 
 def test_adding_a_penalty_is_one_function() -> None:
-    assert set(PENALTIES) == {"repetition", "overlong", "garbled", "language", "malformed"}
+    assert set(PENALTIES) == {"repetition", "overlong", "garbled", "language", "perplexity", "malformed"}
     text = "".join(random.Random(0).choices("abcdefgh ", k=200))
     assert not find_penalties(PenaltyConfig(enabled=tuple(PENALTIES)[:4]), Response(text=text))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 900])
+def test_perplexity_is_its_formula(length: int) -> None:
+    """Against the definition, sum by sum in exact arithmetic."""
+    logprobs = -np.random.default_rng(length).exponential(0.8, length).astype(np.float32)
+    exact = [-Fraction(float(value)) for value in logprobs]
+    size = min(64, length)
+    mean, worst = mean_and_worst_nll(logprobs, 64)
+    assert mean == pytest.approx(float(sum(exact) / length), rel=1e-12)
+    windows = [sum(exact[i : i + size]) / size for i in range(length - size + 1)]
+    assert worst == pytest.approx(float(max(windows)), rel=1e-12)
+
+
+def test_soup_is_penalized_as_a_whole_and_in_a_window() -> None:
+    good, soup = np.full(5000, -0.6), np.full(64, -7.0)
+    for logprobs, hit in ((good, False), (np.r_[soup, soup], True), (np.r_[good, soup, good], True), (soup[:9], True)):
+        nll = mean_and_worst_nll(logprobs, CONFIG.nll_window)
+        assert ("perplexity" in find_penalties(CONFIG, Response(text="x", nll=nll))) == hit
+    assert not find_penalties(CONFIG, Response(text="x"))
+
+
+def test_tokens_without_text_are_garbled() -> None:
+    assert "without text" in find_penalties(CONFIG, Response(text="x", num_hidden_tokens=5))["garbled"]
+    assert not find_penalties(CONFIG, Response(text="x", num_hidden_tokens=4))
+
+
+@pytest.mark.parametrize("letters", ["\u1782" * 300, "\u1208" * 300, "\u6211" * 300, "\u03b1\u03b2\u03b3\u03b4 " * 75])
+def test_foreign_letters_count_however_long_the_response_is(letters: str) -> None:
+    """Khmer, Ethiopic, Han and Greek words within 20,000 letters of English."""
+    english = "So we take the root of both sides and go on. " * 500
+    assert language(CONFIG, Response(text=english + letters, prompt="Solve it."))
+    assert not language(CONFIG, Response(text=english + letters[:10], prompt="Solve it."))
+
+
+def test_greek_of_mathematics_is_no_language() -> None:
+    text = (
+        "So \u03b1 + \u03b2 = \u03c0, \u0394ABC, \u03b8\u2081 = \u03c9t, \u211d, \u2135, \U0001d431, \u00b5, \u2126. "
+        * 200
+    )
+    assert not language(CONFIG, Response(text=text, prompt="Find the angle."))
+    assert "language" in find_penalties(CONFIG, Response(text="\U0001f600" * 3000, prompt="Find the angle."))
+
+
+def test_scripts_are_those_of_unicode() -> None:
+    """Two letters are of one script here exactly where Unicode's Script property says so: a library's table of it."""
+    ours: dict[str, set[str]] = {}
+    for code in range(0x80, 0x11000):
+        if (char := chr(code)).isalpha() and not regex.match(r"[\p{Script=Common}\p{Script=Inherited}]", char):
+            ours.setdefault(script_of(char), set()).add(char)
+    names = {"CJK": "Han", "KANA": r"[\p{Hiragana}\p{Katakana}]", "LATIN": "Latin", "GREEK": "Greek"}
+    names |= {name: name.title() for name in ("CYRILLIC", "ARABIC", "HEBREW", "THAI", "KHMER", "ETHIOPIC", "HANGUL")}
+    for ours_name, theirs in names.items():
+        one = theirs if theirs.startswith("[") else rf"\p{{Script={theirs}}}"
+        wrong = {char for char in ours[ours_name] if not regex.match(one, char)}
+        assert len(wrong) <= 0.01 * len(ours[ours_name]), (ours_name, wrong)

@@ -13,8 +13,10 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_t1.reward.config import PenaltyConfig, RewardConfig
@@ -237,9 +239,24 @@ def test_a_grader_can_open_nothing() -> None:
 def test_the_alarm_names_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     with Scorer(RewardConfig(num_workers=1, alarm_after=8)) as scorer:
         scorer.score_all([pair("4", "I do not know\nat all")] * 7 + [pair("4", r"\boxed{3}")])
-        assert capsys.readouterr().err == ""
+        (line,) = capsys.readouterr().err.splitlines()  # once for all of them
+        assert "`perplexity` is left out" in line
         scorer.score_all([pair("4", "I do not know\nat all")] * 8)
         assert "boxed" in capsys.readouterr().err
+
+
+def test_right_answers_after_soup_or_without_text_are_penalized() -> None:
+    """What characters do not show: random words (by the sample's own logprobs), and tokens that decode to nothing."""
+    prompt, sample = pair("3", r"<think>pan dol ik sem</think>\boxed{3}")
+    ids = np.arange(200)
+    good = replace(sample, token_ids=ids, logprobs=np.full(200, -0.6, np.float32))
+    soup = replace(good, logprobs=np.where(ids < 100, -0.6, -8.0).astype(np.float32))
+    with Scorer(RewardConfig(num_workers=1), hidden_ids=range(190, 400)) as scorer:
+        rewards = scorer.score_all(
+            (prompt, one) for one in (good, soup, replace(good, token_ids=ids - 9), replace(good, token_ids=ids - 5))
+        )
+    assert [set(reward.penalties) for reward in rewards] == [{"garbled"}, {"garbled", "perplexity"}, set(), set()]
+    assert [reward.value for reward in rewards] == [-1, -1, 1, 1]
 
 
 @pytest.mark.parametrize(

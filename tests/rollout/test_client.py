@@ -42,6 +42,12 @@ def client(server: Servers, tiny_dir: Path):
 TINY_PROMPT = dataclasses.replace(prompt(0), token_ids=np.array([1]))  # fits the vocabulary of 9 of lying servers
 
 
+def test_a_server_says_how_full_its_cache_is(server: Servers) -> None:
+    usage = server.all[0].cache_usage()
+    assert usage is not None
+    assert 0 <= usage <= 1
+
+
 def ids_of(groups) -> list[list[list[int]]]:
     return [[sample.token_ids.tolist() for sample in group.samples] for group in groups]
 
@@ -247,16 +253,16 @@ def test_a_line_cut_by_a_kill_is_asked_again(tmp_path) -> None:
         token_ids=np.array([7]), logprobs=np.array([-1], np.float32), text="", finish_reason="stop",
         weight_versions=((0, 0, 1),), server="",
     )  # fmt: skip
-    bank = Bank(tmp_path).step(0)
+    bank = Bank(tmp_path).step(0, "weights")
     bank.add("a", [1], 5, [sample])
     bank.add("a", [1], 6, [sample])
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-20])
-    bank = Bank(tmp_path).step(0)
+    bank = Bank(tmp_path).step(0, "weights")
     assert bank.find([1], 5, 1) is not None
     assert bank.find([1], 6, 1) is None
     bank.add("a", [1], 6, [sample])
-    assert Bank(tmp_path).step(0).find([1], 6, 1) is not None
+    assert Bank(tmp_path).step(0, "weights").find([1], 6, 1) is not None
 
 
 def test_a_server_that_started_again_unnoticed_is_left(monkeypatch) -> None:

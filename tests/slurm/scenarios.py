@@ -91,7 +91,7 @@ def processes(*words: str) -> list[int]:
 
 def stop_and_go_on(work: Path) -> dict[str, Any]:
     """Two nodes, TP2 on one and a server on the other: the server killed after a step, USR1 after another."""
-    job = Job(work, "t1_qwen32b.sh", "--rl.steps", 6, nodes="2", env={"VLLM_NODES": 1, "RANKS": 2})
+    job = Job(work, "rl.sh", "--rl.steps", 6, nodes="2", env={"VLLM_NODES": 1, "RANKS": 2})
     job.until("the first step", job.steps)
     command_lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in processes("megatron_t1")]
     (server,) = processes("vllm.entrypoints", "--host 10.77.0.2", "--port")[-1:]
@@ -111,10 +111,10 @@ def stop_and_go_on(work: Path) -> dict[str, Any]:
 
 def other_nodes(work: Path) -> dict[str, Any]:
     """Four nodes, PP2 x DP2 on two of them: one fails, the job goes on with three; then it is cancelled."""
-    env = {"VLLM_NODES": 2, "RANKS": 2}
+    env = {"VLLM_NODES": 2, "RANKS": 2, "CONFIG": "examples/qwen2.5-14b/rl.yaml"}
     options = ["--parallel.tensor", 1, "--parallel.sequence_parallel", "false", "--parallel.pipeline", 2,
                "--rl.checkpoint.every_steps", 1, "--rl.steps", 1000]  # fmt: skip
-    job = Job(work, "t1_qwen14b.sh", *options, nodes="3-4", env=env)
+    job = Job(work, "rl.sh", *options, nodes="3-4", env=env)
     job.until("two steps", lambda: len(job.steps()) >= 2)
     for state in ("drain", "down"):  # drained too: its slurmd lives and would bring it back
         run("scontrol", "update", "nodename=n2", f"state={state}", "reason=test")
@@ -131,20 +131,65 @@ def other_nodes(work: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def tune_train_evaluate(work: Path) -> dict[str, Any]:
-    """sft.sh on two nodes, RL of what it made with a server beside the trainer on both, then evaluate.sh."""
-    seen = {}
-    job = Job(work, "sft.sh", "--sft.max_steps", 3, "--sft.batch_size", 4, nodes="2", env={"RANKS": 1})
-    seen["sft"] = {**job.end(), "text": job.text()}
-    options = ["--parallel.tensor", 1, "--parallel.sequence_parallel", "false", "--rl.steps", 2]
-    env: dict[str, object] = {"RANKS": 1, "MODEL": work / "run/sft/hf", "RUN_DIR": work / "trained"}
-    job = Job(work, "t1_qwen32b.sh", *options, nodes="2", env=env)
-    seen["rl"] = {**job.end(), "text": job.text(), "steps": job.steps()}
-    options = ["--evaluate.sampling.max_new_tokens", 24, "--rollout.num_servers", 1]
-    env = {"MODEL": work / "trained/rl/hf", "RUN_DIR": work / "evaluation"}
-    job = Job(work, "evaluate.sh", *options, nodes="1", env=env)
-    seen["evaluate"] = {**job.end(), "text": job.text(), "log": job.log.read_text()}
-    return seen | {"left": processes("megatron_t1")}
+def chain(work: Path) -> dict[str, Any]:
+    """pipeline.sh on two nodes, a server beside the trainer on both, in a container of pyxis; RL is cancelled after a
+    step, which breaks the chain; the same command goes on, in a container of Apptainer."""
+    bin_dir, seen = work / "bin", {}
+    bin_dir.mkdir()
+    for name, text in STAND_INS.items():
+        (bin_dir / name).write_text(text)
+        (bin_dir / name).chmod(0o755)
+    config = work / "configs"
+    shutil.copytree(ROOT / "examples/qwen2.5-32b", config)
+    options = {
+        "--config": "tests/slurm/tiny.yaml", "--parallel.tensor": 1, "--parallel.sequence_parallel": "false",
+        "--sft.max_steps": 3, "--sft.batch_size": 4, "--rl.steps": 6, "--rl.checkpoint.every_steps": 1,
+        "--evaluate.sampling.max_new_tokens": 24, "--scaling.sampling.max_new_tokens": 24,
+        "--scaling.budgets": "[8,16]", "--scaling.max_answer_tokens": 4, "--scaling.sampling.num_samples": 2,
+    }  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair]
+    os.environ |= {
+        "PATH": f"{bin_dir}:{os.environ['PATH']}", "T1_HOME": str(ROOT), "T1_PYTHON": sys.executable,
+        "MODEL": str(work / "model"), "DATA": str(work), "RUN_DIR": str(work / "run"), "CONFIGS": str(config),
+        "VLLM_TP": "1", "SERVERS_PER_NODE": "1", "VLLM_NODES": "0", "RANKS": "1", "OMP_NUM_THREADS": "1",
+        "SBATCH_OPTIONS": f"--nodes=2 --output={work}/%x-%j.log", "T1_TEST_SEEN": str(work / "containers"),
+    }  # fmt: skip
+    steps = work / "run/rl/metrics.jsonl"
+    for turn, image in enumerate(("registry/t1:1", "t1.sif")):
+        os.environ["T1_CONTAINER"] = image
+        seen[f"submitted {turn}"] = run("slurm/pipeline.sh", *words)
+        jobs = dict(line.split() for line in (work / "run/pipeline/jobs").read_text().splitlines())
+        if turn == 0:
+            wait_until(lambda: steps.exists() and steps.read_text().count("\n") >= 1, DEADLINE_S)
+            run("scancel", jobs["rl"])
+        wait_until(lambda jobs=jobs: not set(jobs.values()) & set(run("squeue", "-h", "-o", "%i").split()), DEADLINE_S)
+        seen[f"status {turn}"] = run("slurm/pipeline.sh", "status")
+    seen["again"] = run("slurm/pipeline.sh", *words)
+    seen["text"] = "\n".join(
+        path.read_text()[-1500:] for path in [*work.glob("*.log"), *work.glob("run/logs/[ts]*.log")]
+    )
+    return seen | {"left": processes("megatron_t1"), "containers": (work / "containers").read_text().splitlines()}
+
+
+STAND_INS = {
+    # The plugin takes its options off srun's; the word that the container was entered is left in a file.
+    "srun": """#!/bin/bash
+words=()
+for word in "$@"; do
+  case $word in
+    --container-image=*) echo "pyxis ${word#*=}" >>"$T1_TEST_SEEN" ;;
+    --container-mounts=*) ;;
+    *) words+=("$word") ;;
+  esac
+done
+exec /usr/bin/srun "${words[@]}"
+""",
+    "apptainer": """#!/bin/bash
+[ "$1 $2 $3" = "exec --nv --bind" ] || exit 2
+echo "apptainer $5" >>"$T1_TEST_SEEN"
+exec "${@:6}"
+""",
+}
 
 
 def clear_errors(work: Path) -> dict[str, Any]:
@@ -159,7 +204,13 @@ def clear_errors(work: Path) -> dict[str, Any]:
         shutil.copytree(work / "model", folder / "model")
         shutil.copy(work / "rl.jsonl", folder)
         job = Job(
-            folder, "t1_glm9b.sh", "--parallel.pipeline", 1, *options, nodes="2", env={"VLLM_NODES": 1, "RANKS": 2}
+            folder,
+            "rl.sh",
+            "--parallel.pipeline",
+            1,
+            *options,
+            nodes="2",
+            env={"VLLM_NODES": 1, "RANKS": 2, "CONFIG": "examples/glm-4-9b/rl.yaml"},
         )
         seen[name] = {**job.end(), "log": job.log.read_text(), "left": processes("megatron_t1")}
     return seen
@@ -173,7 +224,11 @@ def headers(work: Path) -> dict[str, Any]:
         "nodes": "--nodes=9",
         "gpus": "--gpus-per-node=9",
     }
-    commands = {path.name: [path] for path in sorted((ROOT / "slurm").glob("*.sh")) if path.name != "lib.sh"}
+    commands = {
+        path.name: [path]
+        for path in sorted((ROOT / "slurm").glob("*.sh"))
+        if path.name not in ("lib.sh", "pipeline.sh")
+    }
     commands |= {name: [option, ROOT / "slurm/sft.sh"] for name, option in broken.items()}
     seen = {}
     for name, words in commands.items():
@@ -182,15 +237,13 @@ def headers(work: Path) -> dict[str, Any]:
     return seen
 
 
-def wait_until(found: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
+def wait_until(found: Callable[[], Any], patience_s: float = 60) -> None:
+    deadline = time.monotonic() + patience_s
     while not found() and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2])
-    scenario = {f.__name__: f for f in (headers, stop_and_go_on, other_nodes, tune_train_evaluate, clear_errors)}[
-        sys.argv[1]
-    ]
+    scenario = {f.__name__: f for f in (headers, stop_and_go_on, other_nodes, chain, clear_errors)}[sys.argv[1]]
     (folder / "seen.json").write_text(json.dumps(scenario(folder), indent=1))

@@ -19,7 +19,7 @@ import pytest
 from tests.forks import ROOT, environment
 from tests.tiny import make_tiny_qwen2
 
-SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "lib.sh")
+SCRIPTS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("lib.sh", "pipeline.sh"))
 SHELL = [*sorted((ROOT / "slurm").glob("*.sh")), *sorted((ROOT / "tests/slurm").glob("*.sh"))]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 
@@ -85,7 +85,7 @@ def test_the_scripts_are_alike() -> None:
             re.sub(r"(job-name|nodes)=.*", r"\1", line) for line in script.read_text().splitlines() if "#SBATCH" in line
         ]
 
-    assert len(SCRIPTS) == 5
+    assert len(SCRIPTS) == 7
     assert len({tuple(directives(script)) for script in SCRIPTS}) == 1
     (signalled,) = re.findall(r"--signal=B:USR1@(\d+)", "\n".join(directives(SCRIPTS[0])))
     (grace,) = re.findall(r"GRACE_S:-(\d+)", (ROOT / "slurm/lib.sh").read_text())
@@ -155,19 +155,26 @@ def test_a_failed_node_leaves_a_job_on_fewer_nodes_and_scancel_ends_it(task: Pat
 
 
 @pytest.mark.timeout(3600)
-def test_fine_tuning_colocated_training_and_evaluation_run(task: Path, tmp_path: Path) -> None:
+def test_the_chain_goes_on_where_it_broke(task: Path, tmp_path: Path) -> None:
+    """SFT, colocated RL, evaluation, scaling by pipeline.sh in containers; RL is cancelled in the middle."""
     shutil.copytree(task, tmp_path / "work")
-    seen = try_out("tune_train_evaluate", 2, tmp_path / "work")
-    assert seen["sft"]["JobState"] == "COMPLETED", seen["sft"]["text"]
-    assert "2 trainer processes" in seen["sft"]["text"]
-    assert seen["rl"]["JobState"] == "COMPLETED", seen["rl"]["text"]
-    assert "rl on n1 n2, 0 of them for vLLM alone" in seen["rl"]["text"]
-    assert seen["rl"]["steps"] == [1, 2]
-    logs = (tmp_path / "work/trained/logs").glob("server_*.log")
+    seen = try_out("chain", 2, tmp_path / "work")
+    run, text = tmp_path / "work/run", seen["text"]
+    assert [line.split(":")[0] for line in seen["submitted 0"].splitlines()] == ["sft", "rl", "evaluate", "scaling"]
+    first = dict(line.split(": ", 1) for line in seen["status 0"].splitlines())
+    assert first["sft"].endswith("finished"), text
+    assert "CANCELLED" in first["rl"]
+    assert all("CANCELLED" in first[stage] for stage in ("evaluate", "scaling")), "what waits for it is taken back"
+    assert seen["submitted 1"].splitlines()[0] == "sft: done"
+    assert [line.rsplit(" ", 1)[1] for line in seen["status 1"].splitlines()] == ["finished"] * 3, text
+    assert set(seen["again"].splitlines()) == {f"{stage}: done" for stage in ("sft", "rl", "evaluate", "scaling")}
+    metrics = [json.loads(line) for line in (run / "rl/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    logs = (run / "logs").glob("server_*.log")
     assert sorted(log.name for log in logs) == ["server_n1_0.log", "server_n2_0.log"]
-    assert seen["evaluate"]["JobState"] == "COMPLETED", seen["evaluate"]["text"]
-    summary = json.loads((tmp_path / "work/evaluation/evaluate/evaluate/heldout/summary.json").read_text())
-    assert summary["num_questions"] == 8
+    assert json.loads((run / "evaluate/rl/heldout/summary.json").read_text())["num_questions"] == 8
+    assert [point["budget"] for point in json.loads((run / "scaling/rl/points.json").read_text())] == [8, 16]
+    assert set(seen["containers"]) == {"pyxis registry/t1:1", "apptainer t1.sif"}
     assert seen["left"] == []
 
 

@@ -25,6 +25,7 @@ from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.rollout.endpoint import EndpointError
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
+from megatron_t1.synthesize.filters import corrects
 from megatron_t1.synthesize.run import describe, synthesize
 from tests.forks import environment
 from tests.scripted import ScriptedEndpoint, serving
@@ -98,6 +99,7 @@ def test_chains_come_out_and_every_reason_counts(questions: Path, tmp_path: Path
     assert dropped["too easy"] >= 6
     kept = rows(tmp_path / "out/sft.jsonl")
     assert len(kept) == summary["num_kept"] > 5
+    assert summary["share_with_correction"] == 1
     for row in kept:
         number = int(row["id"][1:])
         assert number % 10 in (0, 4)
@@ -117,6 +119,20 @@ def test_chains_come_out_and_every_reason_counts(questions: Path, tmp_path: Path
     page = (tmp_path / "out/browse.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("thinking", "wrong", "expected"),
+    [
+        ("3x = 12, hence x = 4.", ["5"], False),
+        ("3x = 12, hence x = 4. And 5 gives 15.", ["5"], True),
+        ("3x = 12, hence x = 45.", ["5"], False),
+        ("x = 9? Wait, 3 times 9 is 27. So 4.", [None], True),
+        ("Try 4: 36+9=45 mod 8=5, no. Try 7: 63+9=72 mod 8=0, yes.", [], True),
+    ],
+)
+def test_a_chain_holds_a_failure_and_its_correction(thinking: str, wrong: list[str | None], expected: bool) -> None:
+    assert corrects(f"<think>{thinking}</think>Wait, 5. \\boxed{{4}}", wrong) == expected
 
 
 def test_trouble_changes_nothing_and_a_second_run_asks_nothing(

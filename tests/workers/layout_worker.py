@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_t1.platform.detect import setup
-from tests.engine.batch import ENTROPY_COEF, KL_COEF, LOSSES, TEMPERATURE, make_sequences
+from tests.engine.batch import COEFFICIENTS, LOSSES, TEMPERATURE, make_sequences
 from tests.workers.gradients import gradient_pieces
 
 
@@ -25,6 +25,7 @@ def main() -> None:
     from megatron_t1.engine.anchor import Anchor
     from megatron_t1.engine.config import AnchorConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
+    from megatron_t1.engine.prescore import prescore
     from megatron_t1.engine.step import Engine
     from megatron_t1.weights import hf_io
     from megatron_t1.weights.plan import Plan
@@ -53,8 +54,9 @@ def main() -> None:
     def step(name, token_loss, cfg=None):
         engine.load_weights(model_dir)
         microbatches = pack()
-        kl = anchor.fill(microbatches, sequences, cfg) if cfg else {}
-        results[name] = engine.step(microbatches, num_targets, token_loss, anchor.chunks) | kl
+        of_loss = anchor if cfg and cfg.kl_coef else None
+        kl = prescore(engine, of_loss, microbatches, sequences, cfg) if cfg else {}
+        results[name] = engine.step(microbatches, num_targets, token_loss, of_loss.chunks if of_loss else None) | kl
         if not parallel.distributed_optimizer:  # else a rank's gradient buffer holds its own shard only
             tensors = dict(Plan(gradient_pieces(engine)).gather())
             if dist.get_rank() == 0:
@@ -62,13 +64,13 @@ def main() -> None:
 
     step("sft", sft_token_loss)
     for name, given in LOSSES.items():
-        cfg = LossConfig(entropy_coef=ENTROPY_COEF, kl_coef=KL_COEF, **given)
+        cfg = LossConfig(**COEFFICIENTS | given)
         step(name, partial(t1_token_loss, cfg=cfg), cfg)
     tensors = dict(Plan(engine.pieces()).gather())
     anchor.update()
     averages = dict(Plan(engine.pieces(anchor.chunks)).gather())
     anchor.reset()
-    results["anchor is policy"] = anchor.fill(pack(), sequences, LossConfig())
+    results["anchor is policy"] = prescore(engine, anchor, pack(), sequences, LossConfig())
     if dist.get_rank() == 0:
         save_file(tensors, out / "weights.safetensors")
         save_file(averages, out / "anchor.safetensors")

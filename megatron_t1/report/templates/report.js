@@ -1,14 +1,20 @@
 "use strict";
+// On a phone a row with a header above it is a card, and each cell says its column: see .stacks.
+for (const table of document.querySelectorAll(".scroll table")) {
+  const [head, ...rows] = table.rows;
+  if (!head || [...head.cells].some((cell) => cell.tagName !== "TH")) continue;
+  table.classList.add("stacks");
+  for (const row of rows) [...row.cells].forEach((cell, i) => { cell.dataset.label = head.cells[i].textContent; });
+}
 const form = document.getElementById("filter");
 if (form) {
+  const chosen = [...form.querySelectorAll("select")];
   const rows = [...document.querySelectorAll("#samples tbody tr")];
   const show = () => {
-    const wanted = Object.fromEntries(new FormData(form));
-    const text = wanted.text.toLowerCase();
+    const text = form.elements.text.value.toLowerCase();
     let shown = 0;
     for (const row of rows) {
-      row.hidden = (wanted.source && row.dataset.source !== wanted.source)
-        || (wanted.verdict && row.dataset.verdict !== wanted.verdict)
+      row.hidden = chosen.some((select) => select.value && !row.dataset[select.name].split("|").includes(select.value))
         || !row.textContent.toLowerCase().includes(text);
       shown += !row.hidden;
     }

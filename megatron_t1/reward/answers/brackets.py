@@ -1,12 +1,15 @@
-"""Splitting normalised answers outside their brackets. Intervals mix bracket shapes, so all shapes count alike."""
+"""Taking normalised answers apart by their brackets. Intervals mix bracket shapes, so all shapes count alike."""
 
 from __future__ import annotations
 
+import itertools
 import re
 
 JOINT = re.compile(r"^\s*\\(?:land|lor)(?![a-zA-Z])\s*")
 """What `normalize` leaves, after a comma, of an "and" or an "or"."""
 _OPEN, _CLOSE = "([{", ")]}"
+OPERATOR = re.compile(r"\\(?:le|ge|ne|approx|in|equiv|simeq|sim|notin|subset|to|Rightarrow)(?![a-zA-Z])|[<>=]")
+CUP = re.compile(r"\\cup(?![a-zA-Z])")
 MAX_LAYERS = 32
 """Brackets around brackets beyond this are no answer; each layer is walked."""
 
@@ -60,3 +63,45 @@ def unwrap(s: str) -> str:
             break
         s = s[1:-1].strip()
     return s
+
+
+# --- what stands in them ---------------------------------------------------------------------------------------------
+
+
+def bracketed_items(s: str) -> list[str]:
+    """Two items or more in round or square brackets."""
+    if len(s) > 2 and s[0] in "([" and s[-1] in ")]" and closing(s) == len(s) - 1:
+        items = split_top(s[1:-1], ",;")
+        return items if len(items) >= 2 else []
+    return []
+
+
+def set_items(s: str) -> list[str] | None:
+    """Members of a set or a union of sets; None of everything else."""
+    pieces = split_at(s, CUP)[0]
+    if len(pieces) > 1:
+        members = [set_items(piece) for piece in pieces]
+        return None if None in members else list(itertools.chain(*(m for m in members if m)))
+    m = re.fullmatch(r"\\\{(.*)\\\}", s, re.S)
+    if not m or closing(s[1:]) != len(s) - 2 or "|" in m[1] or (":" in m[1] and OPERATOR.search(m[1])):
+        return None
+    return list_items(m[1])
+
+
+def list_items(s: str) -> list[str]:
+    r"""Items of a list: split at commas, \pm written out, `p=5,q=2;p=7,q=2` grouped to pairs."""
+    items: list[str] = []
+    for item in split_top(s, ",;"):
+        if "\\{" not in item and 1 <= len(re.findall(r"\\(?:pm|mp)(?![a-zA-Z])", item)) <= 2:
+            for plus, minus in (("+", "-"), ("-", "+")):
+                upper = re.sub(r"\\pm(?![a-zA-Z])", plus, item)
+                items.append(re.sub(r"\\mp(?![a-zA-Z])", minus, upper).lstrip("+ "))
+        else:
+            items.append(item)
+    pairs = [item.split("=", 1) for item in items if item.count("=") == 1]
+    names = [name.strip() for name, _ in pairs]
+    width = len(set(names))
+    if len(pairs) == len(items) > width > 1 and names == names[:width] * (len(items) // width):
+        values = [value.strip() for _, value in pairs]
+        items = [f"({', '.join(values[i : i + width])})" for i in range(0, len(values), width)]
+    return items

@@ -19,7 +19,10 @@ solver.
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import mpmath
@@ -27,19 +30,19 @@ import sympy
 from sympy.core.function import AppliedUndef
 
 from megatron_t1.reward.answers.evaluate import COMPUTED, Meter, Values, evaluate, magnitude
-from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.relations import MIRRORED
+from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.trees import Binder
 
 LOW_DIGITS, HIGH_DIGITS, MOST_DIGITS = 50, 400, 5000
 NUM_POINTS = 12
 ENOUGH_ANALYTIC, ENOUGH_WHOLE = 2, 8
+MAX_PARAMETERS = 3
 _INTEGER_NAMES = {"k", "n", "m", "l"}
 _WHOLE_NAMES = _INTEGER_NAMES | {"N", "i", "j", "p", "q", "r"}
 _WHOLE_FUNCTIONS = {"floor", "ceiling", "gcd", "lcm", "bmod", "pmod"}
 _IN_PIECES = {"Abs", "Max", "Min", *_WHOLE_FUNCTIONS}
 _FEW, _MANY = (*range(1, 13), 15, 20, 31), (64, 99, 100, 365, 1001, 9999)
-MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-"""Operators between exchanged sides."""
 Sides = tuple[Any, Any]
 """Trees left and right of an operator."""
 
@@ -118,11 +121,28 @@ def same_value(a: Any, b: Any, meter: Meter) -> bool:
     Raises:
         UndecidableError: one of them cannot be evaluated within bounds.
     """
-    only_a, only_b = a.free_symbols - b.free_symbols, b.free_symbols - a.free_symbols
-    if len(only_a) == len(only_b) == 1 and sympy.pi in a.atoms():
-        (mine,), (yours,) = only_a, only_b
-        if {mine.name, yours.name} <= _INTEGER_NAMES:  # k pi and n pi are the same family
-            b = b.xreplace({yours: mine})
+    return any(_same_value(a, named, meter) for named in _renamed(a, b))
+
+
+def _renamed(a: Any, b: Any) -> Iterator[Any]:
+    """`b` with its parameters named as those of `a`: k for n in families of angles, constants of integration."""
+    only_a, only_b = (sorted(x.free_symbols - y.free_symbols, key=str) for x, y in ((a, b), (b, a)))
+    numbered = [sorted((s for s in x.free_symbols if _NUMBERED.fullmatch(s.name)), key=str) for x in (a, b)]
+    if numbered[0]:  # C_1 and C_2, A and B
+        only_a, only_b = numbered[0], numbered[1] or [s for s in only_b if s.name in ("A", "B", "C", "D")]
+    angles = sympy.pi in a.atoms() and {s.name for s in (*only_a, *only_b)} <= _INTEGER_NAMES and len(only_a) == 1
+    added = all(s.name in ("C", "c", "K") and s in x.args for x, own in ((a, only_a), (b, only_b)) for s in own)
+    if len(only_a) != len(only_b) or len(only_a) > MAX_PARAMETERS or not (numbered[0] or angles or added):
+        yield b
+        return
+    for order in itertools.permutations(only_a):
+        yield b.xreplace(dict(zip(only_b, order, strict=True)))
+
+
+_NUMBERED = re.compile(r"[Cc]_\{?\d+\}?")
+
+
+def _same_value(a: Any, b: Any, meter: Meter) -> bool:
     if a == b:
         return True
     unit = _uses_i_as_unit([a, b])

@@ -10,45 +10,17 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
-from mpmath.libmp import to_rational
-
-from megatron_t1.reward.answers.compare_trees import (
-    MIRRORED,
-    decimal_value,
-    is_open,
-    same_relation,
-    same_value,
-    solves,
-)
-from megatron_t1.reward.answers.evaluate import Meter
-from megatron_t1.reward.answers.latex import UndecidableError
-from megatron_t1.reward.answers.normalize import Exact, compact, exact_number
-from megatron_t1.reward.answers.quantities import (
-    DEGREES,
-    NO_UNIT,
-    NUMBER_WORDS,
-    PERCENT,
-    RADIANS,
-    Unit,
-    numbers_equal,
-    rounds_to,
-    units_clash,
-    words,
-)
-from megatron_t1.reward.answers.read import (
-    SYMBOL,
+from megatron_t1.reward.answers.compare_trees import decimal_value, is_open, same_relation, solves
+from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
-    Clock,
     Expression,
     Interval,
     List,
-    Literal,
     Matrix,
     Number,
     Quantity,
@@ -58,42 +30,27 @@ from megatron_t1.reward.answers.read import (
     Set,
     Tuple,
     Words,
-    plain,
 )
-
-MAX_TEXT_WORDS = 4
-"""Longer text answers are sentences, which have too many spellings."""
-
-
-def equal_cheaply(gold: str, answer: str) -> bool | None:
-    """Verdict of strings and exact numbers on normalised texts; None when only `equal` can tell."""
-    if compact(gold) == compact(answer):
-        return True
-    if not answer:
-        return False
-    g, a = exact_number(gold), exact_number(answer)
-    if g is not None and a is not None:
-        return numbers_equal(g, a)
-    for comma, point in ((gold, answer), (answer, gold)):  # a decimal comma against a decimal point
-        if re.fullmatch(r"-?\d+,\d+", comma) and re.fullmatch(r"-?\d+\.\d+", point):
-            return comma.replace(",", ".") == point
-    return None
+from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
+from megatron_t1.reward.answers.quantities import Unit
+from megatron_t1.reward.answers.read import plain
+from megatron_t1.reward.answers.relations import MIRRORED, SYMBOL
+from megatron_t1.reward.answers.tokens import UndecidableError
+from megatron_t1.reward.answers.values import Leaves, same_words
 
 
-def equal(gold: Answer, answer: Answer) -> bool:
+def equal(gold: Answer, answer: Answer, policy: EqualityConfig = DEFAULT) -> bool:
     """Verdict on two answers, within a budget of work.
 
     Raises:
         UndecidableError: the mathematics cannot be read or is too large.
     """
-    return Comparison().equal(gold, answer)
+    return Comparison(policy).equal(gold, answer)
 
 
-class Comparison:
-    """One verdict: all its parts share a budget."""
-
-    def __init__(self) -> None:
-        self.meter = Meter()
+class Comparison(Leaves):
+    """One verdict: structures part by part."""
 
     def equal(self, gold: Answer, answer: Answer) -> bool:
         if gold.key == answer.key:
@@ -102,7 +59,7 @@ class Comparison:
             return False
         match gold, answer:
             case Number(), Number():
-                return numbers_equal(gold.exact, answer.exact)
+                return self.numbers_equal(gold.exact, answer.exact)
             case List(whole=Answer() as whole), _ if self.surely_equal(whole, answer):
                 return True
             case _, List(whole=Answer() as whole) if self.surely_equal(gold, whole):
@@ -117,7 +74,7 @@ class Comparison:
                 return self.equal(_quotient(top, bottom), answer)
             case (_, Ratio(parts=(top, bottom))) if not isinstance(gold, Ratio):
                 return self.equal(gold, _quotient(top, bottom))
-            case Words(), _ if _same_words(gold, answer):
+            case Words(), _ if same_words(gold, answer):
                 return True
             case (List(), _) | (_, List()):
                 return self.lists_equal(gold, answer)
@@ -127,9 +84,11 @@ class Comparison:
                 return same_shape and self.in_order(list(itertools.chain(*g_rows)), list(itertools.chain(*a_rows)))
             case Tuple(), Tuple():
                 same_brackets = (gold.opening, gold.closing) == (answer.opening, answer.closing)
-                return same_brackets and self.in_order(gold.items, answer.items)
+                two_ends = not self.policy.strict_ends and len(gold.items) == 2
+                return (same_brackets or two_ends) and self.in_order(gold.items, answer.items)
             case Interval(), Interval():
                 same_ends = (gold.low_closed, gold.high_closed) == (answer.low_closed, answer.high_closed)
+                same_ends |= not self.policy.strict_ends
                 return same_ends and self.equal(gold.low, answer.low) and self.equal(gold.high, answer.high)
             case Set(), Set():
                 return self.in_any_order(_once(gold.items), _once(answer.items))
@@ -158,6 +117,8 @@ class Comparison:
                 return self.equal(gold, answer.exact)
             case (Relation(), _) | (_, Relation()):
                 return self.relations_equal(gold, answer)
+            case (Tuple(items=items), Expression() as total) | (Expression() as total, Tuple(items=items)):
+                return _is_vector(total, len(items)) and self.expressions_equal(_vector(items), total)
             case (Tuple() | Set() | Region(), _) | (_, Tuple() | Set() | Region()):
                 return False
         return self.leaves_equal(gold, answer)
@@ -253,7 +214,9 @@ class Comparison:
     def relations_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a relation."""
         match gold, answer:
-            case Relation(value_of_x=Answer() as g_value), Relation(value_of_x=Answer() as a_value):
+            case Relation(value=Answer() as g_value), Relation(value=Answer() as a_value):
+                if "(" in gold.name and "(" in answer.name:  # f(t) and f(x)
+                    g_value, a_value = gold.value_of_x or g_value, answer.value_of_x or a_value
                 return not _names_clash(gold, answer) and self.equal(g_value, a_value)
             case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
                 return self.equal(g_value, answer)
@@ -264,20 +227,27 @@ class Comparison:
             case _, Relation() if not isinstance(gold, Relation):
                 return self.chain_says(gold, answer)
             case Relation(operators=("=",)), Relation(value=Answer() as a_value):
-                return solves((gold.sides[0].tree, gold.sides[1].tree), compact(answer.name), a_value.tree, self.meter)
+                return self.solves(gold, answer.name, a_value)
             case Relation(value=Answer() as g_value), Relation(operators=("=",)):
-                return solves(
-                    (answer.sides[0].tree, answer.sides[1].tree), compact(gold.name), g_value.tree, self.meter
-                )
+                return self.solves(answer, gold.name, g_value)
             case Relation(operators=("=",)), _ if not isinstance(answer, Relation):
-                return solves((gold.sides[0].tree, gold.sides[1].tree), "", answer.tree, self.meter)
-            case Relation(operators=(g_operator,)), Relation(operators=(a_operator,)):
+                return self.solves(gold, "", answer)
+            case Relation(operators=(_,)), Relation(operators=(_,)):
+                g_operator, a_operator = self.operators(gold)[0], self.operators(answer)[0]
                 if {g_operator, a_operator} <= {*MIRRORED, "=", "\\ne"}:
                     g_sides, a_sides = ((r.sides[0].tree, r.sides[1].tree) for r in (gold, answer))
                     return same_relation(g_sides, g_operator, a_sides, a_operator, self.meter)
         if not (isinstance(gold, Relation) and isinstance(answer, Relation)):
             return False
-        return gold.operators == answer.operators and self.in_order(gold.sides, answer.sides)
+        return self.operators(gold) == self.operators(answer) and self.in_order(gold.sides, answer.sides)
+
+    def solves(self, equation: Relation, name: str, solution: Answer) -> bool:
+        left, right = equation.sides
+        return solves((left.tree, right.tree), compact(name), solution.tree, self.meter)
+
+    def operators(self, relation: Relation) -> Sequence[str]:
+        """Its operators; as if no end were closed where that makes no difference."""
+        return [o if self.policy.strict_ends else _OPEN.get(o, o) for o in relation.operators]
 
     def chain_says(self, gold: Answer, answer: Relation) -> bool:
         """An equation where a value was asked: all its sides must be that value, or leave it open."""
@@ -285,77 +255,8 @@ class Comparison:
             return False
         return all(self.equal(gold, side) or (gold.key != "0" and _is_open(side)) for side in answer.sides[:-1])
 
-    # --- without structure -------------------------------------------------------------------------------------------
 
-    def leaves_equal(self, gold: Answer, answer: Answer) -> bool:
-        match gold, answer:
-            case (Literal(), _) | (_, Literal()):
-                return False
-            case (Words(), _) | (_, Words()):
-                return _same_words(gold, answer)
-        match gold, answer:
-            case Clock(), Clock():
-                halves = {gold.half, answer.half} - {""}
-                return gold.seconds == answer.seconds and len(halves) < 2
-            case (Clock(), _) | (_, Clock()):
-                return any(self.equal(*pair) for pair in _out_of_clock(gold, answer))
-        (g_value, g_unit), (a_value, a_unit) = _value_and_unit(gold), _value_and_unit(answer)
-        units = {g_unit, a_unit}
-        if PERCENT in units:
-            return self.percents_equal(g_value, g_unit, a_value, a_unit)
-        if DEGREES in units and (RADIANS in units or (NO_UNIT in units and "\\pi" in gold.text + answer.text)):
-            in_degrees = [gold if g_unit == DEGREES else g_value, answer if a_unit == DEGREES else a_value]
-            return self.expressions_equal(*in_degrees)
-        if units_clash(g_unit, a_unit):
-            return False
-        if g_unit.kind != a_unit.kind or g_unit.factor == a_unit.factor:
-            return self.values_equal(g_value, a_value)
-        return self.values_equal(g_value, _scaled(a_value, a_unit.factor / g_unit.factor))
-
-    def percents_equal(self, gold: Answer, gold_unit: Unit, answer: Answer, answer_unit: Unit) -> bool:
-        if gold_unit == answer_unit:
-            return self.values_equal(gold, answer)
-        if NO_UNIT not in (gold_unit, answer_unit):
-            return False
-        if answer_unit == PERCENT:
-            return self.values_equal(gold, Expression(_hundredth(answer)))
-        if isinstance(answer, Number) and self.values_equal(gold, answer):
-            return True
-        if not isinstance(gold, Number):
-            return self.values_equal(Expression(_hundredth(gold)), answer)
-        decimals = None if gold.exact.decimals is None else gold.exact.decimals + 2
-        return self.agrees_with(answer, replace(gold.exact, value=gold.exact.value / 100, decimals=decimals))
-
-    def values_equal(self, gold: Answer, answer: Answer) -> bool:
-        if gold.key == answer.key:
-            return True
-        match gold, answer:
-            case Number(), Number():
-                return numbers_equal(gold.exact, answer.exact)
-        if self.expressions_equal(gold, answer):
-            return True
-        match gold, answer:
-            case Number(exact=Exact(decimals=int()) as number), _:
-                return self.agrees_with(answer, number)
-            case _, Number(exact=number) if number.digits >= 4 and _PLAIN_FRACTION.fullmatch(gold.text):
-                # a decimal for a closed form is a guess (3.14159 for pi) unless it is itself a plain fraction
-                return self.agrees_with(gold, number)
-        return False
-
-    def agrees_with(self, answer: Answer, number: Exact) -> bool:
-        """Whether an expression has the value of a number, or rounds to it."""
-        if isinstance(answer, Number):
-            return numbers_equal(number, answer.exact)
-        value = decimal_value(answer.tree, self.meter)
-        return value is not None and abs(value) < 10**30 and rounds_to(Fraction(*to_rational(value._mpf_)), number, 3)
-
-    def expressions_equal(self, gold: Answer, answer: Answer) -> bool:
-        if not gold.text or not answer.text or _foreign_words(gold.text, answer.text):
-            return False
-        return same_value(gold.tree, answer.tree, self.meter)
-
-
-_PLAIN_FRACTION = re.compile(r"[\d\s.{}()+\-/*]*(?:\\(?:frac|cdot|times)[\d\s.{}()+\-/*]*)*")
+_OPEN = {"\\le": "<", "\\ge": ">"}
 
 
 def _once(items: Sequence[Answer]) -> list[Answer]:
@@ -368,23 +269,6 @@ def _product(left: Answer, right: Answer) -> Expression:
 
 def _quotient(top: Answer, bottom: Answer) -> Answer:
     return plain(f"\\frac{{{top.text}}}{{{bottom.text}}}")
-
-
-def _scaled(value: Answer, factor: Fraction) -> Answer:
-    if not isinstance(value, Number):
-        return Expression(f"({value.text})\\cdot \\frac{{{factor.numerator}}}{{{factor.denominator}}}")
-    exact = replace(value.exact, value=value.exact.value * factor, decimals=None)
-    return Number(str(exact.value), exact)
-
-
-def _out_of_clock(gold: Answer, answer: Answer) -> Iterator[tuple[Answer, Answer]]:
-    """Pairs with the other reading of a clock time: 3:45 is 3 to 45, and 10 a.m. says 10."""
-    for i, each in enumerate((gold, answer)):
-        if isinstance(each, Clock):
-            parts = re.findall(r"\d+", each.text)
-            if len(parts) == 1 or (len(parts) == 2 and not each.half and int(parts[1])):
-                other = plain("/".join(parts))
-                yield (gold, other) if i else (other, answer)
 
 
 def _labels(items: Sequence[Answer]) -> list[str]:
@@ -403,20 +287,6 @@ def _unlabelled(item: Answer) -> Answer:
     return item.value if isinstance(item, (Relation, Quantity)) and item.value else item
 
 
-def _same_words(gold: Answer, answer: Answer) -> bool:
-    """The same words; what "and", "or" or commas join may stand in any order."""
-    (g_parts, g_or), (a_parts, a_or) = _joined_words(gold), _joined_words(answer)
-    if g_parts != a_parts or (len(g_parts) > 1 and g_or != a_or) or not any(g_parts):
-        return False
-    return gold.text.startswith("-") == answer.text.startswith("-")
-
-
-def _joined_words(answer: Answer) -> tuple[list[str], bool]:
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer.text)
-    parts = [words(part) for part in re.split(r"[,;]", text)]
-    return sorted(NUMBER_WORDS.get(part, part) for part in parts if part), "\\lor" in answer.text
-
-
 _AROUND_POINTS = re.compile(r"\\(?:frac|angle|triangle|cdot|text|overline|sin|cos|tan|times)|[{}\s/|:\[\]]")
 
 
@@ -430,6 +300,19 @@ def _is_computed(gold: Relation) -> bool:
         return not any(side.tree.free_symbols for side in gold.sides)
     except UndecidableError:
         return False
+
+
+_UNIT_VECTORS = "ijk"
+
+
+def _is_vector(total: Expression, num_items: int) -> bool:
+    """2i - 3j"""
+    names = {symbol.name for symbol in total.tree.free_symbols}
+    return "j" in names and names <= set(_UNIT_VECTORS[:num_items])
+
+
+def _vector(items: Sequence[Answer]) -> Expression:
+    return Expression("+".join(f"({x.text})\\cdot {e}" for x, e in zip(items, _UNIT_VECTORS, strict=False)))
 
 
 def _region(answer: Answer) -> Region | None:
@@ -485,53 +368,3 @@ def _is_open(side: Answer) -> bool:
         return is_open(side.tree)
     except UndecidableError:
         return False
-
-
-def _value_and_unit(answer: Answer) -> tuple[Answer, Unit]:
-    return (answer.value, answer.unit) if isinstance(answer, Quantity) else (answer, NO_UNIT)
-
-
-def _hundredth(percents: Answer) -> str:
-    return rf"\frac{{{percents.text}}}{{100}}"
-
-
-def _foreign_words(gold: str, answer: str) -> bool:
-    r"""Words inside the answer's mathematics that the gold does not have ("\text{not }4")."""
-    return any(len(w.strip()) > 1 and w not in gold for w in re.findall(r"\\text\{([^{}]*)\}", answer))
-
-
-def check_readable(answer: Answer) -> None:
-    """Whether `equal` can compare this answer with other spellings of it, and not as a string alone.
-
-    Raises:
-        UndecidableError: some part of it is no number, short text or expression; the message names the part.
-    """
-    parts: Sequence[Answer] = ()
-    match answer:
-        case Matrix():
-            parts = list(itertools.chain(*answer.rows))
-        case Tuple() | Set() | List():
-            parts = answer.items
-        case Region():
-            parts = [bound for interval in answer.intervals for bound in (interval.low, interval.high)]
-        case Relation():
-            parts = answer.sides
-        case Approximation():
-            parts = (answer.exact, *answer.rounded)
-        case Literal() if answer.problem:
-            raise UndecidableError(f"{answer.text[:60]!r} is {answer.problem}")
-        case Words() | Literal() | Expression() if isinstance(answer, Words) or _WORD.search(answer.text):
-            if len(words(answer.text).split()) > MAX_TEXT_WORDS:
-                raise UndecidableError(f"a sentence: {answer.text[:60]!r}")
-        case Quantity():
-            parts = (answer.value,)
-        case Ratio():
-            parts = answer.parts
-        case Expression() if answer.text.strip("+- ") not in _NAMED_VALUES:
-            _ = answer.tree
-    for part in parts:
-        check_readable(part)
-
-
-_WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{4,}")
-_NAMED_VALUES = ("\\emptyset", "\\mathbb{R}", "\\mathbb{Z}", "\\mathbb{N}")

@@ -20,7 +20,7 @@ from typing import Any
 import mpmath
 import sympy
 
-from megatron_t1.reward.answers.latex import UndecidableError
+from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.trees import INDEX, Binder
 
 Values = dict[str, Any]
@@ -38,8 +38,7 @@ _ELEMENTARY: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _PLAIN: dict[str, Callable[..., Any]] = {
     "Abs": mpmath.fabs, "floor": lambda x: mpmath.floor(_snapped(x)),
-    "ceiling": lambda x: mpmath.ceil(_snapped(x)), "re": mpmath.re, "im": mpmath.im,
-    "conjugate": mpmath.conj, "Max": max, "Min": min, "UnevaluatedExpr": lambda x: x,
+    "ceiling": lambda x: mpmath.ceil(_snapped(x)), "Max": max, "Min": min,
 }  # fmt: skip
 
 
@@ -185,14 +184,10 @@ def evaluate(node: Any, values: Values, meter: Meter) -> Any:
         return mpmath.mpf(int(node))
     if node.is_Rational:
         return mpmath.mpf(int(node.p)) / int(node.q)
-    if node.is_Float:
-        return mpmath.mpf(str(node))
     if node is sympy.pi:
         return +mpmath.pi
     if node is sympy.E:
         return +mpmath.e
-    if node is sympy.I:
-        return mpmath.mpc(0, 1)
     if isinstance(node, Binder):
         symbol, body, variable, *bounds = node.args
         return _bound(meter, symbol.name, body, variable, bounds, values)

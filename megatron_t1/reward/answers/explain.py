@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
-from megatron_t1.reward.answers.equal import Comparison, equal_cheaply
-from megatron_t1.reward.answers.latex import UndecidableError
-from megatron_t1.reward.answers.normalize import compact, exact_number
-from megatron_t1.reward.answers.read import Answer, Clock, Interval, List, Quantity, Ratio, Region, Relation, Set, read
+from megatron_t1.reward.answers.equal import Comparison, equal
+from megatron_t1.reward.answers.kinds import Answer, Clock, Interval, List, Quantity, Ratio, Region, Relation, Set
+from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.numbers import exact_number
+from megatron_t1.reward.answers.policy import EqualityConfig
+from megatron_t1.reward.answers.read import read
+from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
+from megatron_t1.reward.answers.values import equal_cheaply
 
 _HALVES = {"a": "midnight", "p": "noon", "": "midnight or noon"}
 MAX_STEPS = 8
@@ -29,8 +34,8 @@ _RULES = {
 class _Told(Comparison):
     """A comparison that keeps which rules were asked and what they said."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, policy: EqualityConfig) -> None:
+        super().__init__(policy)
         self.steps: list[str] = []
         for name, rule in _RULES.items():
             setattr(self, name, self._told(rule, getattr(self, name)))
@@ -82,19 +87,38 @@ def described(answer: Answer) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}, {_short(answer)}"
 
 
-def explain(gold: str, answer: str) -> str:
+def explain(gold: str, answer: str, policy: EqualityConfig) -> str:
     """One line on two normalised answers."""
     if compact(gold) == compact(answer):
         return f"both are spelled {_short(gold)}"
     said = "unread"
     try:
         said = f"gold: {described(read(gold))}; answer: {described(read(answer))}"
-        if (same := equal_cheaply(gold, answer)) is not None:
+        if (same := equal_cheaply(gold, answer, policy.rounding)) is not None:
             numbers = " and ".join(str(number.value) for text in (gold, answer) if (number := exact_number(text)))
-            return f"{said}; exact numbers {numbers}: {'equal, or one the other rounded' if same else 'not equal'}"
-        told = _Told()
+            steps = [f"exact numbers {numbers}: {'equal, or one the other rounded' if same else 'not equal'}"]
+            return "; ".join([said, *steps, *_hangs_on(gold, answer, policy, same)])
+        told = _Told(policy)
         same = told.equal(read(gold), read(answer))
-    except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
+    except NO_MATHEMATICS as error:
         return f"{said}; cannot be compared: {error or type(error).__name__}"
     steps = told.steps[-MAX_STEPS:] or ["kinds that have no rule in common" if not same else "the same text inside"]
-    return "; ".join([said, *steps])
+    return "; ".join([said, *steps, *_hangs_on(gold, answer, policy, same)])
+
+
+def _hangs_on(gold: str, answer: str, policy: EqualityConfig, same: bool) -> Iterator[str]:
+    """Other choices of the user's that would turn the verdict."""
+    for name, kind in get_type_hints(EqualityConfig).items():
+        for other in get_args(kind) or (True, False):
+            if _is_equal(gold, answer, replace(policy, **{name: other})) != same:
+                yield f"reward.equality.{name} = {str(other).lower()} would turn this"
+
+
+def _is_equal(gold: str, answer: str, policy: EqualityConfig) -> bool:
+    cheap = equal_cheaply(gold, answer, policy.rounding)
+    if cheap is not None:
+        return cheap
+    try:
+        return equal(read(gold), read(answer), policy)
+    except NO_MATHEMATICS:
+        return False

@@ -21,22 +21,31 @@ from typing import Any
 
 import sympy
 
+from megatron_t1.reward.answers.normalize import GREEK
+from megatron_t1.reward.answers.tokens import TOKEN, Tokens, UndecidableError, is_number, tokenized
 from megatron_t1.reward.answers.trees import Fraction, bind, determinant, negated, quotient
 
-MAX_DEPTH = 30
-MAX_TOKENS = 600
+_SYMBOLS = {*GREEK, "ell", "hbar", "aleph", "partial", "arg"}
 
-_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\.\d+|\S")
-_GREEK = {
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
-    "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi",
-    "Sigma", "Phi", "Psi", "Omega", "ell", "hbar", "aleph", "arg",
+
+def _cis(angle: Any, evaluate: bool) -> Any:
+    return sympy.exp(sympy.Mul(sympy.Symbol("i"), angle, evaluate=evaluate), evaluate=evaluate)
+
+
+def _permutations(n: Any, k: Any) -> Any:
+    """n (n-1) ... of k factors."""
+    return sympy.Mul(sympy.binomial(n, k, evaluate=False), sympy.factorial(k, evaluate=False), evaluate=False)
+
+
+_CHOSEN: dict[str, Callable[[Any, Any], Any]] = {
+    "C": partial(sympy.binomial, evaluate=False), "A": _permutations, "P": _permutations,
 }  # fmt: skip
+"""What C(10,3) and C_{10}^3 stand for."""
 _FUNCTIONS = {
     "sin": sympy.sin, "cos": sympy.cos, "tan": sympy.tan, "cot": sympy.cot, "sec": sympy.sec, "csc": sympy.csc,
     "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan, "arccot": sympy.acot, "sinh": sympy.sinh,
     "arcsinh": sympy.asinh, "arccosh": sympy.acosh, "arctanh": sympy.atanh, "cosh": sympy.cosh,
-    "tanh": sympy.tanh, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
+    "tanh": sympy.tanh, "cis": _cis, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
 }  # fmt: skip
 _INVERSES = {
     "sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan, "cot": sympy.acot, "sinh": sympy.asinh,
@@ -62,36 +71,8 @@ _CHOOSE = re.compile(r"_ (?:\{ )?(\d+) (?:\} )?\^ (?:\{ )?(\d+)(?: \})?(?= |$)")
 """After the C of C_{10}^{4}."""
 
 
-class UndecidableError(Exception):
-    """The expression cannot be read, or is too large to be worth comparing."""
-
-
-class _Parser:
-    def __init__(self, tokens: list[str]):
-        self.tokens = tokens
-        self.position = 0
-        self.depth = 0
-        self.in_bars = 0
-
-    @property
-    def next(self) -> str | None:
-        return self.tokens[self.position] if self.position < len(self.tokens) else None
-
-    def take(self) -> str:
-        token = self.next
-        if token is None:
-            raise UndecidableError("it ends too early")
-        self.position += 1
-        return token
-
-    def expect(self, token: str) -> None:
-        if self.take() != token:
-            raise UndecidableError(f"{token} is missing")
-
-    def deeper(self) -> None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise UndecidableError("nested too deep")
+class _Parser(Tokens):
+    in_bars = 0
 
     def expression(self) -> Any:
         self.deeper()
@@ -118,23 +99,23 @@ class _Parser:
         return negated(term) if negative else term
 
     def term(self) -> Any:
-        product = self.factor()
+        factors = [self.factor()]
         while True:
             token = self.next
             if token in _TIMES:
                 self.take()
-                product = sympy.Mul(product, self.signed_factor(), evaluate=False)
+                factors.append(self.signed_factor())
             elif token == "/":
                 self.take()
-                product = quotient(product, self.signed_factor())
+                factors = [quotient(_product(factors), self.signed_factor())]
             elif token in _ENDS or (token == "|" and self.in_bars):
-                return product
+                return _product(factors)
             else:
-                if _is_number(token) and _is_number(self.tokens[self.position - 1]):
+                if is_number(token) and is_number(self.tokens[self.position - 1]):
                     raise UndecidableError(f"two numbers without a sign between them: {token}")
-                factor = self.factor()
-                mixed = product.is_Integer and isinstance(factor, Fraction)
-                product = (sympy.Add if mixed else sympy.Mul)(product, factor, evaluate=False)
+                factors.append(self.factor())
+                if len(factors) == 2 and factors[0].is_Integer and isinstance(factors[1], Fraction):  # 1 1/2
+                    factors = [sympy.Add(*factors, evaluate=False)]
 
     def signed_factor(self) -> Any:
         if self.next == "-":
@@ -185,10 +166,6 @@ class _Parser:
         self.in_bars = bars
         return inner
 
-    def name_part(self) -> str:
-        """Text of a subscript or decoration."""
-        return "".join(self.group())
-
     def base(self) -> Any:
         token = self.next
         if token in ("(", "[", "{"):
@@ -215,16 +192,16 @@ class _Parser:
         return sympy.Abs(inner, evaluate=False)
 
     def letter(self, token: str) -> Any:
-        if token == "C" and self.tokens[self.position : self.position + 1] == ["("]:
+        if token in "CP" and self.next == "(":
             start, arguments = self.position, self.arguments()
-            if len(arguments) == 2:
-                return sympy.binomial(*arguments, evaluate=False)
+            if len(arguments) == 2 and (token == "C" or all(argument.is_Integer for argument in arguments)):
+                return _CHOSEN[token](*arguments)
             self.position = start
-        if token == "C" and (m := _CHOOSE.match(" ".join(self.tokens[self.position : self.position + 8]))):
+        if token in _CHOSEN and (m := _CHOOSE.match(" ".join(self.tokens[self.position : self.position + 8]))):
             n, k = int(m[1]), int(m[2])
             if n >= k and n > 1:
                 self.position += len(m[0].split())
-                return sympy.binomial(sympy.Integer(n), sympy.Integer(k), evaluate=False)
+                return _CHOSEN[token](sympy.Integer(n), sympy.Integer(k))
         if token in "fghFGH" and self.next == "(":
             return sympy.Function(token)(*self.arguments())
         return sympy.E if token == "e" and self.next != "_" else self.symbol(token)
@@ -235,7 +212,7 @@ class _Parser:
         if self.next != "(" or ")" not in inside or name == "i":
             return False
         inside = inside[: inside.index(")")]
-        return "'" in name or all(map(_is_number, inside[::2])) or (name[0].isupper() and len(inside) == 1)
+        return "'" in name or all(map(is_number, inside[::2])) or (name[0].isupper() and len(inside) == 1)
 
     def symbol(self, name: str) -> Any:
         primes = ""
@@ -264,7 +241,7 @@ class _Parser:
     def command(self, name: str) -> Any:
         if name == "pi":
             return sympy.pi
-        if name in _GREEK:
+        if name in _SYMBOLS:
             return self.symbol(name)
         if name == "frac":
             return quotient(self.argument(), self.argument())
@@ -326,17 +303,6 @@ class _Parser:
             value = quotient(value, sympy.log(base, evaluate=False))
         return value if power is None else sympy.Pow(value, power, evaluate=False)
 
-    def group(self) -> list[str]:
-        """Tokens of one braced group, or one token."""
-        if self.next != "{":
-            return [self.take()]
-        start, level = self.position + 1, 0
-        while True:
-            token = self.take()
-            level += (token == "{") - (token == "}")
-            if not level:
-                return self.tokens[start : self.position - 1]
-
     def part(self, tokens: list[str]) -> Any:
         """The expression that `tokens` are, read within this one's depth."""
         parser = _Parser(tokens)
@@ -349,14 +315,6 @@ class _Parser:
             raise UndecidableError(f"{self.next!r} is unexpected")
         return tree
 
-    def bounds(self) -> tuple[list[str], list[str]]:
-        """Tokens below and above a big operator."""
-        sides: dict[str | None, list[str]] = {"_": [], "^": []}
-        while self.next in sides and not sides[self.next]:
-            side = self.take()
-            sides[side] = self.group()
-        return sides["_"], sides["^"]
-
     def binder(self, name: str) -> Any:
         below, above = self.bounds()
         sign = "\\to" if name == "lim" else "="
@@ -364,7 +322,7 @@ class _Parser:
             raise UndecidableError(f"\\{name} without {sign} below it")
         variable, point = sympy.Symbol(below[0].lstrip("\\")), below[2:]
         if one_sided := re.search(r"\^ (?:\{ )?([+-])(?: \})?$", " ".join(point)):
-            name, point = name + one_sided[1], _TOKEN.findall(" ".join(point)[: one_sided.start()])
+            name, point = name + one_sided[1], TOKEN.findall(" ".join(point)[: one_sided.start()])
         limits = [self.part(point)]
         if sign == "=":
             limits.append(self.part(above))
@@ -409,8 +367,8 @@ class _Parser:
         return self.next is not None and self.next[1:] in _FUNCTIONS and self.next[0] == "\\"
 
 
-def _is_number(token: str | None) -> bool:
-    return token is not None and (token[0].isdecimal() or (token[0] == "." and len(token) > 1))
+def _product(factors: list[Any]) -> Any:
+    return factors[0] if len(factors) == 1 else sympy.Mul(*factors, evaluate=False)
 
 
 def parse_latex(latex: str) -> Any:
@@ -419,7 +377,4 @@ def parse_latex(latex: str) -> Any:
     Raises:
         UndecidableError: not in the grammar above, too long or too deep.
     """
-    tokens = _TOKEN.findall(latex)
-    if len(tokens) > MAX_TOKENS:
-        raise UndecidableError(f"{len(tokens)} tokens")
-    return _Parser(tokens).whole()
+    return _Parser(tokenized(latex)).whole()

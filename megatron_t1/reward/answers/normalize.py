@@ -1,30 +1,32 @@
-r"""One spelling for one answer: unicode, LaTeX synonyms, spacing, fonts, thousands; and exact reading of plain numbers.
+r"""One spelling for one answer: unicode, LaTeX synonyms, spacing, fonts, thousands.
 
-Everything here is string work with bounded cost; no mathematics is decided beyond the exact value of a number.
+Everything here is string work with bounded cost; no mathematics is decided.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
+_LETTERS = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
+upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"""
+GREEK = tuple(_LETTERS.split())
+"""Letters' names, without pi."""
 _UNICODE = {
+    **dict(zip("αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ", (f"\\{name} " for name in GREEK), strict=True)),
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
     "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "−": "-",
     "–": "-", "—": "-", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∀": r"\forall ",
-    "°": r"^\circ ", "º": r"^\circ ", "≈": r"\approx ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "γ": r"\gamma ", "λ": r"\lambda ", "μ": r"\mu ", "σ": r"\sigma ", "ω": r"\omega ", "φ": r"\phi ", "ρ": r"\rho ",
-    "Δ": r"\Delta ", "∆": r"\Delta ", "∠": r"\angle ", "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ",
-    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")",
-    "。": ".", "％": "%", "¢": r"\text{ cents}", "∶": ":", "＞": ">", "＜": "<", "＝": "=",
+    "°": r"^\circ ", "º": r"^\circ ", "≈": r"\approx ", "≡": r"\equiv ", "∆": r"\Delta ", "∠": r"\angle ",
+    "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "∂": r"\partial ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "″": "''", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
+    "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "∶": ":", "⁄": "/",
 }  # fmt: skip
+"""Characters that their compatible form (NFKC) does not spell as LaTeX does."""
+_ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _CIRCLED = {chr(0x2460 + i): f"{i + 1}," for i in range(20)}
 _COMMANDS = {
     "leq": "\\le", "leqslant": "\\le", "leqq": "\\le", "geq": "\\ge", "geqslant": "\\ge", "geqq": "\\ge",
@@ -39,65 +41,84 @@ _COMMANDS = {
     "sqcup": "\\cup", "bar": "\\overline",
 }  # fmt: skip
 _PHRASES = {
-    **dict.fromkeys(("all real numbers", "all reals", "\\mathbb{r}", "\\mathbb r"), "(-\\infty,\\infty)"),
-    **dict.fromkeys(("no solution", "no solutions", "none", "empty set", "no real solutions", "no real solution",
-                     "no solution exists", "no real roots", "\\{ \\}", "\\{\\}"), "\\emptyset "),
-    **dict.fromkeys(("does not exist", "undefined", "doesn't exist"), "\\text{DNE}"),
+    r"all real(?: number)?s|\\mathbb\s*\{?r\}?": r"(-\infty,\infty)",
+    r"no(?: real)? (?:solutions?|roots)(?: exists?)?|none|empty set|\\\{ ?\\\}|空集"
+    r"|(?:方程)?(?:无|没有)(?:实数?)?[解根]": r"\emptyset ",
+    r"infinity|\\infty": r"\infty ",
+    r"does(?: not|n't) exist|undefined|不存在": r"\text{DNE}",
 }  # fmt: skip
+_PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
+_SPELLINGS = tuple(_PHRASES.values())
 _FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh",
-    "arctanh", "sinh", "cosh", "tanh", "log",
+    "arctanh", "sinh", "cosh", "tanh", "log", "cis",
     "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
 }  # fmt: skip
+_ALSO_UNITS = {"min", "max", "sec", "inf", "sup", "det"}
 _CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan"}
-_MONEY = re.compile(r"\s*(-?)(\\?\$|[£€¥￥])\s*(-?\d[\d,]*(?:\.\d+)?(?:\s*(?:thousand|[mb]illion))?)\.?\s*")
+_MONEY = re.compile(r"\s*(-?)(?:US)?(\\?\$|[£€¥￥])\s*(-?\d[\d,]*(?:\.\d+)?(?:\s*(?:thousand|[mb]illion))?)\.?\s*")
 
 
 def _font(match: re.Match[str]) -> str:
     raw = match[1] if match[1] is not None else match[2]
     inner, before = raw.strip(), match.string[max(match.start() - 8, 0) : match.start()].rstrip()
-    if re.fullmatch(r"[A-Za-z]+", inner) and re.search(r"[\d}]$", before) and (len(inner) > 1 or raw != inner):
-        return rf"\text{{{inner}}}"  # 27\mathrm{~min}
+    if "\\" in inner or re.match(r"\\math(?:bf|it)\s*\{?[a-z]\}?$", match[0]):
+        return f"{{{inner}}}" if before.endswith(("^", "_")) else f" {inner} "
+    inner = re.sub("[{}]", "", inner)  # m s^{-2}
+    a_unit = bool(re.search(r"[\d}]$", before)) and (len(inner) > 1 or raw != inner)  # 27\mathrm{~min}
     if before.endswith(("_", "_{")):
         return f"{{{inner}}}" if before.endswith("_") else inner
-    if inner in _FUNCTIONS and not before.endswith("/"):
+    if inner in _FUNCTIONS and not before.endswith("/") and not (a_unit and inner in _ALSO_UNITS):
         return f"\\{inner} "
-    if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner):
-        return inner
-    return rf"\text{{{inner}}}"
+    if re.fullmatch(r"[A-Za-z]+", inner) and a_unit:
+        return rf"\text{{{inner}}}"
+    return inner if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner) else rf"\text{{{inner}}}"
 
 
 def _text(match: re.Match[str]) -> str:
-    if match[1].strip() in _FUNCTIONS - {"min", "max", "sec", "inf", "sup", "det"}:
+    if match[1].strip() in _FUNCTIONS - _ALSO_UNITS:
         return f"\\{match[1].strip()} "
     if amount := re.fullmatch(r"\s*(-?\d[\d.,/]*)(\s+[A-Za-z].*)", match[1]):  # \text{5 units}
         return rf"{amount[1]}\text{{{amount[2]}}}"
     return rf"\text{{{match[1]}}}" if re.search(r"[^\W\d_]", match[1]) else match[1]
 
 
+def _congruence(match: re.Match[str]) -> str:
+    r"""n \equiv 2 \bmod 3 is one; without a modulus, an equation is meant."""
+    text = match[0]
+    mod = re.sub(r"\\bmod(?![a-z])|(?<![\\a-z])mod(?![a-z])", r"\\pmod", text)
+    return mod if "mod" in text else re.sub(r"\\equiv(?![a-z])", "=", text)
+
+
 def _unicode(text: str) -> str:
     if text.isascii():
         return text
-    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text)
-    text = re.sub(r"√\s*(\d+|[a-zA-Z]|\{)", lambda m: r"\sqrt" + (m[1] if m[1] == "{" else f"{{{m[1]}}}"), text)
-    text = re.sub(r"√\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    out = []
-    for char in text:
-        if char.isascii():
-            out.append(char)
-        elif char in _UNICODE:
-            out.append(_UNICODE[char])
-        elif char in _CIRCLED:
-            out.append(_CIRCLED[char])
-        elif unicodedata.category(char) == "Cf":
-            continue
-        elif "VULGAR FRACTION" in unicodedata.name(char, ""):
-            a, _, b = unicodedata.normalize("NFKC", char).partition("⁄")
-            out.append(rf"\frac{{{a}}}{{{b}}}")
-        else:
-            out.append(unicodedata.normalize("NFKC", char))
-    return "".join(out)
+    text = re.sub(r"([√∛∜])\s*(?:\(([^()]*)\)|(\d+|[a-zA-Z])|(?=\{))",
+                  lambda m: _ROOTS[m[1]] + (f"{{{m[2] or m[3]}}}" if m[2] or m[3] else ""), text)  # fmt: skip
+    return "".join(_SPELLED.get(form, _compatible)("".join(run)) for form, run in itertools.groupby(text, _form))
+
+
+def _form(char: str) -> str:
+    """Of ² "<super", of ₂ "<sub", of ½ "<fraction", of most ''."""
+    spelled = char.isascii() or char in _UNICODE or char in _CIRCLED
+    return "" if spelled else unicodedata.decomposition(char).partition(">")[0]
+
+
+def _compatible(text: str) -> str:
+    shown = (char for char in text if char.isascii() or unicodedata.category(char) != "Cf")
+    return "".join(_UNICODE.get(c) or _CIRCLED.get(c) or (c if c.isascii() else _nfkc(c)) for c in shown)
+
+
+def _nfkc(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).replace("−", "-")
+
+
+_SPELLED: dict[str, Callable[[str], str]] = {
+    "": _compatible,
+    "<super": lambda run: f"^{{{_nfkc(run)}}}",
+    "<sub": lambda run: f"_{{{_nfkc(run)}}}",
+    "<fraction": lambda run: "".join(r"\frac{{{}}}{{{}}}".format(*_nfkc(char).split("⁄")) for char in run),
+}
 
 
 _Replacement = str | Callable[[re.Match[str]], str]
@@ -113,7 +134,9 @@ _LETTER_END = r"(?![a-zA-Z])"
 _RULES = _rules(
     # what only decorates
     ("\\", r"\\(?:h|v)?phantom\s*(?:\{[^{}]*\}|.)|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
-    ("\\", r"\\(?:color\s*\{[^{}]*\}|textcolor\s*\{[^{}]*\}(?=\s*\{)|underline(?=\s*\{))", ""),
+    ("\\", r"\\(?:color\s*\{[^{}]*\}|(?:textcolor|f?colorbox|bbox|cssId|class|html[A-Z]\w*)"
+     r"(?:\s*(?:\{[^{}]*\}|\[[^\[\]]*\]))+(?=\s*\{)|underline(?=\s*\{))", ""),
+    ("$", r"\\text\s*\{\s*\$([^$]*)\$\s*\}", r"\1"),
     ("{", r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}"),
     ("\\begin", r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}", " "),
     ("\\", rf"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|"
@@ -127,23 +150,30 @@ _RULES = _rules(
     ("<su", r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}"),
     ("\\", r"(?<!\\)\\[()\[\]]", " "),
     ("\\,", r"\\,", " "),
-    ("{", r"\{([,:])\}", r"\1"),
+    ("{", r"(?<!\\text)\{([,:])\}", r"\1"),
     ("", r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots "),
     ("", rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
     # words and fonts
     ("\\", r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
-    ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*(?:\{([^{}]*)\}|([a-zA-Z]))", _font),
+    ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*"
+     r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z]))", _font),
     ("\\", r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
     ("p", r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
     ("\\text", r"\\text\{\s*\}", " "),
     ("", r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
-     r"\\text\{\s*degrees?\s*\}|(?<=\d)\s*degrees?\b|\\text\{\s*degrees?(?=\s)",
+     r"\\text\{\s*(?:degrees?|度)\s*\}|(?<=\d)\s*(?:degrees?\b|度)|\\text\{\s*degrees?(?=\s)",
      lambda m: r"^\circ " + (r"\text{" if m[0].startswith("\\text{") and not m[0].endswith("}") else "")),
     ("\\circ", r"(\^\\circ\s*)+", r"^\\circ "),
+    ("prime", r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda m: "'" * m[1].count("p")),
+    ("sq.", r"\bsq\.", "sq"),
+    ("比", r"(?<=\d)\s*比\s*(?=\d)", ":"),
     ("^", r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
      lambda m: rf"\text{{{m[1] or m[2]}}}"),
     ("百", r"百分之\s*(\d[\d.]*)", r"\1%"),
+    ("负", r"负\s*(?=[\d\\])", "-"),
+    ("\\equiv", r"(?s).+", _congruence),
+    ("_", r"(?:\{\s*\})?_\s*\{?(\d+)\}?\s*([CP])\s*_\s*\{?(\d+)\}?", r"\2_{\1}^{\3}"),  # {}_5C_2
     # arguments in braces
     ("\\frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     ("\\frac", r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
@@ -179,6 +209,25 @@ _RULES = _rules(
 )  # fmt: skip
 
 
+_CASES = re.compile(
+    r"(?:\\left\s*)?\\\{\s*\\begin\{(array|aligned|gathered|matrix)\}(?:\{[^{}]*\})?(.*?)\\end\{\1\}(?:\s*\\right\s*\.)?"
+    r"|\\begin\{([dr]?cases)\}(.*?)\\end\{\3\}",
+    re.S,
+)
+_CONDITION = re.compile(r"^\s*(?:\\(?:text|mbox|mathrm)\{\s*(?:if|for|when|where)\s*\}|(?:if|for|when|where)\b)")
+
+
+def _rows_of_cases(match: re.Match[str]) -> str:
+    """A system as the list of its equations; a function in pieces as the set of its (value, condition)."""
+    inside = re.sub(r"&\s*(?=[=<>]|\\[lg]e)|([=<>]|\\[lg]eq?)\s*&", r"\1", match[2] or match[4])
+    rows = [row.strip(" \n.,;") for row in re.split(r"\\\\(?:\[[^\]]*\])?", inside)]
+    pieces = [[part.strip(" \n,;") for part in row.split("&")] for row in rows if row]
+    if all(len(piece) == 2 for piece in pieces):
+        return r"\{" + ", ".join(f"({value}, {_CONDITION.sub('', condition)})" for value, condition in pieces) + r"\}"
+    return match[0] if "&" in inside else ", ".join(row for row in rows if row)
+
+
+_DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _BETWEEN_BRACKETS = re.compile(r"[^()\[\]{}]+")
 _GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 
@@ -191,11 +240,13 @@ def _without_thousands(match: re.Match[str]) -> str:
 @functools.lru_cache(maxsize=4096)
 def normalize(text: str) -> str:
     """Canonical spelling of an answer."""
-    if re.fullmatch(r"-?[0-9]+(?:\.[0-9]+)?", text):
+    if _DECIMAL.fullmatch(text):
         return text
     if money := _MONEY.fullmatch(text):
         text = rf"{money[1]}{money[3]}\text{{ {_CURRENCIES[money[2]]}}}"
-    s = re.sub(r"^\s*\*\*([^*]+)\*\*\s*$", r"\1", _unicode(text))
+    s = re.sub(r"^\s*(\*\*|`+)([^*`]+)\1\s*$", r"\2", _unicode(text))
+    if "\\begin" in s:
+        s = _CASES.sub(_rows_of_cases, s)
     if "\\begin" not in s:  # a doubled backslash of an escaped source, not a row end
         s = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s)
     if "{align" in s or "{gather" in s or "{split" in s:
@@ -209,74 +260,16 @@ def normalize(text: str) -> str:
     if s.endswith("}") and not s.endswith("\\}") and s.count("}") == s.count("{") + 1:
         s = s[:-1]
     s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip().casefold()
-    return _PHRASES.get(bare, s)
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :").casefold()
+    said = _PHRASE.fullmatch(bare)
+    return _SPELLINGS[(said.lastindex or 0) - 1] if said else s
+
+
+_MEANT_SPACE = re.compile(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|(?<=\d) (?=\d)")
 
 
 def compact(s: str) -> str:
     """`normalize`d text without the spaces that mean nothing: for comparing as strings."""
-    s = re.sub(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|(?<=\d) (?=\d)", lambda m: f"{m[1] or ''} @", s)
-    return s.replace(" ", "").replace("@", " ")
-
-
-@dataclass(frozen=True)
-class Exact:
-    """A plain number: its exact value and how it was written."""
-
-    value: Fraction
-    decimals: int | None = None
-    """Of the last digit when it was written as a decimal, else None: 2 in 1.25, 4 in 1.25e-2, -1 in 1.25e3."""
-    digits: int = 0
-    """Significant digits of a decimal."""
-    places: int = 0
-    """Digits written after the point: 2 in 1.25e-2."""
-
-
-_DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
-_THOUSANDS = re.compile(r"([+-]?[1-9]\d{0,2})((?:,\d{3})+)(\.\d+)?")
-_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?)")
-_GOES_ON = re.compile(r"([+-]?)(\d*)\.(\d*?)(?:(\d)\4\4+|(\d{2,}?)\5+)\\ldots")
-_SCIENTIFIC = re.compile(r"(.+?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([+-]?[\d.]+)[eE]([+-]?\d+)")
-_MAX_DIGITS = 1000
-
-
-def exact_number(s: str) -> Exact | None:
-    """A normalised string read as integer, decimal, fraction, mixed number or scientific notation; else None."""
-    s = s.strip()
-    if not s or len(s) > _MAX_DIGITS or not any(c.isdigit() for c in s):
-        return None
-    while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}," for c in s[1:-1]):
-        s = s[1:-1].strip()
-    if m := _THOUSANDS.fullmatch(s):
-        s = m[1] + m[2].replace(",", "") + (m[3] or "")
-    if re.fullmatch(r"[+-]? ?\d{1,3}( \d{3})+(\.\d+)?", s):
-        s = s.replace(" ", "")
-    s = re.sub(r"^([+-])\s+", r"\1", s)
-    if m := _DECIMAL.fullmatch(s):
-        if m[3] is None:
-            return Exact(Fraction(int(m[5])) * (-1 if m[4] == "-" else 1))
-        value = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3])) * (-1 if m[1] == "-" else 1)
-        return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")), len(m[3]))
-    if m := _REPEATING.fullmatch(s) or _GOES_ON.fullmatch(s.replace(" ", "")):
-        block = m[4] or m[5]
-        head = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3]))
-        value = head + Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(m[3]))
-        return Exact(-value if m[1] == "-" else value)
-    if m := re.fullmatch(
-        r"([+-]?)(\d+)?\s*(?:\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?<=\s)(\d+)\s*/\s*(\d+))", s
-    ):
-        top, bottom = int(m[3] or m[5]), int(m[4] or m[6])
-        if bottom == 0:
-            return None
-        value = int(m[2] or 0) + Fraction(top, bottom)
-        return Exact(-value if m[1] == "-" else value)
-    if m := re.fullmatch(r"([+-]?\d+)\s*/\s*(\d+)", s):
-        return Exact(Fraction(int(m[1]), int(m[2]))) if int(m[2]) else None
-    if m := _SCIENTIFIC.fullmatch(s):
-        base = exact_number(m[1] or m[4])
-        power = int(m[2] or m[3] or m[5])
-        if base is None or abs(power) > 400:
-            return None
-        decimals = None if base.decimals is None else base.decimals - power
-        return Exact(base.value * Fraction(10) ** power, decimals, base.digits, base.places)
-    return None
+    if " " not in s:
+        return s
+    return _MEANT_SPACE.sub(lambda m: f"{m[1] or ''} @", s).replace(" ", "").replace("@", " ")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_t1.reward.answers.brackets import split_top
-from megatron_t1.reward.answers.normalize import Exact, exact_number
+from megatron_t1.reward.answers.numbers import exact_number
+from megatron_t1.reward.answers.words import CJK, NOT_COUNTED, NUMBER_WORDS, is_prose
 
 
 @dataclass(frozen=True)
@@ -67,38 +68,19 @@ _SCALES: dict[str, Fraction | int] = {
     "score": 20, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 _SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
-_OTHER_WORDS = """
-half halves third thirds quarter quarters
-or and nor but not no non never isn't is are was were be been am equals equal at least most more less fewer
-greater smaller larger bigger higher lower than over under above below up down about around maybe perhaps
-probably possibly approximately roughly almost nearly wrong incorrect false true right correct squared cubed
-root point times plus minus divided multiplied by mod modulo to too from if when where for with without which
-that then else otherwise unless except only between either neither cannot can could might may must should would
-some both zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
-factorial double twice triple thrice inverse negative positive power base binary hexadecimal the a an it as so
-because since instead rather actually wait unknown undefined
-"""
-_NOT_COUNTED = set(_OTHER_WORDS.split())
 _NOT_COUNTED_CJK = re.compile(r"[不没非无或以约多少上下负点倍分之又和与是的错对]")
 _NAMELESS = {"unit", "units"}
 _POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
 _WORD = r"(?:\\text\{[^{}]*\}|[A-Za-z]+)"
-_CJK = r"[\u3040-\u30ff\u4e00-\u9fff]+"
 _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
     re.compile(rf"(.*?[\d}})!|\w])\s*(\\text\{{[^{{}}]*\}}{_POWER}(?:\s*(?:/|\\cdot)?\s*{_WORD}{_POWER})*)", re.S),
     re.compile(rf"(.*[\d}})])\s*((?<![A-Za-z\\{{])[A-Za-z]+{_POWER}(?:\s*[/ ]\s*[A-Za-z]+{_POWER})*)", re.S),
-    re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{_CJK}\s*\}}?{_POWER})", re.S),
+    re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{CJK}\s*\}}?{_POWER})", re.S),
 )
 _TAIL_CHARS = 120
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
-_HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc[a-z]+)|[A-Za-z]\^")
-NEGATION = re.compile(r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])", re.I)
-_SHORT_WORDS = {"yes", "no", "odd", "dne", "all", "sat", "sun", "mon", "tue", "wed", "thu", "fri"}
-_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-NUMBER_WORDS = dict(zip(_NUMBERS.split(), map(str, range(17)), strict=True))
+_HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
-_JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
-_STOP_WORDS = {"the", "a", "an", "is", "are"}
 
 
 def clock(s: str) -> tuple[int, str] | None:
@@ -111,48 +93,23 @@ def clock(s: str) -> tuple[int, str] | None:
     return hour % 12 * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), half
 
 
-def words(s: str) -> str:
-    """Plain words of a text answer, for comparison."""
-    s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
-    s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
-    s = re.sub(r"[^\w\s]", " ", s)
-    return " ".join(w for w in s.split() if w not in _STOP_WORDS) or s.strip()
+_PART = re.compile(
+    rf"\s*(?:,?\s*\\land\s*)?(\d+(?:\.\d+)?)\s*(\^\\circ|'{{1,2}}|\\text\{{[^{{}}]*\}}|[A-Za-z]+|(?:(?!\d){CJK[:-1]})+)"
+)
+_ANGLES = {"^\\circ": Fraction(1), "'": Fraction(1, 60), "''": Fraction(1, 3600)}
 
 
-def is_text(s: str) -> bool:
-    r"""Words, not mathematics: all \text{...}, capital letters naming points, or words of four letters and more."""
-    s = _JOINTS.sub("", s)
-    if s.casefold() in _SHORT_WORDS:
-        return True
-    outside = re.sub(r"\\text\{[^{}]*\}", "", s)
-    if outside != s and not re.search(r"[A-Za-z0-9\\]", outside):
-        return True
-    return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
-
-
-def rounds_to(exact: Fraction, decimal: Exact, min_digits: int) -> bool:
-    """Whether a decimal of so many digits is `exact`, rounded; the last digits of a float need not be right."""
-    if decimal.decimals is None or decimal.digits < min_digits:
-        return False
-    slack = Fraction(2 if decimal.digits >= 14 else 1, 2) / Fraction(10) ** decimal.decimals
-    return abs(exact - decimal.value) <= slack
-
-
-def numbers_equal(gold: Exact, answer: Exact) -> bool:
-    """Exact equality, or a rounding of enough digits.
-
-    A decimal gold of three significant digits takes a fraction or a longer decimal that rounds to it (3.14 takes
-    3.14159); a fraction as gold takes a decimal of four (600/7 as 85.71); a decimal gold takes a shorter decimal of
-    three with two places (2.653 as 2.65). Integers never round.
-    """
-    if gold.value == answer.value:
-        return True
-    if gold.decimals is None:
-        return answer.decimals is not None and gold.value.denominator > 1 and rounds_to(gold.value, answer, 4)
-    if answer.decimals is None:
-        return answer.value.denominator > 1 and rounds_to(answer.value, gold, 3)
-    longer, shorter = (answer, gold) if answer.decimals > gold.decimals else (gold, answer)
-    return shorter.places >= 2 and longer.decimals != shorter.decimals and rounds_to(longer.value, shorter, 3)
+def compound(s: str) -> tuple[Fraction, Unit] | None:
+    """(value, unit) of 1 hour 30 minutes, 5 ft 6 in, 30^\\circ 15': units of one kind, each smaller than the last."""
+    total, units, at = Fraction(0), list[Unit](), 0
+    while m := _PART.match(s, at):
+        name = re.sub(r"\\text\{([^{}]*)\}", r"\1", m[2]).strip(" ,")
+        unit = Unit(_ANGLES[name], DEGREES.kind) if name in _ANGLES else _known([(name, 1)])
+        if unit is None or (units and (unit.kind != units[0].kind or unit.factor >= units[-1].factor)):
+            return None
+        total, at = total + Fraction(m[1]) * unit.factor, m.end()
+        units.append(unit)
+    return (total / units[0].factor, units[0]) if len(units) > 1 and at == len(s) else None
 
 
 def split_unit(s: str) -> tuple[str, Unit] | None:
@@ -175,17 +132,13 @@ def split_unit(s: str) -> tuple[str, Unit] | None:
                 scale, unit = found
                 value = value if scale == 1 else _times(value, scale)
                 return value, unit
-            return None if named or _is_prose(m[2]) else (s, NO_UNIT)
+            return None if named or is_prose(m[2]) else (s, NO_UNIT)
     return s, NO_UNIT
 
 
 def _times(value: str, scale: Fraction | int) -> str:
     number = exact_number(value)
     return str(number.value * scale) if number else rf"({value})\cdot {scale}"
-
-
-def _is_prose(text: str) -> bool:
-    return any(len(word) > 1 and word in _NOT_COUNTED for word in re.findall(r"[a-z']+", text.casefold()))
 
 
 def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Unit] | None:
@@ -198,8 +151,8 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
     if text in ("", *_NAMELESS):
         return scale, NO_UNIT
-    text = re.sub(r"\b(?:square|sq\.?)\s+(\w+)", r"\1^2", text, flags=re.I)
-    text = re.sub(r"\bcubic\s+(\w+)", r"\1^3", text, flags=re.I)
+    text = re.sub(r"(?:\b(?:square|sq)\s+|平方)(\w+)", r"\1^2", text, flags=re.I)
+    text = re.sub(r"(?:\bcubic\s+|立方)(\w+)", r"\1^3", text, flags=re.I)
     text = re.sub(r"(\w+)\s+squared\b", r"\1^2", re.sub(r"(\w+)\s+cubed\b", r"\1^3", text))
     parts = [
         (name, (-1 if mark else 1) * int(power or 1))
@@ -210,10 +163,10 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     names = [name for name, _ in parts if name not in _NAMELESS]
     if not names:
         return scale, NO_UNIT
-    if re.search(_CJK, text):
+    if re.search(CJK, text):
         return None if _NOT_COUNTED_CJK.search(text) or len(text) > 6 else (scale, Unit(noun=text))
     plain = re.fullmatch(rf"[A-Za-z'\-]+{_POWER}(?:[ /]+[A-Za-z'\-]+{_POWER})*", text)
-    if not plain or len(names) > 5 or any(name.casefold() in _NOT_COUNTED for name in names):
+    if not plain or len(names) > 5 or any(name.casefold() in NOT_COUNTED for name in names):
         return None
     if not named and max(map(len, names)) < (3 if apart else 4):
         return None  # 6xy
@@ -241,8 +194,7 @@ def units_clash(gold: Unit, answer: Unit) -> bool:
 
 def in_base(s: str) -> str | None:
     """The one spelling of a number in a named base."""
-    s = re.sub(r"^(-?)\\text\{([0-9A-Fa-f]+)\}", r"\1\2", s)
-    m = re.fullmatch(r"(-?)\(?([0-9A-Fa-f.]+)\)?\s*_\s*\{?\s*(\d{1,2}|[a-z]{3,})\s*\}?", s)
+    m = re.fullmatch(r"(-?)([0-9A-Fa-f.]+)(?:_|_?base)(\d{1,2}|[a-z]{3,})", re.sub(r"\\text|[(){}\s]", "", s))
     if not m or (m[2].isalpha() and len(m[2]) < 2) or (m[3].isalpha() and m[3] not in NUMBER_WORDS):
         return None
     return f"{m[1]}{m[2].upper()}_{NUMBER_WORDS.get(m[3], m[3])}"

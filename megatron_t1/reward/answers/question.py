@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import re
 
-from megatron_t1.reward.answers.normalize import compact, exact_number, normalize
-from megatron_t1.reward.answers.read import Answer, Number, Quantity
+from megatron_t1.reward.answers.kinds import Answer, Number, Quantity
+from megatron_t1.reward.answers.normalize import compact, normalize
+from megatron_t1.reward.answers.numbers import exact_number
 
 MAX_QUESTION_CHARS = 8000
 """Only the end of a longer question is read."""

@@ -7,34 +7,27 @@ worker processes of pool.py call it.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+import re
+from dataclasses import replace
 
+from megatron_t1.reward.answers import choices as letters
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.equal import check_readable, equal, equal_cheaply
+from megatron_t1.reward.answers.equal import equal
 from megatron_t1.reward.answers.explain import explain
-from megatron_t1.reward.answers.latex import UndecidableError
 from megatron_t1.reward.answers.normalize import normalize
+from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
 from megatron_t1.reward.answers.question import asks_for_percent, is_copied
 from megatron_t1.reward.answers.read import read
-from megatron_t1.types import AnswerMode, Outcome
+from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
+from megatron_t1.reward.answers.values import equal_cheaply
+from megatron_t1.types import AnswerMode, Verdict
 
-MAX_GOLD_CHARS = 200
-_COMPARED = "compared as mathematics"
-_WITHOUT_PERCENT = "compared without %: the question asks for percent"
+_OPTION = "the letter of an option"
 MAX_REASON_CHARS = 2000
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the grader says about one response."""
-
-    outcome: Outcome
-    extracted: str | None
-    reason: str
-
-
 @functools.lru_cache(maxsize=64)
-def _gold(gold: str, mode: AnswerMode) -> str:
+def normalized_gold(gold: str, mode: AnswerMode) -> str:
     """Its answer, normalised."""
     if "\\boxed" in gold or "\\fbox" in gold:
         gold = extract.last_box(gold) or gold
@@ -55,17 +48,17 @@ def _extracted(text: str, mode: AnswerMode) -> tuple[str | None, str]:
 
 
 def _choose(gold: str, text: str, choices: tuple[str, ...]) -> Verdict:
-    wanted = extract.gold_letter(gold, choices)
+    wanted = letters.gold_letter(gold, choices)
     if wanted is None:
         return Verdict("wrong", None, f"the gold {gold[:40]!r} is not a choice")
-    letter, where = extract.chosen_letter(text, choices)
+    letter, where = letters.chosen_letter(text, choices)
     if letter is None:
         return Verdict("no_answer", None, where)
     return Verdict("correct" if letter == wanted else "wrong", letter, f"{where}: {letter}, gold {wanted}")
 
 
 def verify_cheaply(
-    gold: str, text: str, mode: AnswerMode, choices: tuple[str, ...] = ()
+    gold: str, text: str, mode: AnswerMode, choices: tuple[str, ...] = (), rounding: bool = True
 ) -> tuple[Verdict | None, str | None]:
     """(verdict, extracted answer); verdict None when only the full comparison can tell."""
     if mode == "mc":
@@ -76,59 +69,68 @@ def verify_cheaply(
         return Verdict("no_answer", None, where), None
     if len(answer) > extract.MAX_ANSWER_CHARS:
         return Verdict("wrong", answer[:80], f"an answer of more than {extract.MAX_ANSWER_CHARS} characters"), None
-    same = equal_cheaply(_gold(gold, mode), normalize(answer))
+    same = equal_cheaply(normalized_gold(gold, mode), normalize(answer), rounding)
     if same is None:
         return None, answer
     return Verdict("correct" if same else "wrong", answer, f"{where}, compared as text or exact numbers"), answer
 
 
 @functools.lru_cache(maxsize=1024)  # the samples of one question repeat their answers
-def verify_fully(gold: str, answer: str, mode: AnswerMode, question: str = "", refuse_copies: bool = True) -> Verdict:
+def verify_fully(
+    gold: str,
+    answer: str,
+    mode: AnswerMode,
+    question: str = "",
+    refuse_copies: bool = True,
+    equality: EqualityConfig = DEFAULT,
+) -> Verdict:
     """The verdict on an extracted answer; the question, when it is known, says whether it is copied."""
+    if _names_option(normalized_gold(gold, mode), answer):
+        return Verdict("correct", answer, _OPTION)
     try:
-        reads, spelled = read(_gold(gold, mode)), normalize(answer)
-        same, how = equal(reads, read(spelled)), _COMPARED
-        if not same and spelled.endswith("%") and "%" not in gold and asks_for_percent(question):
-            same, how = equal(reads, read(spelled[:-1])), _WITHOUT_PERCENT
-        copied = same and refuse_copies and is_copied(reads, read(spelled), question)
-    except (UndecidableError, RecursionError, ArithmeticError, ValueError, TypeError, AttributeError) as error:
-        # the parser and SymPy fail in many ways on text that is no mathematics; none of them is a right answer
+        reads, spelled = read(normalized_gold(gold, mode)), read(normalize(answer))
+        same = equal(reads, spelled, _for_question(equality, question))
+        copied = same and refuse_copies and is_copied(reads, spelled, question)
+    except NO_MATHEMATICS as error:
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
     except Exception as error:
         return Verdict("crash", answer, f"{type(error).__name__}: {error}"[:200])
     if copied:
         return Verdict("wrong", answer, "a formula of the question, not computed")
-    return Verdict("correct" if same else "wrong", answer, how)
+    return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
 
 
-def explained(verdict: Verdict, gold: str, mode: AnswerMode) -> Verdict:
-    """With a reason that says what was read and which rules decided."""
-    if mode == "mc" or verdict.extracted is None:
+def _names_option(gold: str, answer: str) -> bool:
+    """(A) 12, where the gold is the letter alone."""
+    named = re.match(r"\W*(?:\\text\w*\s*\{)?[\s(]*([A-J])\s*[.):]", answer)
+    return named is not None and named[1] == letters.gold_letter(gold, ()) == letters.chosen_letter(answer)[0]
+
+
+def _for_question(equality: EqualityConfig, question: str) -> EqualityConfig:
+    asked = equality.percent == "asked" and asks_for_percent(question)
+    return replace(equality, percent="either") if asked else equality
+
+
+def explained(
+    verdict: Verdict, gold: str, mode: AnswerMode, question: str = "", equality: EqualityConfig = DEFAULT
+) -> Verdict:
+    """With a reason that says what was read, which rules decided, and on which choice of the user's it hangs."""
+    if mode == "mc" or verdict.extracted is None or verdict.reason == _OPTION:
         return verdict
-    spelled = normalize(verdict.extracted)
-    told = explain(_gold(gold, mode), spelled[:-1] if verdict.reason == _WITHOUT_PERCENT else spelled)
+    told = explain(normalized_gold(gold, mode), normalize(verdict.extracted), _for_question(equality, question))
     return replace(verdict, reason=f"{verdict.reason}; {told}"[:MAX_REASON_CHARS])
 
 
 def verify(
-    gold: str, text: str, mode: AnswerMode = "response", choices: tuple[str, ...] = (), question: str = ""
+    gold: str,
+    text: str,
+    mode: AnswerMode = "response",
+    choices: tuple[str, ...] = (),
+    question: str = "",
+    equality: EqualityConfig = DEFAULT,
 ) -> Verdict:
     """Both steps in this process; for workers."""
-    verdict, answer = verify_cheaply(gold, text, mode, choices)
+    verdict, answer = verify_cheaply(gold, text, mode, choices, equality.rounding)
     if verdict is not None or answer is None:
         return verdict or Verdict("no_answer", None, "no answer")
-    return verify_fully(gold, answer, mode, question)
-
-
-def gold_problem(gold: str) -> str | None:
-    """Why an answer cannot serve as a gold; None when it can. For workers."""
-    if len(gold) > MAX_GOLD_CHARS:
-        return f"longer than {MAX_GOLD_CHARS} characters"
-    itself = verify(gold, rf"\boxed{{{gold}}}")
-    if itself.outcome != "correct":
-        return f"it is not accepted as its own answer: {itself.reason}"
-    try:
-        check_readable(read(_gold(gold, "response")))
-    except (UndecidableError, RecursionError, ValueError, TypeError) as error:
-        return f"it cannot be compared: {error or type(error).__name__}"[:200]
-    return None
+    return verify_fully(gold, answer, mode, question, equality=equality)

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_t1.plugins import for_graders
 from megatron_t1.reward.processes.worker import Frames
 
 
@@ -105,7 +106,7 @@ class Zygote:
     """The warmed process graders are forked from; started on first use, and again when it is gone."""
 
     def __init__(self, module: str, memory_bytes: int):
-        """`module` holds the graders' `grade_task` and `warm_up`."""
+        """`module` holds the graders' `grade_task`, `prepare` and `warm_up`."""
         self._module = module
         self._order = struct.pack("<Q", memory_bytes)
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,7 +119,8 @@ class Zygote:
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_t1.reward.processes.worker", str(theirs.fileno()), self._module],
+                [sys.executable, "-m", "megatron_t1.reward.processes.worker", str(theirs.fileno()), self._module,
+                 *for_graders()],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 env=environment, start_new_session=True,
             )  # fmt: skip

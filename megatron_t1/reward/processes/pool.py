@@ -23,6 +23,7 @@ from collections import deque
 from concurrent.futures import Future
 from typing import Any, Literal
 
+from megatron_t1.plugins import for_graders
 from megatron_t1.reward.processes.grader import Graded, Grader, Job, Zygote
 from megatron_t1.reward.processes.worker import encode
 from megatron_t1.warn import warn
@@ -46,7 +47,7 @@ class Pool:
     """
 
     def __init__(self, module: str, num_workers: int, deadline_s: float, memory_bytes: int, tasks_per_worker: int):
-        """`module`: holds `grade_task` and `warm_up`; `deadline_s`: CPU seconds one task may use."""
+        """`module`: holds `grade_task`, `prepare` and `warm_up`; `deadline_s`: CPU seconds one task may use."""
         self.num_kills = 0
         """Graders killed at their deadline."""
         self.num_lost = 0
@@ -259,7 +260,7 @@ class Pool:
         self._drop(grader)
         if self._failed_starts >= MAX_FAILED_STARTS * self._num_workers:
             self._failed_starts = 0
-            command = f"python -m megatron_t1.reward.processes.worker 0 {self._module}"
+            command = " ".join(["python -m megatron_t1.reward.processes.worker 0", self._module, *for_graders()])
             self._fail(RuntimeError(f"graders do not start: `{command}` may show why"))
 
     def _fail(self, error: Exception) -> None:

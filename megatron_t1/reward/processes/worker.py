@@ -1,10 +1,10 @@
 """The process side of the pool: a small zygote that forks graders, and the grader's loop.
 
-`python -m megatron_t1.reward.processes.worker FD MODULE` is the zygote: it imports MODULE, runs its `warm_up()` once,
-then forks one grader for every socket it is handed; a grader answers each task with what MODULE's `grade_task(task)`
-yields. The zygote is a fresh process (never a fork of the trainer: threads, CUDA and process groups do not survive a
-fork) and imports neither torch nor Megatron. A grader cannot open files, start processes or reach a network, and dies
-with the zygote.
+`python -m megatron_t1.reward.processes.worker FD MODULE [PLUGIN ...]` is the zygote: it imports them, runs MODULE's
+`warm_up()` once, then forks one grader for every socket it is handed. A grader runs MODULE's `prepare()`, locks itself
+down, and answers each task with what MODULE's `grade_task(task)` yields. The zygote is a fresh process (never a fork
+of the trainer: threads, CUDA and process groups do not survive a fork) and imports neither torch nor Megatron. A
+grader cannot open files, start processes or reach a network, and dies with the zygote.
 
 Frames are a 4-byte length and JSON, in both directions: nothing a grader sends is ever executed or unpickled. Every
 task has an `id`, and so has every reply to it.
@@ -24,8 +24,10 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from megatron_t1.plugins import load
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_UNSENT_CPU_S = 0.005
@@ -85,7 +87,11 @@ def lock_down(memory_bytes: int) -> None:
 
 
 def _grader(
-    connection: socket.socket, parent: int, memory_bytes: int, grade_task: Callable[[Any], Iterator[dict[str, Any]]]
+    connection: socket.socket,
+    parent: int,
+    memory_bytes: int,
+    prepare: Callable[[], None],
+    grade_task: Callable[[Any], Iterator[dict[str, Any]]],
 ) -> None:
     os.setsid()
     libc = ctypes.CDLL(None)
@@ -94,6 +100,7 @@ def _grader(
     if os.getppid() != parent:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare()
     lock_down(memory_bytes)
     frames = Frames()
     connection.sendall(encode(os.getpid()))
@@ -112,9 +119,10 @@ def _grader(
                         sent_at_cpu_s = time.process_time()
 
 
-def zygote(control: socket.socket, module: str) -> None:
-    """Warm up, then fork a grader for every socket received until the control socket closes."""
+def zygote(control: socket.socket, module: str, plugins: Sequence[str]) -> None:
+    """Import the plugins, warm up, then fork a grader for every socket received until the control socket closes."""
     grading = importlib.import_module(module)
+    load(plugins)
     grading.warm_up()
     gc.collect()
     gc.freeze()
@@ -134,11 +142,11 @@ def zygote(control: socket.socket, module: str) -> None:
         if os.fork() == 0:
             control.close()
             try:
-                _grader(connection, parent, memory_bytes, grading.grade_task)
+                _grader(connection, parent, memory_bytes, grading.prepare, grading.grade_task)
             finally:
                 os._exit(0)
         connection.close()
 
 
 if __name__ == "__main__":
-    zygote(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    zygote(socket.socket(fileno=int(sys.argv[1])), sys.argv[2], sys.argv[3:])

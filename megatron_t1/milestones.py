@@ -1,0 +1,125 @@
+"""What is measured every so many steps of RL: held-out accuracy and the distance from the starting policy; and the
+snapshots, which offline measurements (scaling curves along the training) need.
+
+A measurement belongs to the weights before a step, as the step's samples do, and stands in that step's line of metrics.
+The questions and their seeds are the same each time, so two of them differ by the weights alone. Finished responses are
+kept: a run that resumes in the middle of one goes on with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_t1.config import Config
+from megatron_t1.data.template import Template
+from megatron_t1.engine.step import Engine, ForwardEngine
+from megatron_t1.evaluation.evaluate import evaluate
+from megatron_t1.evaluation.questions import question_sets
+from megatron_t1.evaluation.samplers import ServerSampler
+from megatron_t1.rank0 import Rank0
+from megatron_t1.rollout.client import NoServerLeftError
+from megatron_t1.types import TrainSequence
+from megatron_t1.warn import warn
+
+
+class Milestones:
+    """Every method but `evaluate` is collective over the trainer's ranks."""
+
+    def __init__(self, cfg: Config, engine: Engine, rank0: Rank0 | None) -> None:
+        """
+        Raises:
+            ValueError: measurements are asked for, and there are no questions, or the servers' context can't hold them.
+        """
+        self._cfg, self._engine = cfg, engine
+        self._start = Path(cfg.model.hf_path)
+        if not cfg.rl.measure_every or rank0 is None:
+            return
+        template = Template(self._start)
+        self._sampler = ServerSampler(rank0, template)
+        self._sets = question_sets(cfg, cfg.evaluate.sets)
+        limit = cfg.rollout.max_model_len or engine.spec.max_position_embeddings
+        for name, questions in self._sets.items():
+            longest = max(len(question.prompt(template).token_ids) for question in questions)
+            needed = longest + cfg.evaluate.sampling_of(name).max_new_tokens
+            if needed > limit:
+                raise ValueError(
+                    f"evaluate.sampling.max_new_tokens needs {needed} tokens of context for the set {name}, the "
+                    f"servers have {limit}: lower it, raise rollout.max_model_len, or set rl.measure_every to 0"
+                )
+
+    def due(self, step: int) -> bool:
+        every = self._cfg.rl.measure_every
+        return every > 0 and step % every == 0
+
+    def evaluate(self, step: int, weights: str) -> dict[str, float]:
+        """Rank 0: accuracy of the servers' weights on every set; responses and summary go to evaluate/step_N.
+
+        Args:
+            step: steps that made the weights.
+            weights: a digest of them: responses of others are never gone on with.
+        """
+        cfg, found = self._cfg, {}
+        settings = {"step": step, "weights": weights, "reward": cfg.reward.deciding()}
+        for name, questions in self._sets.items():
+            folder = Path(cfg.run_dir) / "evaluate" / f"step_{step:06d}" / name
+            sampling = cfg.evaluate.sampling_of(name)
+            try:
+                result = evaluate(
+                    self._sampler, questions, folder, sampling, settings, cfg.seed, resume=True, replace_other=True
+                )
+            except NoServerLeftError as error:
+                warn(f"{error}\nThe evaluation at step {step} is left out.")
+                return {}
+            found[f"heldout/{name}"] = result.pass_at_1
+        return found
+
+    def kl_to_start(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
+        """KL(policy || starting policy) in nats a sample, from the first sample of every prompt; {} when none is due.
+
+        On policy those are its own samples, so that the mean of their log-ratios is unbiased (top_p and min_p aside).
+        """
+        if not self.due(step):
+            return {}
+        firsts = list({sequence.group: sequence for sequence in reversed(sequences)}.values())
+        policy = self._engine.logprobs(firsts)
+        with starting_weights(self._engine, self._start):
+            start = self._engine.logprobs(firsts)
+        return log_ratio_metrics(policy, start)
+
+    def snapshot(self, step: int) -> None:
+        """The policy as a Hugging Face folder, rl/snapshots/step_N, when one is due."""
+        every = self._cfg.rl.snapshot_every
+        if every and step % every == 0:
+            self._engine.save_hf(Path(self._cfg.run_dir) / "rl" / "snapshots" / f"step_{step:06d}")
+
+
+@contextmanager
+def starting_weights(engine: ForwardEngine, folder: Path) -> Iterator[None]:
+    """The engine's model has the weights of `folder` for a while; its own wait in host memory. The optimizer is not
+    told: no step may be taken meanwhile."""
+    tensors = [tensor for chunk in engine.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+    held = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    try:
+        ForwardEngine.load_weights(engine, folder)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, own in zip(tensors, held, strict=True):
+                tensor.copy_(own)
+
+
+def log_ratio_metrics(policy: Sequence[np.ndarray], start: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean over samples of sum_t (log policy - log start), its standard error, and the mean a token; nats.
+
+    Both: float32 [num_response_tokens] of each sample, which the policy drew.
+    """
+    ratios = np.array([np.sum(p.astype(np.float64) - s) for p, s in zip(policy, start, strict=True)])
+    metrics = {"kl_start": float(ratios.mean()), "kl_start_token": float(ratios.sum() / sum(map(len, policy)))}
+    if len(ratios) > 1:
+        metrics["kl_start_error"] = float(ratios.std(ddof=1) / len(ratios) ** 0.5)
+    return metrics

@@ -1,0 +1,175 @@
+r"""Whether two answers without structure are equal: numbers, quantities, words, clock times, expressions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+
+from mpmath.libmp import to_rational
+
+from megatron_t1.reward.answers.compare_trees import decimal_value, same_value
+from megatron_t1.reward.answers.evaluate import Meter
+from megatron_t1.reward.answers.kinds import Answer, Clock, Expression, Literal, Number, Quantity, Words
+from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.numbers import Exact, exact_number, numbers_equal, rounds_to
+from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
+from megatron_t1.reward.answers.quantities import (
+    DEGREES,
+    NO_UNIT,
+    PERCENT,
+    RADIANS,
+    Unit,
+    units_clash,
+)
+from megatron_t1.reward.answers.read import plain
+from megatron_t1.reward.answers.trees import rational
+from megatron_t1.reward.answers.words import NUMBER_WORDS, words
+
+
+def equal_cheaply(gold: str, answer: str, rounding: bool = True) -> bool | None:
+    """Verdict of strings and exact numbers on normalised texts; None when only `equal` can tell."""
+    if compact(gold) == compact(answer):
+        return True
+    if not answer:
+        return False
+    g, a = exact_number(gold), exact_number(answer)
+    if g is not None and a is not None:
+        return numbers_equal(g, a, rounding)
+    for comma, point in ((gold, answer), (answer, gold)):  # a decimal comma against a decimal point
+        if re.fullmatch(r"-?\d+,\d+", comma) and re.fullmatch(r"-?\d+\.\d+", point):
+            return comma.replace(",", ".") == point
+    return None
+
+
+class Leaves:
+    """One verdict on what has no structure: all its parts share a budget."""
+
+    def __init__(self, policy: EqualityConfig = DEFAULT) -> None:
+        self.policy = policy
+        self.meter = Meter()
+
+    def leaves_equal(self, gold: Answer, answer: Answer) -> bool:
+        match gold, answer:
+            case (Literal(), _) | (_, Literal()):
+                return False
+            case (Words(), _) | (_, Words()):
+                return same_words(gold, answer)
+        match gold, answer:
+            case Clock(), Clock():
+                halves = {gold.half, answer.half} - {""}
+                return gold.seconds == answer.seconds and len(halves) < 2
+            case (Clock(), _) | (_, Clock()):
+                return any(self.leaves_equal(*pair) for pair in _out_of_clock(gold, answer))
+        (g_value, g_unit), (a_value, a_unit) = _value_and_unit(gold), _value_and_unit(answer)
+        units = {g_unit, a_unit}
+        if PERCENT in units:
+            return self.percents_equal(gold, answer)
+        if DEGREES in units and (RADIANS in units or (NO_UNIT in units and "\\pi" in gold.text + answer.text)):
+            in_degrees = [gold if g_unit == DEGREES else g_value, answer if a_unit == DEGREES else a_value]
+            return self.expressions_equal(*in_degrees)
+        left_out = bool(g_unit.kind) and a_unit == NO_UNIT
+        if units_clash(g_unit, a_unit) or (left_out and self.policy.units == "required"):
+            return False
+        if g_unit.kind != a_unit.kind or g_unit.factor == a_unit.factor:
+            return self.values_equal(g_value, a_value)
+        return self.values_equal(g_value, _scaled(a_value, a_unit.factor / g_unit.factor))
+
+    def percents_equal(self, gold: Answer, answer: Answer) -> bool:
+        (gold, gold_unit), (answer, answer_unit) = _value_and_unit(gold), _value_and_unit(answer)
+        if gold_unit == answer_unit:
+            return self.values_equal(gold, answer)
+        if NO_UNIT not in (gold_unit, answer_unit):
+            return False
+        if answer_unit == PERCENT:
+            as_is = self.policy.percent == "either" and self.values_equal(gold, answer)
+            return as_is or self.values_equal(gold, Expression(_hundredth(answer)))
+        if self.policy.percent != "exact" and isinstance(answer, Number) and self.values_equal(gold, answer):
+            return True
+        if not isinstance(gold, Number):
+            return self.values_equal(Expression(_hundredth(gold)), answer)
+        decimals = None if gold.exact.decimals is None else gold.exact.decimals + 2
+        return self.agrees_with(answer, replace(gold.exact, value=gold.exact.value / 100, decimals=decimals))
+
+    def values_equal(self, gold: Answer, answer: Answer) -> bool:
+        if gold.key == answer.key:
+            return True
+        match gold, answer:
+            case Number(), Number():
+                return self.numbers_equal(gold.exact, answer.exact)
+        same = self.expressions_equal(gold, answer)
+        if same or not self.policy.rounding:
+            return same
+        match gold, answer:
+            case Number(exact=Exact(decimals=int()) as number), _:
+                return self.agrees_with(answer, number)
+            case _, Number(exact=number) if number.digits >= 4 and _PLAIN_FRACTION.fullmatch(gold.text):
+                # a decimal for a closed form is a guess (3.14159 for pi) unless it is itself a plain fraction
+                return self.agrees_with(gold, number)
+        return False
+
+    def agrees_with(self, answer: Answer, number: Exact) -> bool:
+        """Whether an expression has the value of a number, or rounds to it."""
+        if isinstance(answer, Number):
+            return self.numbers_equal(number, answer.exact)
+        if not self.policy.rounding:
+            return same_value(rational(number.value), answer.tree, self.meter)
+        value = decimal_value(answer.tree, self.meter)
+        return value is not None and abs(value) < 10**30 and rounds_to(Fraction(*to_rational(value._mpf_)), number, 3)
+
+    def numbers_equal(self, gold: Exact, answer: Exact) -> bool:
+        return numbers_equal(gold, answer, self.policy.rounding)
+
+    def expressions_equal(self, gold: Answer, answer: Answer) -> bool:
+        if not gold.text or not answer.text or _foreign_words(gold.text, answer.text):
+            return False
+        return same_value(gold.tree, answer.tree, self.meter)
+
+
+_PLAIN_FRACTION = re.compile(r"[\d\s.{}()+\-/*]*(?:\\(?:frac|cdot|times)[\d\s.{}()+\-/*]*)*")
+
+
+def _scaled(value: Answer, factor: Fraction) -> Answer:
+    if not isinstance(value, Number):
+        return Expression(f"({value.text})\\cdot \\frac{{{factor.numerator}}}{{{factor.denominator}}}")
+    exact = replace(value.exact, value=value.exact.value * factor, decimals=None)
+    return Number(str(exact.value), exact)
+
+
+def _out_of_clock(gold: Answer, answer: Answer) -> Iterator[tuple[Answer, Answer]]:
+    """Pairs with the other reading of a clock time: 3:45 is 3 to 45, and 10 a.m. says 10."""
+    for i, each in enumerate((gold, answer)):
+        if isinstance(each, Clock):
+            parts = re.findall(r"\d+", each.text)
+            if len(parts) == 1 or (len(parts) == 2 and not each.half and int(parts[1])):
+                other = plain("/".join(parts))
+                yield (gold, other) if i else (other, answer)
+
+
+def same_words(gold: Answer, answer: Answer) -> bool:
+    """The same words; what "and", "or" or commas join may stand in any order."""
+    (g_parts, g_or), (a_parts, a_or) = _joined_words(gold), _joined_words(answer)
+    if g_parts != a_parts or (len(g_parts) > 1 and g_or != a_or) or not any(g_parts):
+        return False
+    return gold.text.startswith("-") == answer.text.startswith("-")
+
+
+def _joined_words(answer: Answer) -> tuple[list[str], bool]:
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer.text)
+    parts = [words(part) for part in re.split(r"[,;]", text)]
+    parts = [re.sub(r"(?<=[一二三四五六七八九十两])[个种次天人位条张]$", "", part) for part in parts]
+    return sorted(NUMBER_WORDS.get(part, part) for part in parts if part), "\\lor" in answer.text
+
+
+def _value_and_unit(answer: Answer) -> tuple[Answer, Unit]:
+    return (answer.value, answer.unit) if isinstance(answer, Quantity) else (answer, NO_UNIT)
+
+
+def _hundredth(percents: Answer) -> str:
+    return rf"\frac{{{percents.text}}}{{100}}"
+
+
+def _foreign_words(gold: str, answer: str) -> bool:
+    r"""Words inside the answer's mathematics that the gold does not have ("\text{not }4")."""
+    return any(len(w.strip()) > 1 and w not in gold for w in re.findall(r"\\text\{([^{}]*)\}", answer))

@@ -1,0 +1,71 @@
+#!/bin/bash
+# The whole recipe as a chain of jobs, each submitted to begin when the one before has succeeded.
+#
+#   MODEL=... DATA=... RUN_DIR=... slurm/pipeline.sh [options of t1 for every stage]     submits what is not done yet
+#   RUN_DIR=... slurm/pipeline.sh status                                                 says where it stands
+#
+# A chain that broke is gone on with by the same command: what is done is not done again. Account and partition are those
+# of the scripts, or SBATCH_ACCOUNT and SBATCH_PARTITION; SBATCH_OPTIONS are further words for sbatch.
+set -euo pipefail
+T1_HOME=${T1_HOME:-$PWD}
+MODEL=${MODEL:-}                                    # Hugging Face folder of the base model
+DATA=${DATA:-}                                      # folder with sft.jsonl or questions.jsonl, rl.jsonl or raw.jsonl, heldout.jsonl
+RUN_DIR=${RUN_DIR:?folder of the run, on a file system that all nodes share}
+CONFIGS=${CONFIGS:-examples/qwen2.5-32b}            # folder with sft.yaml, rl.yaml (and synthesize.yaml)
+[ -f "$T1_HOME/slurm/lib.sh" ] || { echo "start it in the project's folder, or set T1_HOME to it"; exit 2; }
+if [ -z "${STAGES:-}" ]; then
+  STAGES='sft rl evaluate scaling'
+  [ -f "$DATA/rl.jsonl" ] || STAGES='sft curate rl evaluate scaling'
+  [ -f "$DATA/sft.jsonl" ] || STAGES="synthesize $STAGES"
+fi
+mkdir -p "$RUN_DIR/pipeline"
+JOBS=$RUN_DIR/pipeline/jobs # a line a stage: its name, its job
+declare -A RESULT=(
+  [synthesize]=synthesize/sft.jsonl [sft]=sft/hf/config.json [curate]=curate/prompts.jsonl [rl]=rl/hf/config.json
+  [evaluate]='evaluate/rl/*/summary.json' [scaling]=scaling/rl/points.json
+)
+
+is_done() { compgen -G "$RUN_DIR/${RESULT[$1]}" >/dev/null; }
+
+status() {
+  local stage job state
+  while read -r stage job; do
+    state=$(scontrol show job "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\) Reason=\(.*\) Dep.*/\1 (\2)/p')
+    ! is_done "$stage" || state=finished
+    echo "$stage: job $job ${state:-is not known to Slurm any more, and left no result}"
+  done <"$JOBS"
+}
+
+if [ "${1:-}" = status ]; then
+  [ -f "$JOBS" ] || { echo "no chain was submitted for $RUN_DIR"; exit 2; }
+  status
+  exit
+fi
+: "${MODEL:?}" "${DATA:?}"
+export T1_HOME DATA RUN_DIR
+before=
+lines=()
+for stage in $STAGES; do
+  [ -n "${RESULT[$stage]:-}" ] || { echo "STAGES has $stage; there are ${!RESULT[*]}"; exit 2; }
+  if is_done "$stage"; then
+    echo "$stage: done"
+    continue
+  fi
+  model=$RUN_DIR/rl/hf config=$CONFIGS/rl.yaml options=("$@")
+  case $stage in
+    synthesize) model=$MODEL config=$CONFIGS/synthesize.yaml options=() ;;
+    sft) model=$MODEL config=$CONFIGS/sft.yaml ;;
+    curate) model=$RUN_DIR/sft/hf ;;
+    rl) model=$RUN_DIR/sft/hf ;;
+    *) options+=(--label rl) ;;
+  esac
+  [[ $stage = sft && $STAGES = *synthesize* ]] && options+=(--data.sft "$RUN_DIR/synthesize/sft.jsonl")
+  [[ $stage = rl && $STAGES = *curate* ]] && options+=(--data.train "$RUN_DIR/curate/prompts.jsonl")
+  # shellcheck disable=SC2086  # words
+  job=$(MODEL=$model CONFIG=$config sbatch --parsable ${SBATCH_OPTIONS:-} ${before:+--dependency=afterok:$before} \
+    --kill-on-invalid-dep=yes "$T1_HOME/slurm/$stage.sh" ${options[@]+"${options[@]}"})
+  before=${job%%;*}
+  lines+=("$stage $before")
+done
+((${#lines[@]})) && printf '%s\n' "${lines[@]}" >"$JOBS" && status
+exit 0

@@ -1,0 +1,147 @@
+"""A package of the user's, installed as theirs is: commands use what it adds; what is broken in it is said at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.extended import NEED, PACKAGE, PLUGINS, install, program
+from tests.forks import WORKERS, Forks
+from tests.tiny import make_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = tmp_path_factory.mktemp("source") / "extend"  # pip writes beside what it installs
+    shutil.copytree(PACKAGE, source)
+    return install(tmp_path_factory.mktemp("site"), source)
+
+
+@pytest.fixture(scope="module")
+def extended(forks: Forks, installed: Path) -> Callable[..., str]:
+    """`extended(command, *options)`: what it said, with the package installed."""
+
+    def run(*arguments: object, expect: int = 0) -> str:
+        done = forks.run(WORKERS / "extended_worker.py", installed, *arguments)
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+HOSTILE = {
+    "reads a file": ("open('/etc/passwd')", "Operation not permitted"),
+    "forks": ("import os\nos.fork()", "Operation not permitted"),
+    "kills its parent": ("import os\nos.kill(os.getppid(), 9)", "Operation not permitted"),
+    "stops everybody": ("import os\nos.killpg(0, 19)", "Operation not permitted"),
+    "opens a socket": ("import socket\nsocket.socket()", "Operation not permitted"),
+    "a thread": ("import threading\nthreading.Thread(target=print).start()", "can't start new thread"),
+    "sleeps": ("import time\ntime.sleep(1000)", "Operation not permitted"),
+    "puts off its end": ("import signal\nsignal.setitimer(signal.ITIMER_PROF, 0)", "Operation not permitted"),
+    "ignores its end": ("import signal\nsignal.signal(signal.SIGPROF, signal.SIG_IGN)", "Operation not permitted"),
+    "never ends": ("while True: pass", "out of CPU time"),
+    "takes all memory": ("x = [0] * 10**9", "MemoryError"),
+    "floods": ("def add(a, b): return 'x' * 10**7", "ended by SIGKILL"),
+    "crashes": ("import ctypes\nctypes.string_at(0)", "ended by SIGSEGV"),
+    "leaves": ("import os\nos._exit(0)", "ended without its outputs"),
+    "answers for us": (
+        "import os\nfor number in range(99):\n    try: os.write(number, b'{\"outputs\": [3]}')\n"
+        "    except OSError: pass\nos._exit(0)",
+        "ended without its outputs",
+    ),
+    "looks for the gold": (
+        "import gc\nraise ValueError([o for o in gc.get_objects() if isinstance(o, dict) and o.get('returns')])",
+        "ValueError: []",
+    ),
+}
+
+
+def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], tmp_path: Path) -> None:
+    """And a program of a model can do nothing but compute; one after it, in the same grader, is not harmed."""
+    good = program("import heapq, random\nprint('noise')\ndef add(a, b):\n    return heapq.nsmallest(1, [a + b])[0]")
+    lines = [
+        {"id": "sorry", "gold": "4", "prediction": "I apologize. \\boxed{4}"},
+        {"id": "last", "gold": "12", "prediction": "first 3, then 12", "mode": "last_integer"},
+        {"id": "good", "gold": NEED, "prediction": good, "mode": "unit_tests"},
+        {"id": "half", "gold": NEED, "prediction": program("def add(a, b): return 3"), "mode": "unit_tests"},
+        *({"id": name, "gold": NEED, "prediction": program(body), "mode": "unit_tests"}
+          for name, (body, _) in HOSTILE.items()),
+        {"id": "still good", "gold": NEED, "prediction": good, "mode": "unit_tests"},
+        {"id": "broken gold", "gold": "?", "prediction": good, "mode": "unit_tests"},
+    ]  # fmt: skip
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    extended("grade", source, out, "--plugins", "[my_t1.rewards]", "--reward.penalties.enabled", "[apology]",
+             "--reward.num_workers", 1)  # fmt: skip
+    graded = {row["id"]: row for row in map(json.loads, out.open())}
+    assert graded["sorry"]["penalties"] == {"apology": "it apologizes"}
+    assert {name for name, row in graded.items() if row["correct"]} == {"sorry", "last", "good", "still good"}
+    assert graded["half"]["reason"] == "1 of 2 calls return what they must"
+    for name, (_, reason) in HOSTILE.items():
+        assert reason in graded[name]["reason"], name
+    assert graded["broken gold"]["outcome"] == "crash"
+    assert "JSONDecodeError" in graded["broken gold"]["reason"]
+
+
+def test_check_knows_what_it_adds(extended: Callable[..., str], tmp_path: Path) -> None:
+    """Its model family, chat template, answer mode, question set, loss and advantage."""
+    model = tmp_path / "llama"
+    tokenizer = make_tiny_tokenizer(model)
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(model)
+    questions = tmp_path / "train.jsonl"
+    question = {"prompt": "1+1?", "answer": "2", "mode": "last_integer"}
+    questions.write_text("".join(json.dumps({"id": i, **question}) + "\n" for i in range(40)))
+    options = ["--config", PACKAGE / "extend.yaml", "--model.hf_path", model, "--run_dir", tmp_path / "run",
+               "--sampling.max_new_tokens", 64, "--evaluate.sampling.max_new_tokens", 64]  # fmt: skip
+    said = extended("check", *options, "--data.train", questions, "--for", "rl")
+    assert "LlamaForCausalLM" in said
+    assert "no problem found" in said
+    # "user: 1+1?\nassistant: " is 22 bytes, each a token: the plugin's template, not the model's.
+    assert "the longest of the first 40: 22 tokens" in said
+    said = extended("check", *options, "--evaluate.sets", "[times_tables]", "--for", "evaluate")
+    assert "set times_tables: 64 questions" in said
+    extended("convert", "to-megatron", model, tmp_path / "megatron", "--plugins", "my_t1.llama")
+    said = extended("convert", "verify", model, tmp_path / "megatron", "--plugins", "my_t1.llama")
+    assert "are the same: names, shapes, dtypes and every byte" in said
+
+
+BROKEN = {
+    "raises": ("import json\njson.loads('{')\n", ["line 2, in <module>", "JSONDecodeError"]),
+    "ends": ("import sys\nsys.exit('no')\n", ["line 2", "SystemExit: no"]),
+    "no_python": ("def f(:\n", ["no_python.py", "SyntaxError"]),
+    "needs": ("import not_there\n", ["line 1, in <module>", "No module named 'not_there'"]),
+    "twice": ("from megatron_t1.reward.penalties import penalty\n@penalty\ndef overlong(c, r): ...\n",
+              ["line 2, in <module>", "penalty 'overlong' of twice is there already"]),
+}  # fmt: skip
+
+
+def test_a_broken_one_is_refused_with_its_own_traceback(extended: Callable[..., str], installed: Path) -> None:
+    for name, (source, said) in BROKEN.items():
+        (installed / f"{name}.py").write_text(source)
+        told = extended("rl", "--plugins", f"[{name}]", expect=1)
+        assert f"plugins = {name} can't be loaded" in told
+        assert all(part in told for part in said), told
+        assert "importlib" not in told
+        assert "megatron_t1/cli" not in told
+    told = extended("rl", "--plugins", "[not_installed.rewards]", expect=1)
+    assert "No module named 'not_installed'; install the package here" in told
+    assert "Traceback" not in told
+
+
+def test_what_no_plugin_brings_is_named(extended: Callable[..., str]) -> None:
+    unknown = ["--loss.token_loss", "ppo", "--loss.advantage", "gae", "--data.chat_template", "x",
+               "--reward.penalties.enabled", "[apology,other]"]  # fmt: skip
+    told = extended("rl", "--plugins", PLUGINS, *unknown, expect=1)
+    assert "loss.token_loss = 'ppo' has the token loss 'ppo', which is not known; known: t1, t1_length_free" in told
+    assert "loss.advantage = 'gae' has the advantage 'gae'" in told
+    assert "data.chat_template = 'x' has the chat template 'x', which is not known; known: plain" in told
+    assert "the penalty 'other', which is not known; known: apology, garbled, language" in told
