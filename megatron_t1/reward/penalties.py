@@ -58,7 +58,7 @@ class PenaltyConfig:
     """Language: fewer foreign letters than this never count (a quoted word)."""
     max_foreign_letters: int = 30
     """Language: more than this always count, however long the response."""
-    max_nll: float = 2.5
+    max_nll: float = 3.5
     """Perplexity: mean -logprob of a response's tokens (nats, under the policy that sampled them, at its temperature)
     from which on it is soup. See benchmarks/penalties.md for what honest texts have."""
     nll_window: int = 64
