@@ -1,5 +1,5 @@
 """What decides a training beside the weights it has reached; a run that resumes with other values of it is another run.
-The settings themselves are listed by who trains: `rl.Trainer._settings`, `sft._settings`. Here they are compared.
+The settings themselves are listed by who trains: `learner._settings`, `sft._settings`. Here they are compared.
 
 The order of the data is a function of seed, batch size and the number of lines: with others, what was learned comes
 again and other lines never come. The layout is left out: a checkpoint resumes at any.
