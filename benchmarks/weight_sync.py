@@ -141,7 +141,7 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         self._start = self._now()
-        self.extra = 0
+        self.start, self.extra = max(self._start), 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample)
         self._thread.start()
@@ -237,7 +237,7 @@ def main() -> None:
                         torch.multiprocessing.spawn(train, train_args, world_size)
                     row = json.loads(Path(f"{tmp}/{name}.json").read_text())
                     row["outside_s"] = row["total_s"] - row["seconds"]["finish"] - loading_s(run_dir)
-                    row["server_extra_bytes"] = memory.extra
+                    row |= {"server_bytes": memory.start, "server_extra_bytes": memory.extra}
                     rows.append(row)
                     print(json.dumps(rows[-1]), flush=True)
     phases = ["write", "ranks", "start", "receive", "pause", "load", "meet", "stream", "finish"]

@@ -20,7 +20,7 @@ from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.finished_samples import StepBank
-from megatron_t1.rollout.heap import frozen_heap
+from megatron_t1.rollout.frozen_heap import frozen_heap
 from megatron_t1.servers.servers import Servers
 from megatron_t1.trace import Trace
 from megatron_t1.types import Group, Prompt

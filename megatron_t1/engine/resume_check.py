@@ -49,12 +49,15 @@ def model_identity(cfg: ModelConfig) -> str:
     return weights_digest(folder)[:12]
 
 
-def changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """Setting -> [what the checkpoint was made with, what it is now], where these differ.
+def changes(stored: dict[str, Any], now: dict[str, Any], *, shared_only: bool = True) -> dict[str, list[Any]]:
+    """Setting -> [what was stored, what it is now], where these differ as JSON values; None is not there.
 
-    What only one of them names is of another release of this package, and no change.
+    Args:
+        shared_only: what only one of them names is of another release of this package, and no change.
     """
-    return {name: [stored[name], now[name]] for name in now if name in stored and stored[name] != now[name]}
+    now = json.loads(json.dumps(now))
+    names = sorted(stored.keys() & now.keys() if shared_only else stored.keys() | now.keys())
+    return {name: [stored.get(name), now.get(name)] for name in names if stored.get(name) != now.get(name)}
 
 
 def check_changes(checkpoint: Path, step: int, changed: dict[str, list[Any]], *, allowed: bool) -> None:

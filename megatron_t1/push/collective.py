@@ -18,8 +18,11 @@ import torch
 
 from megatron_t1.push.digests import digest
 from megatron_t1.push.group import Group, Wait
-from megatron_t1.push.layout import ALIGNMENT, Layout, PieceSpec
+from megatron_t1.push.layout import ALIGNMENT, Layout, PieceSpec, TensorSpec
+from megatron_t1.weights.buffers import mapped
 
+_MAPPED_BYTES = 64 << 20
+"""A heap keeps the room of an embedding, and smaller things strew themselves over it."""
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -100,7 +103,7 @@ def receive(
         for span, data in arrived:
             spec = span.piece.tensor
             if spec.name not in begun:
-                begun[spec.name] = torch.empty(spec.shape, dtype=spec.torch_dtype, device=device)
+                begun[spec.name] = _empty(spec, device)
             target = span.piece.of(begun[spec.name])
             (target[span.start : span.stop] if spec.shape else target[None]).copy_(data)
             missing[spec.name] -= span.num_bytes
@@ -149,6 +152,12 @@ def _exchange(
             yield arrived()
     while under_way:
         yield arrived()
+
+
+def _empty(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu" and spec.num_bytes >= _MAPPED_BYTES:
+        return mapped(spec.num_bytes).view(spec.torch_dtype).view(spec.shape)
+    return torch.empty(spec.shape, dtype=spec.torch_dtype, device=device)
 
 
 def _place(name: str) -> float:

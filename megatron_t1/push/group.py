@@ -47,6 +47,7 @@ class Invitation:
     token: str
     size: int
     """Members: the trainer ranks that own pieces, then the workers of every server in turn."""
+    num_owners: int
     device: str
     """`cuda`: NCCL, every member on a GPU of its own; `cpu`: gloo."""
     timeout_s: float
@@ -156,7 +157,8 @@ class Group:
         self._deadline = time.monotonic() + self._timeout_s
 
     def broadcast(self, data: torch.Tensor, root: int) -> Wait:
-        """Begins to bring the bytes (uint8, contiguous) of member `root` to all; the result waits for them.
+        """Begins to bring the bytes (uint8, contiguous) of member `root` to all workers; the result waits for them.
+        What a trainer rank that is not the root then finds in `data` is undefined.
 
         Both raise GroupError.
         """
@@ -186,42 +188,40 @@ class Group:
 
 
 class _Gloo:
+    """Sends to the workers alone: a broadcast would bring everything to the other trainer ranks too."""
+
     def __init__(self, store: _Store, rank: int, invitation: Invitation) -> None:
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=store.own_host)]
         options._timeout = timedelta(seconds=invitation.timeout_s)
         self._group: Any = dist.ProcessGroupGloo(store, rank, invitation.size, options)
-        self._works: list[Any] = []
+        self._rank = rank
+        self._workers = range(invitation.num_owners, invitation.size)
+        # Here and nowhere else, so that `close` ends them: a transfer that is under way keeps its connections open.
+        self._works: dict[int, list[Any]] = {}
+        self._count = 0
 
     def broadcast(self, data: torch.Tensor, root: int, deadline: float) -> Wait:
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        options.timeout = timedelta(seconds=max(0.001, deadline - time.monotonic()))
-        self._works = [work for work in self._works if not work.is_completed()]
-        work = self._group.broadcast([data], options)
-        self._works.append(work)
+        number, self._count = self._count, self._count + 1
+        self._works[number] = []
+        if self._rank == root:
+            self._works[number] = [self._group.send([data], worker, number) for worker in self._workers]
+        elif self._rank in self._workers:
+            self._works[number] = [self._group.recv([data], root, number)]
 
         def wait() -> None:
-            work.wait()
+            if number not in self._works:
+                raise RuntimeError("it was closed")
+            while self._works[number]:
+                self._works[number][-1].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                self._works[number].pop()
+            del self._works[number]
 
         return wait
 
     def close(self) -> None:
-        # torch has no way to end what is under way; its destructor waits for it, and holds the interpreter's lock.
-        group, works = self._group, self._works
-        self._group, self._works = None, []
-        threading.Thread(target=_outlive, args=(works, [group]), name="broken group", daemon=True).start()
-        del group, works
-
-
-def _outlive(works: list[Any], group: list[Any]) -> None:
-    for work in works:
-        try:
-            work.wait()
-        except RuntimeError:
-            continue
-    works.clear()
-    group.clear()
+        self._group = None
+        self._works.clear()
 
 
 class _Nccl:

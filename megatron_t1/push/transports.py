@@ -236,21 +236,20 @@ class CollectiveTransport:
     def _invite(self, fanout: Fanout) -> tuple[Meeting, Invitation]:
         """Rank 0: opens the meeting of a new group."""
         self._workers = dict(zip(fanout.targets, fanout.num_workers(), strict=True))
-        size = len(self._layout.owners) + sum(self._workers.values())
+        num_owners = len(self._layout.owners)
+        size = num_owners + sum(self._workers.values())
         device = "cuda" if torch.cuda.is_available() and fanout.servers.device == "cuda" else "cpu"
         host = _listen_at(self._ranks, [_host(server) for server in fanout.targets])
         self._token = secrets.token_urlsafe(32)
         meeting = Meeting(host, self._token, self._timeout_s)
-        return meeting, Invitation(*meeting.address, self._token, size, device, self._timeout_s)
+        return meeting, Invitation(*meeting.address, self._token, size, num_owners, device, self._timeout_s)
 
     def _ask(
         self, fanout: Fanout, push: Push, meeting: Meeting | None, invitation: Invitation | None
     ) -> tuple[str, dict[Server, ServerError]]:
         """Rank 0, beside its own broadcasts: the calls of the servers; their last phase, and its errors."""
         if meeting is not None and invitation is not None:
-            first = dict(
-                zip(self._workers, accumulate([len(self._layout.owners), *self._workers.values()]), strict=False)
-            )
+            first = dict(zip(self._workers, accumulate([invitation.num_owners, *self._workers.values()]), strict=False))
 
             def join(server: Server) -> None:
                 info = {"step": "join", "invitation": asdict(invitation), "first_member": first[server]}

@@ -13,6 +13,13 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
 
 
+def mapped(num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes], 0: memory of its own, which the kernel gets back with the tensor's end, as a heap may not."""
+    memory = mmap(-1, num_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    memory.madvise(MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 class TwoBuffers:
     """Tensors in two pieces of memory in turn, so that one is filled while the other is written somewhere.
 
@@ -28,8 +35,6 @@ class TwoBuffers:
         buffer, self._older = self._older, self._newer
         if buffer.nbytes < num_bytes:
             del buffer
-            memory = mmap(-1, num_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-            memory.madvise(MADV_HUGEPAGE)
-            buffer = torch.frombuffer(memory, dtype=torch.uint8)
+            buffer = mapped(num_bytes)
         self._newer = buffer
         return buffer[:num_bytes].view(dtype).view(shape)

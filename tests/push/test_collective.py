@@ -7,6 +7,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def meeting() -> Iterator[Meeting]:
 
 
 def invitation(meeting: Meeting, size: int = 4, timeout_s: float = 20) -> Invitation:
-    return Invitation(*meeting.address, meeting._token.decode(), size, "cpu", timeout_s)
+    return Invitation(*meeting.address, meeting._token.decode(), size, size // 2, "cpu", timeout_s)
 
 
 def members(*parts: Callable[[], object]) -> list[Future[object]]:
@@ -132,37 +133,37 @@ def test_who_waits_hears_that_the_meeting_is_over(meeting: Meeting) -> None:
     assert isinstance(alone.exception(), GroupError)
 
 
-def test_a_member_that_is_gone_breaks_the_broadcasts_of_all_others(meeting: Meeting) -> None:
-    invited = invitation(meeting, size=3)
+@pytest.mark.parametrize("missing", [0, 3])
+def test_an_owner_or_worker_that_is_gone_breaks_the_broadcasts_of_all_others(missing: int, meeting: Meeting) -> None:
+    invited = invitation(meeting)
 
-    def gone() -> None:
-        Group(invited, 2).close()
-
-    def stays(member: int) -> None:
-        group, data = Group(invited, member), torch.zeros(1 << 20, dtype=torch.uint8)
+    def take_part(member: int) -> None:
+        group, data = Group(invited, member), torch.zeros(1 << 22, dtype=torch.uint8)
         try:
-            for _ in range(20):
-                group.broadcast(data, 2)()
+            for _ in range(0 if member == missing else 20):
+                for wait_for in [group.broadcast(data, owner) for owner in (0, 1)]:
+                    wait_for()
         finally:
             group.close()
 
-    done = members(lambda: stays(0), lambda: stays(1), gone)
-    assert [type(future.exception()) for future in done] == [GroupError, GroupError, type(None)]
+    done = members(*(partial(take_part, member) for member in range(4)))
+    failed = [isinstance(future.exception(), GroupError) for future in done]
+    assert failed == [member != missing for member in range(4)]
 
 
 def test_a_silent_member_breaks_the_group_at_the_deadline(meeting: Meeting) -> None:
     invited = invitation(meeting, size=2, timeout_s=1)
 
     def waits() -> None:
-        group = Group(invited, 0)
+        group = Group(invited, 1)
         try:
-            group.broadcast(torch.zeros(8, dtype=torch.uint8), 1)()
+            group.broadcast(torch.zeros(8, dtype=torch.uint8), 0)()
         finally:
             group.close()
 
     groups: list[Group] = []
-    done = members(waits, lambda: groups.append(Group(invited, 1)))
-    assert isinstance(done[0].exception(), GroupError)
+    done = members(lambda: groups.append(Group(invited, 0)), waits)
+    assert isinstance(done[1].exception(), GroupError)
 
 
 def test_the_meeting_listens_on_its_own_address_alone(meeting: Meeting) -> None:
