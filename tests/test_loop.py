@@ -383,7 +383,8 @@ def test_a_package_of_the_users_trains_on_all_ranks(forks, tuned, server, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     samples = rows(tmp_path / "run/rl/samples.jsonl")
     assert all(sample["reward"]["reason"].startswith(("the last of", "no whole number")) for sample in samples)
-    assert {sample["advantage"] for sample in samples} <= {i / 3 for i in range(-3, 4)}, "ranks of 4 samples"
+    thirds = {round(3 * sample["advantage"], 6) for sample in samples}
+    assert thirds <= set(range(-3, 4)), "ranks of 4 samples"
     assert (tmp_path / "run/rl/hf/chat_template.jinja").read_text().startswith("{% for m in messages %}")
     with (site / "my_t1/losses.py").open("a") as file:
         file.write("\n# a change\n")
