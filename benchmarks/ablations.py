@@ -57,31 +57,37 @@ def main() -> int:
     if not (data / "sft_right_only.jsonl").exists():
         t1("quickstart-data", {"out": data})
         write_right_only(data)
-    starts = {name: fine_tuned(out, sft_file(name), args.sft_steps) for name in rows}
-    failed, text = [], ""
-    with served(out, starts["base"]) as servers:
-        for seed in args.seeds:
-            for name in rows:
-                run_dir = out / name / f"seed_{seed}"
-                if not result_file(run_dir, args.steps).exists():
-                    asked = {
-                        "run_dir": run_dir,
-                        "seed": seed,
-                        "model.hf_path": starts[name],
-                        "data.train": data / "rl.jsonl",
-                        "data.heldout": data / "heldout.jsonl",
-                        "rl.steps": args.steps,
-                        "rl.measure_every": args.steps,
-                        "resume": "true",
-                    }
-                    try:
-                        t1("rl", {"config": BASE}, SIZE, {"config": ROWS / f"{name}.yaml"}, asked, servers)
-                    except subprocess.CalledProcessError:
-                        failed.append(f"{name}, seed {seed}")
-                text = table({each: results(out / each, args.steps) for each in rows})
-                (out / "table.md").write_text(text, encoding="utf-8")
-    print(text + "".join(f"failed: {each}\n" for each in failed))
+    missing = [
+        (seed, name) for seed in args.seeds for name in rows if not result_file(out, name, seed, args.steps).exists()
+    ]
+    failed = []
+    if missing:
+        starts = {name: fine_tuned(out, sft_file(name), args.sft_steps) for name in rows}
+        with served(out, starts["base"]) as servers:
+            for seed, name in missing:
+                asked = {
+                    "run_dir": out / name / f"seed_{seed}",
+                    "seed": seed,
+                    "model.hf_path": starts[name],
+                    "data.train": data / "rl.jsonl",
+                    "data.heldout": data / "heldout.jsonl",
+                    "rl.steps": args.steps,
+                    "rl.measure_every": args.steps,
+                    "resume": "true",
+                }
+                try:
+                    t1("rl", {"config": BASE}, SIZE, {"config": ROWS / f"{name}.yaml"}, asked, servers)
+                except subprocess.CalledProcessError:
+                    failed.append(f"{name}, seed {seed}")
+                write_table(out, rows, args.steps)
+    print(write_table(out, rows, args.steps) + "".join(f"failed: {each}\n" for each in failed))
     return bool(failed)
+
+
+def write_table(out: Path, rows: list[str], steps: int) -> str:
+    text = table({name: results(out, name, steps) for name in rows})
+    (out / "table.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def command(name: str, *options: dict[str, Any]) -> list[str]:
@@ -129,22 +135,23 @@ def served(out: Path, model: Path) -> Iterator[dict[str, str]]:
             process.terminate()
 
 
-def result_file(run_dir: Path, steps: int) -> Path:
-    return run_dir / f"evaluate/step_{steps:06d}/heldout/summary.json"
+def result_file(out: Path, row: str, seed: int, step: int) -> Path:
+    return out / row / f"seed_{seed}/evaluate/step_{step:06d}/heldout/summary.json"
 
 
-def results(folder: Path, steps: int) -> dict[int, dict[str, float]]:
+def results(out: Path, row: str, steps: int) -> dict[int, dict[str, float]]:
     """Seed -> figures, of the runs that are finished."""
     found = {}
-    for run_dir in sorted(folder.glob("seed_*")):
-        if (path := result_file(run_dir, steps)).exists():
+    for run_dir in sorted((out / row).glob("seed_*")):
+        seed = int(run_dir.name.removeprefix("seed_"))
+        if (path := result_file(out, row, seed, steps)).exists():
             lines = (run_dir / "rl/metrics.jsonl").read_text(encoding="utf-8").splitlines()
             last = [json.loads(line) for line in lines][-LAST:]
             figures = {title: float(np.mean([row[name] for row in last])) for title, name in COLUMNS.items()}
             figures["tokens of equal groups"] /= float(np.mean([row["num_response_tokens"] for row in last]))
-            figures["start"] = json.loads(result_file(run_dir, 0).read_text(encoding="utf-8"))["pass_at_1"]
+            figures["start"] = json.loads(result_file(out, row, seed, 0).read_text(encoding="utf-8"))["pass_at_1"]
             accuracy = json.loads(path.read_text(encoding="utf-8"))["pass_at_1"]
-            found[int(run_dir.name.removeprefix("seed_"))] = {"accuracy": accuracy, **figures}
+            found[seed] = {"accuracy": accuracy, **figures}
     return found
 
 

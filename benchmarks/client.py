@@ -119,7 +119,7 @@ def _openai(url: str, key_file: str, model: str) -> Iterator[Run]:
     import httpx
     from openai import AsyncOpenAI
 
-    from megatron_t1.rollout.endpoint import run_workers
+    from megatron_t1.rollout.chat_endpoint import run_workers
 
     async def main(count: int, done: Callable[[int], None]) -> None:
         limits = httpx.Limits(max_connections=1024, max_keepalive_connections=1024)

@@ -24,7 +24,7 @@ from megatron_t1.data.template import Template
 from megatron_t1.reward.penalties import PenaltyConfig, Response, find_penalties, mean_and_worst_nll
 
 CONFIG = PenaltyConfig()
-MIN_TOKENS, MAX_TOKENS = 64, 2000
+MIN_TOKENS, MAX_TOKENS = 16, 2000
 
 
 def main() -> None:
@@ -55,13 +55,18 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
+def asked_in(row: dict[str, Any]) -> str:
+    return str(row.get("question") or row.get("problem") or row.get("prompt") or "Solve the problem.")
+
+
 def scored(model: Any, template: Template, found: list[dict[str, Any]]) -> Iterator[tuple[Response, int]]:
     for row in found:
         text = str(row.get("prediction") or row.get("response") or "")
-        question, answer = template.ids(f"{row.get('question') or ''}\n\n"), template.ids(text)[:MAX_TOKENS]
+        question = template.prompt_ids([{"role": "user", "content": asked_in(row)}])
+        answer = template.ids(text)[:MAX_TOKENS]
         if len(answer) >= MIN_TOKENS:
             logits = model(torch.tensor(np.r_[question, answer][None])).logits[0, len(question) - 1 : -1]
-            yield response(text, row.get("question"), logits, torch.tensor(answer)), len(answer)
+            yield response(text, asked_in(row), logits, torch.tensor(answer)), len(answer)
 
 
 def sampled(
@@ -69,7 +74,7 @@ def sampled(
 ) -> Iterator[tuple[Response, int]]:
     torch.manual_seed(0)
     for row in asked:
-        question = str(row.get("problem") or row.get("prompt"))
+        question = asked_in(row)
         ids = torch.tensor(template.prompt_ids([{"role": "user", "content": question}])[None]).repeat(16, 1)
         drawn = model.generate(
             ids, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,

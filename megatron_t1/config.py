@@ -177,6 +177,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.resume_with_changes and not self.resume:
             raise FieldError("resume_with_changes", True, "needs --resume too")
+        if self.rl.measure_every and not (self.evaluate.sets or self.data.heldout):
+            raise FieldError("rl.measure_every", self.rl.measure_every, "needs data.heldout or evaluate.sets")
         # Others would be folders: one in the other, the parent, a hidden one.
         if self.label and (self.label.startswith(".") or not self.label.isprintable() or {"/", "\\"} & set(self.label)):
             raise FieldError(

@@ -28,7 +28,7 @@ from megatron_t1.config import CurateConfig
 from megatron_t1.data.config import QUESTION_SETS
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
 from megatron_t1.data.prompts import is_missing, parse_rows
-from megatron_t1.data.sets import file_of, load_texts
+from megatron_t1.data.sets import file_of, load_question_texts
 from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
@@ -97,7 +97,7 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
             "training; name their sets or files"
         )
     for name in cfg.evaluation:
-        for row_name, text in load_texts(name, sets_dir=sets_dir, field=cfg.question_field):
+        for row_name, text in load_question_texts(name, sets_dir=sets_dir, field=cfg.question_field):
             evaluation.add(row_name, text)
     seen = TrainingQuestions(cfg.min_duplicate_similarity)
     questions: list[_Question] = []

@@ -1,7 +1,8 @@
 """What is measured every so many steps of RL: held-out accuracy and the distance from the starting policy; and the
 snapshots, which offline measurements (scaling curves along the training) need.
 
-A measurement belongs to the weights before a step, as the step's samples do, and stands in that step's line of metrics.
+A measurement belongs to the weights before a step, as the step's samples do, and stands in that step's line of metrics;
+that of the final weights, after which no step comes, in evaluate/step_N alone.
 The questions and their seeds are the same each time, so two of them differ by the weights alone. Finished responses are
 kept: a run that resumes in the middle of one goes on with it.
 """
@@ -39,7 +40,7 @@ class Milestones:
         self._start = Path(cfg.model.hf_path)
         if not cfg.rl.measure_every or rank0 is None:
             return
-        template = Template(self._start)
+        template = Template(self._start, cfg.data.chat_template)
         self._sampler = ServerSampler(rank0, template)
         self._sets = question_sets(cfg, cfg.evaluate.sets)
         limit = cfg.rollout.max_model_len or engine.spec.max_position_embeddings

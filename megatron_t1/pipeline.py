@@ -81,10 +81,15 @@ def run_rl(cfg: Config) -> None:
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
         template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
+        longest = {"train": _longest(prompts)}
         if cfg.data.heldout:
-            _refuse_overlap(prompts, load_prompts(cfg.data.need("heldout"), template, cfg.data))
+            heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
+            _refuse_overlap(prompts, heldout)
+            longest["heldout"] = _longest(heldout)
+        if cfg.rl.measure_every and is_main():
+            question_sets(cfg, cfg.evaluate.sets)  # there, or refused now
         rl.check(cfg, prompts)
-        _check_context(cfg, context_needs(cfg, "rl", {"train": _longest(prompts)}, template))
+        _check_context(cfg, context_needs(cfg, "rl", longest, template))
         rank0 = stack.enter_context(_rank0_of_training(cfg, template)) if is_main() else None
         trainer = rl.Trainer(cfg, platform, prompts, rank0)
         stack.callback(trainer.close)
@@ -101,7 +106,7 @@ def run_rl(cfg: Config) -> None:
 def run_rollout(cfg: Config) -> None:
     """Make and store the samples of `rl.steps` batches with the weights of model.hf_path; one process, no Megatron."""
     folder = Path(cfg.run_dir) / "rollout"
-    template = Template(cfg.model.folder())
+    template = Template(cfg.model.folder(), cfg.data.chat_template)
     prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
     HFFolder(cfg.model.folder())  # whole, or refused before the servers start
     rl.check(cfg, prompts)
@@ -128,7 +133,8 @@ def run_rollout(cfg: Config) -> None:
 def run_replay(cfg: Config, step: int, *, profiled: bool) -> None:
     """Train step `step` of the run in run_dir again, from what is stored."""
     with trainer_ranks(cfg) as platform:
-        prompts = load_prompts(cfg.data.need("train"), Template(Path(cfg.model.hf_path)), cfg.data)
+        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
+        prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
         to = Path(cfg.run_dir) / "replay" / f"step_{step}.json" if profiled else None
         _say(replay(cfg, platform, prompts, step, to).table())
         if to:

@@ -18,12 +18,10 @@ from megatron_t1.data.tokenizer import hidden_ids
 from megatron_t1.models import spec_of
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
-from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.rollout.finished_samples import StepBank
-from megatron_t1.rollout.heap import frozen_heap
+from megatron_t1.rollout.frozen_heap import frozen_heap
 from megatron_t1.servers.servers import Servers
 from megatron_t1.trace import Trace
-from megatron_t1.types import Group, Prompt
+from megatron_t1.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,6 @@ class Rank0:
         """Wait for the servers and check, on one prompt, that they return logprobs after temperature."""
         self.servers.wait_ready()
         self.client.check_logprob_contract(prompt.token_ids.tolist())
-
-    def generate(
-        self, prompts: list[Prompt], sampling: SamplingConfig, seed: int, bank: StepBank | None = None
-    ) -> list[Group]:
-        """K graded samples of every prompt; finished ones are graded while others still generate."""
-        return self.client.generate(prompts, sampling, self.scorer.score, seed=seed, bank=bank)
 
 
 @contextmanager

@@ -178,7 +178,8 @@ class Trainer:
             bound = max_logprob_diff(self.cfg, self.cfg.rl.lag)
             _hold(metrics["logprob_diff"], bound, f"step {self.steps_done}, which is dropped")
         except MismatchError:
-            if is_main():
+            if self.queue:
+                self.queue.close()
                 self.bank.drop_from(self.steps_done - 1)
             raise
         if self.cfg.awaits_batches:
@@ -186,7 +187,7 @@ class Trainer:
                 self._settle()
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
             self.sync.begin_push(version=self.steps_done)
-            self._ask()
+            self._ask(self.cfg.rl.lag)
         self.learner.follow()
         if self.log:
             self.log.samples(self.steps_done, batch.groups)
@@ -221,16 +222,15 @@ class Trainer:
                     refresh=False,
                 )
                 bar.update()
-            # After the log: a run that is killed in between and resumes from here would lack the step's line.
-            if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
-                with self.watch("checkpoint"):
-                    self._save()
+            # The checkpoint last: a run that was killed and resumes from there would lack the step's line or snapshot.
             with self.watch("checkpoint"):
                 self.milestones.snapshot(self.steps_done)
+                if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
+                    self._save()
         bar.close()
         self._finish_push()
-        self._measure()
         self.learner.engine.save_hf(self.folder / "hf")
+        self._measure()
         return self.folder / "hf"
 
     def close(self) -> None:
@@ -282,10 +282,10 @@ class Trainer:
             "idle/servers": max(0.0, 1 - sum(busy) / servers / step_s),
         }
 
-    def _ask(self) -> None:
+    def _ask(self, lag: int) -> None:
         """Have the batches made that may be by now: up to `lag` steps ahead."""
         if self.queue:
-            last = min(self.steps_done + self.cfg.rl.lag, self.cfg.rl.steps - 1)
+            last = min(self.steps_done + lag, self.cfg.rl.steps - 1)
             self.queue.ask(range(self.steps_done, last + 1), self.sync.fingerprint)
 
     def _settle(self) -> None:
@@ -304,8 +304,7 @@ class Trainer:
             from_main(None)  # this wait has no deadline, that of a push has
             with self.learner.before_last_step():
                 self.sync.bring_up()
-            if self.queue:
-                self.queue.ask(range(self.steps_done, self.steps_done + self.cfg.rl.lag), self.sync.fingerprint)
+            self._ask(self.cfg.rl.lag - 1)
         raise ServerError(f"all servers were lost {_MAX_OUTAGES} times after step {self.steps_done}; see their logs")
 
     def _collect(self) -> Batch:
@@ -319,7 +318,7 @@ class Trainer:
             self._on_main(self._await_servers)
             for name in self.sync.bring_up():
                 print(f"server {name} holds weights {self.steps_done} and is asked from now on", flush=True)
-            self._ask()
+            self._ask(self.cfg.rl.lag)
             batch = self._on_main(self._take)
             if batch is not None:
                 return batch

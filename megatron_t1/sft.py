@@ -62,7 +62,7 @@ def check_finished(cfg: Config, examples: list[TrainSequence]) -> None:
     folder = Path(cfg.run_dir) / "sft" / "checkpoints"
     if checkpoints := from_main(checkpoint.finished(folder) if is_main() else None):
         settings = _settings(cfg, examples) if is_main() else {}
-        checkpoint.check_settings(checkpoints[-1], settings, may_change=cfg.resume_with_changes)
+        checkpoint.check_made_with(checkpoints[-1], settings, may_change=cfg.resume_with_changes)
 
 
 def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Path:

@@ -125,20 +125,27 @@ class Once:
         self._name, self._path = name, path
         self.identity = stored.get("id") or uuid.uuid4().hex[:12]
         self._told = int(stored.get("last_step", 0))
+        self._tracker: Tracker | None = None
+        if self._try(lambda: self._start(start)):
+            self._keep()
+
+    def _start(self, start: Callable[[str], Tracker]) -> None:
         self._tracker = start(self.identity)
-        self._keep()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        if step > self._told and self._try(lambda: self._tracker.log(step, values)):
+        tracker = self._tracker
+        if tracker and step > self._told and self._try(lambda: tracker.log(step, values)):
             self._told = step
             self._keep()
 
     def table(self, step: int, rows: Rows) -> None:
-        if step > self._told and (step == 1 or step % TABLE_EVERY == 0):
-            self._try(lambda: self._tracker.table(step, rows))
+        tracker = self._tracker
+        if tracker and step > self._told and (step == 1 or step % TABLE_EVERY == 0):
+            self._try(lambda: tracker.table(step, rows))
 
     def close(self) -> None:
-        self._try(self._tracker.close)
+        if self._tracker:
+            self._try(self._tracker.close)
 
     def _try(self, tell: Callable[[], None]) -> bool:
         try:

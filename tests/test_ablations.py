@@ -40,7 +40,7 @@ def test_intervals_are_students_and_differences_are_paired(tmp_path: Path) -> No
             line |= {"tokens_all_equal": 10, "num_response_tokens": 40}
             (run_dir / "rl").mkdir()
             (run_dir / "rl/metrics.jsonl").write_text(json.dumps(line) + "\n")
-    found = table({row: results(tmp_path / row, 4) for row in accuracy})
+    found = table({row: results(tmp_path, row, 4) for row in accuracy})
     difference = np.array(accuracy["k4"]) - np.array(accuracy["base"])
     half = stats.t.ppf(0.975, 2) * difference.std(ddof=1) / 3**0.5
     low, high = difference.mean() - half, difference.mean() + half

@@ -8,6 +8,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from megatron_t1.config import Config, RLConfig
+from megatron_t1.fields import FieldError
 from megatron_t1.milestones import log_ratio_metrics
 
 
@@ -27,3 +29,8 @@ def test_the_kl_to_the_start_is_its_formula() -> None:
     variance = sum((each - mean) ** 2 for each in sums) / 3
     assert found["kl_start_error"] == pytest.approx(math.sqrt(float(variance / 4)), rel=1e-9)
     assert log_ratio_metrics(policy, policy)["kl_start"] == 0
+
+
+def test_measurements_need_questions() -> None:
+    with pytest.raises(FieldError, match=r"rl.measure_every = 2 needs data.heldout or evaluate.sets"):
+        Config(rl=RLConfig(measure_every=2))

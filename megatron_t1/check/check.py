@@ -316,15 +316,18 @@ def _needs(
     stopping = estimate.stop_seconds(sizes, layout, seconds, size, nodes, awaits_batch=awaits_batch)
     _grace(stopping, machines, found)
     keep = stage.checkpoint.keep + stage.checkpoint.keep_best + 1  # and the one that is being written
-    disk = keep * size
+    disk, what = keep * size, f"{keep} checkpoints"
+    if command != "sft" and cfg.rl.snapshot_every and (snapshots := cfg.rl.steps // cfg.rl.snapshot_every):
+        disk += snapshots * sizes.total * (4 if cfg.model.dtype == "float32" else 2)
+        what += f" and {snapshots} snapshots"
     folder = next(
         path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
     )
     free = shutil.disk_usage(folder).free
-    found.facts.append(f"disk: {keep} checkpoints take {disk / 1e9:.2f} GB, {folder} has {free / 1e9:.0f} GB free")
+    found.facts.append(f"disk: {what} take {disk / 1e9:.2f} GB, {folder} has {free / 1e9:.0f} GB free")
     found.must(
         disk <= free,
-        f"{keep} checkpoints take {disk / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or lower "
+        f"{what} take {disk / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or lower "
         f"checkpoint.keep = {stage.checkpoint.keep} or keep_best = {stage.checkpoint.keep_best}",
     )
     if command == "sft":

@@ -19,7 +19,7 @@ def context_needs(cfg: Config, command: str, longest: Mapping[str, int], templat
     needs = {}
     if command in ("rl", "run"):
         needs["sampling.max_new_tokens"] = train + cfg.sampling.max_new_tokens
-    if command in ("evaluate", "run"):
+    if command in ("evaluate", "run") or (command == "rl" and cfg.rl.measure_every):
         needs["evaluate.sampling.max_new_tokens"] = heldout + cfg.evaluate.sampling.max_new_tokens
     if command in ("scaling", "run"):
         own = cfg.scaling

@@ -82,7 +82,7 @@ def load_set(
     return questions
 
 
-def load_texts(name: str, *, sets_dir: Path | None = None, field: str = "problem") -> list[tuple[str, str]]:
+def load_question_texts(name: str, *, sets_dir: Path | None = None, field: str = "problem") -> list[tuple[str, str]]:
     """(name of the row, question) of every row of a set or file, as its author wrote it and whatever its answer is.
 
     Args:

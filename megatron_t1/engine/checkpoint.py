@@ -360,14 +360,14 @@ def resume(
     for path in reversed(checkpoints):
         problem = damage(path)
         if problem is None:
-            check_settings(path, settings or {}, may_change=may_change)
+            check_made_with(path, settings or {}, may_change=may_change)
             return int(load(path, engine, anchor)["step"])
         if is_main():
             warn(f"checkpoint {path} is damaged: {problem}; looking at the one before")
     raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")
 
 
-def check_settings(path: Path, settings: dict[str, Any], *, may_change: bool) -> None:
+def check_made_with(path: Path, settings: dict[str, Any], *, may_change: bool) -> None:
     """Collective. The checkpoint was made with these settings (rank 0's), or it is said and kept that they changed.
 
     Raises:

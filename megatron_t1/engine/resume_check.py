@@ -1,5 +1,5 @@
 """What decides a training beside the weights it has reached; a run that resumes with other values of it is another run.
-The settings themselves are listed by who trains: `rl.Trainer._settings`, `sft._settings`. Here they are compared.
+The settings themselves are listed by who trains: `learner._settings`, `sft._settings`. Here they are compared.
 
 The order of the data is a function of seed, batch size and the number of lines: with others, what was learned comes
 again and other lines never come. The layout is left out: a checkpoint resumes at any.
@@ -49,12 +49,15 @@ def model_identity(cfg: ModelConfig) -> str:
     return weights_digest(folder)[:12]
 
 
-def changes(stored: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
-    """Setting -> [what the checkpoint was made with, what it is now], where these differ.
+def changes(stored: dict[str, Any], now: dict[str, Any], *, shared_only: bool = True) -> dict[str, list[Any]]:
+    """Setting -> [what was stored, what it is now], where these differ as JSON values; None is not there.
 
-    What only one of them names is of another release of this package, and no change.
+    Args:
+        shared_only: what only one of them names is of another release of this package, and no change.
     """
-    return {name: [stored[name], now[name]] for name in now if name in stored and stored[name] != now[name]}
+    now = json.loads(json.dumps(now))
+    names = sorted(stored.keys() & now.keys() if shared_only else stored.keys() | now.keys())
+    return {name: [stored.get(name), now.get(name)] for name in names if stored.get(name) != now.get(name)}
 
 
 def check_changes(checkpoint: Path, step: int, changed: dict[str, list[Any]], *, allowed: bool) -> None:

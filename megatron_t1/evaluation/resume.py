@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypedDict
 from tqdm import tqdm
 
 from megatron_t1 import lock
+from megatron_t1.engine.resume_check import changes
 from megatron_t1.files import Journal, read_json, write_json
 from megatron_t1.types import FinishReason
 
@@ -49,16 +49,11 @@ def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewh
     if stored is None:
         write_json(path, settings)
         return False
-    if different := _differences(stored, settings):
+    if different := changes(stored, settings, shared_only=False):
         raise ValueError(f"{path.parent} holds results with other {', '.join(different):.500}: give {elsewhere}")
     if not resume:
         raise ValueError(f"{path.parent} holds these results: --resume completes them; or give {elsewhere}")
     return True
-
-
-def _differences(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    settings = json.loads(json.dumps(settings))
-    return sorted(name for name in stored.keys() | settings.keys() if stored.get(name) != settings.get(name))
 
 
 def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool, replace_other: bool) -> None:
@@ -71,7 +66,8 @@ def open_folder(folder: Path, settings: dict[str, Any], *, resume: bool, replace
         ValueError: as `check_settings`.
     """
     path = folder / "settings.json"
-    if replace_other and path.exists() and not (resume and not _differences(read_json(path, dict[str, Any]), settings)):
+    kept = resume and path.exists() and not changes(read_json(path, dict[str, Any]), settings, shared_only=False)
+    if replace_other and path.exists() and not kept:
         for file in [*folder.glob("*.jsonl"), *folder.glob("*.json")]:
             if file.name != lock.FILE:
                 file.unlink()

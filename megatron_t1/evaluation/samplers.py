@@ -19,8 +19,8 @@ from megatron_t1.data.prompts import Question, id_of, is_missing, parse_rows
 from megatron_t1.data.template import Template
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.chat_endpoint import ChatEndpoint, RefusedError, run_workers
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
-from megatron_t1.rollout.endpoint import ChatEndpoint, RefusedError, run_workers
 from megatron_t1.types import FinishReason, Reward, Sample, text_sample
 
 

@@ -100,6 +100,7 @@ def _means(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
         cells = []
         for rows in runs.values():
             values = np.array([row[name] for row in rows[-LAST_STEPS:] if isinstance(row.get(name), (int, float))])
+            values = values[np.isfinite(values)]
             cells.append(_interval(values) if len(values) else "")
         if any(cells):
             table[name] = cells

@@ -110,7 +110,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / (self.stage or "rl") / "hf").is_dir()
+        """The model is there, of the last step; after fine-tuning only when nothing goes on (RL may be starting)."""
+        if not (self.folder / (self.stage or "rl") / "hf").is_dir():
+            return False
+        if self.stage == "sft":
+            return self.silent_s > SILENT_S
+        return not self.recent or self.total is None or self.recent[-1]["step"] >= self.total
 
     @property
     def silent_s(self) -> float:

@@ -58,7 +58,7 @@ class PenaltyConfig:
     """Language: fewer foreign letters than this never count (a quoted word)."""
     max_foreign_letters: int = 30
     """Language: more than this always count, however long the response."""
-    max_nll: float = 2.5
+    max_nll: float = 3.5
     """Perplexity: mean -logprob of a response's tokens (nats, under the policy that sampled them, at its temperature)
     from which on it is soup. See benchmarks/penalties.md for what honest texts have."""
     nll_window: int = 64
@@ -188,8 +188,20 @@ def _prose(line: str) -> str:
     return re.sub(r"\d+", "#", _without_math(line)).strip()
 
 
+_MATH_ENDS = {"$$": "$$", "$": "$", r"\(": r"\)", r"\[": r"\]"}
+_MATH_BEGINS = re.compile("|".join(map(re.escape, _MATH_ENDS)))
+
+
 def _without_math(text: str) -> str:
-    text = re.sub(r"\$\$.*?\$\$|\$.*?\$|\\\(.*?\\\)|\\\[.*?\\\]", " ", text, flags=re.S)
+    """In one pass: a lazy regex would look for the end of each unclosed formula anew."""
+    last = {end: text.rfind(end) for end in _MATH_ENDS.values()}
+    kept, at, position = [], 0, 0
+    while begin := _MATH_BEGINS.search(text, position):
+        end, position = _MATH_ENDS[begin[0]], begin.end()
+        if last[end] >= position:
+            kept += [text[at : begin.start()], " "]
+            at = position = text.index(end, position) + len(end)
+    text = "".join([*kept, text[at:]])
     return re.sub(r"\\[a-zA-Z]+(?:\{[^{}]*\})?", " ", text)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -75,8 +75,7 @@ class Batches:
         as are missing at a time, until none is missing or no prompt may be asked any more; then they fill the batch.
         """
         began = time.monotonic()
-        reward = asdict(self._reward) | self._reward.deciding()
-        bank = self.bank.step(step, weights, asdict(self.sampling), reward)
+        bank = self.bank.step(step, weights, asdict(self.sampling), self._reward.deciding())
         seed = self._seed * 1_000_003 + step
         groups = generate(self.prompts_of(step), seed, bank)
         if not self._refill:
@@ -123,7 +122,6 @@ class BatchQueue:
         self._pool = ThreadPoolExecutor(lag + 1, "batch")
         self._under_way: dict[int, Future[Batch]] = {}
         self._weights: dict[int, str] = {}
-        self._closed = False
 
     def ask(self, steps: Iterable[int], weights: str) -> None:
         """Have the batches of `steps` made that are not yet, by servers that hold the weights with this digest."""
@@ -145,13 +143,10 @@ class BatchQueue:
         return batch
 
     def close(self) -> None:
-        self._closed = True
         self._client.cancel()
         self._pool.shutdown(cancel_futures=True)
 
     def _generate(self, prompts: list[Prompt], seed: int, bank: StepBank) -> list[Group]:
-        if self._closed:
-            raise CancelledError
         return self._client.generate(prompts, self._batches.sampling, self._score, seed=seed, bank=bank)
 
 

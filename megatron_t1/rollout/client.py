@@ -54,6 +54,7 @@ class RolloutClient:
         self._thread.start()
         self._room = asyncio.Condition()
         self._calls: set[Future[Any]] = set()
+        self._cancelled = False
 
     def generate(
         self,
@@ -122,14 +123,15 @@ class RolloutClient:
         return dict(self._load)
 
     def cancel(self) -> None:
-        """Ends the calls that other threads wait in: they raise CancelledError."""
+        """Ends the calls that other threads wait in, and those to come: they raise CancelledError."""
+        self._cancelled = True
         for call in list(self._calls):
             call.cancel()
 
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        self._run(self._close_sessions())
+        asyncio.run_coroutine_threadsafe(self._close_sessions(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -143,6 +145,8 @@ class RolloutClient:
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         self._calls.add(future)
+        if self._cancelled:
+            future.cancel()
         try:
             return future.result()
         except BaseException as error:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from megatron_t1.data.prompts import Question
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.score import Scorer
-from megatron_t1.rollout.endpoint import ChatEndpoint, RefusedError, Reply
+from megatron_t1.rollout.chat_endpoint import ChatEndpoint, RefusedError, Reply
 from megatron_t1.synthesize.config import SynthesizeConfig
 from megatron_t1.synthesize.filters import NO_CORRECTION, chain_is_unfit, corrects, question_is_unfit
 from megatron_t1.synthesize.prompts import Prompts, Stage

@@ -25,8 +25,8 @@ from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
 from megatron_t1.files import write_json, write_jsonl
 from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.chat_endpoint import ChatEndpoint, NoAnswerError, run_workers
 from megatron_t1.rollout.config import EndpointConfig
-from megatron_t1.rollout.endpoint import ChatEndpoint, NoAnswerError, run_workers
 from megatron_t1.servers.servers import open_servers
 from megatron_t1.synthesize import browse, prompts
 from megatron_t1.synthesize.chain import Outcome, Workshop

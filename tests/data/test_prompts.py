@@ -87,7 +87,7 @@ def test_sft_examples_end_with_the_end_token(tmp_path: Path, template: Template)
         ({"id": "a", "prompt": "q"}, '"answer" is missing'),
         ({"id": "a", "prompt": ["q"], "answer": "1"}, '"prompt" is'),
         ({"id": "a", "prompt": "q", "answer": True}, '"answer" is True'),
-        ({"id": "a", "prompt": "q", "answer": "1", "mode": "guess"}, '"mode" is'),
+        ({"id": "a", "prompt": "q", "answer": "1", "mode": "guess"}, "mode="),
         ({"id": "a", "prompt": "q", "answer": "1", "choices": "AB"}, '"choices" must'),
         ({"id": "a", "messages": [{"role": "robot", "content": "q"}], "answer": "1"}, '"messages" must'),
         ({"id": "a", "messages": [{"role": "assistant", "content": "q"}], "answer": "1"}, '"messages" must'),

@@ -32,9 +32,9 @@ from megatron_t1.fields import FieldError
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
+from megatron_t1.rollout.chat_endpoint import NoAnswerError
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
-from megatron_t1.rollout.endpoint import NoAnswerError
 from megatron_t1.servers.servers import Servers
 from tests.forks import ROOT
 from tests.scripted import ScriptedEndpoint, serving

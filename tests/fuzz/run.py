@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.readers import Reader, ToldError
+from tests.fuzz.reader import Reader, ToldError
 
 _SECONDS, _BYTES = 20, 2 << 30
 _OURS = str(Path(__file__).parents[2] / "megatron_t1")

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from tests.fuzz.readers import Reader, all_readers
+from tests.fuzz.reader import Reader
+from tests.fuzz.readers import all_readers
 from tests.fuzz.run import fuzz
 
 COUNT = {"tokenizer.json": 8, "tokenizer_config.json": 8, "chat_template": 8, "prompts": 30, "sft": 30, "texts": 30}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_t1.evaluation.figures import summarize
+from megatron_t1.evaluation.results import published
 from megatron_t1.files import write_json, write_jsonl, write_text
 from megatron_t1.report import plots
 from megatron_t1.report.report import MAX_CHARS, write_report
@@ -72,6 +73,8 @@ def run_dir(tmp_path: Path) -> Path:
         tmp_path / "rl/metrics.jsonl",
         [
             {"step": i, "reward": i / 9, "logprob_diff": 1e-5 * i, "penalty/repetition": 0.1, "other$": None}
+            | {"num_response_tokens": 40, "tokens_all_equal": 10}
+            | ({"kl_start": i / 3, "heldout/set": 0.5} if i % 2 else {})
             for i in range(1, 9)
         ],
     )
@@ -86,6 +89,7 @@ def run_dir(tmp_path: Path) -> Path:
         point = {"set": "heldout", "budget": 24, "mean_thinking_tokens": 20.0, "accuracy": 0.2, "interval": [0.1, 0.3],
                  "share_forced": 1}  # fmt: skip
         write_json(tmp_path / "scaling" / label / "points.json", [point, {**point, "budget": 48, "accuracy": 0.8}])
+        write_json(tmp_path / "scaling" / label / "summary_points.json", [{**point, "accuracy": 0.456}])
         one = {"num_samples": 1, "mean_tokens": 40.0, "accuracy": 0.2, "interval": [0.1, 0.3]}
         write_json(tmp_path / "scaling" / label / "majority.json", [one, {**one, "num_samples": 2, "accuracy": 0.3}])
     summary = {"seconds": {"sft": 75.0, "total": 300.0}, "seed": 3, "versions": {"torch": "2.13.0", "apex": None}}
@@ -118,6 +122,10 @@ def test_every_part_is_there(run_dir: Path) -> None:
     for text in ("20.0%", "80.0%", "+60.0 points", "1 min 15 s", "rollout 29", "steps: 60 # <b>", "2.13.0", "other$"):
         assert text in page.text or any(text == attrs.get("alt") for _, attrs in page.tags), text
     assert "(5 more characters)" in page.text
+    for text in ("25.0% of all generated tokens", "sft, by summary", "45.6%"):
+        assert text in page.text
+    alts = [attrs.get("alt") for _, attrs in page.tags]
+    assert {"Reward against KL to the starting policy", "Held-out accuracy"} <= set(alts)
 
 
 def test_hostile_text_stays_text_and_nothing_is_loaded(run_dir: Path) -> None:
@@ -198,3 +206,8 @@ def test_only_a_loss_is_called_one() -> None:
     rl, sft = {"step": 1, "loss": 0.1, "pg_loss": 0.2, "kl_loss": 9.0}, {"step": 1, "loss": 1.5, "nll": 1.5}
     titles = [[plot.title for part in plots.learning_curves([row]).values() for plot in part] for row in (rl, sft)]
     assert titles == [["Surrogates (only their gradients mean something)"], ["Negative log-likelihood (nats a token)"]]
+
+
+def test_published_figures_stand_beside_the_papers_sets_alone() -> None:
+    assert published([{"set": "ours"}, {"set": "gpqa"}, {"set": "math500"}])["T1 (Qwen2.5-32B)"] == ["92.4", "56.1", ""]
+    assert published([{"set": "ours"}]) == {}

@@ -20,9 +20,9 @@ from megatron_t1.data.config import DataConfig
 from megatron_t1.data.prompts import load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.reward.config import RewardConfig
-from megatron_t1.rollout import endpoint
+from megatron_t1.rollout import chat_endpoint
+from megatron_t1.rollout.chat_endpoint import EndpointError
 from megatron_t1.rollout.config import EndpointConfig
-from megatron_t1.rollout.endpoint import EndpointError
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
 from megatron_t1.synthesize.filters import corrects
@@ -138,7 +138,7 @@ def test_a_chain_holds_a_failure_and_its_correction(thinking: str, wrong: list[s
 def test_trouble_changes_nothing_and_a_second_run_asks_nothing(
     questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "_MAX_PAUSE_S", 0.2)
+    monkeypatch.setattr(chat_endpoint, "_MAX_PAUSE_S", 0.2)
     with serving(ScriptedEndpoint(solver)) as server:
         synthesize(config(questions, tmp_path / "calm", server.url))
     with serving(ScriptedEndpoint(solver, trouble=0.3)) as server:

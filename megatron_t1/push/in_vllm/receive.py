@@ -151,6 +151,7 @@ class Engine(WeightTransferEngine[Init, Update]):
         began = time.monotonic()
         if self.group is None or self.group.token != update_info.token:
             raise GroupError("this worker is in another one")
+        self._check_count(update_info.digests)
         bad: list[PieceSpec] = []
         weights = collective.receive(self.group, self.layout, self.device, update_info.digests, bad)
         try:
@@ -170,8 +171,7 @@ class Engine(WeightTransferEngine[Init, Update]):
     def _verify(self, digests: list[str], buffer: torch.Tensor) -> None:
         """Raises ValueError for pieces whose bytes differ."""
         pieces = self.layout.pieces
-        if len(digests) != len(pieces):
-            raise ValueError(f"{len(digests)} digests for {len(pieces)} pieces")
+        self._check_count(digests)
 
         def agrees(piece: PieceSpec, expected: str) -> bool:
             return digest(piece.view(buffer), expected.partition(":")[0]) == expected
@@ -179,6 +179,10 @@ class Engine(WeightTransferEngine[Init, Update]):
         with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
             results = list(pool.map(agrees, pieces, digests))
         self._refuse([piece for piece, good in zip(pieces, results, strict=True) if not good])
+
+    def _check_count(self, digests: list[str]) -> None:
+        if len(digests) != len(self.layout.pieces):
+            raise ValueError(f"{len(digests)} digests for {len(self.layout.pieces)} pieces")
 
     def _refuse(self, bad: list[PieceSpec]) -> None:
         """Raises ValueError that names the first tensors, and the trainer ranks they came from."""

@@ -235,10 +235,11 @@ class Pool:
     def _end_late(self, grader: Grader) -> None:
         job, used_s = grader.jobs[0], grader.used_cpu_s()
         if used_s < self._deadline_s:
-            warn(
-                f"grading: {job.name} is stuck for {grader.busy_s:.0f} s in process {grader.pid}, which used "
-                f"{used_s:.2f} CPU seconds; it is tried again by another (attempt {job.attempts} of {MAX_ATTEMPTS})"
-            )
+            if grader.busy_s > self._stuck_s:  # else it died since its time was read
+                warn(
+                    f"grading: {job.name} is stuck for {grader.busy_s:.0f} s in process {grader.pid}, which used "
+                    f"{used_s:.2f} CPU seconds; it is tried again by another (attempt {job.attempts} of {MAX_ATTEMPTS})"
+                )
             self._lose(grader)
             return
         self.num_kills += 1

@@ -28,7 +28,7 @@ from typing import Any
 import aiohttp
 
 from megatron_t1.rollout.config import EndpointConfig
-from megatron_t1.rollout.heap import frozen_heap
+from megatron_t1.rollout.frozen_heap import frozen_heap
 from megatron_t1.types import FinishReason, Message
 from megatron_t1.warn import warn
 

@@ -1,4 +1,4 @@
-"""The garbage collector's view of what is loaded."""
+"""What is loaded, kept out of garbage collection while requests are in flight."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_t1.rollout import endpoint
+from megatron_t1.rollout import chat_endpoint
+from megatron_t1.rollout.chat_endpoint import ChatEndpoint, EndpointError, NoAnswerError, RefusedError, Reply
 from megatron_t1.rollout.config import EndpointConfig
-from megatron_t1.rollout.endpoint import ChatEndpoint, EndpointError, NoAnswerError, RefusedError, Reply
 from tests.scripted import TROUBLES, ScriptedEndpoint, serving
 
 
@@ -35,7 +35,7 @@ def ask_all(cfg: EndpointConfig, texts: list[str], **options: Any) -> tuple[list
 
 def test_every_kind_of_trouble_is_ridden_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """300 requests, each in trouble up to twice: all are answered, with the right text, once."""
-    monkeypatch.setattr(endpoint, "_MAX_PAUSE_S", 0.2)
+    monkeypatch.setattr(chat_endpoint, "_MAX_PAUSE_S", 0.2)
     texts = [f"question {i}" for i in range(300)]
     with serving(ScriptedEndpoint(echo, trouble=0.5)) as server:
         replies, client = ask_all(EndpointConfig(urls=(server.url,), timeout_s=3.0, max_in_flight=64), texts)
@@ -114,14 +114,14 @@ def test_requests_say_what_was_asked_for_and_nothing_else() -> None:
 
 def test_an_answer_that_ended_at_once_is_empty_and_no_garbage() -> None:
     reply: dict[str, Any] = {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}
-    with pytest.raises(endpoint._GarbageError):
-        endpoint._parse(reply, "")
-    assert endpoint._parse(reply | {"usage": {"prompt_tokens": 5, "completion_tokens": 1}}, "").text == ""
+    with pytest.raises(chat_endpoint._GarbageError):
+        chat_endpoint._parse(reply, "")
+    assert chat_endpoint._parse(reply | {"usage": {"prompt_tokens": 5, "completion_tokens": 1}}, "").text == ""
 
 
 def test_a_prefill_is_continued_and_a_thinking_apart_is_put_back() -> None:
     reply = {"choices": [{"message": {"content": "b", "reasoning_content": "t"}, "finish_reason": "stop"}]}
-    parsed = endpoint._parse(reply, "a")
+    parsed = chat_endpoint._parse(reply, "a")
     assert (parsed.text, parsed.num_tokens) == ("a<think>t</think>b", 0)
     bodies: list[dict[str, Any]] = []
 
@@ -147,11 +147,11 @@ def test_a_prefill_is_continued_and_a_thinking_apart_is_put_back() -> None:
     ],
 )
 def test_retry_after(header: str | None, seconds: float) -> None:
-    assert endpoint._retry_after_s(header) == seconds
+    assert chat_endpoint._retry_after_s(header) == seconds
 
 
 def test_a_reply_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_MAX_REPLY_BYTES", 1000)
+    monkeypatch.setattr(chat_endpoint, "_MAX_REPLY_BYTES", 1000)
     with serving(ScriptedEndpoint(lambda body: "x" * 2000)) as server:
         (reply,), client = ask_all(EndpointConfig(urls=(server.url,), max_retries=0), ["x"])
     assert isinstance(reply, NoAnswerError)
@@ -159,7 +159,7 @@ def test_a_reply_without_end_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parsed(message: dict[str, Any], finish: Any = "stop") -> Reply:
-    return endpoint._parse({"choices": [{"message": message, "finish_reason": finish}]}, "")
+    return chat_endpoint._parse({"choices": [{"message": message, "finish_reason": finish}]}, "")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_content_in_parts_is_put_together(content: Any, text: str) -> None:
     "content", [["a"], [{"type": "image_url"}], [{"type": "text", "text": 3}], {"text": "a"}, 3, [[]], []]
 )
 def test_content_that_is_no_text_is_asked_for_again(content: Any) -> None:
-    with pytest.raises(endpoint._GarbageError):
+    with pytest.raises(chat_endpoint._GarbageError):
         parsed({"content": content})
 
 
@@ -239,7 +239,7 @@ def test_endpoints_are_asked_through_the_proxy_of_the_environment(monkeypatch: p
         "http://127.0.0.1:8000": None,
         "http://localhost:8000": None,
     }
-    assert {url: endpoint._proxy_of(url) for url in proxies} == proxies
+    assert {url: chat_endpoint._proxy_of(url) for url in proxies} == proxies
     assert set(ChatEndpoint(EndpointConfig(urls=("http://10.0.0.1",)), direct=True)._proxies.values()) == {None}
     (reply,), _ = ask_all(EndpointConfig(urls=("http://api.example",), max_retries=0), ["x"])
     assert "proxy:3129" in str(reply)
