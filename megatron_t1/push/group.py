@@ -3,8 +3,8 @@
 torch's default group is the trainer's in the one process and vLLM's in the other, so this one has a store of its own:
 its members leave their addresses at a `Meeting`, which wants the push's token first, listens where `tcp` does and holds
 bytes that nobody unpickles. Every wait has a deadline, after which, or once any member is gone, the group is broken: it
-is closed, and whoever is left makes a new one. Left out: encryption, as in `tcp`; and the connections of gloo and NCCL
-among members know no token, so that the network has to be a trusted one.
+is closed, and whoever is left makes a new one. Left out: encryption, as in `tcp`; and the connections that gloo and
+NCCL make among members then know no token, so that the network has to be a trusted one.
 """
 
 from __future__ import annotations
