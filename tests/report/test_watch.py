@@ -81,20 +81,32 @@ def test_silence_and_the_end_are_said(run_dir: Path) -> None:
         os.utime(run_dir / "rl" / name, (long_ago, long_ago))
     assert "SILENT for 2.0 h" in run.says()
     (run_dir / "rl/hf").mkdir()
+    assert "SILENT" in run.says(), "the model of an earlier, shorter run"
+    append_jsonl(run_dir / "rl/metrics.jsonl", [step(100)])
+    run.look()
     assert run.says().endswith("finished")
+
+
+def test_rl_is_waited_for_after_fine_tuning(run_dir: Path) -> None:
+    (run_dir / "rl/metrics.jsonl").unlink()
+    (run_dir / "sft/hf").mkdir()
+    run = Run(run_dir)
+    run.look()
+    assert run.stage == "sft"
+    assert not run.finished
 
 
 def test_without_a_terminal_it_prints_a_line_a_step(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     def while_asleep(seconds: float) -> None:
-        append_jsonl(run_dir / "rl/metrics.jsonl", [step(41)])
+        append_jsonl(run_dir / "rl/metrics.jsonl", [step(100)])
         (run_dir / "rl/hf").mkdir()
 
     monkeypatch.setattr(watch.time, "sleep", while_asleep)
     watch.watch(run_dir)
     said = capsys.readouterr().out
-    assert said.rstrip().endswith("rl step 41: reward 4.1")
+    assert said.rstrip().endswith("rl step 100: reward 10")
     assert "\x1b" not in said
     with pytest.raises(ValueError, match="is not there"):
         watch.watch(run_dir / "nothing")
