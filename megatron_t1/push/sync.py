@@ -30,7 +30,7 @@ from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import HFFolder
-from megatron_t1.weights.plan import Plan
+from megatron_t1.weights.plan import Plan, fingerprint
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class WeightSync:
         self._transport = open_transport(self.plan, self.layout, self.ranks, cfg, servers)
         self._fanout = Fanout(servers) if servers is not None else None
         self.fingerprint = ""
-        """Digest of the numbers of the last push, the same on all ranks and for every layout."""
+        """On rank 0: digest of the numbers of the last push, the same for every layout."""
         self._version: int | None = None
         self._digests: list[str] = []
         self._pending: Future[float] | None = None
@@ -94,10 +94,12 @@ class WeightSync:
         if self._pending is not None:
             wait([self._pending])  # servers may still read the file that is written next
         self._began = time.monotonic()
-        self.fingerprint = self.plan.fingerprint()
+        share = self.plan.share_of_fingerprint()
         digests = self._transport.prepare()
         written = time.monotonic()
-        gathered = [iter(of_rank) for of_rank in self.ranks.to_0("write", digests)]
+        of_ranks = self.ranks.to_0("write", [share, *digests])
+        self.fingerprint = fingerprint(share for share, *_ in of_ranks)
+        gathered = [iter(of_rank) for _, *of_rank in of_ranks]
         owners = [part.rank for tensor in self.plan.tensors for part in tensor.parts] if gathered else []
         self._digests = [next(gathered[rank]) for rank in owners]
         self._seconds = {"write": written - self._began, "ranks": time.monotonic() - written}

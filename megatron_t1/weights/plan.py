@@ -141,17 +141,21 @@ class Plan:
 
         A sum of the numbers' bits, weighted by tensor: it tells weights apart that a step or a rounding changed.
         """
+        share = self.share_of_fingerprint()
+        shares = [share] * (dist.get_world_size(self._group) if dist.is_initialized() else 1)
+        if dist.is_initialized():
+            dist.all_gather_object(shares, share, group=self._group)
+        return fingerprint(shares)
+
+    def share_of_fingerprint(self) -> int:
+        """What this rank's pieces add to the fingerprint."""
         total = 0
         for (name, _), piece in self._mine.items():
             bits = piece.view.contiguous().view(_BITS[piece.dtype.itemsize])
             # torch's own sum on the CPU makes a copy of all as int64 first, and takes seven times as long.
             added = bits.sum(dtype=torch.int64) if bits.is_cuda else bits.numpy().sum(dtype=np.int64)
             total += int(added) * (2 * zlib.crc32(name.encode()) + 1)
-        totals = [total]
-        if dist.is_initialized():
-            totals = [0] * dist.get_world_size(self._group)
-            dist.all_gather_object(totals, total, group=self._group)
-        return f"{sum(totals) % (1 << 128):032x}"
+        return total
 
     def gather(self, dst: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
         """Collective: rank `dst` gets (name, whole tensor on the CPU) one after the other, the others get nothing.
@@ -190,3 +194,8 @@ def _check_coverage(name: str, shape: tuple[int, ...], indices: list[tuple[tuple
     )
     if overlap or covered != math.prod(shape):
         raise ValueError(f"tensor {name} of shape {shape} is not covered exactly once by its parts {indices}")
+
+
+def fingerprint(shares: Iterable[int]) -> str:
+    """Of all ranks' shares."""
+    return f"{sum(shares) % (1 << 128):032x}"
