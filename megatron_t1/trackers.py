@@ -8,6 +8,7 @@ costs the run nothing.
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -87,6 +88,9 @@ class MLflow:
     """`log.mlflow` names the experiment; MLFLOW_TRACKING_URI says where, as for all programs of MLflow."""
 
     def __init__(self, experiment: str, identity: str, name: str, config: dict[str, Any]) -> None:
+        # Its calls are made between steps; by default a silent server is waited for, and asked again, for many minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
