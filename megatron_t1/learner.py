@@ -49,7 +49,6 @@ class Learner:
         self.anchor = Anchor(self.engine, cfg.anchor) if cfg.loss.kl_coef else None
         self.settings: dict[str, Any] = {}
         self.steps_done = 0
-        self._weights = [param for chunk in self.engine.chunks for param in chunk.parameters()]
         self._before: list[torch.Tensor] = []
 
     def resume(self, prompts: list[Prompt]) -> None:
@@ -84,7 +83,7 @@ class Learner:
         before_training()
         with watch("train"):
             if cfg.awaits_batches:
-                self._before = [weight.detach().cpu().clone() for weight in self._weights]
+                self._before = [tensor.detach().to("cpu", copy=True) for tensor in self.engine.tensors()]
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
             loss = partial(TOKEN_LOSSES[cfg.loss.token_loss], cfg=cfg.loss)
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
@@ -99,15 +98,11 @@ class Learner:
                 self.anchor.update()
 
     @contextlib.contextmanager
-    @torch.no_grad()
     def before_last_step(self) -> Iterator[None]:
         """Inside, the policy has the weights from before the last step, which servers were making a batch with."""
-        after = [weight.detach().cpu().clone() for weight in self._weights]
-        torch._foreach_copy_(self._weights, self._before)
-        try:
+        with self.engine.other_weights() as tensors:
+            torch._foreach_copy_(tensors, self._before)
             yield
-        finally:
-            torch._foreach_copy_(self._weights, after)
 
     def save(self, score: float) -> None:
         """A checkpoint of the steps done; `score`: how good they were, higher is better."""

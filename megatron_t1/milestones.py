@@ -9,14 +9,13 @@ kept: a run that resumes in the middle of one goes on with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megatron_t1.config import Config
+from megatron_t1.data.packing import sequences_of
 from megatron_t1.data.template import Template
 from megatron_t1.engine.step import Engine, ForwardEngine
 from megatron_t1.evaluation.evaluate import evaluate
@@ -24,7 +23,7 @@ from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.evaluation.samplers import ServerSampler
 from megatron_t1.rank0 import Rank0
 from megatron_t1.rollout.client import NoServerLeftError
-from megatron_t1.types import TrainSequence
+from megatron_t1.types import Group
 from megatron_t1.warn import warn
 
 
@@ -79,16 +78,17 @@ class Milestones:
             found[f"heldout/{name}"] = result.pass_at_1
         return found
 
-    def kl_to_start(self, step: int, sequences: Sequence[TrainSequence]) -> dict[str, float]:
+    def kl_to_start(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """KL(policy || starting policy) in nats a sample, from the first sample of every prompt; {} when none is due.
 
         On policy those are its own samples, so that the mean of their log-ratios is unbiased (top_p and min_p aside).
         """
         if not self.due(step):
             return {}
-        firsts = list({sequence.group: sequence for sequence in reversed(sequences)}.values())
+        firsts = sequences_of([Group(prompt=group.prompt, samples=group.samples[:1]) for group in groups])
         policy = self._engine.logprobs(firsts)
-        with starting_weights(self._engine, self._start):
+        with self._engine.other_weights():
+            ForwardEngine.load_weights(self._engine, self._start)  # an Engine's own would tell the optimizer
             start = self._engine.logprobs(firsts)
         return log_ratio_metrics(policy, start)
 
@@ -97,21 +97,6 @@ class Milestones:
         every = self._cfg.rl.snapshot_every
         if every and step % every == 0:
             self._engine.save_hf(Path(self._cfg.run_dir) / "rl" / "snapshots" / f"step_{step:06d}")
-
-
-@contextmanager
-def starting_weights(engine: ForwardEngine, folder: Path) -> Iterator[None]:
-    """The engine's model has the weights of `folder` for a while; its own wait in host memory. The optimizer is not
-    told: no step may be taken meanwhile."""
-    tensors = [tensor for chunk in engine.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
-    held = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-    try:
-        ForwardEngine.load_weights(engine, folder)
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, own in zip(tensors, held, strict=True):
-                tensor.copy_(own)
 
 
 def log_ratio_metrics(policy: Sequence[np.ndarray], start: Sequence[np.ndarray]) -> dict[str, float]:

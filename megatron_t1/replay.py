@@ -102,8 +102,8 @@ def _load_before(learner: Learner, step: int) -> None:
 def _weights_of(batches: Batches, number: int) -> str:
     weights = batches.bank.weights_of(number)
     if weights is None:
-        there = [int(path.stem.removeprefix("step_")) + 1 for path in sorted(batches.bank.folder.glob("step_*.jsonl"))]
-        kept = f"steps {there[0]} to {there[-1]} are" if there else "none is"
+        there = batches.bank.steps()
+        kept = f"steps {there[0] + 1} to {there[-1] + 1} are" if there else "none is"
         raise ValueError(
             f"the samples of step {number + 1} are not stored in {batches.bank.folder}; {kept}. They are kept as long "
             "as one of the newest rl.checkpoint.keep checkpoints is older"

@@ -19,7 +19,6 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.config import Config
-from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.learner import Learner
@@ -170,7 +169,7 @@ class Trainer:
         with watch("generate"):  # at a lag, what is left of it
             batch = self._collect()
         with watch("measure"):
-            measured = self._measure() | self.milestones.kl_to_start(self.steps_done, sequences_of(batch.groups))
+            measured = self._measure() | self.milestones.kl_to_start(self.steps_done, batch.groups)
         # Asked to stop meanwhile: the samples wait in the bank, and training would take longest.
         metrics = self.learner.learn(batch.groups, before_training=partial(self._on_main, lambda: None))
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.

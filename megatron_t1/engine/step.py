@@ -61,6 +61,23 @@ class ForwardEngine:
         else:
             hf_io.load(self.pieces(), folder, self.spec.carried)
 
+    @contextlib.contextmanager
+    def other_weights(self) -> Iterator[list[torch.Tensor]]:
+        """Inside, the tensors of `tensors`, which it hands out, may be given other numbers; their
+        own wait in host memory and come back. The optimizer is not told: no step may be taken meanwhile."""
+        tensors = self.tensors()
+        own = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+        try:
+            with torch.no_grad():
+                yield tensors
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(tensors, own)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The live parameters and buffers of this rank's chunks."""
+        return [tensor for chunk in self.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+
     def save_hf(self, out_dir: Path) -> None:
         hf_io.save(self.pieces(), Path(self.model_config.hf_path), out_dir, carried=self.spec.carried)
 

@@ -78,10 +78,13 @@ class Bank:
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}.jsonl"
 
+    def steps(self) -> list[int]:
+        """Those of which samples are here, in order."""
+        return sorted(int(match[1]) for path in self.folder.glob("step_*") if (match := _STEP.match(path.name)))
+
     def _drop(self, which: Callable[[int], bool]) -> None:
-        for path in self.folder.glob("step_*.jsonl"):
-            if (match := _STEP.match(path.name)) and which(int(match[1])):
-                path.unlink()
+        for step in filter(which, self.steps()):
+            self._path(step).unlink()
 
 
 class StepBank:
