@@ -13,7 +13,7 @@ from benchmarks.gpu.results import Check, relative
 from benchmarks.gpu.trainer import engine_of, num_targets, start
 from megatron_t1.algo.config import LossConfig
 from megatron_t1.algo.loss import t1_token_loss
-from megatron_t1.engine import checkpoint
+from megatron_t1.engine import checkpoint, saving
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig
 from megatron_t1.engine.prescore import prescore
@@ -58,7 +58,7 @@ def resume(check: Check) -> None:
             for _ in range(2):
                 engine, anchor = build(folder, dtype, layers, fields)
                 _advance(engine, anchor, 2)
-                path = checkpoint.save(base / "ck", 2, engine, anchor, {}, CheckpointConfig(), score=0.0)
+                path = saving.save(base / "ck", 2, engine, anchor, {}, CheckpointConfig(), score=0.0)
                 _advance(engine, anchor, 2)
                 runs.append(_state(engine, anchor))
             engine, anchor = build(folder, dtype, layers, fields)

@@ -57,7 +57,7 @@ def main() -> None:
     from megatron.core import parallel_state as mpu
 
     from megatron_t1.algo.loss import sft_token_loss
-    from megatron_t1.engine import checkpoint
+    from megatron_t1.engine import checkpoint, saving
     from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
@@ -91,7 +91,7 @@ def main() -> None:
                 save_file(results, result / "results")
             if parallel.distributed_optimizer:
                 cfg = checkpoint.CheckpointConfig()
-                checkpoint.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
+                saving.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
         mpu.destroy_model_parallel()
 
 
