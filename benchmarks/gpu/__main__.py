@@ -33,12 +33,12 @@ LANES = (
     ("convert",),
 )
 """Checks of one lane run one after the other, lanes side by side."""
-ALONE = ("step", "head", "memory", "memory_local", "share")
+ALONE = ("step", "head", "memory", "memory_local", "share", "turns")
 MODULES = {
     "machine": "machine", "families_bf16": "families", "families_local": "families", "kernels": "kernels",
     "resume": "resume", "packing": "families", "push": "commands", "push_graphs": "commands", "loop": "commands",
     "convert": "commands", "step": "step", "head": "head", "memory": "step", "memory_local": "step",
-    "share": "share",
+    "share": "share", "turns": "commands",
 }  # fmt: skip
 LIMIT_S = 600
 

@@ -8,6 +8,7 @@ tensors, which parts views from their buffers, and pin nothing of the optimizer'
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
@@ -81,7 +82,8 @@ class Offload:
         sizes = [storage.nbytes() for storage in storages]
         ends = list(accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
         if ends[-1] > self._host.numel():
-            self._host = _pinned(ends[-1], instead_of=self._host)
+            self._host = torch.empty(0, dtype=torch.uint8)  # before there is more
+            self._host = _pinned(ends[-1])
         return (self._host[begin : begin + size] for begin, size in zip(ends, sizes, strict=False))
 
 
@@ -102,23 +104,22 @@ def _optimizer_tensors(engine: Engine) -> Iterator[torch.Tensor]:
 
 
 def _storages_of(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage]:
+    """By address. What NumPy has seen on the CPU, as an export's weights, can't be emptied any more and stays."""
     storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
+    return {storage.data_ptr(): storage for storage in storages if storage.nbytes() and storage.resizable()}
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _pinned(num_bytes: int, *, instead_of: torch.Tensor) -> torch.Tensor:
+def _pinned(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] on the host. torch's own pinned memory is rounded up to a power of two."""
-    if not torch.cuda.is_available():
-        return torch.empty(num_bytes, dtype=torch.uint8)
-    if instead_of.numel():
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(instead_of.data_ptr()))
-        instead_of.set_()
     host = torch.empty(num_bytes, dtype=torch.uint8)
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), num_bytes, 0))
+    if torch.cuda.is_available():
+        cudart = torch.cuda.cudart()
+        torch.cuda.check_error(cudart.cudaHostRegister(host.data_ptr(), num_bytes, 0))
+        weakref.finalize(host, cudart.cudaHostUnregister, host.data_ptr()).atexit = False
     return host
 
 
