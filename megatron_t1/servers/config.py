@@ -46,8 +46,7 @@ class RolloutConfig:
     each, and the trainer needs room in the rest. Weights go through the host's memory: NCCL refuses two on one GPU."""
     sleep: bool = False
     """With `share_gpus`, servers give their GPU memory back while the trainer trains (vLLM's sleep, level 2), and get
-    weights with the next push: `gpu_memory_utilization` is then a share of what the trainer leaves while they generate.
-    """
+    weights with the next push: `gpu_memory_utilization` may then be all that the trainer leaves while they generate."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that a server may fill (GPU only)."""
     tp: int = 1
