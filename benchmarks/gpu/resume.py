@@ -27,8 +27,13 @@ VARIANTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "fp32": ("Qwen2ForCausalLM", "float32", "auto", {}),
     "fp8": ("Qwen2ForCausalLM", "bfloat16", "auto", {"fp8": "hybrid"}),
     "moe": ("Qwen3MoeForCausalLM", "bfloat16", "auto", {}),
+    "moe, four experts a token": ("Glm4MoeForCausalLM", "bfloat16", "auto", {}),
 }
 """Architecture, precision, layers, fields of model.transformer"""
+SIZES = {
+    "Qwen2ForCausalLM": {"hidden_size": 256, "intermediate_size": 512},
+    "Glm4MoeForCausalLM": {"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
+}
 
 
 def resume(check: Check) -> None:
@@ -45,7 +50,7 @@ def resume(check: Check) -> None:
         if check.smoke and name not in ("bf16 local", "fp32"):
             continue
         with check.case(name):
-            sizes = {} if architecture.startswith("Qwen3Moe") else {"hidden_size": 256, "intermediate_size": 512}
+            sizes = SIZES.get(architecture, {})
             base = check.work / name.replace(" ", "_")
             shutil.rmtree(base, ignore_errors=True)
             folder = make_tiny(architecture, base / "hf", vocab_size=321, init_std=0.1, dtype=dtype, **sizes)

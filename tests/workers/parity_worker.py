@@ -2,7 +2,8 @@
 gradients and norm, for the tests.
 
 argv: folder of the checkpoints, folder for the results, {layout: [ParallelConfig fields, [family, ...]]} as JSON. With
-the distributed optimizer a layout saves a checkpoint; `checkpoint_of` another layout loads and exports that.
+the distributed optimizer a layout saves a checkpoint; `checkpoint_of` another layout loads and exports that;
+`model` has ModelConfig's fields.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
 
     def local(hidden, head, microbatch):
         logits = select(hidden, head, microbatch.target_positions) @ head.weight[: head.num_rows].T
-        return head.vocab_start, microbatch.sample_index.tolist(), logits.numpy()
+        return head.vocab_start, microbatch.sample_index.tolist(), logits.float().cpu().numpy()
 
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, engine.map_hidden(engine.chunks, microbatches, local))
@@ -63,13 +64,13 @@ def main() -> None:
     from megatron_t1.weights.plan import Plan
 
     for layout, (fields, families) in layouts.items():
-        resumed = fields.pop("checkpoint_of", None)
+        resumed, model = fields.pop("checkpoint_of", None), fields.pop("model", {})
         parallel = ParallelConfig(**{"max_tokens_per_microbatch": 120, "distributed_optimizer": False, **fields})
         initialize(parallel, platform, 0)
         for family in families:
             folder, result = checkpoints / family, out / layout / family
             engine = Engine(
-                ModelConfig(hf_path=str(folder), dtype="float32"), parallel,
+                ModelConfig(hf_path=str(folder), **{"dtype": "float32", **model}), parallel,
                 OptimConfig(lr=LR, clip_grad=CLIP_GRAD, adam_eps=ADAM_EPS), platform, total_steps=2, temperature=1.0,
             )  # fmt: skip
             if resumed:
