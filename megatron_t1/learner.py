@@ -20,6 +20,7 @@ from megatron_t1.config import Config
 from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.anchor import Anchor
+from megatron_t1.engine.offload import Offload
 from megatron_t1.engine.parallel import is_main
 from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
@@ -49,6 +50,7 @@ class Learner:
         )
         self.engine.load_weights(Path(cfg.model.hf_path))
         self.anchor = Anchor(self.engine, cfg.anchor) if cfg.loss.kl_coef else None
+        self.offload = Offload(self.engine, self.anchor)
         self.settings: dict[str, Any] = {}
         self.steps_done = 0
         self._before: list[torch.Tensor] = []

@@ -109,7 +109,7 @@ def seconds_of(
     if command == "sft":
         tokens = cfg.sft.batch_size * longest.get("sft", cfg.parallel.max_tokens_per_microbatch)
         return {"train": estimate.train_seconds(sizes, layout, gpu, tokens)}
-    return estimate.step_seconds(
+    seconds = estimate.step_seconds(
         sizes,
         layout,
         gpu,
@@ -124,3 +124,13 @@ def seconds_of(
         utilization=cfg.rollout.gpu_memory_utilization,
         score_passes=(cfg.loss.kl_coef > 0) + cfg.loss.scores_policy,
     )
+    if cfg.takes_turns:
+        moved = estimate.moved_bytes(fullest(sizes, layout), layout, cfg.parallel.offload)
+        seconds["turns"] = estimate.turn_seconds(moved, gpu, sleep=cfg.rollout.sleep)
+    return seconds
+
+
+def fullest(sizes: estimate.Sizes, layout: estimate.Layout) -> dict[str, float]:
+    """`stage_memory` of the pipeline stage that takes most."""
+    stages = (estimate.stage_memory(sizes, layout, number) for number in range(layout.pipeline))
+    return max(stages, key=lambda parts: sum(parts.values()))

@@ -108,6 +108,9 @@ class ParallelConfig:
     """Shard the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Sum gradients over the data-parallel ranks bucket by bucket during the last backward, not after it."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What the trainer moves to pinned host memory while servers generate (`rollout.share_gpus`): optimizer state and
+    the anchor, with `all` the weights too. Gradients and activations take no room then. Pays with `rollout.sleep`."""
     max_tokens_per_microbatch: int = 16384
     """Packing limit: tokens in one forward pass of one data-parallel rank, prompts and padding included."""
     timeout_s: float = 21600.0

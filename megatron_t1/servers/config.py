@@ -44,6 +44,9 @@ class RolloutConfig:
     share_gpus: bool = False
     """Servers started here may use GPUs that trainer ranks have too: `gpu_memory_utilization` is then what they take of
     each, and the trainer needs room in the rest. Weights go through the host's memory: NCCL refuses two on one GPU."""
+    sleep: bool = False
+    """With `share_gpus`, servers give their GPU memory back while the trainer trains (vLLM's sleep, level 2), and get
+    weights with the next push: `gpu_memory_utilization` may then be all that the trainer leaves while they generate."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that a server may fill (GPU only)."""
     tp: int = 1
@@ -98,6 +101,8 @@ class RolloutConfig:
             raise FieldError("gpu_memory_utilization", self.gpu_memory_utilization, "must lie in (0, 1]")
         if self.share_gpus and self.transport == "collective":
             raise FieldError("transport", "collective", "must be auto, shm or tcp with rollout.share_gpus")
+        if self.sleep and not self.share_gpus:
+            raise FieldError("sleep", True, "needs rollout.share_gpus: nobody else would use the memory")
         if self.await_servers and self.urls:
             raise FieldError("await_servers", self.await_servers, "and rollout.urls exclude each other")
         http_only(self, "urls")

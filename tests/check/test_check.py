@@ -21,6 +21,7 @@ from megatron_t1.cli.main import main
 from megatron_t1.cli.options import parse, read
 from megatron_t1.config import Config, dump
 from megatron_t1.models import spec_of
+from megatron_t1.servers.config import RolloutConfig
 from tests.forks import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 
@@ -220,8 +221,37 @@ def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None
     found = Findings()
     _needs(fits, spec, "rl", machines, longest, found)
     assert not [problem for problem in found.problems if "shared" in problem]
+    assert "set parallel.offload = all and rollout.sleep = true, or" in refused.problems[0]
     with pytest.raises(ValueError, match="share no GPU"):
         Machines(nodes=4, vllm_nodes=2, share_gpus=True)
+
+
+def test_turns_leave_a_shared_gpu_to_who_has_it(tmp_path: Path) -> None:
+    """Weights of 4 GB stay, 10 bytes a parameter move: float32 weights and moments of one of two ranks, the average."""
+    cfg, machines = at(tmp_path, nodes=4, share_gpus=True)
+    spec, longest = spec_of(tmp_path), {"train": 200}
+    sizes, layout = estimate.Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
+    parts = estimate.stage_memory(sizes, layout, 0)
+    weights = sizes.total / 16 * 2
+    assert estimate.kept_bytes(parts, "optimizer") == pytest.approx(weights, rel=0.01)
+    assert estimate.moved_bytes(parts, layout, "optimizer") == pytest.approx(5 * weights, rel=0.01)
+    assert estimate.moved_bytes(parts, layout, "all") == pytest.approx(6 * weights, rel=0.01)
+    rollout = replace(cfg.rollout, share_gpus=True, gpu_memory_utilization=0.89)
+    parallel = replace(cfg.parallel, offload="optimizer")
+    for sleep in (False, True):
+        turns = replace(cfg, rollout=replace(rollout, sleep=sleep), parallel=parallel)
+        found = Findings()
+        _needs(turns, spec, "rl", machines, longest, found)
+        assert sleep == (not [problem for problem in found.problems if "shared" in problem]), found.problems
+        assert sleep != any("gives the servers nothing" in warning for warning in found.warnings)
+    added = seconds_of(turns, spec, "rl", machines, longest)["turns"]
+    assert added == pytest.approx(2 * 5 * weights / 38.4e9 + 2, rel=0.01)
+    for wrong, said in (
+        ({"rl": replace(turns.rl, lag=1)}, "rl.lag = 1 must be 0"),
+        ({"rollout": RolloutConfig()}, "parallel.offload = 'optimizer' needs rollout.share_gpus"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            replace(turns, **wrong)
 
 
 @pytest.mark.parametrize(
