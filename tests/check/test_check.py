@@ -112,7 +112,7 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "rollout.num_servers = 'many'",
         "num_attention_heads = 4 does not divide by parallel.tensor = 3",
         "num_query_groups = 2 neither divides parallel.tensor = 3",
-        "1 trainer processes do not divide by parallel.tensor x parallel.pipeline = 3 x 4",
+        "1 trainer processes do not divide by parallel.tensor x parallel.context x parallel.pipeline = 3 x 1 x 4",
         "nowhere.jsonl",
         "rollout.tp = 3 does not divide the 4 attention heads",
         "model.transformer = {'hidden_size': 3} sets ['hidden_size']",
