@@ -64,7 +64,8 @@ def pack(
     longest = max((s.num_tokens for s in sequences), default=0)
     if longest > limit:
         raise ValueError(
-            f"a sequence of {longest} tokens does not fit into a microbatch of {limit}; raise max_tokens_per_microbatch"
+            f"a sequence of {longest} tokens does not fit into a microbatch of {limit}"
+            f"{f' over {context_size} ranks' if context_size > 1 else ''}; raise max_tokens_per_microbatch"
         )
     lengths = [-(-s.num_tokens // chunks) * chunks for s in sequences]
     bins = _assign(lengths, limit, dp_size * count_multiple)

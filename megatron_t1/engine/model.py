@@ -60,6 +60,12 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config from the checkpoint's architecture, our precision and layout, and the user's extra fields."""
     dtype, te_layers = getattr(torch, cfg.dtype), takes_te_layers(cfg, platform)
+    kv_heads = max(1, spec.transformer["num_query_groups"] // parallel.tensor)
+    if cfg.transformer.get("cp_comm_type") == "a2a" and kv_heads % parallel.context:
+        raise ValueError(
+            f"model.transformer.cp_comm_type = a2a: the {kv_heads} KV heads of a rank do not divide by "
+            f"parallel.context = {parallel.context}; give p2p"
+        )
     fields: dict[str, Any] = {
         **spec.transformer,
         "params_dtype": dtype,
