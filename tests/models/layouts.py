@@ -35,6 +35,10 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
         "PP2 EP2": ({"pipeline": 2, "expert": 2}, MOE),
         "TP2 PP2": ({"tensor": 2, "pipeline": 2}, DENSE),
         "TP2 PP2 SP": ({"tensor": 2, "pipeline": 2, **SP}, FAMILIES),
+        "CP2 TP2 SP, EP4 of whole experts": (
+            {"context": 2, "tensor": 2, **SP, "expert": 4, "expert_tensor": 1, "max_tokens_per_microbatch": 64},
+            {"glm4_moe"},
+        ),
     },
 }
 RESUMED = "EP2 distributed optimizer"
