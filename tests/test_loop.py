@@ -128,10 +128,10 @@ def test_the_whole_pipeline_on_two_ranks(data, start_t1, t1, tmp_path):
     [
         ({"parallel.tensor": 2, "parallel.sequence_parallel": "true"}, 2),
         ({"parallel.pipeline": 2}, 2),
-        ({}, 2),
+        ({"parallel.context": 2}, 2),
         ({}, 1),
     ],
-    ids=["TP2 SP", "PP2", "DP2", "one process"],
+    ids=["TP2 SP", "PP2", "CP2", "one process"],
 )
 def test_rl_is_the_same_on_every_layout(layout, count, t1, tuned, server, tmp_path, request):
     """Three steps on each layout, all from the same weights and seeds: the same rewards, losses and exported model."""

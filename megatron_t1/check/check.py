@@ -279,12 +279,12 @@ def _needs(
     listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items() if value)
     found.facts.append(
         f"memory of the fullest trainer GPU: {total / 1e9:.3g} GB ({listed}); TP {layout.tensor}, "
-        f"PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens in a microbatch"
+        f"CP {layout.context}, PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens of a microbatch on a rank"
     )
     found.should(
         total < 0.95 * gpu.memory_bytes,
         f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
-        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch or full recomputation",
+        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch (more parallel.context) or full recomputation",
     )
     gpu_bytes, host_bytes = estimate.checkpoint_memory(sizes, layout, 0)
     ranks = machines.ranks(command) // machines.trainer_nodes(command)

@@ -1,9 +1,9 @@
 """What a run will need, from its configuration alone: bytes on each GPU by part, seconds of a step by stage.
 
 Memory. P parameters lie on a rank: layers / pipeline of them, each split by tensor but for the norms, and on the first
-and last stage their share of the vocabulary. b bytes hold a number in model.dtype, D is the data-parallel size (1 when
-parallel.distributed_optimizer is off), s the tokens of a microbatch, L the layers of a stage, t the tensor-parallel
-size, and u = t under sequence parallelism, else 1.
+and last stage their share of the vocabulary. b bytes hold a number in model.dtype, D is the data-parallel size times
+parallel.context (1 when parallel.distributed_optimizer is off), s the tokens of a microbatch on a rank, L the layers of
+a stage, t the tensor-parallel size, and u = t under sequence parallelism, else 1.
 
     weights      b P
     gradients    4 P                       float32, one buffer
@@ -167,6 +167,7 @@ class Layout:
     """How the trainer is laid out, and what one microbatch of it is."""
 
     tensor: int
+    context: int = 1
     pipeline: int
     data: int
     expert: int = 1
@@ -180,12 +181,17 @@ class Layout:
     local_layers: bool
     """Megatron's local layers with our norm and attention, not Transformer Engine's."""
     tokens: int
-    """Of a microbatch, padding included."""
+    """Of a microbatch on one rank, padding included."""
     microbatches: int
     """Of a step, on each data-parallel rank."""
     chunk_logits: int
     """Logits that the head holds at a time (algo.config.CHUNK_LOGITS)."""
     anchor: AnchorKind = "moving"
+
+    @property
+    def copies(self) -> int:
+        """Ranks with the same weights, over which the distributed optimizer spreads its state."""
+        return self.data * self.context
 
 
 def layers_of(sizes: Sizes, layout: Layout, stage: int) -> int:
@@ -213,7 +219,7 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     """Bytes on one rank of a pipeline stage, by part; the formulas are in the module's docstring."""
     b, p = _BYTES[layout.dtype], parameters(sizes, layout, stage)
     narrow = b < 4
-    shards = layout.data if layout.distributed_optimizer else 1
+    shards = layout.copies if layout.distributed_optimizer else 1
     t, u = layout.tensor, layout.tensor if layout.sequence_parallel else 1
     h, layers = sizes.hidden, layers_of(sizes, layout, stage)
     attention = b * (3 * sizes.query + 2 * sizes.key) / t
@@ -247,9 +253,9 @@ def checkpoint_memory(sizes: Sizes, layout: Layout, stage: int) -> tuple[float, 
     parts = stage_memory(sizes, layout, stage)
     gpu: float = sum(parts[name] for name in ("weights", "gradients", "optimizer", "anchor"))
     host: float = (12 + b + 4) * p
-    if layout.data > 1 and layout.distributed_optimizer:
-        gpu += 4 * p + 4 * p / layout.data
-        host += 8 * p + 12 * p / layout.data
+    if layout.copies > 1 and layout.distributed_optimizer:
+        gpu += 4 * p + 4 * p / layout.copies
+        host += 8 * p + 12 * p / layout.copies
     return gpu, host
 
 
@@ -349,7 +355,7 @@ def step_seconds(
 
 def pass_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, tokens: float) -> float:
     """One forward pass over `tokens` on all of the trainer's GPUs."""
-    gpus = layout.tensor * layout.pipeline * layout.data
+    gpus = layout.tensor * layout.pipeline * layout.copies
     bubble = 1 + (layout.pipeline - 1) / max(1, layout.microbatches)
     return 2 * sizes.active * tokens / (gpus * gpu.flops_per_s * _TRAIN_SHARE) * bubble
 

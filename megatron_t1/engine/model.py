@@ -60,6 +60,12 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config from the checkpoint's architecture, our precision and layout, and the user's extra fields."""
     dtype, te_layers = getattr(torch, cfg.dtype), takes_te_layers(cfg, platform)
+    kv_heads = max(1, spec.transformer["num_query_groups"] // parallel.tensor)
+    if cfg.transformer.get("cp_comm_type") == "a2a" and kv_heads % parallel.context:
+        raise ValueError(
+            f"model.transformer.cp_comm_type = a2a: the {kv_heads} KV heads of a rank do not divide by "
+            f"parallel.context = {parallel.context}; give p2p"
+        )
     fields: dict[str, Any] = {
         **spec.transformer,
         "params_dtype": dtype,
@@ -68,6 +74,7 @@ def transformer_config(
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "pipeline_model_parallel_layout": _pipeline_layout(spec, parallel),
+        "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
         "sequence_parallel": parallel.sequence_parallel,
@@ -157,6 +164,8 @@ def build_model(
             rotary_percent=spec.rotary_fraction,
             vp_stage=vp_stage,
         )
+        # With the group it would cut its table by rank, in which positions are still to be looked up.
+        model.rotary_pos_emb.cp_group = None
         model.to(device or platform.device)
         with torch.no_grad():
             for param in model.parameters():
@@ -177,12 +186,19 @@ def wrap_ddp(
 
 
 def packed_seq_params(microbatch: Microbatch, config: TransformerConfig, local: bool) -> PackedSeqParams:
+    context = config.context_parallel_size
     if local:
-        return LocalPackedSeqParams(microbatch.cu_seqlens, microbatch.max_seqlen)
+        rank = mpu.get_context_parallel_rank() if context > 1 else 0
+        return LocalPackedSeqParams(microbatch.cu_seqlens, microbatch.max_seqlen, rank, context)
+    # What pads a sequence counts as its last tokens: causality keeps them out of every other's result, and Transformer
+    # Engine has more kernels for streams without gaps. To cut the sequences it reads the padded bounds.
+    padded = microbatch.cu_seqlens if context > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=microbatch.cu_seqlens,
         cu_seqlens_kv=microbatch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=microbatch.max_seqlen,
         max_seqlen_kv=microbatch.max_seqlen,
     )

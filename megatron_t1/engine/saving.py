@@ -171,7 +171,7 @@ def _rotate(folder: Path, newest: Path, cfg: CheckpointConfig) -> None:
 
 def num_bytes(engine: Engine, anchor: Anchor | None) -> int:
     """Of the whole checkpoint: weights, float32 master weights and two moments, and the anchor's average."""
-    groups = mpu.get_data_parallel_group(), mpu.get_expert_data_parallel_group()
+    groups = mpu.get_data_parallel_group(with_context_parallel=True), mpu.get_expert_data_parallel_group()
     weights = 0
     for param in (param for chunk in engine.chunks for param in chunk.parameters()):
         # Megatron marks the parameters of experts so: they have other replicas than the rest.

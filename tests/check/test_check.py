@@ -113,7 +113,7 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "rollout.num_servers = 'many'",
         "num_attention_heads = 4 does not divide by parallel.tensor = 3",
         "num_query_groups = 2 neither divides parallel.tensor = 3",
-        "1 trainer processes do not divide by parallel.tensor x parallel.pipeline = 3 x 4",
+        "1 trainer processes do not divide by parallel.tensor x parallel.context x parallel.pipeline = 3 x 1 x 4",
         "nowhere.jsonl",
         "rollout.tp = 3 does not divide the 4 attention heads",
         "model.transformer = {'hidden_size': 3} sets ['hidden_size']",
@@ -297,6 +297,20 @@ def test_a_checkpoint_gathers_where_the_optimizer_is_spread(tmp_path: Path) -> N
     p = estimate.parameters(sizes, alone, 0)
     assert estimate.checkpoint_memory(sizes, alone, 0) == (24 * p, 18 * p)
     assert estimate.checkpoint_memory(sizes, spread, 0) == (18 * p + 6 * p, 18 * p + 14 * p)
+
+
+def test_context_ranks_are_planned_like_data_parallel_ones_for_samples_twice_as_long(tmp_path: Path) -> None:
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    spec, longest = spec_of(tmp_path), {"train": 200}
+    plain, shared = (replace(cfg, parallel=replace(cfg.parallel, pipeline=1, context=context)) for context in (1, 2))
+    layouts = [layout_of(each, spec, "rl", machines, longest) for each in (plain, shared)]
+    assert [(layout.context, layout.data, layout.copies) for layout in layouts] == [(1, 2, 2), (2, 1, 2)]
+    assert layouts[0] == replace(layouts[1], context=1, data=2)
+    parts = [estimate.stage_memory(estimate.Sizes.of(spec), layout, 0) for layout in layouts]
+    assert parts[0] == parts[1]
+    shared.parallel.check_fits(2 * 18432)
+    with pytest.raises(ValueError, match=r"36864 tokens .* microbatch of 18432; raise .* or parallel.context"):
+        plain.parallel.check_fits(2 * 18432)
 
 
 def test_a_dry_run_prints_what_the_batch_script_would_run(tmp_path: Path) -> None:

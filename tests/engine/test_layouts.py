@@ -31,9 +31,15 @@ LAYOUTS = {
     "DP2": (2, {"max_tokens_per_microbatch": 90, "distributed_optimizer": False}),
     "DP2 distributed optimizer": (2, {"max_tokens_per_microbatch": 90}),
     "DP2 overlap": (2, {"max_tokens_per_microbatch": 90, "distributed_optimizer": False, "overlap_grad_reduce": True}),
+    "CP2": (2, {"context": 2, "max_tokens_per_microbatch": 40, "distributed_optimizer": False}),
     "DP2 TP2": (4, {"tensor": 2, "max_tokens_per_microbatch": 90, "distributed_optimizer": False}),
     "TP2 PP2 SP": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "max_tokens_per_microbatch": 100,
                        "distributed_optimizer": False}),
+    "CP4": (4, {"context": 4, "max_tokens_per_microbatch": 64, "distributed_optimizer": False}),
+    "CP2 DP2": (4, {"context": 2, "max_tokens_per_microbatch": 48, "distributed_optimizer": False}),
+    "CP2 TP2 SP": (4, {"context": 2, "tensor": 2, "sequence_parallel": True, "max_tokens_per_microbatch": 64,
+                       "distributed_optimizer": False}),
+    "CP2 PP2": (4, {"context": 2, "pipeline": 2, "max_tokens_per_microbatch": 50, "distributed_optimizer": False}),
 }  # fmt: skip
 
 

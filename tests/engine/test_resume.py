@@ -64,7 +64,11 @@ def test_same_layout_is_bit_equal(straight, train, tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [({}, 1), ({"pipeline": 2}, 2)], ids=["one process", "PP2"])
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [({}, 1), ({"pipeline": 2}, 2), ({"context": 2}, 2)],
+    ids=["one process", "PP2", "CP2"],
+)
 def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, train, tmp_path):
     folder, _, _, metrics, weights = straight
     cut_after_three(folder, tmp_path)

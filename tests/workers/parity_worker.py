@@ -34,20 +34,18 @@ def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
 
     def local(hidden, head, microbatch):
         logits = select(hidden, head, microbatch.target_positions) @ head.weight[: head.num_rows].T
-        return head.vocab_start, microbatch.sample_index.tolist(), logits.float().cpu().numpy()
+        positions = microbatch.position_ids[microbatch.target_positions]
+        return head.vocab_start, microbatch.sample_index.tolist(), positions.tolist(), logits.float().cpu().numpy()
 
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, engine.map_hidden(engine.chunks, microbatches, local))
-    columns = defaultdict(dict)
-    for start, samples, logits in (part for parts in everyone for part in parts):
-        rows = defaultdict(list)
-        for sample, row in zip(samples, logits, strict=True):
-            rows[str(sample)].append(torch.from_numpy(row))
-        for sample, found in rows.items():
-            columns[sample][start] = torch.stack(found)
+    columns = defaultdict(lambda: defaultdict(dict))
+    for start, samples, positions, logits in (part for parts in everyone for part in parts):
+        for sample, position, row in zip(samples, positions, logits, strict=True):
+            columns[str(sample)][position][start] = torch.from_numpy(row)
     return {
-        sample: torch.cat([parts[start] for start in sorted(parts)], dim=1).contiguous()
-        for sample, parts in columns.items()
+        sample: torch.stack([torch.cat([parts[start] for start in sorted(parts)]) for _, parts in sorted(rows.items())])
+        for sample, rows in columns.items()
     }
 
 
