@@ -1,18 +1,16 @@
 """Whole sequences into microbatches: no padding inside, equal length over ranks and microbatches.
 
-Sequences are spread over (data-parallel rank, microbatch) bins, longest first into the emptiest bin, with the fewest
-bins that hold them all; the bins of a step then differ by little, and each is padded to the fullest one, because the
-pipeline schedule sends one fixed shape. The plan depends on the sequences and the layout alone, so every rank computes
-the same one and takes its share. Masked tokens (prompts, padding) are not targets: they never reach the head.
+`balance.py` says which sequences share a microbatch; each is padded to the fullest one, because the pipeline schedule
+sends one fixed shape. The plan depends on the sequences and the layout alone, so every rank computes the same one and
+takes its share. Masked tokens (prompts, padding) are not targets: they never reach the head.
 """
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 import torch
 
+from megatron_t1.data.balance import assign
 from megatron_t1.types import Group, Microbatch, TrainSequence
 
 
@@ -57,28 +55,10 @@ def pack(
         raise ValueError(
             f"a sequence of {longest} tokens does not fit into a microbatch of {limit}; raise max_tokens_per_microbatch"
         )
-    bins = _assign([s.num_tokens for s in sequences], limit, dp_size * count_multiple)
+    bins = assign([s.num_tokens for s in sequences], limit, dp_size, count_multiple)
     fullest = max(sum(sequences[i].num_tokens for i in members) for members in bins)
     num_tokens = max(multiple, -(-fullest // multiple) * multiple)
     return [_pack_one(sequences, members, num_tokens, device) for members in bins[dp_rank::dp_size]]
-
-
-def _assign(lengths: list[int], limit: int, multiple: int) -> list[list[int]]:
-    """Indices of the sequences in each bin; the number of bins is a multiple of `multiple` and as small as possible."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    num_bins = max(1, -(-sum(lengths) // (limit * multiple))) * multiple
-    while True:
-        heap = [(0, b) for b in range(num_bins)]
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        for i in order:
-            load, b = heapq.heappop(heap)
-            if load + lengths[i] > limit:
-                break
-            bins[b].append(i)
-            heapq.heappush(heap, (load + lengths[i], b))
-        else:
-            return bins
-        num_bins += multiple
 
 
 def _pack_one(
