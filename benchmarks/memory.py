@@ -59,13 +59,14 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
 
     from megatron_t1.algo.config import CHUNK_LOGITS, LossConfig
     from megatron_t1.algo.loss import t1_token_loss
-    from megatron_t1.check.estimate import Layout, Sizes, stage_memory
+    from megatron_t1.check.estimate import Layout, stage_memory
     from megatron_t1.engine.anchor import Anchor
     from megatron_t1.engine.config import AnchorConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.prescore import prescore
     from megatron_t1.engine.step import Engine
     from megatron_t1.models import spec_of
+    from megatron_t1.models.sizes import Sizes
     from megatron_t1.platform.detect import setup
     from megatron_t1.types import TrainSequence
 
@@ -217,11 +218,12 @@ QWEN_32B = {
 
 
 def plan() -> None:
-    from megatron_t1.check.estimate import Sizes, stage_memory
+    from megatron_t1.check.estimate import stage_memory
     from megatron_t1.check.machines import Machines, layout_of, seconds_of
     from megatron_t1.cli.options import read
     from megatron_t1.config import Config
     from megatron_t1.models import spec_of
+    from megatron_t1.models.sizes import Sizes
 
     heads = "nodes | train + vLLM | TP x PP x DP | GB | weights | gradients | optimizer | anchor | activations | head"
     print(f"| {heads} | s a step | generate | anchor | train | push |\n" + "|---" * 15 + "|")

@@ -23,6 +23,7 @@ from megatron_t1.check.machines import Machines, layout_of, seconds_of
 from megatron_t1.cli.options import read
 from megatron_t1.config import Config
 from megatron_t1.models import spec_of
+from megatron_t1.models.sizes import Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG_JSON = {
@@ -86,7 +87,7 @@ def lengths(mean: int, cut: int, count: int, rng: np.random.Generator) -> np.nda
 
 def row(name: str, cfg: Config, machines: Machines, mean: int, cut: int) -> tuple[str, float]:
     spec = spec_of(Path(cfg.model.hf_path))
-    sizes, gpu = estimate.Sizes.of(spec), estimate.GPUS[machines.gpu]
+    sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
     fixed = seconds_of(cfg, spec, "rl", machines, {"train": PROMPT})
     rest = sum(value for stage, value in fixed.items() if stage != "generate")
     count, tp = machines.servers(cfg.rollout.tp), cfg.rollout.tp

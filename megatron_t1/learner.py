@@ -82,6 +82,7 @@ class Learner:
             advantage.assign(groups, cfg.loss.advantage)
             sequences = sequences_of(groups)
             microbatches = self.engine.pack(sequences)
+            balance = self.engine.balance(microbatches, sequences)
         with watch("anchor"):
             kl = prescore(self.engine, self.anchor, microbatches, sequences, cfg.loss)
         before_training()
@@ -93,7 +94,7 @@ class Learner:
             metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
         stale = staleness(groups, self.steps_done)
         self.steps_done += 1
-        return metrics | kl | rollout_metrics(groups) | {"staleness": stale}
+        return metrics | kl | balance | rollout_metrics(groups) | {"staleness": stale}
 
     def follow(self) -> None:
         """Move the anchor towards the new policy."""

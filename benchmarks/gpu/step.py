@@ -17,12 +17,13 @@ from benchmarks.gpu.results import Check, free_memory, peak_bytes, synchronize
 from benchmarks.gpu.trainer import QWEN_32B, TINY, engine_of, num_targets, qwen2_folder, random_sequences, start
 from megatron_t1.algo.config import CHUNK_LOGITS, LossConfig
 from megatron_t1.algo.loss import t1_token_loss
-from megatron_t1.check.estimate import Layout, Sizes, stage_memory
+from megatron_t1.check.estimate import Layout, stage_memory
 from megatron_t1.engine import step as engine_step
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.config import AnchorConfig
 from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.step import Engine
+from megatron_t1.models.sizes import Sizes
 
 RECIPES: dict[str, dict[str, Any]] = {
     "bf16": {},

@@ -24,6 +24,7 @@ from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.files import ENCODING, read_json
 from megatron_t1.models import spec_of
+from megatron_t1.models.sizes import Sizes
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.platform.installed import installed
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder, is_torch_dist
@@ -117,7 +118,7 @@ def _tokens(cfg: Config, model_dir: Path, spec: ModelSpec, found: Findings) -> T
         "it have no weights; use the tokenizer that the model came with",
     )
     found.facts.append(
-        f"{spec.architecture}, {estimate.Sizes.of(spec).total / 1e9:.2f}e9 parameters; vocabulary {spec.vocab_size} "
+        f"{spec.architecture}, {Sizes.of(spec).total / 1e9:.2f}e9 parameters; vocabulary {spec.vocab_size} "
         f"rows for {size} tokens (more than a few others: garbled); responses end with token {template.eos_token_id}"
     )
     path = model_dir / "generation_config.json"
@@ -271,7 +272,7 @@ def _needs(
     cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int], found: Findings
 ) -> None:
     """Memory by part, time by stage, disk."""
-    sizes, gpu = estimate.Sizes.of(spec), estimate.GPUS[machines.gpu]
+    sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
     stage = cfg.sft if command == "sft" else cfg.rl
     layout = layout_of(cfg, spec, command, machines, longest)
     worst = fullest(sizes, layout)

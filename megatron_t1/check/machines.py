@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_t1.algo.config import CHUNK_LOGITS
 from megatron_t1.check import estimate
 from megatron_t1.config import Config
+from megatron_t1.models.sizes import Sizes
 from megatron_t1.models.spec import ModelSpec
 
 
@@ -107,7 +108,7 @@ def seconds_of(
     cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int]
 ) -> dict[str, float]:
     """Of a step, by stage."""
-    sizes, gpu = estimate.Sizes.of(spec), estimate.GPUS[machines.gpu]
+    sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
     layout = layout_of(cfg, spec, command, machines, longest)
     if command == "sft":
         tokens = cfg.sft.batch_size * longest.get("sft", cfg.parallel.max_tokens_per_microbatch * cfg.parallel.context)

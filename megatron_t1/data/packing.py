@@ -1,15 +1,13 @@
 """Whole sequences into microbatches: no padding inside, equal length over ranks and microbatches.
 
-Sequences are spread over (data-parallel rank, microbatch) bins, longest first into the emptiest bin, with the fewest
-bins that hold them all; the bins of a step then differ by little, and each is padded to the fullest one, because the
-pipeline schedule sends one fixed shape. The plan depends on the sequences and the layout alone, so every rank computes
-the same one and takes its share: of its bins, and under context parallelism of every sequence in them (`rows_of`).
-Masked tokens (prompts, padding) are not targets: they never reach the head.
+`balance.py` says which sequences share a microbatch; each is padded to the fullest one, because the pipeline schedule
+sends one fixed shape. The plan depends on the sequences and the layout alone, so every rank computes the same one and
+takes its share: of the microbatches, and under context parallelism of every sequence in them (`rows_of`). Masked tokens
+(prompts, padding) are not targets: they never reach the head.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from megatron_t1.data.balance import assign
 from megatron_t1.types import Group, Microbatch, TrainSequence
 
 
@@ -68,7 +67,7 @@ def pack(
             f"{f' over {context_size} ranks' if context_size > 1 else ''}; raise max_tokens_per_microbatch"
         )
     lengths = [-(-s.num_tokens // chunks) * chunks for s in sequences]
-    bins = _assign(lengths, limit, dp_size * count_multiple)
+    bins = assign(lengths, limit, dp_size, count_multiple)
     fullest = max(sum(lengths[i] for i in members) for members in bins)
     num_tokens = max(multiple, -(-fullest // multiple) * multiple)
     return [
@@ -90,24 +89,6 @@ def rows_of(rank: int, size: int, bounds: Sequence[int]) -> np.ndarray:
         return np.arange(bounds[-1])
     chunks = [np.arange(start, stop).reshape(2 * size, -1) for start, stop in pairwise(bounds)]
     return np.concatenate([part for of in chunks for part in (of[rank], of[-1 - rank])])
-
-
-def _assign(lengths: list[int], limit: int, multiple: int) -> list[list[int]]:
-    """Indices of the sequences in each bin; the number of bins is a multiple of `multiple` and as small as possible."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    num_bins = max(1, -(-sum(lengths) // (limit * multiple))) * multiple
-    while True:
-        heap = [(0, b) for b in range(num_bins)]
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        for i in order:
-            load, b = heapq.heappop(heap)
-            if load + lengths[i] > limit:
-                break
-            bins[b].append(i)
-            heapq.heappush(heap, (load + lengths[i], b))
-        else:
-            return bins
-        num_bins += multiple
 
 
 def _pack_one(

@@ -31,6 +31,7 @@ from megatron_t1.engine.model import T1GPTModel, build_model, output_head, packe
 from megatron_t1.engine.optimizer import build_optimizer
 from megatron_t1.engine.parallel import shards
 from megatron_t1.models import spec_of
+from megatron_t1.models.sizes import Sizes
 from megatron_t1.models.weight_map import Piece
 from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch, TrainSequence
@@ -96,6 +97,25 @@ class ForwardEngine:
             count_multiple=self.parallel.pipeline if interleaved else 1,
             device=self.platform.device,
         )
+
+    def balance(self, microbatches: list[Microbatch], sequences: list[TrainSequence]) -> dict[str, float]:
+        """How well `pack` has spread the sequences of a step. Collective.
+
+        Returns:
+            packing/imbalance: by which share the busiest data-parallel rank's work exceeds the mean; work is the flops
+            of matrices and attention (`models.sizes`), of padding too. packing/padding: share of all tokens.
+        """
+        lengths = [microbatch.cu_seqlens.diff().double() for microbatch in microbatches]
+        own = sum(float((n + Sizes.of(self.spec).attention * n**2).sum()) for n in lengths)
+        work = torch.tensor([[own], [own]], dtype=torch.float64, device=self.platform.device)
+        dist.all_reduce(work[0], dist.ReduceOp.MAX)
+        dist.all_reduce(work[1])
+        dp_size = mpu.get_data_parallel_world_size()
+        num_tokens = dp_size * sum(int(n.sum()) for n in lengths)
+        return {
+            "packing/imbalance": float(work[0] * dist.get_world_size() / work[1]) - 1,
+            "packing/padding": 1 - sum(sequence.num_tokens for sequence in sequences) / num_tokens,
+        }
 
     @torch.no_grad()
     def map_hidden(

@@ -65,6 +65,7 @@ _PANELS = (
     _Panel("Penalties by kind (share of samples)", ("penalty/",)),
     _Panel("Outcomes other than correct (share)", ("outcome/",)),
     _Panel("Idle (share of a step)", ("idle/",)),
+    _Panel("Imbalance of data-parallel ranks, padding (share)", ("packing/",)),
     _Panel("Surrogates (only their gradients mean something)", ("loss", "pg_loss", "kl_loss")),
     _Panel("Tokens a second", ("generate_tokens_per_s", "train_tokens_per_s")),
 )

@@ -21,6 +21,7 @@ from megatron_t1.cli.main import main
 from megatron_t1.cli.options import parse, read
 from megatron_t1.config import Config, dump
 from megatron_t1.models import spec_of
+from megatron_t1.models.sizes import Sizes
 from megatron_t1.servers.config import RolloutConfig
 from tests.forks import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
@@ -179,7 +180,7 @@ def test_bad_lines_and_ends_are_named(task: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [make_tiny_qwen2, partial(make_tiny_qwen2, tied=False), make_tiny_qwen3_moe])
 def test_parameters_are_those_of_the_model(tmp_path: Path, make) -> None:
     model = make(tmp_path)
-    sizes = estimate.Sizes.of(spec_of(model))
+    sizes = Sizes.of(spec_of(model))
     assert sizes.total == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
 
 
@@ -191,7 +192,7 @@ def at(tmp_path: Path, **machines: int) -> tuple[Config, Machines]:
 
 def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> None:
     cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
-    sizes = estimate.Sizes.of(spec_of(tmp_path))
+    sizes = Sizes.of(spec_of(tmp_path))
     assert sizes.total == pytest.approx(32.76e9, rel=1e-3)  # as published
     layout = layout_of(cfg, spec_of(tmp_path), "rl", machines, {"train": 200})
     assert (layout.tensor, layout.pipeline, layout.data) == (8, 2, 1)
@@ -269,7 +270,7 @@ def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
     """A step of the 32B example trains for twelve minutes, its checkpoint is 590 GB: five minutes are not enough."""
     cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
     spec, longest = spec_of(tmp_path), {"train": 200}
-    sizes, layout = estimate.Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
+    sizes, layout = Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
     step = seconds_of(cfg, spec, "rl", machines, longest)
     size = estimate.checkpoint_bytes(sizes, "bfloat16", layout.anchor)
     ahead = estimate.stop_seconds(sizes, layout, step, size, nodes=2, awaits_batch=True)
@@ -291,7 +292,7 @@ def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
 
 def test_a_checkpoint_gathers_where_the_optimizer_is_spread(tmp_path: Path) -> None:
     cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
-    sizes = estimate.Sizes.of(spec_of(tmp_path))
+    sizes = Sizes.of(spec_of(tmp_path))
     alone = layout_of(cfg, spec_of(tmp_path), "rl", machines, {"train": 200})
     spread = dataclasses.replace(alone, data=2)
     p = estimate.parameters(sizes, alone, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_t1.data.balance import assign
 from megatron_t1.data.packing import pack
 from megatron_t1.types import TrainSequence
 
@@ -113,3 +115,54 @@ def test_a_sequence_longer_than_a_microbatch_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match="a sequence of 40 tokens does not fit into a microbatch of 36 over 2 ranks"):
         pack(make([(10, 30)]), max_tokens=19, context_size=2)
     assert len(pack(make([(10, 30)]), max_tokens=20, context_size=2)) == 1
+
+
+def work_of_ranks(lengths, bins, dp_size):
+    """Squares of all sequences of each rank, padding included."""
+    lengths = np.array(lengths, np.int64)
+    tokens = [int(lengths[members].sum()) for members in bins]
+    squares = [
+        int((lengths[members] ** 2).sum()) + (max(tokens) - t) ** 2 for members, t in zip(bins, tokens, strict=True)
+    ]
+    return [sum(squares[rank::dp_size]) for rank in range(dp_size)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=80),
+    dp_size=st.integers(1, 4), multiple=st.integers(1, 3), limit=st.integers(100, 300),
+)  # fmt: skip
+def test_every_sequence_is_in_one_microbatch(lengths, dp_size, multiple, limit):
+    bins = assign(lengths, limit, dp_size, multiple)
+    assert sorted(itertools.chain(*bins)) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in members) for members in bins) <= limit
+    assert len(bins) % (dp_size * multiple) == 0
+
+
+DISTRIBUTIONS = {
+    "log-normal": lambda rng: rng.lognormal(np.log(4000), 1.0, 1024).clip(100, 32_768),
+    "bimodal": lambda rng: np.r_[rng.normal(30_000, 1500, 200), rng.normal(2000, 500, 824)],
+    "one giant": lambda rng: np.r_[131_072, rng.lognormal(np.log(6000), 1.0, 4095).clip(100, 60_000)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("dp_size", [2, 8])
+def test_ranks_have_equal_work_where_they_can(name, dp_size):
+    lengths = DISTRIBUTIONS[name](np.random.default_rng(0)).clip(100).astype(int).tolist()
+    limit = max(lengths) + 2048
+    bins = assign(lengths, limit, dp_size)
+    work = work_of_ranks(lengths, bins, dp_size)
+    assert max(work) <= 1.05 * np.mean(work)
+
+
+def test_one_long_sequence_is_worth_many_short_ones():
+    """Two ranks of two microbatches of 100 tokens: by tokens alone any half would do."""
+    lengths = [100, *[50] * 4, *[25] * 4]
+    bins = assign(lengths, 100, 2)
+    assert work_of_ranks(lengths, bins, 2) == [10_000 + 4 * 625, 4 * 2500]
+    assert [sorted(lengths[i] for i in members) for members in bins] == [[100], [50, 50], [25] * 4, [50, 50]]
+
+
+def test_what_fits_tightly_needs_no_further_microbatch():
+    assert len(assign([60, 50, 40, 30, 20], 100, 2)) == 2  # each into the emptier one, the 20 finds no room

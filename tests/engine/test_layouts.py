@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_t1.data.packing import pack
 from tests.engine.batch import COEFFICIENTS, LOSSES, TEMPERATURE, make_sequences
 from tests.forks import WORKERS
 from tests.tiny import make_tiny_qwen2
@@ -172,6 +173,26 @@ def near_mean(values):
     return pytest.approx(values.mean().item(), rel=0, abs=1e-5 * values.abs().mean().item())
 
 
+def balance_of(parallel, num_ranks, model_dir):
+    """Imbalance and padding of the packed batch; work as transformers' sizes have it: 2 flops a weight and token, and
+    half of the pairs of a sequence for keys and for values."""
+    config = AutoConfig.from_pretrained(model_dir)
+    sequences = make_sequences(VOCAB)
+    tensor, limit = parallel.get("tensor", 1), parallel["max_tokens_per_microbatch"]
+    dp_size = num_ranks // tensor // parallel.get("pipeline", 1)
+    ranks = [
+        pack(sequences, max_tokens=limit, dp_rank=rank, dp_size=dp_size, multiple=tensor) for rank in range(dp_size)
+    ]
+    kv = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    layer = 2 * config.hidden_size * (config.hidden_size + kv) + 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_hidden_layers * layer + VOCAB * config.hidden_size
+    attention = config.num_hidden_layers * config.hidden_size
+    lengths = [np.concatenate([mb.cu_seqlens.diff().double().numpy() for mb in rank]) for rank in ranks]
+    work = [2 * (weights * n + attention * n**2).sum() for n in lengths]
+    used = sum(s.num_tokens for s in sequences) / np.concatenate(lengths).sum()
+    return {"packing/imbalance": max(work) / np.mean(work) - 1, "packing/padding": 1 - used}
+
+
 @pytest.mark.parametrize(("tied", "layout"), CASES, ids=[f"{'tied' if t else 'untied'} {x}" for t, x in CASES])
 def test_equals_the_plain_reference(tied, layout, reference, run_ranks, tmp_path):
     num_ranks, parallel = LAYOUTS[layout]
@@ -200,5 +221,6 @@ def test_equals_the_plain_reference(tied, layout, reference, run_ranks, tmp_path
         norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
         assert got["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["anchor is policy"] == {"kl_sample": 0.0, "kl_sample_std": 0.0}
+    assert metrics["balance"] == pytest.approx(balance_of(parallel, num_ranks, policy_dir))
     assert_close(load_file(tmp_path / "weights.safetensors"), reference["weights"], 1e-6)
     assert_close(load_file(tmp_path / "anchor.safetensors"), reference["average"], 1e-6)

@@ -71,6 +71,7 @@ def main() -> None:
     averages = dict(Plan(engine.pieces(anchor.chunks)).gather())
     anchor.reset()
     results["anchor is policy"] = prescore(engine, anchor, pack(), sequences, LossConfig())
+    results["balance"] = engine.balance(engine.pack(sequences), sequences)
     if dist.get_rank() == 0:
         save_file(tensors, out / "weights.safetensors")
         save_file(averages, out / "anchor.safetensors")
