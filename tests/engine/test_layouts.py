@@ -178,11 +178,10 @@ def balance_of(parallel, num_ranks, model_dir):
     half of the pairs of a sequence for keys and for values."""
     config = AutoConfig.from_pretrained(model_dir)
     sequences = make_sequences(VOCAB)
-    tensor, limit = parallel.get("tensor", 1), parallel["max_tokens_per_microbatch"]
-    dp_size = num_ranks // tensor // parallel.get("pipeline", 1)
-    ranks = [
-        pack(sequences, max_tokens=limit, dp_rank=rank, dp_size=dp_size, multiple=tensor) for rank in range(dp_size)
-    ]
+    tensor, pipeline, context = (parallel.get(name, 1) for name in ("tensor", "pipeline", "context"))
+    dp_size = num_ranks // tensor // pipeline // context
+    layout = {"max_tokens": parallel["max_tokens_per_microbatch"], "multiple": tensor, "context_size": context}
+    ranks = [pack(sequences, dp_rank=rank, dp_size=dp_size, **layout) for rank in range(dp_size)]
     kv = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
     layer = 2 * config.hidden_size * (config.hidden_size + kv) + 3 * config.hidden_size * config.intermediate_size
     weights = config.num_hidden_layers * layer + VOCAB * config.hidden_size
