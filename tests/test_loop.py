@@ -227,7 +227,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(
     assert all(torch.equal(one[name], other[name]) for name in one)
     with log.open() as file:
         file.seek(before)
-        calls = re.findall(r"(?<=to )(?:fall asleep|wake up tags \S+)|weights finished", file.read())
+        calls = re.findall(r"(?<=to )(?:fall asleep|wake up tags \[\S+\])|weights finished", file.read())
     if more:
         turn = ["fall asleep", "wake up tags ['weights']", "weights finished", "wake up tags ['kv_cache']"]
         assert calls[:8] == 2 * turn  # the first samples, and what the trainer says to them; then a step each
