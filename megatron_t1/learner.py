@@ -23,6 +23,7 @@ from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.parallel import is_main
 from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
+from megatron_t1.engine.saving import Saver
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import Stopwatch, rollout_metrics, staleness
 from megatron_t1.platform.detect import Platform
@@ -37,6 +38,7 @@ class Learner:
         """The policy of `model.hf_path`, with an anchor that equals it. `watch` measures the stages of a step."""
         self.cfg, self.watch = cfg, watch
         self.checkpoints = Path(cfg.run_dir) / "rl" / "checkpoints"
+        self.saver = Saver(self.checkpoints, cfg.rl.checkpoint)
         self.engine = Engine(
             cfg.model,
             cfg.parallel,
@@ -104,12 +106,10 @@ class Learner:
             torch._foreach_copy_(tensors, self._before)
             yield
 
-    def save(self, score: float) -> None:
-        """A checkpoint of the steps done; `score`: how good they were, higher is better."""
+    def begin_save(self, score: float) -> None:
+        """A checkpoint of the steps done; `score`: how good they were, higher is better. `saver` finishes it."""
         state = {"seed": self.cfg.seed, "weight_version": self.steps_done, "settings": self.settings}
-        checkpoint.save(
-            self.checkpoints, self.steps_done, self.engine, self.anchor, state, self.cfg.rl.checkpoint, score=score
-        )
+        self.saver.begin(self.steps_done, self.engine, self.anchor, state, score=score)
 
 
 def _settings(cfg: Config, prompts: list[Prompt]) -> dict[str, Any]:

@@ -202,8 +202,10 @@ class Trainer:
             began = time.monotonic()
             try:
                 metrics = self.step()
-            except Stopped:
-                self._save()
+            except (Stopped, MismatchError) as error:
+                if isinstance(error, Stopped):
+                    self._save()
+                self._finish_save()
                 raise
             self._rewards.append(metrics["reward"])
             seconds = self.watch.lap()
@@ -223,10 +225,12 @@ class Trainer:
                 bar.update()
             # The checkpoint last: a run that was killed and resumes from there would lack the step's line or snapshot.
             with self.watch("checkpoint"):
+                self._finish_save(wait=False)
                 self.milestones.snapshot(self.steps_done)
                 if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
                     self._save()
         bar.close()
+        self._finish_save()
         self._finish_push()
         self.learner.engine.save_hf(self.folder / "hf")
         self._measure()
@@ -240,12 +244,15 @@ class Trainer:
             self.log.close()
 
     def _save(self) -> None:
-        """A checkpoint of the steps done, unless it is there already."""
+        """Begin a checkpoint of the steps done, unless it is there already."""
         if not self._rewards:
             return
-        self.learner.save(float(np.mean(self._rewards)))
+        self._finish_save()
+        self.learner.begin_save(float(np.mean(self._rewards)))
         self._rewards.clear()
-        if is_main():  # what is needed to replay a step, from a checkpoint before it
+
+    def _finish_save(self, *, wait: bool = True) -> None:
+        if self.learner.saver.finish(wait=wait) and is_main():  # what is needed to replay a step stays
             kept = checkpoint.finished(self.learner.checkpoints)[-self.cfg.rl.checkpoint.keep :]
             self.bank.drop_before(checkpoint.step_of(kept[0]))
 

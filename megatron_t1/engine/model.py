@@ -99,7 +99,7 @@ def transformer_config(
         # Of two stages the interleaved schedule's batched exchange mixes up a rank's neighbours: they are one.
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
-        **_moe_defaults(spec, te_layers),
+        **_moe_defaults(spec, te_layers, platform),
     }
     if cfg.transformer.get("fp8"):
         fields["fp8_recipe"] = "tensorwise"  # keeps no scales, so there are none to save, and none are stale
@@ -114,7 +114,7 @@ def _pipeline_layout(spec: ModelSpec, parallel: ParallelConfig) -> list[list[str
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
-def _moe_defaults(spec: ModelSpec, te_layers: bool) -> dict[str, Any]:
+def _moe_defaults(spec: ModelSpec, te_layers: bool, platform: Platform) -> dict[str, Any]:
     """How a mixture of experts is trained: no loss but T1's, and routing biases stay what the checkpoint says."""
     if "num_moe_experts" not in spec.transformer:
         return {}
@@ -123,6 +123,8 @@ def _moe_defaults(spec: ModelSpec, te_layers: bool) -> dict[str, Any]:
         "moe_router_bias_update_rate": 0.0,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": te_layers,
+        # Megatron's own sums a token's experts in bfloat16 and in no fixed order: no run is then equal to another.
+        "moe_permute_fusion": te_layers and platform.name == "cuda",
     }
 
 

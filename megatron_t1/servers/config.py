@@ -57,8 +57,8 @@ class RolloutConfig:
     kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
-    """How new weights reach the servers. auto: shm, or tcp when trainer or servers span hosts. collective: broadcasts
-    in one group of trainer and servers (NCCL on CUDA, not run there yet). See `megatron_t1.push.transports`."""
+    """How new weights reach the servers. auto: collective on GPUs that are not shared, broadcasts in one group of
+    trainer and servers (NCCL); else shm, or tcp when trainer or servers span hosts (`megatron_t1.push.transports`)."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""

@@ -58,6 +58,8 @@ class Servers:
         """How new weights will reach them (`push/transports.py`)."""
         if self.cfg.transport != "auto":
             return self.cfg.transport
+        if self.device == "cuda" and not self.cfg.share_gpus:
+            return "collective"
         return "shm" if all_on_this_host(self.cfg) else "tcp"
 
     def start(self) -> Servers:

@@ -2,7 +2,8 @@
 gradients and norm, for the tests.
 
 argv: folder of the checkpoints, folder for the results, {layout: [ParallelConfig fields, [family, ...]]} as JSON. With
-the distributed optimizer a layout saves a checkpoint; `checkpoint_of` another layout loads and exports that.
+the distributed optimizer a layout saves a checkpoint; `checkpoint_of` another layout loads and exports that;
+`model` has ModelConfig's fields.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
     def local(hidden, head, microbatch):
         logits = select(hidden, head, microbatch.target_positions) @ head.weight[: head.num_rows].T
         positions = microbatch.position_ids[microbatch.target_positions]
-        return head.vocab_start, microbatch.sample_index.tolist(), positions.tolist(), logits.numpy()
+        return head.vocab_start, microbatch.sample_index.tolist(), positions.tolist(), logits.float().cpu().numpy()
 
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, engine.map_hidden(engine.chunks, microbatches, local))
@@ -54,20 +55,20 @@ def main() -> None:
     from megatron.core import parallel_state as mpu
 
     from megatron_t1.algo.loss import sft_token_loss
-    from megatron_t1.engine import checkpoint
+    from megatron_t1.engine import checkpoint, saving
     from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
     from megatron_t1.weights.plan import Plan
 
     for layout, (fields, families) in layouts.items():
-        resumed = fields.pop("checkpoint_of", None)
+        resumed, model = fields.pop("checkpoint_of", None), fields.pop("model", {})
         parallel = ParallelConfig(**{"max_tokens_per_microbatch": 120, "distributed_optimizer": False, **fields})
         initialize(parallel, platform, 0)
         for family in families:
             folder, result = checkpoints / family, out / layout / family
             engine = Engine(
-                ModelConfig(hf_path=str(folder), dtype="float32"), parallel,
+                ModelConfig(hf_path=str(folder), **{"dtype": "float32", **model}), parallel,
                 OptimConfig(lr=LR, clip_grad=CLIP_GRAD, adam_eps=ADAM_EPS), platform, total_steps=2, temperature=1.0,
             )  # fmt: skip
             if resumed:
@@ -88,7 +89,7 @@ def main() -> None:
                 save_file(results, result / "results")
             if parallel.distributed_optimizer:
                 cfg = checkpoint.CheckpointConfig()
-                checkpoint.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
+                saving.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
         mpu.destroy_model_parallel()
 
 
