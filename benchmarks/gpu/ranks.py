@@ -44,6 +44,7 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], tuple[str, ...]]]] = {
             {"tensor": 2, **SP, "distributed_optimizer": True, "checkpoint_of": OVERLAPPED},
             ("qwen2 tied", "qwen3_moe"),
         ),
+        "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, ("qwen2 tied", "glm4", *EXPERTS)),
         "EP2": ({"expert": 2}, EXPERTS),
         "TP2 SP, EP2 of whole experts": ({"tensor": 2, **SP, "expert": 2, "expert_tensor": 1}, EXPERTS),
     },
