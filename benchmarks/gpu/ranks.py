@@ -48,7 +48,10 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], tuple[str, ...]]]] = {
         "EP2": ({"expert": 2}, EXPERTS),
         "TP2 SP, EP2 of whole experts": ({"tensor": 2, **SP, "expert": 2, "expert_tensor": 1}, EXPERTS),
     },
-    4: {"TP2 PP2 SP": ({"tensor": 2, "pipeline": 2, **SP}, ("qwen2 tied", "glm4_moe"))},
+    4: {
+        "TP2 PP2 SP": ({"tensor": 2, "pipeline": 2, **SP}, ("qwen2 tied", "glm4_moe")),
+        "CP2 TP2 SP": ({"context": 2, "tensor": 2, **SP}, ("qwen2 tied", "qwen3_moe")),
+    },
 }
 LIMITS = {"float32": (1e-5, 1e-5, 1e-4), "bfloat16": (3e-2, 5e-2, 0.1), "bfloat16 experts": (0.2, 5e-2, 0.3)}
 """Logits and the gradient norm, and in the median of the tensors the gradients, relative. In bfloat16 two experts may

@@ -252,7 +252,8 @@ def _lengths(
     limit = cfg.rollout.max_model_len
     found.must(
         limit is None or limit <= spec.max_position_embeddings,
-        f"rollout.max_model_len = {limit} is more than the model's {spec.max_position_embeddings} positions",
+        f"rollout.max_model_len = {limit} is more than the model's {spec.max_position_embeddings} positions: lower it, "
+        "or stretch them by YaRN (docs/checkpoints.md)",
     )
     if problem := too_long(cfg, spec, context_needs(cfg, command, longest, template)):
         found.problems.append(problem)
@@ -261,6 +262,11 @@ def _lengths(
         trained.append(longest.get("train", 0) + cfg.sampling.max_new_tokens)
     if command in ("sft", "run"):
         trained.append(longest.get("sft", 0))
+        found.should(
+            trained[-1] <= spec.max_position_embeddings,
+            f"data.sft has an example of {trained[-1]} tokens, more than the model's {spec.max_position_embeddings} "
+            "positions: leave it out, or stretch them by YaRN (docs/checkpoints.md)",
+        )
     if trained:
         try:
             cfg.parallel.check_fits(max(trained))
@@ -340,6 +346,15 @@ def _needs(
         holds >= full,
         f"a vLLM server of TP {cfg.rollout.tp} has no room for one sample of {full} tokens: raise rollout.tp",
     )
+    for name, limit_s in (
+        ("rollout.request_timeout_s", cfg.rollout.request_timeout_s),
+        ("parallel.timeout_s", cfg.parallel.timeout_s),
+    ):
+        found.should(
+            2 * seconds["generate"] <= limit_s,
+            f"{name} = {limit_s:.0f} is not well above the {seconds['generate']:.0f} s that generating a batch may "
+            "take: raise it",
+        )
     listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
     step_s = sum(seconds.values())
     if ahead:

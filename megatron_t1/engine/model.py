@@ -5,6 +5,7 @@ The model ends at the hidden states: the output layer's GEMM belongs to the fuse
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as megatron_yarn
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers as megatron_layers
@@ -22,7 +24,7 @@ from megatron_t1.engine.config import ModelConfig, ParallelConfig
 from megatron_t1.engine.layers import LocalPackedSeqParams, local_block_spec, te_block_spec
 from megatron_t1.engine.layout import check_divisible
 from megatron_t1.engine.parallel import shards
-from megatron_t1.models.spec import ModelSpec
+from megatron_t1.models.spec import ModelSpec, Yarn
 from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch
 
@@ -92,8 +94,8 @@ def transformer_config(
         "gradient_accumulation_fusion": te_layers or (platform.apex and find_spec(_APEX_WEIGHT_GRADIENT) is not None),
         "masked_softmax_fusion": False,
         "bias_activation_fusion": platform.name == "cuda",
-        # Older Transformer Engines can't fuse the interleaved kind.
-        "apply_rope_fusion": te_layers and not spec.transformer.get("rotary_interleaved", False),
+        # Older Transformer Engines can't fuse the interleaved kind, and none knows YaRN's factor on queries and keys.
+        "apply_rope_fusion": te_layers and not spec.transformer.get("rotary_interleaved", False) and not spec.yarn,
         "calculate_per_token_loss": True,  # gradients are summed, the loss is already over the global token count
         "variable_seq_lengths": False,
         # Of two stages the interleaved schedule's batched exchange mixes up a rank's neighbours: they are one.
@@ -103,7 +105,18 @@ def transformer_config(
     }
     if cfg.transformer.get("fp8"):
         fields["fp8_recipe"] = "tensorwise"  # keeps no scales, so there are none to save, and none are stale
-    return TransformerConfig(**{**fields, **cfg.transformer})
+    config = TransformerConfig(**{**fields, **cfg.transformer})
+    if spec.yarn:
+        if config.apply_rope_fusion:
+            raise ValueError(
+                "model.transformer.apply_rope_fusion = True: the fused kernel leaves out the factor that YaRN puts on "
+                "queries and keys; remove the setting"
+            )
+        # Megatron's attention looks for what it multiplies queries and keys by in fields that its config lacks: it is
+        # (0.1 yarn_mscale ln yarn_rotary_scaling_factor + 1) / (0.1 yarn_mscale_all_dim ln ... + 1).
+        scale = {"rotary_scaling_factor": math.e, "mscale": 10 * (spec.yarn.scale - 1), "mscale_all_dim": 0.0}
+        vars(config).update({f"yarn_{name}": value for name, value in scale.items()})
+    return config
 
 
 def _pipeline_layout(spec: ModelSpec, parallel: ParallelConfig) -> list[list[str]] | None:
@@ -166,12 +179,25 @@ def build_model(
         )
         # With the group it would cut its table by rank, in which positions are still to be looked up.
         model.rotary_pos_emb.cp_group = None
+        if spec.yarn:
+            # Megatron's own class for it knows neither interleaved nor partial rotation.
+            rotary = model.rotary_pos_emb
+            rotary.inv_freq = _stretched(rotary.inv_freq, spec.rotary_base, spec.yarn)
         model.to(device or platform.device)
         with torch.no_grad():
             for param in model.parameters():
                 param.zero_()
         chunks.append(model)
     return config, chunks
+
+
+def _stretched(inv_freq: torch.Tensor, base: float, yarn: Yarn) -> torch.Tensor:
+    """Radians a position of each pair of numbers, [rotated / 2], after YaRN."""
+    low, high = megatron_yarn._yarn_find_correction_range(
+        yarn.beta_fast, yarn.beta_slow, 2 * len(inv_freq), base, round(yarn.original_max_position_embeddings)
+    )
+    slowed = megatron_yarn._yarn_linear_ramp_mask(low, high, len(inv_freq), inv_freq.device)
+    return inv_freq / yarn.factor * slowed + inv_freq * (1 - slowed)
 
 
 def wrap_ddp(

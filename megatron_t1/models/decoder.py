@@ -42,7 +42,6 @@ def embeddings(hf: HFConfig) -> dict[str, Any]:
     return {
         "architecture": hf.architecture,
         "vocab_size": hf.size("vocab_size"),
-        "max_position_embeddings": hf.size("max_position_embeddings"),
         "tied_embeddings": hf.flag("tie_word_embeddings", False),
     }
 

@@ -7,8 +7,9 @@ train a different model in silence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -50,7 +51,7 @@ _WITHOUT_EFFECT = {
     *("finetuning_task", "task_specific_params"),
 }
 _HARMLESS_VALUES = {"pretraining_tp": 1}
-_LARGEST, _MOST_PARTS = 1e30, 100_000
+_LARGEST, _MOST_PARTS, _MOST = 1e30, 100_000, 1 << 31
 
 
 class _Architectures(TypedDict):
@@ -87,10 +88,9 @@ class HFConfig:
         Raises:
             ValueError: it is not, or less than `least`, or far more than any model has.
         """
-        most = 1 << 31
         value = self._of_type(name, int, default, "a whole number")
-        if not least <= value < most:
-            raise ValueError(f"{self.origin}: {name} = {value} must lie in [{least}, {most})")
+        if not least <= value < _MOST:
+            raise ValueError(f"{self.origin}: {name} = {value} must lie in [{least}, {_MOST})")
         return value
 
     def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
@@ -140,33 +140,66 @@ class HFConfig:
             raise ValueError(f"{self.origin}: {name} = {value!r:.80} is not supported (supported: {list(allowed)})")
 
     def rotary(self, fraction: float = 1.0) -> dict[str, Any]:
-        """`rotary_base` and `rotary_fraction` of a ModelSpec, at the top or in `rope_parameters` (transformers >= 5).
+        """The fields of a ModelSpec about positions: at the top or in `rope_parameters` (transformers >= 5).
 
         Args:
             fraction: of each head's numbers that is rotated where the config does not say.
 
         Raises:
-            ValueError: a scaled rotary embedding (YaRN and its like).
+            ValueError: a rotary embedding other than the plain one and YaRN.
         """
-        parameters, scaling = self.section("rope_parameters"), self.section("rope_scaling")
-        if scaling.get("rope_type", scaling.get("type")) == "default":  # rope_parameters by their older name
-            parameters, scaling = parameters or scaling, {}
-        parameters = dict(parameters)
-        kind = parameters.pop("rope_type", parameters.pop("type", "default"))
+        where, kind, parameters = self._rope()
+        declared, yarn = self.size("max_position_embeddings"), self.yarn()
+        known = {"rope_theta", "partial_rotary_factor", *(_YARN_FIELDS if yarn else ())}
+        if kind not in ("default", "yarn") or parameters.keys() - known:
+            raise ValueError(
+                f"{self.origin}: {where} = {self.get(where)!r:.200} is not supported: the plain rotary embedding is "
+                f"(rope_type default), and yarn with {', '.join(_YARN_FIELDS)}"
+            )
         values = {}
         for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", fraction)):
-            inner, outer = parameters.pop(name, None), self.get(name)
+            inner, outer = parameters.get(name), self.get(name)
             if inner is not None and outer is not None and inner != outer:
                 raise ValueError(
                     f"{self.origin}: {name} = {outer!r:.80} contradicts rope_parameters, where it is {inner!r:.80}"
                 )
             values[name] = self._positive(name, next(v for v in (inner, outer, default) if v is not None))
-        if kind != "default" or parameters or scaling:
-            name = "rope_scaling" if scaling else "rope_parameters"
+        return {
+            "rotary_base": values["rope_theta"],
+            "rotary_fraction": values["partial_rotary_factor"],
+            "max_position_embeddings": yarn.num_positions if yarn else declared,
+            "yarn": yarn,
+        }
+
+    def yarn(self) -> Yarn | None:
+        """How YaRN reaches beyond `max_position_embeddings`; None for any other rotary embedding."""
+        where, kind, parameters = self._rope()
+        if kind != "yarn":
+            return None
+        given = {key: self._positive(f"{where}.{key}", parameters[key]) for key in _YARN_FIELDS if key in parameters}
+        if missing := {"factor", "original_max_position_embeddings"} - given.keys():
+            raise ValueError(f"{self.origin}: {where} = {self.get(where)!r:.200} lacks {', '.join(sorted(missing))}")
+        yarn = Yarn(**given)
+        if yarn.factor < 1 or yarn.beta_fast <= yarn.beta_slow or yarn.num_positions >= _MOST:
             raise ValueError(
-                f"{self.origin}: {name} = {self.get(name)!r:.200} is not supported: only the plain rotary embedding is"
+                f"{self.origin}: {where} = {self.get(where)!r:.200}: factor must be at least 1, beta_fast above "
+                f"beta_slow, and factor x original_max_position_embeddings below {_MOST}"
             )
-        return {"rotary_base": values["rope_theta"], "rotary_fraction": values["partial_rotary_factor"]}
+        return yarn
+
+    def _rope(self) -> tuple[str, Any, dict[str, Any]]:
+        """The section about the rotary embedding, its kind there, and the rest of it."""
+        where, parameters = "rope_parameters", self.section("rope_parameters")
+        scaling = self.section("rope_scaling")  # its older name
+        if scaling and not parameters:
+            where, parameters = "rope_scaling", scaling
+        elif scaling and scaling.get("rope_type", scaling.get("type")) != "default":
+            raise ValueError(
+                f"{self.origin}: rope_scaling = {scaling!r:.200} beside rope_parameters, which transformers would drop "
+                "for it; say all in rope_parameters"
+            )
+        given = {key: value for key, value in parameters.items() if value is not None}
+        return where, given.pop("rope_type", given.pop("type", "default")), given
 
     def refuse_unread(self) -> None:
         unread = sorted(
@@ -182,6 +215,32 @@ class HFConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """A rotary embedding that reaches further than the positions a model was trained on first (arXiv 2309.00071)."""
+
+    factor: float
+    """How many times further."""
+    original_max_position_embeddings: float
+    beta_fast: float = 32.0
+    """Numbers that turn more often than this over the original positions are left as they are,"""
+    beta_slow: float = 1.0
+    """those that turn less often are slowed down by `factor`; a ramp lies between."""
+    attention_factor: float = 0.0
+    """Queries and keys are multiplied by it; 0: 0.1 ln(factor) + 1, as the paper has it."""
+
+    @property
+    def num_positions(self) -> int:
+        return round(self.factor * self.original_max_position_embeddings)
+
+    @property
+    def scale(self) -> float:
+        return self.attention_factor or 0.1 * math.log(max(self.factor, 1.0)) + 1.0
+
+
+_YARN_FIELDS = tuple(field.name for field in fields(Yarn))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """One checkpoint's architecture in Megatron's terms."""
 
@@ -194,6 +253,7 @@ class ModelSpec:
     rotary_base: float
     rotary_fraction: float
     """Of each head's numbers, the first ones, that are rotated."""
+    yarn: Yarn | None = None
     tied_embeddings: bool
     sandwich_norms: bool = False
     """Attention and MLP have a norm behind them too: `post_self_attn_layernorm` and `post_mlp_layernorm` of a layer."""

@@ -169,7 +169,7 @@ def stored(sampling: SamplingConfig, rollout: RolloutConfig) -> Generate:
         groups = []
         for prompt, count, first in zip(prompts, *counts_and_seeds(len(prompts), sampling, seed), strict=True):
             samples: list[Sample] = []
-            for j, part in parts_of(count, rollout):
+            for j, part in parts_of(count, rollout, sampling):
                 found = bank.find(prompt.token_ids.tolist(), first + j, part)
                 if found is None:
                     raise ValueError(f"prompt {prompt.id}: its samples from number {j} on are not there")

@@ -35,6 +35,8 @@ T = TypeVar("T")
 Score = Callable[[Prompt, Sample], Awaitable[Reward]]
 
 _WATCH_INTERVAL_S = 2.0
+_REQUEST_TOKENS = 1 << 18
+"""New tokens that one request may ask for, unless it is of one sample."""
 
 
 class RolloutClient:
@@ -177,7 +179,7 @@ class RolloutClient:
                     f"exceed the servers' max_model_len = {limit}: raise rollout.max_model_len, lower max_new_tokens "
                     "or drop the prompt"
                 )
-            parts = parts_of(count, self.cfg)
+            parts = parts_of(count, self.cfg, sampling)
             requests.append([Request(label, ids, part, seed + j, sampling, cache_salt) for j, part in parts])
         return requests
 
@@ -350,9 +352,9 @@ def _labelled(prompts: Sequence[Prompt]) -> list[tuple[str, list[int]]]:
     return [(prompt.id, [int(t) for t in prompt.token_ids]) for prompt in prompts]
 
 
-def parts_of(count: int, cfg: RolloutConfig) -> list[tuple[int, int]]:
+def parts_of(count: int, cfg: RolloutConfig, sampling: SamplingConfig) -> list[tuple[int, int]]:
     """(number of the first sample, samples) of each request for `count` samples of one prompt."""
-    chunk = min(cfg.samples_per_request, cfg.max_num_seqs)
+    chunk = min(cfg.samples_per_request, cfg.max_num_seqs, max(1, _REQUEST_TOKENS // sampling.max_new_tokens))
     return [(j, min(chunk, count - j)) for j in range(0, count, chunk)]
 
 

@@ -66,12 +66,15 @@ class RolloutConfig:
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""
     samples_per_request: int = 16
-    """Samples of one prompt asked for in one request: fewer spread better over servers, more cost less overhead."""
+    """Samples of one prompt asked for in one request: fewer spread better over servers, more cost less overhead. Long
+    ones are asked for in smaller requests, of 262,144 new tokens at most (or one sample): what a server must answer at
+    once, and what is lost with it."""
     startup_timeout_s: float = 1800.0
     """Deadline for a server to become healthy: reading 65 GB four times from a shared disk, compiling and capturing
     graphs may take long. One that ends in its start is noticed at once."""
-    request_timeout_s: float = 3600.0
-    """Deadline for one generation request, queueing included."""
+    request_timeout_s: float = 21600.0
+    """Deadline for one generation request, queueing included; a server that misses it is started again. It must exceed
+    the time of the longest sample and of those before it. (A server that hangs is noticed by its /health.)"""
     health_timeout_s: float = 60.0
     """A busy server that answers no /health for so long counts as stuck; its requests are asked elsewhere."""
     sync_timeout_s: float = 600.0

@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from megatron_t1.files import read_json
+from megatron_t1.models.spec import HFConfig
 from megatron_t1.servers.config import BACKEND, RolloutConfig
 from megatron_t1.servers.guard import KEY_ENV
 from megatron_t1.servers.server import ServerError
@@ -39,10 +39,6 @@ _TRAINER_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
 }
-
-
-class _Config(TypedDict):
-    max_position_embeddings: int
 
 
 def launch(
@@ -90,8 +86,11 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         "middleware": "megatron_t1.servers.guard.KeyGuard",
         "disable-uvicorn-access-log": True,
     }
+    hf = HFConfig.load(model_dir)
+    # vLLM wants this field to hold what YaRN makes of it, Qwen's releases leave it as it was.
+    overrides: dict[str, Any] = {"max_position_embeddings": yarn.num_positions} if (yarn := hf.yarn()) else {}
     if device == "cpu":
-        longest = cfg.max_model_len or read_json(model_dir / "config.json", _Config)["max_position_embeddings"]
+        longest = cfg.max_model_len or overrides.get("max_position_embeddings") or hf.size("max_position_embeddings")
         options |= {
             "enforce-eager": True,
             "kv-cache-memory-bytes": cfg.kv_cache_bytes,
@@ -102,14 +101,14 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
     else:
         options["gpu-memory-utilization"] = cfg.gpu_memory_utilization
         # As the trainer computes them; logits rounded to bfloat16 blur every logprob by some 0.03 nats.
-        options["hf-overrides"] = {"head_dtype": "float32"}
+        overrides["head_dtype"] = "float32"
         options |= {"enable-sleep-mode": True} if cfg.sleep else {}  # vLLM's CPU build takes the calls and ignores them
     if not has_weights(model_dir):
         options["load-format"] = "dummy"  # a Megatron checkpoint: the trainer pushes before it asks
     given = {name.replace("_", "-"): value for name, value in cfg.vllm_args.items()}
     if isinstance(given.get("hf-overrides"), dict):
-        given["hf-overrides"] = options.get("hf-overrides", {}) | given["hf-overrides"]
-    options |= given
+        given["hf-overrides"] = overrides | given["hf-overrides"]
+    options |= {"hf-overrides": overrides or None} | given
     words = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     for name, value in options.items():
         if isinstance(value, bool):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.forks import WORKERS
-from tests.models.families import FAMILIES, reference
+from tests.models.families import FAMILIES, YARN, reference
 from tests.models.layouts import LAYOUTS
 
 WORKER = WORKERS / "parity_worker.py"
@@ -18,7 +18,7 @@ WORKER = WORKERS / "parity_worker.py"
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, make in FAMILIES.items():
+    for name, make in (FAMILIES | YARN).items():
         make(folder / name)
     return folder
 

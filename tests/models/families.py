@@ -59,6 +59,39 @@ FAMILIES: dict[str, Callable[..., Path]] = {
 }
 MOE = {name for name in FAMILIES if "moe" in name}
 
+# Trained on 32 positions, which the longest of the batch exceed; so small a base that every kind of frequency is there.
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 4.0,
+    "beta_slow": 0.5,
+}  # fmt: skip
+
+
+def _as_qwen_documents_it(folder: Path) -> Path:
+    """In fields of transformers 4, as one adds them to a released config.json by hand."""
+    _make("Qwen2ForCausalLM", folder, rope_parameters=_YARN, max_position_embeddings=256)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    scaling = {name: value for name, value in _YARN.items() if name not in ("rope_type", "rope_theta")}
+    path.write_text(json.dumps({**config, "rope_theta": 100.0, "rope_scaling": {"type": "yarn", **scaling}}))
+    return folder
+
+
+YARN: dict[str, Callable[..., Path]] = {
+    "qwen2 yarn": _as_qwen_documents_it,
+    **{
+        f"{family} yarn": partial(FAMILIES[family], rope_parameters={**_YARN, **more}, max_position_embeddings=256)
+        for family, more in {
+            "qwen3": {"attention_factor": 1.5},
+            "qwen3_moe": {},
+            "glm": {"partial_rotary_factor": 0.5},
+            "glm4": {"partial_rotary_factor": 0.5},
+            "glm4_moe": {"partial_rotary_factor": 0.5},
+        }.items()
+    },
+}
+"""Every family that can be stretched, beyond the positions that it was trained on."""
+
 
 def load_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     """transformers' model of a folder."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tests.models.families import FAMILIES, MOE
+from tests.models.families import FAMILIES, MOE, YARN
 
 DENSE = set(FAMILIES) - MOE
 SP = {"sequence_parallel": True}
 
 LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
-    1: {"TP1": ({}, FAMILIES)},
+    1: {"TP1": ({}, FAMILIES | YARN)},
     2: {
         "TP2": ({"tensor": 2}, DENSE),  # mixtures of experts need SP there
         "TP2 SP": ({"tensor": 2, **SP}, FAMILIES),

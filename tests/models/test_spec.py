@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ READ = {  # rotary base and share, KV heads, carried layers, mixture of experts
 }  # fmt: skip
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+"""As the model cards of Qwen2.5 and Qwen3 have it."""
+
+
 def read(folder: Path, fields: dict):
     (folder / "config.json").write_text(json.dumps(fields))
     return spec_of(folder)
@@ -40,11 +45,28 @@ def test_released_configs_are_read(release, tmp_path):
     assert {name: spec.transformer[name] for name in experts or {}} == (experts or {})
 
 
+@pytest.mark.parametrize("release", ["Qwen2.5-32B", "Qwen3-32B", "glm-4-9b-hf", "GLM-4.5"])
+def test_yarn_reaches_further(release, tmp_path):
+    plain = read(tmp_path, RELEASED[release])
+    stretched = read(tmp_path, {**RELEASED[release], "rope_scaling": YARN})
+    assert stretched.max_position_embeddings == 131_072
+    assert stretched.yarn.scale == pytest.approx(1.1386294)  # 0.1 ln 4 + 1
+    assert replace(stretched, max_position_embeddings=plain.max_position_embeddings, yarn=None) == plain
+    of_transformers_5 = {**YARN, "rope_type": "yarn", "rope_theta": RELEASED[release]["rope_theta"]}
+    assert read(tmp_path, {**RELEASED[release], "rope_parameters": of_transformers_5}) == stretched
+
+
 @pytest.mark.parametrize(
     ("release", "change", "message"),
     [
-        ("Qwen2.5-32B", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling = {'type': 'yarn'"),
-        ("Qwen3-32B", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters = .* not supported"),
+        ("Qwen2.5-32B", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn.* lacks original_max_position_embed"),
+        ("Qwen2.5-32B", {"rope_scaling": {**YARN, "factor": 0.5}}, "factor must be at least 1"),
+        ("Qwen2.5-32B", {"rope_scaling": {**YARN, "beta_fast": 1}}, "beta_fast above beta_slow"),
+        ("Qwen2.5-32B", {"rope_scaling": {**YARN, "factor": 1e9}}, "below 2147483648"),
+        ("Qwen2.5-32B", {"rope_scaling": {**YARN, "mscale": 1.0}}, "mscale.* is not supported: the plain .* and yarn"),
+        *(("Qwen3-32B", {"rope_scaling": {"rope_type": kind, "factor": 4.0}}, f"'{kind}'.* is not supported: the plain")
+          for kind in ("linear", "dynamic", "llama3", "longrope")),
+        ("Qwen3-32B", {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}}, "say all in rope_parameters"),
         ("Qwen3-32B", {"rope_parameters": {"rope_theta": 2.0}}, "rope_theta = 1000000 contradicts rope_parameters"),
         ("Qwen2.5-32B", {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ("Qwen3-32B", {"layer_types": ["sliding_attention"]}, r"layer_types has \['sliding_attention'\]"),

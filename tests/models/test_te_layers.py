@@ -19,7 +19,7 @@ FEW = set(FAMILIES) - ALIKE
 SAVED = {"qwen2 tied", "glm4", "qwen3_moe", "glm4_moe"}
 """A checkpoint of each kind of layer."""
 LAYOUTS: dict[tuple[int, bool], dict[str, tuple[dict[str, Any], set[str]]]] = {
-    (1, False): {"TP1": ({}, FEW)},
+    (1, False): {"TP1": ({}, {*FEW, "qwen2 yarn"})},
     (2, False): {
         "TP2 SP": ({"tensor": 2, **SP}, FEW),
         "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, {"qwen3", "glm", "glm4_moe"}),

@@ -15,6 +15,7 @@ from tests.models.families import FAMILIES, VOCAB
 
 WORKER = WORKERS / "vllm_worker.py"
 SERVED = [family for family in FAMILIES if not family.endswith((" tied", " dense layer", " bias"))]
+SERVED += ["qwen2 yarn", "glm4 yarn"]
 
 
 @pytest.fixture(scope="module")

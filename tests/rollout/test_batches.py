@@ -99,7 +99,7 @@ def test_a_stored_batch_is_read_again(tmp_path) -> None:
             read(prompts, seed, bank)
         groups = generate(prompts, seed, bank)
         for group, count, first in zip(groups, *counts_and_seeds(len(prompts), SAMPLING, seed), strict=True):
-            for j, part in parts_of(count, ROLLOUT):
+            for j, part in parts_of(count, ROLLOUT, SAMPLING):
                 ids = group.prompt.token_ids.tolist()
                 bank.add(group.prompt.id, ids, first + j, group.samples[j : j + part])
         return groups

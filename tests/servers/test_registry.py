@@ -178,3 +178,14 @@ def test_the_head_is_float32_on_gpus(device, given, expected, tiny_dir: Path) ->
     words = command(cfg, tiny_dir, host="localhost", port=1, device=device)
     values = [json.loads(value) for word, value in pairwise(words) if word == "--hf-overrides"]
     assert values == ([] if expected is None else [expected])
+
+
+def test_servers_take_as_many_positions_as_yarn_makes(tiny_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_dir / "config.json").read_text())
+    del config["rope_parameters"]
+    config["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = command(RolloutConfig(), tmp_path, host="localhost", port=1, device="cpu")
+    given = dict(pairwise(words))
+    assert json.loads(given["--hf-overrides"]) == {"max_position_embeddings": 4096}
+    assert given["--max-num-batched-tokens"] == "4096"
