@@ -16,6 +16,7 @@ import torch
 
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.step import Engine
+from megatron_t1.weights.buffers import mapped
 
 _ALIGNED = 512
 """Bytes, as CUDA's allocator aligns."""
@@ -114,8 +115,9 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _pinned(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes] on the host. torch's own pinned memory is rounded up to a power of two."""
-    host = torch.empty(num_bytes, dtype=torch.uint8)
+    """uint8 [num_bytes] on the host. torch's own pinned memory is rounded up to a power of two; and the kernel would
+    copy pinned pages into every fork that writes a checkpoint."""
+    host = mapped(num_bytes, in_forks=False)
     if torch.cuda.is_available():
         cudart = torch.cuda.cudart()
         torch.cuda.check_error(cudart.cudaHostRegister(host.data_ptr(), num_bytes, 0))

@@ -56,7 +56,7 @@ def main() -> None:
 
     from megatron_t1.algo.loss import sft_token_loss
     from megatron_t1.engine import checkpoint, saving
-    from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
+    from megatron_t1.engine.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
     from megatron_t1.weights.plan import Plan
@@ -88,7 +88,7 @@ def main() -> None:
             if dist.get_rank() == 0:
                 save_file(results, result / "results")
             if parallel.distributed_optimizer:
-                cfg = checkpoint.CheckpointConfig()
+                cfg = CheckpointConfig()
                 saving.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
         mpu.destroy_model_parallel()
 
