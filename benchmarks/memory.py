@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py            # all cases, as in benchmarks/memory.md
     python benchmarks/memory.py --plan     # the table for Qwen2.5-32B on 2, 4 and 8 nodes, from the formulas
-    python benchmarks/memory.py --rank ... # one rank (started by the above)
+    python benchmarks/memory.py --long     # one sample of 32,768 tokens on 1, 2 and 4 context-parallel ranks
+    python benchmarks/memory.py --rank ... # one rank (started by the above), --long-rank ... too
 
 The measured figure is the highest resident size from before the model is built to the end of two steps (anchor,
 forward, backward, optimizer, EMA), less what Python and the libraries took before. MALLOC_MMAP_THRESHOLD_ makes glibc
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,21 @@ LAYOUTS = {
 }
 TOKENS = 2048
 MICROBATCHES = 2
+LONG_TOKENS = 32768
+LONG_MODEL = {"hidden": 128, "layers": 2, "ffn": 256, "vocab": 320, "tied": True}
+
+
+def peak_of(work: Callable[[], None]) -> int:
+    """Bytes of resident memory at most while it runs, more than before."""
+
+    def status(name: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return status("VmHWM") - before
 
 
 def rank(model_dir: str, layout: dict, dtype: str) -> None:
@@ -48,6 +65,7 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.prescore import prescore
     from megatron_t1.engine.step import Engine
+    from megatron_t1.models import spec_of
     from megatron_t1.models.sizes import Sizes
     from megatron_t1.platform.detect import setup
     from megatron_t1.types import TrainSequence
@@ -72,21 +90,17 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
     torch.set_num_threads(1)
     dist.barrier()
 
-    def status(name: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
+    def two_steps() -> None:
+        engine = Engine(
+            ModelConfig(hf_path=model_dir, dtype=dtype),
+            parallel, OptimConfig(lr=1e-3), platform, total_steps=9, temperature=1.2,
+        )  # fmt: skip
+        anchor = Anchor(engine, AnchorConfig())
+        for _ in range(2):
+            step(engine, anchor, 256)
 
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    optim = OptimConfig(lr=1e-3)
-    engine = Engine(
-        ModelConfig(hf_path=model_dir, dtype=dtype), parallel, optim, platform, total_steps=9, temperature=1.2
-    )
-    anchor = Anchor(engine, AnchorConfig())
-    for _ in range(2):
-        step(engine, anchor, 256)
-    measured = status("VmHWM") - before
-    sizes = Sizes.of(engine.spec)
+    measured = peak_of(two_steps)
+    sizes = Sizes.of(spec_of(Path(model_dir)))
     shape = Layout(
         tensor=parallel.tensor, pipeline=parallel.pipeline, data=1, sequence_parallel=parallel.sequence_parallel,
         distributed_optimizer=True, dtype=dtype, recompute=False, local_layers=True, tokens=TOKENS,
@@ -99,8 +113,76 @@ def rank(model_dir: str, layout: dict, dtype: str) -> None:
         print(json.dumps(everyone))
 
 
+def long_rank(model_dir: str, context: int, out: str) -> None:
+    """Forward and backward of one sample; its loss, gradients and peaks are left in `out`."""
+    import torch
+    import torch.distributed as dist
+    from safetensors.torch import save_file
+
+    from megatron_t1.algo.loss import sft_token_loss
+    from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
+    from megatron_t1.engine.parallel import initialize
+    from megatron_t1.engine.step import Engine
+    from megatron_t1.platform.detect import setup
+    from megatron_t1.types import TrainSequence
+    from megatron_t1.weights.plan import Plan
+    from tests.workers.gradients import gradient_pieces
+
+    platform = setup()
+    parallel = ParallelConfig(
+        context=context, max_tokens_per_microbatch=LONG_TOKENS // context, distributed_optimizer=False
+    )
+    initialize(parallel, platform, 0)
+    torch.set_num_threads(1)
+    ids = np.random.default_rng(0).integers(0, LONG_MODEL["vocab"], LONG_TOKENS)
+    sequences = [TrainSequence(prompt_ids=ids[:1], response_ids=ids[1:])]
+    engine = Engine(
+        ModelConfig(hf_path=model_dir, dtype="float32"),
+        parallel, OptimConfig(lr=1e-3), platform, total_steps=1, temperature=1.0,
+    )  # fmt: skip
+    engine.load_weights(Path(model_dir))
+    metrics = {}
+
+    def step() -> None:
+        metrics.update(engine.step(engine.pack(sequences), LONG_TOKENS - 1, sft_token_loss))
+
+    peaks: list[int] = [0] * context
+    dist.all_gather_object(peaks, peak_of(step))
+    gradients = dict(Plan(gradient_pieces(engine)).gather())
+    if dist.get_rank() == 0:
+        save_file(gradients, f"{out}/{context}.safetensors")
+        Path(f"{out}/{context}.json").write_text(json.dumps({**metrics, "peaks": peaks}))
+
+
+def long() -> None:
+    """The table of one long sample; every gradient against that of one rank."""
+    from safetensors.torch import load_file
+
+    from megatron_t1.algo.config import CHUNK_LOGITS
+    from megatron_t1.check.estimate import Layout, Sizes, stage_memory
+    from megatron_t1.models import spec_of
+
+    print("| context | loss | gradient norm | gradients, worst relative error | peak MB by rank | estimate MB "
+          "|\n" + "|---" * 6 + "|")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        model_dir = make(Path(folder) / "model", LONG_MODEL)
+        for context in (1, 2, 4):
+            run("--long-rank", model_dir, str(context), folder, num_ranks=context)
+            found = json.loads(Path(f"{folder}/{context}.json").read_text())
+            one, these = (load_file(f"{folder}/{ranks}.safetensors") for ranks in (1, context))
+            worst = max(float((these[name] - whole).norm() / whole.norm()) for name, whole in one.items())
+            shape = Layout(
+                tensor=1, context=context, pipeline=1, data=1, sequence_parallel=False, distributed_optimizer=False,
+                dtype="float32", recompute=False, local_layers=True, tokens=LONG_TOKENS // context, microbatches=1,
+                chunk_logits=CHUNK_LOGITS["cpu"], anchor="none",
+            )  # fmt: skip
+            parts = stage_memory(Sizes.of(spec_of(model_dir)), shape, 0)
+            peaks = ", ".join(f"{peak / 1e6:.0f}" for peak in found["peaks"])
+            print(f"| {context} | {found['loss']:.7f} | {found['grad_norm']:.7f} | {worst:.1e} | {peaks} | "
+                  f"{(parts['activations'] + parts['head']) / 1e6:.0f} |", flush=True)  # fmt: skip
+
+
 def make(folder: Path, sizes: dict) -> Path:
-    sys.path.insert(0, str(ROOT))
     from tests.tiny import make_tiny_qwen2
 
     return make_tiny_qwen2(
@@ -112,15 +194,20 @@ def make(folder: Path, sizes: dict) -> Path:
 
 def measure(model_dir: Path, layout: dict, dtype: str) -> list[dict]:
     num_ranks = layout.get("tensor", 1) * layout.get("pipeline", 1)
+    return json.loads(run("--rank", model_dir, json.dumps(layout), dtype, num_ranks=num_ranks).splitlines()[-1])
+
+
+def run(*arguments: str | Path, num_ranks: int) -> str:
+    """What this script says with these arguments on so many ranks."""
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     done = subprocess.run(
-        [*(starter if num_ranks > 1 else starter[:1]), __file__, "--rank", model_dir, json.dumps(layout), dtype],
+        [*(starter if num_ranks > 1 else starter[:1]), __file__, *arguments],
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 QWEN_32B = {
@@ -165,13 +252,23 @@ def plan() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", nargs=3, metavar=("MODEL", "LAYOUT", "DTYPE"))
+    parser.add_argument("--long", action="store_true")
+    parser.add_argument("--long-rank", nargs=3, metavar=("MODEL", "CONTEXT", "FOLDER"))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--plan", action="store_true")
     args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
     if args.plan:
         plan()
+        return
+    if args.long:
+        long()
+        return
+    if args.long_rank:
+        model_dir, context, out = args.long_rank
+        long_rank(model_dir, int(context), out)
         return
     if args.rank:
         model_dir, layout, dtype = args.rank

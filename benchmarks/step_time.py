@@ -37,6 +37,7 @@ LENGTHS = {
 }
 PROMPT = 200
 STEPS = 6
+SHARING = ("--rollout.share_gpus", "true", "--rollout.gpu_memory_utilization")
 
 
 @dataclass
@@ -109,10 +110,10 @@ def row(name: str, cfg: Config, machines: Machines, mean: int, cut: int) -> tupl
     made = float(np.mean(generate))
     step = max(made, rest) if cfg.rl.lag else made + rest
     memory = estimate.stage_memory(sizes, layout_of(cfg, spec, "rl", machines, {"train": PROMPT}), 0)
-    parts = f"{made:.0f} | {fixed['anchor']:.0f} | {fixed['train']:.0f} | {fixed['push']:.0f}"
+    stages = " | ".join(f"{fixed.get(stage, 0):.0f}" for stage in ("anchor", "train", "push", "turns"))
     shares_idle = f"{100 * (1 - (fixed['anchor'] + fixed['train']) / step):.0f}% | {100 * (1 - made / step):.0f}%"
     taken = f"{sum(memory.values()) / 1e9:.0f}"
-    return f"| {name} | **{step:.0f}** | {parts} | {shares_idle} | {taken} | {np.mean(held):.0f} |", step
+    return f"| {name} | **{step:.0f}** | {made:.0f} | {stages} | {shares_idle} | {taken} | {np.mean(held):.0f} |", step
 
 
 def main() -> None:
@@ -122,15 +123,18 @@ def main() -> None:
     separate, shared = {"nodes": 4, "vllm_nodes": 2}, {"nodes": 4, "share_gpus": True}
     for title, (mean, cut) in LENGTHS.items():
         print(f"\n{title}\n")
-        print("| layout | s a step | generate | anchor | train | push | trainer idle | servers idle | GB | together |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
+        titles = "s a step | generate | anchor | train | push | turns | trainer idle | servers idle | GB | together"
+        print(f"| layout | {titles} |\n|{'---|' * 11}")
         steps = []
         for name, machines, options in (
             ("2 nodes train, 2 serve", separate, []),
             ("the same, rl.lag 1", separate, ["--rl.lag", "1"]),
-            ("4 nodes share", shared, ["--rollout.share_gpus", "true", "--rollout.gpu_memory_utilization", "0.33"]),
-            ("4 nodes share, were the trainer's state on the host meanwhile (not built)", shared,
-             ["--rollout.share_gpus", "true", "--rollout.gpu_memory_utilization", "0.85"]),
+            ("4 nodes share", shared, [*SHARING, "0.33"]),
+            ("4 nodes share, servers sleep", shared, [*SHARING, "0.48", "--rollout.sleep", "true"]),
+            ("the same, parallel.offload optimizer", shared,
+             [*SHARING, "0.88", "--rollout.sleep", "true", "--parallel.offload", "optimizer"]),
+            ("the same, parallel.offload all", shared,
+             [*SHARING, "0.94", "--rollout.sleep", "true", "--parallel.offload", "all"]),
         ):  # fmt: skip
             words = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", str(folder)]
             cfg = read(Config, [*words, "--sampling.max_new_tokens", str(cut), *options])

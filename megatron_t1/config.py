@@ -179,6 +179,17 @@ class Config:
             raise FieldError("resume_with_changes", True, "needs --resume too")
         if self.rl.measure_every and not (self.evaluate.sets or self.data.heldout):
             raise FieldError("rl.measure_every", self.rl.measure_every, "needs data.heldout or evaluate.sets")
+        if self.takes_turns and not self.rollout.share_gpus:
+            raise FieldError(
+                "parallel.offload", self.parallel.offload, "needs rollout.share_gpus: nobody else would use the memory"
+            )
+        if self.takes_turns and self.rl.lag:
+            raise FieldError(
+                "rl.lag",
+                self.rl.lag,
+                "must be 0 with parallel.offload or rollout.sleep: servers generate while the trainer trains, and "
+                "neither can give its memory to the other",
+            )
         # Others would be folders: one in the other, the parent, a hidden one.
         if self.label and (self.label.startswith(".") or not self.label.isprintable() or {"/", "\\"} & set(self.label)):
             raise FieldError(
@@ -190,6 +201,11 @@ class Config:
                 self.sampling.temperature,
                 "must be above 0, RL samples; evaluation has its own (evaluate.sampling.temperature)",
             )
+
+    @property
+    def takes_turns(self) -> bool:
+        """Trainer and servers give each other GPU memory, and nothing is asked while the trainer has it."""
+        return self.rollout.sleep or self.parallel.offload != "none"
 
     @property
     def awaits_batches(self) -> bool:

@@ -20,9 +20,11 @@ from megatron_t1.config import Config
 from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.anchor import Anchor
+from megatron_t1.engine.offload import Offload
 from megatron_t1.engine.parallel import is_main
 from megatron_t1.engine.prescore import prescore
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
+from megatron_t1.engine.saving import Saver
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import Stopwatch, rollout_metrics, staleness
 from megatron_t1.platform.detect import Platform
@@ -37,6 +39,7 @@ class Learner:
         """The policy of `model.hf_path`, with an anchor that equals it. `watch` measures the stages of a step."""
         self.cfg, self.watch = cfg, watch
         self.checkpoints = Path(cfg.run_dir) / "rl" / "checkpoints"
+        self.saver = Saver(self.checkpoints, cfg.rl.checkpoint)
         self.engine = Engine(
             cfg.model,
             cfg.parallel,
@@ -47,6 +50,7 @@ class Learner:
         )
         self.engine.load_weights(Path(cfg.model.hf_path))
         self.anchor = Anchor(self.engine, cfg.anchor) if cfg.loss.kl_coef else None
+        self.offload = Offload(self.engine, self.anchor)
         self.settings: dict[str, Any] = {}
         self.steps_done = 0
         self._before: list[torch.Tensor] = []
@@ -105,12 +109,10 @@ class Learner:
             torch._foreach_copy_(tensors, self._before)
             yield
 
-    def save(self, score: float) -> None:
-        """A checkpoint of the steps done; `score`: how good they were, higher is better."""
+    def begin_save(self, score: float) -> None:
+        """A checkpoint of the steps done; `score`: how good they were, higher is better. `saver` finishes it."""
         state = {"seed": self.cfg.seed, "weight_version": self.steps_done, "settings": self.settings}
-        checkpoint.save(
-            self.checkpoints, self.steps_done, self.engine, self.anchor, state, self.cfg.rl.checkpoint, score=score
-        )
+        self.saver.begin(self.steps_done, self.engine, self.anchor, state, score=score)
 
 
 def _settings(cfg: Config, prompts: list[Prompt]) -> dict[str, Any]:

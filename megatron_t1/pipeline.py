@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megatron_t1.config import Config, SyncCheckConfig, keep
 from megatron_t1.data.dedup import words
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
-from megatron_t1.engine.parallel import initialize, is_main
+from megatron_t1.engine.parallel import from_main, initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.evaluation.evaluate import evaluate
 from megatron_t1.evaluation.questions import question_sets
@@ -90,12 +90,12 @@ def run_rl(cfg: Config) -> None:
             question_sets(cfg, cfg.evaluate.sets)  # there, or refused now
         rl.check(cfg, prompts)
         _check_context(cfg, context_needs(cfg, "rl", longest, template))
-        rank0 = stack.enter_context(_rank0_of_training(cfg, template)) if is_main() else None
+        rank0 = stack.enter_context(_rank0_of_training(cfg, template))
         trainer = rl.Trainer(cfg, platform, prompts, rank0)
         stack.callback(trainer.close)
         if rank0:
             keep(cfg)
-            rank0.ready(prompts[0])
+            rank0.servers.wait_ready()
         trainer.push()
         hf_dir = trainer.train()
         if rank0:
@@ -252,7 +252,7 @@ def run_all(cfg: Config) -> None:
         rl.check(cfg, train)
         longest = {"train": _longest(train), "heldout": _longest(heldout)}
         _check_context(cfg, context_needs(cfg, "run", longest, template))
-        rank0 = stack.enter_context(_rank0_of_training(cfg, template)) if is_main() else None
+        rank0 = stack.enter_context(_rank0_of_training(cfg, template))
         watch.add("start", time.perf_counter() - began)
 
         hf_dir = run_dir / "sft" / "hf"
@@ -269,7 +269,7 @@ def run_all(cfg: Config) -> None:
             stack.callback(trainer.close)
             if rank0:
                 keep(cfg)
-                rank0.ready(train[0])
+                rank0.servers.wait_ready()
             trainer.push()
 
         set_of = cfg.data.need("heldout").stem
@@ -336,10 +336,21 @@ def run_sync_check(cfg: SyncCheckConfig) -> bool:
         return not result.wrong
 
 
-def _rank0_of_training(cfg: Config, template: Template) -> AbstractContextManager[Rank0]:
+@contextmanager
+def _rank0_of_training(cfg: Config, template: Template) -> Iterator[Rank0 | None]:
+    """None on the other ranks."""
     folder = Path(cfg.run_dir) / "rl"
-    trace = Trace(folder / "trace.json")
-    return open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace, status_in=folder)
+    with ExitStack() as stack:
+        rank0 = None
+        if is_main():
+            trace = Trace(folder / "trace.json")
+            opened = open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace, status_in=folder)
+            rank0 = stack.enter_context(opened)
+        if cfg.rollout.sleep:  # they measure what is free while they start: no rank may take memory before
+            if rank0:
+                rank0.servers.wait_ready().sleep()
+            from_main(None)
+        yield rank0
 
 
 def _serve_folder(cfg: Config, rank0: Rank0) -> None:

@@ -1,7 +1,7 @@
 """Rank 0's side of the loop that is not training: the vLLM servers, their client, and the grader.
 
-The servers are started first and awaited late (`ready`), so that they come up while the trainer is being built or
-fine-tunes. The other ranks have none of this: they hold None and receive what rank 0 made.
+The servers are started first and awaited late, so that they come up while the trainer is being built or fine-tunes. The
+other ranks have none of this: they hold None and receive what rank 0 made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.frozen_heap import frozen_heap
 from megatron_t1.servers.servers import Servers
 from megatron_t1.trace import Trace
-from megatron_t1.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,6 @@ class Rank0:
     client: RolloutClient
     scorer: Scorer
     trace: Trace = field(default_factory=Trace)
-
-    def ready(self, prompt: Prompt) -> None:
-        """Wait for the servers and check, on one prompt, that they return logprobs after temperature."""
-        self.servers.wait_ready()
-        self.client.check_logprob_contract(prompt.token_ids.tolist())
 
 
 @contextmanager

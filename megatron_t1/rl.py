@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_t1.config import Config
 from megatron_t1.engine import checkpoint
+from megatron_t1.engine.offload import free_cache
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.learner import Learner
 from megatron_t1.metrics import Stopwatch
@@ -33,10 +34,11 @@ from megatron_t1.rollout.batches import Batch, Batches, BatchQueue
 from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.server import ServerError
+from megatron_t1.servers.servers import Servers
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.trace import Trace
 from megatron_t1.trackers import open_log
-from megatron_t1.types import Prompt
+from megatron_t1.types import Prompt, TrainSequence
 from megatron_t1.warn import warn
 
 T = TypeVar("T")
@@ -125,6 +127,7 @@ class Trainer:
         self.milestones = Milestones(cfg, self.learner.engine, rank0)
         self.log = open_log(cfg, "rl", self.steps_done) if is_main() else None
         self._rewards: list[float] = []  # of the steps since the last checkpoint
+        self._servers_turn = False  # to use the GPUs that are shared
 
     @property
     def steps_done(self) -> int:
@@ -140,14 +143,23 @@ class Trainer:
         Raises:
             MismatchError: a server answers with other logprobs than the trainer's.
         """
+        self._wake_for_push()
         self.sync.push(version=self.steps_done)
+        self._to_servers()
+        if self.rank0:
+            self.rank0.client.check_logprob_contract(self.prompts[0].token_ids.tolist())
         bound = max_logprob_diff(self.cfg)
         if math.isinf(bound):
             return
         engine = self.learner.engine
+
+        def logprobs(sequences: list[TrainSequence]) -> list[np.ndarray]:
+            self._to_trainer()
+            return engine.logprobs(sequences)
+
         found = mismatch(
             self.sync,
-            engine.logprobs,
+            logprobs,
             [prompt.token_ids.tolist() for prompt in self.prompts[:_NUM_FIRST_PROMPTS]],
             temperature=self.cfg.sampling.temperature,
             vocab_size=engine.spec.vocab_size,
@@ -155,6 +167,8 @@ class Trainer:
         )
         for server, value in found.items():
             _hold(value, bound, f"server {server} on weights {self.steps_done}, before the first step")
+        if self.cfg.takes_turns:  # the trainer's answer has cost the servers their weights
+            self._bring_up()
 
     def step(self) -> dict[str, float]:
         """One step of T1. Returns its metrics, the same on every rank.
@@ -166,10 +180,14 @@ class Trainer:
         watch = self.watch
         with watch("push"):
             pushed = self._finish_push()
+        self._to_servers()
         with watch("generate"):  # at a lag, what is left of it
             batch = self._collect()
         with watch("measure"):
-            measured = self._measure() | self.milestones.kl_to_start(self.steps_done, batch.groups)
+            measured = self._measure()
+        self._to_trainer()
+        with watch("measure"):
+            measured |= self.milestones.kl_to_start(self.steps_done, batch.groups)
         # Asked to stop meanwhile: the samples wait in the bank, and training would take longest.
         metrics = self.learner.learn(batch.groups, before_training=partial(self._on_main, lambda: None))
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
@@ -185,8 +203,10 @@ class Trainer:
             with watch("generate"):  # no sample of two weights; and what a checkpoint needs of the past is in the bank
                 self._settle()
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
+            self._wake_for_push()
             self.sync.begin_push(version=self.steps_done)
-            self._ask(self.cfg.rl.lag)
+            if not self.cfg.takes_turns:
+                self._ask(self.cfg.rl.lag)
         self.learner.follow()
         if self.log:
             self.log.samples(self.steps_done, batch.groups)
@@ -197,13 +217,16 @@ class Trainer:
         """All steps that are left; returns the exported Hugging Face folder."""
         cfg = self.cfg
         self.trace.take_busy_s()  # an evaluation before the first step is not part of it
+        self.watch.lap()
         bar = tqdm(total=cfg.rl.steps, initial=self.steps_done, desc="rl", unit="step", disable=not is_main())
         while self.steps_done < cfg.rl.steps:
             began = time.monotonic()
             try:
                 metrics = self.step()
-            except Stopped:
-                self._save()
+            except (Stopped, MismatchError) as error:
+                if isinstance(error, Stopped):
+                    self._save()
+                self._finish_save()
                 raise
             self._rewards.append(metrics["reward"])
             seconds = self.watch.lap()
@@ -223,12 +246,15 @@ class Trainer:
                 bar.update()
             # The checkpoint last: a run that was killed and resumes from there would lack the step's line or snapshot.
             with self.watch("checkpoint"):
+                self._finish_save(wait=False)
                 self.milestones.snapshot(self.steps_done)
                 if cfg.rl.checkpoint.due(self.steps_done, cfg.rl.steps):
                     self._save()
         bar.close()
+        self._finish_save()
         self._finish_push()
         self.learner.engine.save_hf(self.folder / "hf")
+        self._to_servers()
         self._measure()
         return self.folder / "hf"
 
@@ -240,12 +266,16 @@ class Trainer:
             self.log.close()
 
     def _save(self) -> None:
-        """A checkpoint of the steps done, unless it is there already."""
+        """Begin a checkpoint of the steps done, unless it is there already."""
         if not self._rewards:
             return
-        self.learner.save(float(np.mean(self._rewards)))
+        self._finish_save()
+        self._to_trainer()
+        self.learner.begin_save(float(np.mean(self._rewards)))
         self._rewards.clear()
-        if is_main():  # what is needed to replay a step, from a checkpoint before it
+
+    def _finish_save(self, *, wait: bool = True) -> None:
+        if self.learner.saver.finish(wait=wait) and is_main():  # what is needed to replay a step stays
             kept = checkpoint.finished(self.learner.checkpoints)[-self.cfg.rl.checkpoint.keep :]
             self.bank.drop_before(checkpoint.step_of(kept[0]))
 
@@ -315,13 +345,53 @@ class Trainer:
         """
         for _ in range(_MAX_OUTAGES):
             self._on_main(self._await_servers)
-            for name in self.sync.bring_up():
+            for name in self._bring_up():
                 print(f"server {name} holds weights {self.steps_done} and is asked from now on", flush=True)
             self._ask(self.cfg.rl.lag)
             batch = self._on_main(self._take)
             if batch is not None:
                 return batch
         raise ServerError(f"all servers were lost {_MAX_OUTAGES} times in step {self.steps_done + 1}; see their logs")
+
+    def _bring_up(self) -> list[str]:
+        """As `WeightSync.bring_up`; who comes is awake, and the weights may be away: it is the trainer's turn then."""
+        if self.cfg.takes_turns and self.sync.any_late():
+            self._to_trainer()
+            self._wake_for_push()
+        names = self.sync.bring_up()
+        self._to_servers()
+        return names
+
+    def _to_servers(self) -> None:
+        """Where turns are taken, the trainer gives its memory away before the servers take theirs."""
+        if self._servers_turn or not self.cfg.takes_turns:
+            return
+        with self.watch("turns"):
+            self.learner.offload.give()
+            self._on_servers(lambda servers: servers.wake("kv_cache"))
+        self._servers_turn = True
+
+    def _to_trainer(self) -> None:
+        """The servers, which nobody asks, give their memory away before the trainer takes its own."""
+        if not self._servers_turn:
+            return
+        with self.watch("turns"):
+            self._on_servers(Servers.sleep)
+            self.learner.offload.take()
+        self._servers_turn = False
+
+    def _wake_for_push(self) -> None:
+        if self.cfg.rollout.sleep:
+            free_cache()
+            self._on_servers(lambda servers: servers.wake("weights"))
+
+    def _on_servers(self, call: Callable[[Servers], None]) -> None:
+        """Of servers that sleep, when every rank is here; none goes on before it is done."""
+        if self.cfg.rollout.sleep:
+            self.sync.ranks.to_0("turns", None)
+            if self.rank0:
+                call(self.rank0.servers)
+            self.sync.ranks.from_0("turns", None)
 
     def _take(self) -> Batch | None:
         """Rank 0: the step's batch; None when all servers were lost."""
@@ -350,7 +420,10 @@ class Trainer:
         """Rank 0: starts lost servers anew, and waits when none is left. They have no weights yet: `bring_up` does."""
         assert self.rank0 is not None
         servers = self.rank0.servers
-        for server in servers.revive():
+        revived = servers.revive()
+        for server in revived:
             warn(f"server {server.name} is new, or was lost and is started again: it gets the current weights first")
-        if not servers.usable():
+        if self.cfg.rollout.sleep and any(server.process for server in revived):
+            servers.wait_ready()  # a start takes memory, which is the trainer's later on
+        elif not servers.usable():
             servers.wait_ready(minimum=1)

@@ -21,6 +21,7 @@ from megatron_t1.config import Config, keep
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.resume_check import data_identity, model_identity, named
+from megatron_t1.engine.saving import Saver
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.platform.detect import Platform
@@ -96,9 +97,11 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
     watch = Stopwatch()
     losses: list[float] = []  # of the steps since the last checkpoint
 
+    saver = Saver(folder / "checkpoints", cfg.sft.checkpoint)
+
     def save(step: int) -> None:
-        folder_of_all, state = folder / "checkpoints", {"seed": cfg.seed, "settings": settings}
-        checkpoint.save(folder_of_all, step, engine, None, state, cfg.sft.checkpoint, score=-float(np.mean(losses)))
+        state = {"seed": cfg.seed, "settings": settings}
+        saver.begin(step, engine, None, state, score=-float(np.mean(losses)))
         losses.clear()
 
     bar = tqdm(total=total, initial=done, desc="sft", unit="step", disable=not is_main())
@@ -114,13 +117,16 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
             log.log(step, metrics)
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             bar.update()
+        saver.finish(wait=False)
         if cfg.sft.checkpoint.due(step, total):
             save(step)
         if step < total and from_main(STOP.asked):
             if losses:
                 save(step)
+            saver.finish()
             raise Stopped
     bar.close()
+    saver.finish()
     if log:
         log.close()
     engine.save_hf(folder / "hf")

@@ -135,22 +135,25 @@ class TrainSequence:
 
 @dataclass(kw_only=True)
 class Microbatch:
-    """Whole sequences packed one after the other: what one forward pass of one data-parallel rank sees.
+    """Sequences packed one after the other: what one forward pass of one rank sees.
 
     `num_tokens` (s) counts padding too and is equal for all microbatches of a step; `num_targets` (T) is the number of
     response tokens. Position p of the packed stream predicts token p + 1, so `target_positions` point one left of the
-    tokens in `targets`, and never across a sequence boundary.
+    tokens in `targets`, and never across a sequence boundary. Under context parallelism the rank has some rows of the
+    stream (`data.packing.rows_of`), and the targets that these predict, wherever the next token is.
     """
 
     token_ids: torch.Tensor
     """int64 [s]"""
     position_ids: torch.Tensor
-    """int64 [s], restarting at 0 in every sequence"""
+    """int64 [s], in the whole sequence: restarting at 0 in every one"""
     cu_seqlens: torch.Tensor
-    """int32 [num_sequences + 1], boundaries in the packed stream; the last is s (padding is a sequence of its own)"""
+    """int32 [num_sequences + 1], boundaries in the packed stream of all ranks that share it; the last is s x their
+    number (padding at the end is a sequence of its own)"""
     max_seqlen: int
+    """Of the whole sequences."""
     target_positions: torch.Tensor
-    """int64 [T], positions in the packed stream whose output predicts a response token"""
+    """int64 [T], ascending: which of the s outputs predict a response token"""
     targets: torch.Tensor
     """int64 [T], the response tokens themselves"""
     advantage: torch.Tensor

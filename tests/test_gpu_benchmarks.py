@@ -11,7 +11,7 @@ import pytest
 
 from tests.forks import ROOT, environment
 
-CHECKS = ("machine", "resume", "packing", "step", "head", "memory")
+CHECKS = ("machine", "resume", "packing", "step", "head", "memory", "share")
 
 
 @pytest.mark.usefixtures("forks")  # a tier of its own: each check is a trainer

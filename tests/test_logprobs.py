@@ -64,7 +64,7 @@ def test_a_megatron_checkpoint_under_tp2_pp2_against_transformers(t1, tiny_dir, 
         assert row["against"] == pytest.approx(values, abs=1e-4)
 
 
-def test_pp2_against_a_running_server_and_a_wrong_weight_found(t1, tiny_dir, texts, expected, server, tmp_path):
+def test_cp2_against_a_running_server_and_a_wrong_weight_found(t1, tiny_dir, texts, expected, server, tmp_path):
     with WeightSync(folder_pieces(tiny_dir), server.cfg, server) as sync:
         sync.push(version=sync.next_version())
     key_file = tmp_path / "key"
@@ -72,7 +72,7 @@ def test_pp2_against_a_running_server_and_a_wrong_weight_found(t1, tiny_dir, tex
     key_file.chmod(0o600)
     out = tmp_path / "out.jsonl"
     against = ("--dtype", "float32", "--input", texts, "--against", server.all[0].url, "--key_file", key_file)
-    output = t1("logprobs", tiny_dir, *against, "--output", out, "--parallel.pipeline", 2, num_ranks=2)
+    output = t1("logprobs", tiny_dir, *against, "--output", out, "--parallel.context", 2, num_ranks=2)
     assert largest_difference(output) <= 1e-3
     for row, values in zip(rows_of(out), expected, strict=True):
         assert row["logprobs"] == pytest.approx(values, abs=1e-4)

@@ -128,10 +128,10 @@ def test_the_whole_pipeline_on_two_ranks(data, start_t1, t1, tmp_path):
     [
         ({"parallel.tensor": 2, "parallel.sequence_parallel": "true"}, 2),
         ({"parallel.pipeline": 2}, 2),
-        ({}, 2),
+        ({"parallel.context": 2}, 2),
         ({}, 1),
     ],
-    ids=["TP2 SP", "PP2", "DP2", "one process"],
+    ids=["TP2 SP", "PP2", "CP2", "one process"],
 )
 def test_rl_is_the_same_on_every_layout(layout, count, t1, tuned, server, tmp_path, request):
     """Three steps on each layout, all from the same weights and seeds: the same rewards, losses and exported model."""
@@ -194,10 +194,20 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("asked_after", [1, 2], ids=["between checkpoints", "at a checkpoint"])
-def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, start_t1, t1, tuned, server, tmp_path):
-    """4 steps at once against a run that USR1 stops, and a new process: the same numbers, optimizer and anchor too."""
-    arguments = options(tuned, tmp_path, **server, **MEASURED)
+TURNS = {"rollout.share_gpus": "true", "rollout.sleep": "true", "parallel.offload": "all"}
+
+
+@pytest.mark.parametrize(
+    ("asked_after", "more"), [(1, {}), (2, TURNS)], ids=["between checkpoints", "at a checkpoint, by turns"]
+)
+def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(
+    asked_after, more, straight, start_t1, t1, tuned, server, tmp_path
+):
+    """4 steps at once against a run that USR1 stops, and a new process: the same numbers, optimizer and anchor too. By
+    turns, the trainer's memory really goes, while vLLM's CPU build keeps its own and takes the calls."""
+    arguments = options(tuned, tmp_path, **server, **MEASURED, **more)
+    log = Path(server["rollout.key_file"]).parent / "logs/server_0.log"
+    before = log.stat().st_size
     process = start_t1("rl", *arguments, stderr=subprocess.PIPE)
     metrics = tmp_path / "rl/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and len(rows(metrics)) >= asked_after):
@@ -215,6 +225,15 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(asked_after, straight, st
     assert timeless(tmp_path) == timeless(straight)
     one, other = (load_file(folder / "rl/hf/model.safetensors") for folder in (straight, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    with log.open() as file:
+        file.seek(before)
+        calls = re.findall(r"(?<=to )(?:fall asleep|wake up tags \[\S+\])|weights finished", file.read())
+    if more:
+        turn = ["fall asleep", "wake up tags ['weights']", "weights finished", "wake up tags ['kv_cache']"]
+        assert calls[:8] == 2 * turn  # the first samples, and what the trainer says to them; then a step each
+        assert calls == len(calls) // 4 * turn
+    else:
+        assert set(calls) == {"weights finished"}
 
 
 def test_a_step_that_has_not_trained_yet_is_dropped(straight, forks, t1, tuned, server, tmp_path):

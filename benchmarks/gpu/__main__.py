@@ -31,13 +31,17 @@ LANES = (
     ("push_graphs",),
     ("loop",),
     ("convert",),
+    ("ranks_bf16", "ranks_fp32"),
+    ("collective",),
 )
 """Checks of one lane run one after the other, lanes side by side."""
-ALONE = ("step", "head", "memory", "memory_local")
+ALONE = ("step", "head", "memory", "memory_local", "share", "turns")
 MODULES = {
     "machine": "machine", "families_bf16": "families", "families_local": "families", "kernels": "kernels",
     "resume": "resume", "packing": "families", "push": "commands", "push_graphs": "commands", "loop": "commands",
     "convert": "commands", "step": "step", "head": "head", "memory": "step", "memory_local": "step",
+    "ranks_bf16": "ranks", "ranks_fp32": "ranks", "collective": "ranks",
+    "share": "share", "turns": "commands",
 }  # fmt: skip
 LIMIT_S = 600
 

@@ -30,12 +30,12 @@ def convert(check: Check) -> None:
     """There and back, and a Megatron checkpoint's logprobs against transformers."""
     for family in ("Qwen2ForCausalLM", "Qwen3MoeForCausalLM")[: 1 if check.smoke else 2]:
         with check.case(family):
-            base = _emptied(check.work / family)
+            base = emptied(check.work / family)
             folder = make_tiny(family, base / "hf", dtype="bfloat16", init_std=0.1)
             codes = [
-                _t1("convert", "to-megatron", folder, base / "megatron")[0],
-                _t1("convert", "to-hf", base / "megatron", base / "back")[0],
-                _t1("convert", "verify", folder, base / "back")[0],
+                t1("convert", "to-megatron", folder, base / "megatron")[0],
+                t1("convert", "to-hf", base / "megatron", base / "back")[0],
+                t1("convert", "verify", folder, base / "back")[0],
             ]
             check.report(f"{family} there and back", not any(codes), exit_codes=codes)
             _compare_logprobs(check, f"{family} logprobs", base / "megatron", "transformers", base)
@@ -53,19 +53,19 @@ def push_graphs(check: Check) -> None:
 
 def _push(check: Check, vllm_args: dict[str, object], transports: tuple[str, ...]) -> None:
     dtype = "float32" if check.smoke else "bfloat16"
-    base = _emptied(check.work / "run")
+    base = emptied(check.work / "run")
     folder = make_tiny("Qwen2ForCausalLM", base / "hf", dtype=dtype, init_std=0.05, **({} if check.smoke else LARGER))
     rollout = SHARING | {"dtype": dtype, "max_model_len": 512, "vllm_args": vllm_args}
     config = {"run_dir": str(base / "run"), "model": {"hf_path": str(folder), "dtype": dtype}, "rollout": rollout}
     config["parallel"] = {"nproc_per_node": 1, "max_tokens_per_microbatch": 2048}
     (base / "config.yaml").write_text(json.dumps(config))
-    with _serving(base) as (urls, key_file):
+    with serving(base) as (urls, key_file):
         check.report("t1 serve", bool(urls))
         if not urls:
             return
         given = ("--config", base / "config.yaml", "--rollout.urls", json.dumps(urls), "--rollout.key_file", key_file)
         for transport in transports:
-            rc, text = _t1("sync-check", *given, "--rollout.transport", transport)
+            rc, text = t1("sync-check", *given, "--rollout.transport", transport)
             rows = re.findall(r"^\S+ +(\d+) +(\S+) +(\S+) +(\S+)  (.+)$", text, re.MULTILINE)
             check.report(f"sync-check {transport}", rc == 0 and bool(rows), exit_code=rc, rows=rows)
         _compare_logprobs(check, "logprobs against the server", folder, urls[0], base, "--key_file", key_file)
@@ -74,23 +74,11 @@ def _push(check: Check, vllm_args: dict[str, object], transports: tuple[str, ...
 def loop(check: Check) -> None:
     """The quickstart as docs/cluster.md has it for one GPU, cut short, and resumed for one more step."""
     sft_steps, rl_steps = (20, 2) if check.smoke else (200, 6)
-    base = _emptied(check.work / "quickstart")
-    rc, _ = _t1("quickstart-data", "--out", base / "data", "--seed", 0)
-    check.report("t1 quickstart-data", rc == 0)
-    data = {
-        "model.hf_path": "model",
-        "data.sft": "sft.jsonl",
-        "data.train": "rl.jsonl",
-        "data.heldout": "heldout.jsonl",
-    }
-    options: list[object] = ["--config", QUICKSTART / "quickstart.yaml", "--config", QUICKSTART / "one_gpu.yaml"]
-    options += [word for name, file in data.items() for word in (f"--{name}", base / "data" / file)]
-    options += ["--run_dir", base / "run", "--sft.max_steps", sft_steps, "--sft.optim.warmup_steps", 10]
+    base, options = _quickstart(check)
+    options += ["--sft.max_steps", sft_steps, "--sft.optim.warmup_steps", 10]
     options += ["--rl.steps", rl_steps, "--rl.checkpoint.every_steps", rl_steps // 2]
-    if check.smoke:
-        options += ["--model.dtype", "float32", "--rollout.dtype", "float32"]
-    rc, _ = _t1("run", *options, timeout_s=1500 if check.smoke else 300)
-    rows = _metrics(base / "run")
+    rc, _ = t1("run", *options, timeout_s=1500 if check.smoke else 300)
+    rows = metrics_of(base / "run")
     differences = [row["logprob_diff"] for row in rows]
     fine = rc == 0 and len(rows) == rl_steps and all(math.isfinite(d) and d < 0.05 for d in differences)
     stages = ("seconds/generate", "seconds/anchor", "seconds/train", "push_seconds")
@@ -104,9 +92,75 @@ def loop(check: Check) -> None:
     )
     if fine:
         given = ("--config", base / "run" / "config.yaml", "--model.hf_path", base / "run" / "sft" / "hf", "--resume")
-        rc, _ = _t1("rl", *given, "--rl.steps", rl_steps + 1)
-        steps = [row["step"] for row in _metrics(base / "run")]
+        rc, _ = t1("rl", *given, "--rl.steps", rl_steps + 1)
+        steps = [row["step"] for row in metrics_of(base / "run")]
         check.report("resume", rc == 0 and steps == list(range(1, rl_steps + 2)), exit_code=rc, steps=steps)
+
+
+def turns(check: Check) -> None:
+    """RL of the quickstart's model by turns: the server sleeps while the trainer trains."""
+    steps = 2 if check.smoke else 6
+    base, options = _quickstart(check)
+    options += ["--rollout.sleep", "true", "--parallel.offload", "all", "--rl.steps", steps]
+    options += ["--rl.checkpoint.every_steps", steps]
+    with _memory_used() as used:
+        rc, _ = t1("rl", *options, timeout_s=1500 if check.smoke else 300)
+    rows = metrics_of(base / "run")
+    differences = [row["logprob_diff"] for row in rows]
+    log = base / "run" / "logs" / "server_0.log"
+    said = re.findall(r"Sleep mode freed .*", log.read_text()) if log.exists() else []
+    stages = ("seconds/generate", "seconds/train", "seconds/turns", "push_seconds")
+    fine = rc == 0 and len(rows) == steps and all(d < 0.05 for d in differences)
+    check.report(
+        "t1 rl",
+        fine and (check.smoke or len(said) >= steps),
+        exit_code=rc,
+        logprob_diff=differences,
+        seconds={stage: [round(row[stage], 3) for row in rows] for stage in stages if rows},
+        sleeps=len(said),
+        slept=said[-1:],
+        gpu_mib_by_quarter_second=used,
+    )
+
+
+def _quickstart(check: Check) -> tuple[Path, list[object]]:
+    """The folder with the task's data, and options to run it on one GPU."""
+    base = emptied(check.work / "quickstart")
+    rc, _ = t1("quickstart-data", "--out", base / "data", "--seed", 0)
+    check.report("t1 quickstart-data", rc == 0)
+    data = {
+        "model.hf_path": "model",
+        "data.sft": "sft.jsonl",
+        "data.train": "rl.jsonl",
+        "data.heldout": "heldout.jsonl",
+    }
+    options: list[object] = ["--config", QUICKSTART / "quickstart.yaml", "--config", QUICKSTART / "one_gpu.yaml"]
+    options += [word for name, file in data.items() for word in (f"--{name}", base / "data" / file)]
+    options += ["--run_dir", base / "run"]
+    if check.smoke:
+        options += ["--model.dtype", "float32", "--rollout.dtype", "float32"]
+    return base, options
+
+
+@contextlib.contextmanager
+def _memory_used() -> Iterator[list[int]]:
+    """MiB of the GPU that are taken, at most every quarter of a second, equal ones in a row once; the last 200."""
+    taken: list[int] = []
+    over = threading.Event()
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+
+    def look() -> None:
+        while shutil.which("nvidia-smi") and not over.wait(0.25):
+            used = int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0])
+            if taken[-1:] != [used]:
+                taken.append(used)
+                del taken[:-200]
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    yield taken
+    over.set()
+    thread.join()
 
 
 def _compare_logprobs(check: Check, case: str, model: Path, against: str, base: Path, *more: object) -> None:
@@ -115,27 +169,27 @@ def _compare_logprobs(check: Check, case: str, model: Path, against: str, base: 
     texts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     dtype = "float32" if check.smoke and against != "transformers" else "bfloat16"
     given = ("--input", texts, "--against", against, "--dtype", dtype, "--parallel.nproc_per_node", 1, *more)
-    rc, text = _t1("logprobs", model, *given)
+    rc, text = t1("logprobs", model, *given)
     said = re.search(r"differences (\S+) at most, (\S+) in the mean", text)
     mean = float(said[2]) if said else math.inf
     check.report(case, rc == 0 and mean < 0.03, exit_code=rc, largest=said and float(said[1]), mean=mean)
 
 
-def _metrics(run_dir: Path) -> list[dict[str, float]]:
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     path = run_dir / "rl" / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _emptied(folder: Path) -> Path:
+def emptied(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
-def _t1(*arguments: object, timeout_s: float = 180) -> tuple[int, str]:
+def t1(*arguments: object, timeout_s: float = 180) -> tuple[int, str]:
     """Exit code and output, which goes to the log as it comes."""
     print("$ t1", *arguments, flush=True)
-    process = _start(arguments, subprocess.PIPE)
+    process = _start(arguments, subprocess.PIPE, {})
     timer = threading.Timer(timeout_s, _end, [process])
     timer.start()
     lines = []
@@ -148,11 +202,11 @@ def _t1(*arguments: object, timeout_s: float = 180) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _serving(base: Path) -> Iterator[tuple[list[str], str]]:
+def serving(base: Path, **environment: str) -> Iterator[tuple[list[str], str]]:
     """`t1 serve`, up: its servers' URLs, and the file with their key; no URLs when it did not come up."""
     path = base / "serve.txt"
     with path.open("w") as log:
-        process = _start(("serve", "--config", base / "config.yaml"), log)
+        process = _start(("serve", "--config", base / "config.yaml"), log, environment)
     try:
         said, deadline = None, time.monotonic() + 400
         while said is None and process.poll() is None and time.monotonic() < deadline:
@@ -167,13 +221,14 @@ def _serving(base: Path) -> Iterator[tuple[list[str], str]]:
         print(path.read_text()[-4000:])
 
 
-def _start(arguments: tuple[object, ...], output: object) -> subprocess.Popen[str]:
+def _start(arguments: tuple[object, ...], output: object, environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_t1", *map(str, arguments)],
         stdout=output,  # type: ignore[call-overload]
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
+        env={**os.environ, **environment},
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )

@@ -13,7 +13,7 @@ from benchmarks.gpu.results import Check, relative
 from benchmarks.gpu.trainer import engine_of, num_targets, start
 from megatron_t1.algo.config import LossConfig
 from megatron_t1.algo.loss import t1_token_loss
-from megatron_t1.engine import checkpoint
+from megatron_t1.engine import checkpoint, saving
 from megatron_t1.engine.anchor import Anchor
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig
 from megatron_t1.engine.prescore import prescore
@@ -27,8 +27,13 @@ VARIANTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "fp32": ("Qwen2ForCausalLM", "float32", "auto", {}),
     "fp8": ("Qwen2ForCausalLM", "bfloat16", "auto", {"fp8": "hybrid"}),
     "moe": ("Qwen3MoeForCausalLM", "bfloat16", "auto", {}),
+    "moe, four experts a token": ("Glm4MoeForCausalLM", "bfloat16", "auto", {}),
 }
 """Architecture, precision, layers, fields of model.transformer"""
+SIZES = {
+    "Qwen2ForCausalLM": {"hidden_size": 256, "intermediate_size": 512},
+    "Glm4MoeForCausalLM": {"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2},
+}
 
 
 def resume(check: Check) -> None:
@@ -45,7 +50,7 @@ def resume(check: Check) -> None:
         if check.smoke and name not in ("bf16 local", "fp32"):
             continue
         with check.case(name):
-            sizes = {} if architecture.startswith("Qwen3Moe") else {"hidden_size": 256, "intermediate_size": 512}
+            sizes = SIZES.get(architecture, {})
             base = check.work / name.replace(" ", "_")
             shutil.rmtree(base, ignore_errors=True)
             folder = make_tiny(architecture, base / "hf", vocab_size=321, init_std=0.1, dtype=dtype, **sizes)
@@ -53,7 +58,7 @@ def resume(check: Check) -> None:
             for _ in range(2):
                 engine, anchor = build(folder, dtype, layers, fields)
                 _advance(engine, anchor, 2)
-                path = checkpoint.save(base / "ck", 2, engine, anchor, {}, CheckpointConfig(), score=0.0)
+                path = saving.save(base / "ck", 2, engine, anchor, {}, CheckpointConfig(), score=0.0)
                 _advance(engine, anchor, 2)
                 runs.append(_state(engine, anchor))
             engine, anchor = build(folder, dtype, layers, fields)

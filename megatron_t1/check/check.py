@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_t1.check import estimate
 from megatron_t1.check.context import context_needs, too_long
-from megatron_t1.check.machines import Machines, layout_of, seconds_of
+from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
 from megatron_t1.config import Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
@@ -281,21 +281,17 @@ def _needs(
     sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
     stage = cfg.sft if command == "sft" else cfg.rl
     layout = layout_of(cfg, spec, command, machines, longest)
-    worst: dict[str, float] = {}
-    for number in range(layout.pipeline):
-        parts = estimate.stage_memory(sizes, layout, number)
-        if sum(parts.values()) > sum(worst.values()):
-            worst = parts
+    worst = fullest(sizes, layout)
     total = sum(worst.values())
     listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items() if value)
     found.facts.append(
         f"memory of the fullest trainer GPU: {total / 1e9:.3g} GB ({listed}); TP {layout.tensor}, "
-        f"PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens in a microbatch"
+        f"CP {layout.context}, PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens of a microbatch on a rank"
     )
     found.should(
         total < 0.95 * gpu.memory_bytes,
         f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
-        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch or full recomputation",
+        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch (more parallel.context) or full recomputation",
     )
     gpu_bytes, host_bytes = estimate.checkpoint_memory(sizes, layout, 0)
     ranks = machines.ranks(command) // machines.trainer_nodes(command)
@@ -309,7 +305,7 @@ def _needs(
         f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
     )
     if machines.share_gpus and command != "sft":
-        _shared(cfg, gpu, max(total, gpu_bytes), found)
+        _shared(cfg, sizes, layout, gpu, max(total, gpu_bytes), found)
     size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     seconds = seconds_of(cfg, spec, command, machines, longest)
     ahead = command != "sft" and cfg.rl.lag > 0
@@ -369,21 +365,56 @@ def _needs(
     )
 
 
-def _shared(cfg: Config, gpu: estimate.Gpu, trainer_bytes: float, found: Findings) -> None:
-    """Trainer and server on one GPU: what each takes of it."""
-    free = 0.97 - (trainer_bytes + estimate.CONTEXT_BYTES) / gpu.memory_bytes
-    room = max(0, math.floor(100 * free)) / 100
-    asked = cfg.rollout.gpu_memory_utilization
-    found.facts.append(
-        f"the trainer's {trainer_bytes / 1e9:.3g} GB leave {room:.2f} of a shared GPU to the servers; "
-        f"rollout.gpu_memory_utilization is {asked:g}"
-    )
+_TURNS = {
+    ("none", False): "as it is",
+    ("none", True): "rollout.sleep = true",
+    ("optimizer", True): "parallel.offload = optimizer and rollout.sleep = true",
+    ("all", True): "parallel.offload = all and rollout.sleep = true",
+}
+"""(parallel.offload, rollout.sleep) in the order in which they are offered."""
+
+
+def _shared(
+    cfg: Config, sizes: estimate.Sizes, layout: estimate.Layout, gpu: estimate.Gpu, most: float, found: Findings
+) -> None:
+    """Trainer and server on one GPU: what each takes of it in whose turn. `most`: bytes that the trainer ever needs."""
+    parts, asked, total = fullest(sizes, layout), cfg.rollout.gpu_memory_utilization, 0.97 * gpu.memory_bytes
+    dtype = cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype
+    length = cfg.rollout.max_model_len or cfg.sampling.max_new_tokens
+    offload, sleep = cfg.parallel.offload, cfg.rollout.sleep
+    rooms, told = {}, []
+    for turns, name in _TURNS.items():
+        kept = estimate.kept_bytes(parts, turns[0]) if turns[1] else most
+        free = (total - kept - estimate.CONTEXT_BYTES) / gpu.memory_bytes
+        rooms[turns] = room = max(0, math.floor(100 * free)) / 100
+        samples = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, dtype, room) / length
+        cost = estimate.turn_seconds(estimate.moved_bytes(parts, layout, turns[0]), gpu, sleep=turns[1])
+        told.append(f"{name} {room:.2f} ({samples:.3g} samples of {length} tokens a server) for {cost:.2g} s a step")
+    found.facts.append(f"of a shared GPU the trainer leaves to the servers: {'; '.join(told)}")
+    room = rooms[offload if sleep else "none", sleep]
+    enough = next((name for turns, name in _TURNS.items() if rooms[turns] >= asked), None)
     found.must(
         asked <= room,
         f"rollout.gpu_memory_utilization = {asked:g} is more than the {room:.2f} of a shared GPU that the trainer "
-        "leaves: lower it, or have the trainer need less (more nodes or parallel.pipeline, fewer "
-        "parallel.max_tokens_per_microbatch, full recomputation)",
+        f"leaves: lower it, {f'set {enough}, ' if enough else ''}or have the trainer need less (more nodes or "
+        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch, full recomputation)",
     )
+    found.should(
+        sleep or offload == "none",
+        f"parallel.offload = {offload} gives the servers nothing while rollout.sleep is off: they take their memory "
+        "once, at their start",
+    )
+    if sleep:
+        loading = estimate.kept_bytes(parts, "none") + estimate.weight_bytes(sizes, dtype) / cfg.rollout.tp
+        needed = max(most, loading) + estimate.CONTEXT_BYTES + estimate.ASLEEP_BYTES
+        found.must(
+            needed <= total,
+            f"trainer and sleeping servers need {needed / 1e9:.0f} GB of a GPU of {gpu.memory_bytes / 1e9:.0f} GB: "
+            "more nodes or parallel.pipeline, fewer parallel.max_tokens_per_microbatch, or full recomputation",
+        )
+    if offload != "none":
+        moved = estimate.moved_bytes(parts, layout, offload)
+        found.facts.append(f"parallel.offload = {offload} pins {moved / 1e9:.3g} GB of host memory a rank")
 
 
 def _grace(seconds: dict[str, float], machines: Machines, found: Findings) -> None:

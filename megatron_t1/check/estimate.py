@@ -1,9 +1,9 @@
 """What a run will need, from its configuration alone: bytes on each GPU by part, seconds of a step by stage.
 
 Memory. P parameters lie on a rank: layers / pipeline of them, each split by tensor but for the norms, and on the first
-and last stage their share of the vocabulary. b bytes hold a number in model.dtype, D is the data-parallel size (1 when
-parallel.distributed_optimizer is off), s the tokens of a microbatch, L the layers of a stage, t the tensor-parallel
-size, and u = t under sequence parallelism, else 1.
+and last stage their share of the vocabulary. b bytes hold a number in model.dtype, D is the data-parallel size times
+parallel.context (1 when parallel.distributed_optimizer is off), s the tokens of a microbatch on a rank, L the layers of
+a stage, t the tensor-parallel size, and u = t under sequence parallelism, else 1.
 
     weights      b P
     gradients    4 P                       float32, one buffer
@@ -32,6 +32,9 @@ importance and masks by sample) one of the policy, 2 P more.
                  repeated when the servers hold fewer samples than there are
     push         b x parameters / (network of one node x _NET_SHARE)
 
+    turns        where servers share the GPUs: what parallel.offload moves, there and back, / (PCIe x _PCIE_SHARE), and
+                 _SLEEP_S with rollout.sleep
+
 With rl.lag a step takes as long as the slower of generate and the rest.
 
 From a signal to stop to the end, at worst: it comes when the training of a step begins.
@@ -45,6 +48,10 @@ From a signal to stop to the end, at worst: it comes when the training of a step
 The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
 peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, and what CUDA and NCCL take for themselves; where
 servers share the GPUs it counts (`CONTEXT_BYTES`).
+
+A shared GPU. While servers that sleep otherwise generate, the trainer keeps the first four parts, with
+parallel.offload = optimizer the weights alone, with all nothing. It moves optimizer and anchor average (12 P / D + 4 P
+in bfloat16), with all the weights too. While it trains, the servers keep what they had, or asleep ASLEEP_BYTES.
 """
 
 from __future__ import annotations
@@ -62,6 +69,11 @@ _COPY_BYTES_PER_S = 3e9
 """Of one process, from its GPU into memory that is not pinned."""
 CONTEXT_BYTES = 2e9
 """What CUDA and NCCL take of a GPU in a process that trains."""
+ASLEEP_BYTES = 3e9
+"""What vLLM keeps of a GPU in its sleep: context, CUDA graphs, libraries."""
+_SLEEP_S = 2.0
+"""For servers to fall asleep and wake up, without the push."""
+_PCIE_SHARE = 0.6
 _DISK_BYTES_PER_S = 1e9
 """Of a node, to and from a shared file system under load: many are faster, few slower."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
@@ -78,12 +90,20 @@ class Gpu:
     """Memory bandwidth."""
     network_bytes_per_s: float
     """Of a node to others, for each of its GPUs."""
+    host_bytes_per_s: float
+    """To or from pinned memory of its host: PCIe x16 of generation 4 or 5."""
 
 
 GPUS = {
-    "A100": Gpu(memory_bytes=80e9, flops_per_s=312e12, bytes_per_s=2.0e12, network_bytes_per_s=25e9),
-    "H100": Gpu(memory_bytes=80e9, flops_per_s=989e12, bytes_per_s=3.35e12, network_bytes_per_s=50e9),
-    "H200": Gpu(memory_bytes=141e9, flops_per_s=989e12, bytes_per_s=4.8e12, network_bytes_per_s=50e9),
+    "A100": Gpu(
+        memory_bytes=80e9, flops_per_s=312e12, bytes_per_s=2.0e12, network_bytes_per_s=25e9, host_bytes_per_s=32e9
+    ),
+    "H100": Gpu(
+        memory_bytes=80e9, flops_per_s=989e12, bytes_per_s=3.35e12, network_bytes_per_s=50e9, host_bytes_per_s=64e9
+    ),
+    "H200": Gpu(
+        memory_bytes=141e9, flops_per_s=989e12, bytes_per_s=4.8e12, network_bytes_per_s=50e9, host_bytes_per_s=64e9
+    ),
 }
 
 
@@ -92,6 +112,7 @@ class Layout:
     """How the trainer is laid out, and what one microbatch of it is."""
 
     tensor: int
+    context: int = 1
     pipeline: int
     data: int
     expert: int = 1
@@ -105,12 +126,17 @@ class Layout:
     local_layers: bool
     """Megatron's local layers with our norm and attention, not Transformer Engine's."""
     tokens: int
-    """Of a microbatch, padding included."""
+    """Of a microbatch on one rank, padding included."""
     microbatches: int
     """Of a step, on each data-parallel rank."""
     chunk_logits: int
     """Logits that the head holds at a time (algo.config.CHUNK_LOGITS)."""
     anchor: AnchorKind = "moving"
+
+    @property
+    def copies(self) -> int:
+        """Ranks with the same weights, over which the distributed optimizer spreads its state."""
+        return self.data * self.context
 
 
 def layers_of(sizes: Sizes, layout: Layout, stage: int) -> int:
@@ -138,7 +164,7 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     """Bytes on one rank of a pipeline stage, by part; the formulas are in the module's docstring."""
     b, p = _BYTES[layout.dtype], parameters(sizes, layout, stage)
     narrow = b < 4
-    shards = layout.data if layout.distributed_optimizer else 1
+    shards = layout.copies if layout.distributed_optimizer else 1
     t, u = layout.tensor, layout.tensor if layout.sequence_parallel else 1
     h, layers = sizes.hidden, layers_of(sizes, layout, stage)
     attention = b * (3 * sizes.query + 2 * sizes.key) / t
@@ -172,10 +198,30 @@ def checkpoint_memory(sizes: Sizes, layout: Layout, stage: int) -> tuple[float, 
     parts = stage_memory(sizes, layout, stage)
     gpu: float = sum(parts[name] for name in ("weights", "gradients", "optimizer", "anchor"))
     host: float = (12 + b + 4) * p
-    if layout.data > 1 and layout.distributed_optimizer:
-        gpu += 4 * p + 4 * p / layout.data
-        host += 8 * p + 12 * p / layout.data
+    if layout.copies > 1 and layout.distributed_optimizer:
+        gpu += 4 * p + 4 * p / layout.copies
+        host += 8 * p + 12 * p / layout.copies
     return gpu, host
+
+
+def kept_bytes(parts: Mapping[str, float], offload: str) -> float:
+    """Of `stage_memory`'s parts, what a trainer that gives memory away keeps while servers generate."""
+    kept = {"none": ("weights", "gradients", "optimizer", "anchor"), "optimizer": ("weights",), "all": ()}[offload]
+    return sum(parts[name] for name in kept)
+
+
+def moved_bytes(parts: Mapping[str, float], layout: Layout, offload: str) -> float:
+    """What `parallel.offload` brings from one rank to its host, and back."""
+    if offload == "none":
+        return 0.0
+    # The copy of a moving average is made anew.
+    copy = parts["weights"] if layout.anchor == "moving" and _BYTES[layout.dtype] < 4 else 0.0
+    return parts["optimizer"] + parts["anchor"] - copy + (parts["weights"] if offload == "all" else 0.0)
+
+
+def turn_seconds(moved: float, gpu: Gpu, *, sleep: bool) -> float:
+    """Of a step, to give the memory of a shared GPU to the servers and back."""
+    return 2 * moved / (gpu.host_bytes_per_s * _PCIE_SHARE) + (_SLEEP_S if sleep else 0.0)
 
 
 def stop_seconds(
@@ -201,6 +247,11 @@ def checkpoint_bytes(sizes: Sizes, dtype: str, anchor: AnchorKind) -> float:
     """One checkpoint with optimizer and anchor."""
     b = _BYTES[dtype]
     return sizes.total * (b + (12 if b < 4 else 8) + {"moving": 4, "fixed": b, "none": 0}[anchor])
+
+
+def weight_bytes(sizes: Sizes, dtype: str) -> float:
+    """Of one model."""
+    return _BYTES[dtype] * sizes.total
 
 
 def cache_tokens(sizes: Sizes, gpu: Gpu, tp: int, dtype: str, utilization: float) -> float:
@@ -249,7 +300,7 @@ def step_seconds(
 
 def pass_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, tokens: float) -> float:
     """One forward pass over `tokens` on all of the trainer's GPUs."""
-    gpus = layout.tensor * layout.pipeline * layout.data
+    gpus = layout.tensor * layout.pipeline * layout.copies
     bubble = 1 + (layout.pipeline - 1) / max(1, layout.microbatches)
     return 2 * sizes.active * tokens / (gpus * gpu.flops_per_s * _TRAIN_SHARE) * bubble
 

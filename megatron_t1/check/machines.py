@@ -76,15 +76,18 @@ def layout_of(
         chunks = cfg.parallel.layers_of_stages(spec.transformer["num_layers"])
     except ValueError:  # a problem that `check_divisible` told
         chunks = ()
-    data = max(1, machines.ranks(command) // (cfg.parallel.tensor * cfg.parallel.pipeline))
+    context = cfg.parallel.context
+    data = max(1, machines.ranks(command) // (cfg.parallel.tensor * context * cfg.parallel.pipeline))
     room = cfg.parallel.max_tokens_per_microbatch
     if command == "sft":
-        tokens = cfg.sft.batch_size * longest.get("sft", room)
+        tokens = cfg.sft.batch_size * longest.get("sft", room * context)
     else:
         samples = cfg.rl.prompts_per_step * cfg.sampling.num_samples
         tokens = samples * (longest.get("train", 0) + cfg.sampling.max_new_tokens // 2)
+    of_rank = tokens / (data * context)
     return estimate.Layout(
         tensor=cfg.parallel.tensor,
+        context=context,
         pipeline=pipeline,
         stage_layers=tuple(sum(chunks[stage::pipeline]) for stage in range(pipeline)) if chunks else (),
         data=data,
@@ -94,8 +97,8 @@ def layout_of(
         dtype=cfg.model.dtype,
         recompute=cfg.model.transformer.get("recompute_granularity") == "full",
         local_layers=cfg.model.layers == "local" or cfg.model.dtype == "float32",
-        tokens=min(room, math.ceil(tokens / data)),
-        microbatches=max(1, math.ceil(tokens / data / room)),
+        tokens=min(room, math.ceil(of_rank)),
+        microbatches=max(1, math.ceil(of_rank / room)),
         chunk_logits=CHUNK_LOGITS["cuda"],
         anchor="none" if command == "sft" or not cfg.loss.kl_coef else "moving" if cfg.anchor.decay < 1 else "fixed",
     )
@@ -108,9 +111,9 @@ def seconds_of(
     sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
     layout = layout_of(cfg, spec, command, machines, longest)
     if command == "sft":
-        tokens = cfg.sft.batch_size * longest.get("sft", cfg.parallel.max_tokens_per_microbatch)
+        tokens = cfg.sft.batch_size * longest.get("sft", cfg.parallel.max_tokens_per_microbatch * cfg.parallel.context)
         return {"train": estimate.train_seconds(sizes, layout, gpu, tokens)}
-    return estimate.step_seconds(
+    seconds = estimate.step_seconds(
         sizes,
         layout,
         gpu,
@@ -125,3 +128,13 @@ def seconds_of(
         utilization=cfg.rollout.gpu_memory_utilization,
         score_passes=(cfg.loss.kl_coef > 0) + cfg.loss.scores_policy,
     )
+    if cfg.takes_turns:
+        moved = estimate.moved_bytes(fullest(sizes, layout), layout, cfg.parallel.offload)
+        seconds["turns"] = estimate.turn_seconds(moved, gpu, sleep=cfg.rollout.sleep)
+    return seconds
+
+
+def fullest(sizes: estimate.Sizes, layout: estimate.Layout) -> dict[str, float]:
+    """`stage_memory` of the pipeline stage that takes most."""
+    stages = (estimate.stage_memory(sizes, layout, number) for number in range(layout.pipeline))
+    return max(stages, key=lambda parts: sum(parts.values()))

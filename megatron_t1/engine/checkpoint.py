@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,21 +22,17 @@ from typing import Any, NotRequired, TypedDict
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_t1.engine import writers
 from megatron_t1.engine.anchor import Anchor
-from megatron_t1.engine.config import CheckpointConfig
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.resume_check import changes, check_changes
 from megatron_t1.engine.step import Engine
-from megatron_t1.files import read_json, sync_folder, write_json
+from megatron_t1.files import read_json
 from megatron_t1.warn import warn
-from megatron_t1.weights.hf_folder import copy_beside
 
 _STEP = re.compile(r"^step_(\d{8})$")
 # Gathers the optimizer's state in the model's own shapes: loads at any TP, PP and DP.
@@ -57,7 +51,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> dict[str, Any]:
+def sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> dict[str, Any]:
     models = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(engine.chunks)}
     with _padding_counted(engine), _alone_ungathered(engine):
         optimizer = engine.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA)
@@ -124,80 +118,6 @@ def _state_of_one_rank(part: DistributedOptimizer, *, empty_data: bool, **_: boo
     return state
 
 
-def save(
-    folder: Path,
-    step: int,
-    engine: Engine,
-    anchor: Anchor | None,
-    state: dict[str, Any],
-    cfg: CheckpointConfig,
-    *,
-    score: float,
-) -> Path:
-    """Collective. Write `folder/step_<step>` and drop all but the newest and best.
-
-    Args:
-        score: how good this one is, for `keep_best`; higher is better.
-
-    Raises:
-        OSError: the disk is too full for it (checked before a byte is written), or writing failed.
-    """
-    final = folder / f"step_{step:08d}"
-    building = final.with_suffix(".tmp")
-    needed = num_bytes(engine, anchor)
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.tmp"):
-            shutil.rmtree(stale)
-        building.mkdir()
-    free = from_main(shutil.disk_usage(folder).free if is_main() else None)
-    if free < needed:
-        if is_main():
-            building.rmdir()
-        raise OSError(
-            f"a checkpoint needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some "
-            f"space or lower checkpoint.keep (now {cfg.keep})"
-        )
-    writers.install()
-    try:
-        dist_checkpointing.save(_sharded_state(engine, anchor, is_loading=False), str(building))
-    except CheckpointException as error:  # a BaseException: it would pass by every handler above
-        if is_main():
-            shutil.rmtree(building, ignore_errors=True)
-        reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-        raise OSError(f"checkpoint {final} could not be written ({reasons}); the one before it stays") from error
-    dist.barrier()
-    digests = _digests(building)
-    if is_main():
-        copy_beside(Path(engine.model_config.hf_path), building)  # config and tokenizer: a model on its own
-        apart = engine.parallel.expert > 1
-        kept = {"experts_apart": apart, "anchor": anchor is not None}
-        contents = {**state, "step": step, "score": score, "files": digests, **kept}
-        write_json(building / "state.json", contents)
-        sync_folder(building)
-        if final.exists():  # a run that resumed from an older checkpoint comes by here again
-            os.rename(final, final.with_suffix(".replaced.tmp"))
-        os.rename(building, final)
-        sync_folder(folder)
-        _rotate(folder, final, cfg)
-    dist.barrier()
-    return final
-
-
-def _rotate(folder: Path, newest: Path, cfg: CheckpointConfig) -> None:
-    # Later ones were damaged and passed over by `resume`: they may not take the place of a good one.
-    checkpoints = [path for path in finished(folder) if path.name <= newest.name]
-    by_score = sorted(checkpoints, key=lambda path: (_state(path).get("score", -math.inf), path), reverse=True)
-    staying = {*checkpoints[-cfg.keep :], *by_score[: cfg.keep_best]}
-    for path in checkpoints:
-        if path not in staying:
-            # Renamed first: what a kill leaves of it must not look finished.
-            os.rename(path, path.with_suffix(".tmp"))
-            shutil.rmtree(path.with_suffix(".tmp"))
-    for replaced in folder.glob("*.replaced.tmp"):
-        shutil.rmtree(replaced)
-
-
 class _State(TypedDict):
     step: int
     score: NotRequired[float]
@@ -206,7 +126,7 @@ class _State(TypedDict):
     settings: NotRequired[dict[str, Any]]
 
 
-def _state(path: Path) -> dict[str, Any]:
+def state_of(path: Path) -> dict[str, Any]:
     """What `state.json` says; {} when it is not there or is none."""
     try:
         return read_json(path / "state.json", _State)
@@ -214,19 +134,7 @@ def _state(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _digests(folder: Path) -> dict[str, tuple[int, str]]:
-    """Collective. Size and digest of every file, each read by one rank, after it was brought to the disk."""
-    names = from_main(sorted(path.name for path in folder.iterdir()) if is_main() else None)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine: dict[str, tuple[int, str]] = {}
-    for name in names[rank::world]:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-            mine[name] = (os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    return _merged(mine)
-
-
-def _merged(mine: dict[str, Any]) -> dict[str, Any]:
+def merged(mine: dict[str, Any]) -> dict[str, Any]:
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return {name: value for part in everyone for name, value in part.items()}
@@ -234,10 +142,10 @@ def _merged(mine: dict[str, Any]) -> dict[str, Any]:
 
 def damage(path: Path) -> str | None:
     """Collective. What is wrong with a checkpoint's files, or None when they are what was written."""
-    state = from_main(_state(path) if is_main() else None)
+    state = from_main(state_of(path) if is_main() else None)
     if "step" not in state:
         return "it has no readable state.json"
-    problems = _merged(_spoiled(path, state.get("files", {}), dist.get_rank(), dist.get_world_size()))
+    problems = merged(_spoiled(path, state.get("files", {}), dist.get_rank(), dist.get_world_size()))
     return "; ".join(problems[name] for name in sorted(problems)) or None
 
 
@@ -284,7 +192,7 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
         )
     _prime(engine)
     try:
-        loaded = dist_checkpointing.load(_sharded_state(engine, anchor, is_loading=True), str(path))
+        loaded = dist_checkpointing.load(sharded_state(engine, anchor, is_loading=True), str(path))
     except CheckpointException as error:  # a BaseException: it would pass by every handler above
         reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
         if "_extra_state" in reasons:
@@ -373,22 +281,7 @@ def check_made_with(path: Path, settings: dict[str, Any], *, may_change: bool) -
     Raises:
         ValueError: they changed, and that is not allowed.
     """
-    state = from_main(_state(path) if is_main() else None)
+    state = from_main(state_of(path) if is_main() else None)
     changed = from_main(changes(state.get("settings", {}), settings) if is_main() else None)
     if is_main() or not may_change:
         check_changes(path, state.get("step", 0), changed, allowed=may_change)
-
-
-def num_bytes(engine: Engine, anchor: Anchor | None) -> int:
-    """Of the whole checkpoint: weights, float32 master weights and two moments, and the anchor's average."""
-    groups = mpu.get_data_parallel_group(), mpu.get_expert_data_parallel_group()
-    weights = 0
-    for param in (param for chunk in engine.chunks for param in chunk.parameters()):
-        # Megatron marks the parameters of experts so: they have other replicas than the rest.
-        is_expert = not getattr(param, "allreduce", True)
-        weights += param.numel() if groups[is_expert].rank() == 0 else 0
-    total = torch.tensor(weights)
-    dist.all_reduce(total)
-    element_size = engine.config.params_dtype.itemsize
-    of_anchor = anchor.average[0].element_size() if anchor else 0
-    return int(total) * (element_size + (12 if element_size < 4 else 8) + of_anchor)

@@ -26,6 +26,7 @@ TRANSFORMER_FIELDS = (
     *("disable_bf16_reduced_precision_matmul", "deterministic_mode", "attention_backend"),
     *("apply_rope_fusion", "bias_activation_fusion", "masked_softmax_fusion"),
     *("persist_layer_norm", "memory_efficient_layer_norm"),
+    "cp_comm_type",
     *("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"),
     *("moe_router_padding_for_fp8", "moe_shared_expert_overlap", "moe_flex_dispatcher_backend", "moe_deepep_num_sms"),
 )
@@ -57,6 +58,13 @@ class ModelConfig:
                 self.transformer,
                 f"sets {refused}, which the checkpoint's config.json decides, or parallel, or T1's loss, or which "
                 f"Megatron does not know; it may set {', '.join(TRANSFORMER_FIELDS)}",
+            )
+        if (way := self.transformer.get("cp_comm_type", "p2p")) not in ("p2p", "a2a"):
+            raise FieldError(
+                "transformer.cp_comm_type",
+                way,
+                "must be p2p (the default: keys and values go round) or a2a (heads are exchanged for tokens): "
+                "Transformer Engine has no other for packed sequences",
             )
         if self.transformer.get("fp8_recipe") == "delayed":
             raise FieldError(
@@ -90,6 +98,9 @@ class ParallelConfig:
     takes). Ignored under torchrun or srun, which have started them already."""
     tensor: int = 1
     """Tensor-parallel size."""
+    context: int = 1
+    """Context-parallel size: so many ranks share every sequence, a part of its tokens each. For samples that are too
+    long for one rank; what is shorter is padded to a multiple of 2 x context tokens and cut all the same."""
     pipeline: int = 1
     """Pipeline-parallel size (stages)."""
     virtual_pipeline: int = 1
@@ -108,14 +119,18 @@ class ParallelConfig:
     """Shard the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Sum gradients over the data-parallel ranks bucket by bucket during the last backward, not after it."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What the trainer moves to pinned host memory while servers generate (`rollout.share_gpus`): optimizer state and
+    the anchor, with `all` the weights too. Gradients and activations take no room then. Pays with `rollout.sleep`."""
     max_tokens_per_microbatch: int = 16384
-    """Packing limit: tokens in one forward pass of one data-parallel rank, prompts and padding included."""
+    """Packing limit: tokens in one forward pass of one rank, prompts and padding included. A sequence of up to context
+    times as many fits."""
     timeout_s: float = 21600.0
     """Deadline of a collective within the trainer. The other ranks wait in one while rank 0 generates or evaluates: it
     must exceed the longest of these. (A rank that dies is noticed at once.)"""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "tensor", "pipeline", "virtual_pipeline", "expert", "max_tokens_per_microbatch")
+        at_least(self, 1, "tensor", "context", "pipeline", "virtual_pipeline", "expert", "max_tokens_per_microbatch")
         at_least(self, 0, "nproc_per_node", "expert_tensor")
         above(self, 0, "timeout_s")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
@@ -140,7 +155,7 @@ class ParallelConfig:
     @property
     def num_ranks(self) -> int:
         """The fewest processes that this layout takes."""
-        return self.pipeline * math.lcm(self.tensor, (self.expert_tensor or self.tensor) * self.expert)
+        return self.pipeline * math.lcm(self.tensor * self.context, (self.expert_tensor or self.tensor) * self.expert)
 
     def layers_of_stages(self, num_layers: int) -> tuple[int, ...]:
         """Layers of each chunk, in the model's order. Raises ValueError when they can't be cut so."""
@@ -164,10 +179,11 @@ class ParallelConfig:
     def check_fits(self, num_tokens: int) -> None:
         """Raise ValueError, before any step, when the longest sequence of a run has no room in a microbatch."""
         multiple = 16 * self.tensor  # what a microbatch's length may be rounded down to (FP8)
-        if num_tokens > self.max_tokens_per_microbatch // multiple * multiple:
+        if num_tokens > self.max_tokens_per_microbatch // multiple * multiple * self.context:
+            ranks = f" on each of {self.context} ranks" if self.context > 1 else ""
             raise ValueError(
                 f"the longest sequence has up to {num_tokens} tokens and does not fit into a microbatch of "
-                f"{self.max_tokens_per_microbatch}; raise parallel.max_tokens_per_microbatch"
+                f"{self.max_tokens_per_microbatch}{ranks}; raise parallel.max_tokens_per_microbatch or parallel.context"
             )
 
 

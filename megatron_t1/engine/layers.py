@@ -14,18 +14,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
+from torch.utils.checkpoint import checkpoint
+
+from megatron_t1.data.packing import rows_of
 
 # Megatron-Core 0.16.1 forgets to say that it has none when Transformer Engine is not installed.
 vars(moe_utils).setdefault("te_general_gemm", None)
@@ -52,7 +57,7 @@ class LocalPackedSeqParams(PackedSeqParams):
     gathered it by position) and not in a Python loop over sequences.
     """
 
-    def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int) -> None:
+    def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int, context_rank: int, context_size: int) -> None:
         super().__init__(
             qkv_format="sbhd",
             cu_seqlens_q=cu_seqlens,
@@ -65,12 +70,23 @@ class LocalPackedSeqParams(PackedSeqParams):
         # Rows past a sequence's end read its last token; causality keeps them out of every real token's result.
         self.padded_index = starts[:, None] + torch.minimum(column[None, :], lengths[:, None] - 1)
         self.valid = column[None, :] < lengths[:, None]
+        if context_size > 1:
+            bounds = cu_seqlens.tolist()
+            rows = [torch.from_numpy(rows_of(rank, context_size, bounds)) for rank in range(context_size)]
+            self.rows = rows[context_rank].to(cu_seqlens.device)
+            """int64 [s], those of the stream that this rank has."""
+            self.gathered = torch.cat(rows).argsort().to(cu_seqlens.device)
+            """int64 [s x context_size], where each row of the stream is among those of all ranks, one after another."""
 
 
 class PackedAttention(torch.nn.Module):
     """Causal attention within each packed sequence, on torch's scaled_dot_product_attention.
 
     The packed stream is read as [num_sequences, max_seqlen] for one batched call and written back without the padding.
+
+    Under context parallelism every rank gathers the keys and values of the stream and attends with its own queries,
+    among zeros in the others' places: as much work as without, in memory that is freed behind each layer (the backward
+    pass does it again). Transformer Engine's does not do that work.
     """
 
     def __init__(
@@ -85,10 +101,7 @@ class PackedAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"context_parallel_size = {config.context_parallel_size} needs Transformer Engine; set it to 1 here"
-            )
+        self.context_group = mpu.get_context_parallel_group() if config.context_parallel_size > 1 else None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -103,7 +116,26 @@ class PackedAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [s, 1, heads, d], key and value [s, 1, kv_heads, d] -> [s, 1, heads * d]."""
         assert packed_seq_params is not None, "the trainer always packs"
-        index, valid = packed_seq_params.padded_index, packed_seq_params.valid
+        if self.context_group is None:
+            return self._attend(query, key, value, packed_seq_params)
+        return checkpoint(
+            self._attend_to_others, query, key, value, packed_seq_params, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def _attend_to_others(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: LocalPackedSeqParams
+    ) -> torch.Tensor:
+        key, value = (
+            gather_from_sequence_parallel_region(part, group=self.context_group)[packed.gathered]
+            for part in (key, value)
+        )
+        query = query.new_zeros(len(key), *query.shape[1:]).index_copy(0, packed.rows, query)
+        return self._attend(query, key, value, packed)[packed.rows]
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: LocalPackedSeqParams
+    ) -> torch.Tensor:
+        index, valid = packed.padded_index, packed.valid
 
         def padded(x: torch.Tensor) -> torch.Tensor:
             # [s, 1, n, d] -> [num_sequences, n, max_seqlen, d]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_t1.engine.config import ParallelConfig
 from megatron_t1.models.spec import ModelSpec
 
@@ -11,14 +13,14 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
     Raises:
         ValueError: so many trainer processes can't be laid out so.
     """
-    for names, size in (
-        ("parallel.tensor", parallel.tensor),
-        ("parallel.expert_tensor x parallel.expert", (parallel.expert_tensor or parallel.tensor) * parallel.expert),
-    ):
-        if world_size % (size * parallel.pipeline):
+    of_experts = {"expert_tensor": parallel.expert_tensor or parallel.tensor, "expert": parallel.expert}
+    for sizes in ({"tensor": parallel.tensor, "context": parallel.context}, of_experts):
+        sizes = {**sizes, "pipeline": parallel.pipeline}
+        if world_size % (size := math.prod(sizes.values())):
+            names = " x ".join(f"parallel.{name}" for name in sizes)
             raise ValueError(
-                f"{world_size} trainer processes do not divide by {names} x parallel.pipeline = "
-                f"{size} x {parallel.pipeline}; start a multiple of {size * parallel.pipeline}"
+                f"{world_size} trainer processes do not divide by {names} = {' x '.join(map(str, sizes.values()))}; "
+                f"start a multiple of {size}"
             )
 
 

@@ -62,6 +62,12 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config from the checkpoint's architecture, our precision and layout, and the user's extra fields."""
     dtype, te_layers = getattr(torch, cfg.dtype), takes_te_layers(cfg, platform)
+    kv_heads = max(1, spec.transformer["num_query_groups"] // parallel.tensor)
+    if cfg.transformer.get("cp_comm_type") == "a2a" and kv_heads % parallel.context:
+        raise ValueError(
+            f"model.transformer.cp_comm_type = a2a: the {kv_heads} KV heads of a rank do not divide by "
+            f"parallel.context = {parallel.context}; give p2p"
+        )
     fields: dict[str, Any] = {
         **spec.transformer,
         "params_dtype": dtype,
@@ -70,6 +76,7 @@ def transformer_config(
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "pipeline_model_parallel_layout": _pipeline_layout(spec, parallel),
+        "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor or parallel.tensor,
         "sequence_parallel": parallel.sequence_parallel,
@@ -94,7 +101,7 @@ def transformer_config(
         # Of two stages the interleaved schedule's batched exchange mixes up a rank's neighbours: they are one.
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
-        **_moe_defaults(spec, te_layers),
+        **_moe_defaults(spec, te_layers, platform),
     }
     if cfg.transformer.get("fp8"):
         fields["fp8_recipe"] = "tensorwise"  # keeps no scales, so there are none to save, and none are stale
@@ -120,7 +127,7 @@ def _pipeline_layout(spec: ModelSpec, parallel: ParallelConfig) -> list[list[str
     return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
-def _moe_defaults(spec: ModelSpec, te_layers: bool) -> dict[str, Any]:
+def _moe_defaults(spec: ModelSpec, te_layers: bool, platform: Platform) -> dict[str, Any]:
     """How a mixture of experts is trained: no loss but T1's, and routing biases stay what the checkpoint says."""
     if "num_moe_experts" not in spec.transformer:
         return {}
@@ -129,6 +136,8 @@ def _moe_defaults(spec: ModelSpec, te_layers: bool) -> dict[str, Any]:
         "moe_router_bias_update_rate": 0.0,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": te_layers,
+        # Megatron's own sums a token's experts in bfloat16 and in no fixed order: no run is then equal to another.
+        "moe_permute_fusion": te_layers and platform.name == "cuda",
     }
 
 
@@ -168,6 +177,8 @@ def build_model(
             rotary_percent=spec.rotary_fraction,
             vp_stage=vp_stage,
         )
+        # With the group it would cut its table by rank, in which positions are still to be looked up.
+        model.rotary_pos_emb.cp_group = None
         if spec.yarn:
             # Megatron's own class for it knows neither interleaved nor partial rotation.
             rotary = model.rotary_pos_emb
@@ -201,12 +212,19 @@ def wrap_ddp(
 
 
 def packed_seq_params(microbatch: Microbatch, config: TransformerConfig, local: bool) -> PackedSeqParams:
+    context = config.context_parallel_size
     if local:
-        return LocalPackedSeqParams(microbatch.cu_seqlens, microbatch.max_seqlen)
+        rank = mpu.get_context_parallel_rank() if context > 1 else 0
+        return LocalPackedSeqParams(microbatch.cu_seqlens, microbatch.max_seqlen, rank, context)
+    # What pads a sequence counts as its last tokens: causality keeps them out of every other's result, and Transformer
+    # Engine has more kernels for streams without gaps. To cut the sequences it reads the padded bounds.
+    padded = microbatch.cu_seqlens if context > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=microbatch.cu_seqlens,
         cu_seqlens_kv=microbatch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=microbatch.max_seqlen,
         max_seqlen_kv=microbatch.max_seqlen,
     )

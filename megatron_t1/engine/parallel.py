@@ -26,7 +26,7 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
     """Join the process group (from torchrun's environment, or alone) and build Megatron's groups. Idempotent.
 
     Raises:
-        ValueError: the world does not divide by tensor x pipeline, or by that of the experts.
+        ValueError: the world does not divide by tensor x context x pipeline, or by that of the experts.
     """
     if mpu.model_parallel_is_initialized():
         return
@@ -47,6 +47,7 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=cfg.tensor,
         pipeline_model_parallel_size=cfg.pipeline,
+        context_parallel_size=cfg.context,
         virtual_pipeline_model_parallel_size=cfg.virtual_pipeline if cfg.virtual_pipeline > 1 else None,
         expert_model_parallel_size=cfg.expert,
         expert_tensor_parallel_size=cfg.expert_tensor or cfg.tensor,

@@ -77,8 +77,8 @@ def prescore(
 def _sums(engine: Engine, microbatches: list[Microbatch], values: list[torch.Tensor], num_samples: int) -> np.ndarray:
     """Of values [T, 2] of the last stage's ranks, the sums by sample on every rank: float64 [num_samples, 2].
 
-    A sample lies whole on one rank and is added up on the host, token by token, so that neither layout nor packing
-    nor the order of a GPU's atomics is in the result.
+    They are added up on the host, token by token, so that neither packing nor the order of a GPU's atomics is in the
+    result, and of the layout only, in the last bits, over how many ranks of a context group a sample is spread.
     """
     sums = torch.zeros(num_samples, 2, dtype=torch.float64)
     if mpu.get_tensor_model_parallel_rank() == 0:

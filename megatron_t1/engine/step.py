@@ -1,4 +1,4 @@
-"""The engine: forward, fused loss, backward and optimizer over TP, PP and DP, through Megatron's pipeline schedule.
+"""The engine: forward, fused loss, backward and optimizer over TP, CP, PP and DP, through Megatron's pipeline schedule.
 
 A loss is a pointwise function of per-token tensors (`algo.loss`); SFT and RL differ in it and in nothing else. It is
 divided by the global number of target tokens, which is fixed before the first microbatch, so neither the loss nor a
@@ -83,7 +83,7 @@ class ForwardEngine:
         hf_io.save(self.pieces(), Path(self.model_config.hf_path), out_dir, carried=self.spec.carried)
 
     def pack(self, sequences: list[TrainSequence]) -> list[Microbatch]:
-        """This data-parallel rank's microbatches of a step; every rank passes the same sequences."""
+        """This rank's microbatches of a step; every rank passes the same sequences."""
         multiple = self.parallel.tensor * (16 if self.config.fp8 else 1)
         interleaved = self.parallel.virtual_pipeline > 1
         return pack(
@@ -91,6 +91,8 @@ class ForwardEngine:
             max_tokens=self.parallel.max_tokens_per_microbatch,
             dp_rank=mpu.get_data_parallel_rank(),
             dp_size=mpu.get_data_parallel_world_size(),
+            context_rank=mpu.get_context_parallel_rank(),
+            context_size=self.parallel.context,
             multiple=multiple,
             count_multiple=self.parallel.pipeline if interleaved else 1,
             device=self.platform.device,
@@ -137,11 +139,12 @@ class ForwardEngine:
         mine = computed if mpu.get_tensor_model_parallel_rank() == 0 else []
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-        found: dict[int, np.ndarray] = {}
-        for of_rank in everyone:
-            for indices, values in of_rank:
-                found |= {i: values[indices == i] for i in np.unique(indices)}
-        return [found[i] for i in range(len(sequences))]
+        found = [np.full(len(s.response_ids), np.nan, np.float32) for s in sequences]
+        for indices, positions, values in (part for of_rank in everyone for part in of_rank):
+            for i in np.unique(indices):
+                mine = indices == i  # a part of the sample, where ranks share it
+                found[i][positions[mine] - (len(sequences[i].prompt_ids) - 1)] = values[mine]
+        return found
 
     def _run(
         self,
@@ -166,7 +169,7 @@ class ForwardEngine:
                 data_iterator=[iter(microbatches) for _ in chunks],
                 model=list(chunks),
                 num_microbatches=len(microbatches),
-                seq_length=microbatches[0].token_ids.numel(),
+                seq_length=microbatches[0].token_ids.numel() * self.parallel.context,
                 micro_batch_size=1,
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
@@ -294,9 +297,11 @@ class Engine(ForwardEngine):
         return metrics
 
 
-def _token_logprobs(hidden: torch.Tensor, head: Head, microbatch: Microbatch) -> tuple[np.ndarray, np.ndarray]:
+def _token_logprobs(hidden: torch.Tensor, head: Head, microbatch: Microbatch) -> tuple[np.ndarray, ...]:
+    """Sample, position in its sequence and logprob of every target."""
     values = logprob_entropy_nograd(hidden, head, microbatch.target_positions, microbatch.targets)[0]
-    return microbatch.sample_index.cpu().numpy(), values.float().cpu().numpy()
+    positions = microbatch.position_ids[microbatch.target_positions]
+    return tuple(part.cpu().numpy() for part in (microbatch.sample_index, positions, values.float()))
 
 
 def _finalize_without_token_count(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:

@@ -226,7 +226,7 @@ class _Gloo:
 
 
 class _Nccl:
-    """By vLLM's wrapper: torch's own ends the process when a member is lost. Not run so far: it takes two GPUs."""
+    """By vLLM's wrapper: torch's own ends the process when a member is lost."""
 
     def __init__(self, store: _Store, rank: int, invitation: Invitation) -> None:
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
@@ -253,7 +253,7 @@ class _Nccl:
         thread.join(invitation.timeout_s)
         if not made:
             reason = failed[0] if failed else f"not all members came within {invitation.timeout_s:g} s"
-            raise RuntimeError(f"NCCL: {reason}")
+            raise RuntimeError(f"NCCL: {reason} (without NCCL: rollout.transport = tcp)")
         self._communicator = made[0]
 
     def broadcast(self, data: torch.Tensor, root: int, deadline: float) -> Wait:

@@ -144,7 +144,7 @@ class WeightSync:
         The weights must still be those of the last push; had they changed, the digests would not agree and the servers
         refuse. Never raises for a server that fails: it stays left out.
         """
-        late = [s for s in self._live_servers() if s.version != self._version] if self._version is not None else []
+        late = self._late()
         if not self.ranks.from_0("late servers", bool(late)):
             return []
         assert self._version is not None
@@ -153,6 +153,13 @@ class WeightSync:
         except SyncError as error:
             warn(str(error))
         return [server.name for server in late if server.version == self._version and not server.unusable]
+
+    def any_late(self) -> bool:
+        """Whether `bring_up` has somebody to bring up."""
+        return bool(self.ranks.from_0("any late", bool(self._late())))
+
+    def _late(self) -> list[Server]:
+        return [s for s in self._live_servers() if s.version != self._version] if self._version is not None else []
 
     def close(self) -> None:
         self._background.shutdown(wait=False)

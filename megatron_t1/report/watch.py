@@ -179,8 +179,10 @@ class Run:
             table.add_row(
                 Text(_plain(server["name"])),
                 Text("alive", "green") if server["alive"] else Text("NOT THERE", "bold red"),
-                f"{server['version']}", f"{server['in_flight']}", "" if cache is None else f"{100 * cache:.0f}%",
-            )  # fmt: skip
+                "asleep" if server["version"] < 0 else f"{server['version']}",
+                f"{server['in_flight']}",
+                "" if cache is None else f"{100 * cache:.0f}%",
+            )
         return table
 
     def _rest(self) -> str:

@@ -44,6 +44,9 @@ class RolloutConfig:
     share_gpus: bool = False
     """Servers started here may use GPUs that trainer ranks have too: `gpu_memory_utilization` is then what they take of
     each, and the trainer needs room in the rest. Weights go through the host's memory: NCCL refuses two on one GPU."""
+    sleep: bool = False
+    """With `share_gpus`, servers give their GPU memory back while the trainer trains (vLLM's sleep, level 2), and get
+    weights with the next push: `gpu_memory_utilization` may then be all that the trainer leaves while they generate."""
     gpu_memory_utilization: float = 0.85
     """Share of a GPU's memory that a server may fill (GPU only)."""
     tp: int = 1
@@ -57,8 +60,8 @@ class RolloutConfig:
     kv_cache_bytes: int = 64 * 2**20
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
-    """How new weights reach the servers. auto: shm, or tcp when trainer or servers span hosts. collective: broadcasts
-    in one group of trainer and servers (NCCL on CUDA, not run there yet). See `megatron_t1.push.transports`."""
+    """How new weights reach the servers. auto: collective on GPUs that are not shared, broadcasts in one group of
+    trainer and servers (NCCL); else shm, or tcp when trainer or servers span hosts (`megatron_t1.push.transports`)."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""
@@ -101,6 +104,8 @@ class RolloutConfig:
             raise FieldError("gpu_memory_utilization", self.gpu_memory_utilization, "must lie in (0, 1]")
         if self.share_gpus and self.transport == "collective":
             raise FieldError("transport", "collective", "must be auto, shm or tcp with rollout.share_gpus")
+        if self.sleep and not self.share_gpus:
+            raise FieldError("sleep", True, "needs rollout.share_gpus: nobody else would use the memory")
         if self.await_servers and self.urls:
             raise FieldError("await_servers", self.await_servers, "and rollout.urls exclude each other")
         http_only(self, "urls")

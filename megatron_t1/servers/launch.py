@@ -102,6 +102,7 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         options["gpu-memory-utilization"] = cfg.gpu_memory_utilization
         # As the trainer computes them; logits rounded to bfloat16 blur every logprob by some 0.03 nats.
         overrides["head_dtype"] = "float32"
+        options |= {"enable-sleep-mode": True} if cfg.sleep else {}  # vLLM's CPU build takes the calls and ignores them
     if not has_weights(model_dir):
         options["load-format"] = "dummy"  # a Megatron checkpoint: the trainer pushes before it asks
     given = {name.replace("_", "-"): value for name, value in cfg.vllm_args.items()}

@@ -31,7 +31,8 @@ def serve(cfg: RolloutConfig, model_dir: Path, run_dir: Path, say: Callable[[str
     """Blocks until interrupted.
 
     Raises:
-        ServerError: a server did not come up at first, or `_MAX_FAILED_STARTS` times after it was lost.
+        ServerError: a server did not come up at first, or `_MAX_FAILED_STARTS` times after it was lost. Of servers that
+            sleep by turns only the former: they find no room on the GPU while the trainer has it.
     """
     registry = None if cfg.on_loopback else Registry(cfg.registry_folder(run_dir))
     with Servers(cfg, model_dir, run_dir) as servers, contextlib.ExitStack() as stack:
@@ -57,7 +58,7 @@ def serve(cfg: RolloutConfig, model_dir: Path, run_dir: Path, say: Callable[[str
                     continue
                 if registry:
                     registry.withdraw(name)
-                failed_starts[name] += not server.ready
+                failed_starts[name] += not server.ready and not cfg.sleep  # else it may be the trainer's turn
                 if failed_starts[name] >= _MAX_FAILED_STARTS:
                     raise ServerError(f"server {name} does not come up again: it {why}\n{server.log_tail()}")
                 say(f"server {server.name} {why} and is started again")

@@ -17,6 +17,8 @@ import msgspec
 from megatron_t1.files import of_shape, parse_json
 from megatron_t1.servers.die_with_parent import ENDED_BY_ITSELF
 
+ASLEEP = -1
+"""Version of a server that gave its weights away; the next push brings some."""
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 65536
 _VERSION = re.compile(r"[0-9]{1,18}")

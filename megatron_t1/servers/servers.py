@@ -12,12 +12,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from megatron_t1.fields import FieldError
 from megatron_t1.servers.config import RolloutConfig, Transport
-from megatron_t1.servers.launch import gpu_numbers
-from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.launch import end_group, gpu_numbers
+from megatron_t1.servers.server import ASLEEP, Server, ServerError
 from megatron_t1.servers.sources import LocalServers, all_on_this_host, source_of
 from megatron_t1.warn import warn
 
@@ -58,6 +60,8 @@ class Servers:
         """How new weights will reach them (`push/transports.py`)."""
         if self.cfg.transport != "auto":
             return self.cfg.transport
+        if self.device == "cuda" and not self.cfg.share_gpus:
+            return "collective"
         return "shm" if all_on_this_host(self.cfg) else "tcp"
 
     def start(self) -> Servers:
@@ -162,6 +166,33 @@ class Servers:
         if required is None:
             required = max((server.version for server in alive), default=0)
         return [server for server in alive if server.version == required]
+
+    def sleep(self) -> None:
+        """Has all that are alive give their GPU memory back, weights included. Which fails is lost: the room is
+        needed."""
+        self._post("/sleep?level=2")
+        for server in self.alive():
+            server.version = ASLEEP
+
+    def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
+        """Has them take memory again: for weights before a push, then for keys and values. One that is awake stays as
+        it is."""
+        self._post(f"/wake_up?tags={tag}")
+
+    def _post(self, path: str) -> None:
+        """To all that are alive, at once."""
+
+        def post(server: Server) -> None:
+            try:
+                server.call("POST", path, timeout_s=self.cfg.sync_timeout_s)
+            except ServerError as error:
+                warn(f"server {server.name} is given up: {error}")
+                server.unusable = str(error)
+                if server.process is not None:
+                    end_group(server.process)
+
+        with ThreadPoolExecutor(len(self.all) or 1) as pool:
+            list(pool.map(post, self.alive()))
 
     def describe_failures(self) -> str:
         """One paragraph for every server that is not usable, with the end of its log."""

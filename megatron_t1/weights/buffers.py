@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MADV_DONTFORK, MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
 
@@ -13,10 +13,15 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
 
 
-def mapped(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes], 0: memory of its own, which the kernel gets back with the tensor's end, as a heap may not."""
+def mapped(num_bytes: int, *, in_forks: bool = True) -> torch.Tensor:
+    """uint8 [num_bytes], 0: memory of its own, which the kernel gets back with the tensor's end, as a heap may not.
+
+    `in_forks`: a fork of this process sees it too.
+    """
     memory = mmap(-1, num_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     memory.madvise(MADV_HUGEPAGE)
+    if not in_forks:
+        memory.madvise(MADV_DONTFORK)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 

@@ -22,6 +22,7 @@ from megatron_t1.cli.options import parse, read
 from megatron_t1.config import Config, dump
 from megatron_t1.models import spec_of
 from megatron_t1.models.sizes import Sizes
+from megatron_t1.servers.config import RolloutConfig
 from tests.forks import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 
@@ -113,7 +114,7 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "rollout.num_servers = 'many'",
         "num_attention_heads = 4 does not divide by parallel.tensor = 3",
         "num_query_groups = 2 neither divides parallel.tensor = 3",
-        "1 trainer processes do not divide by parallel.tensor x parallel.pipeline = 3 x 4",
+        "1 trainer processes do not divide by parallel.tensor x parallel.context x parallel.pipeline = 3 x 1 x 4",
         "nowhere.jsonl",
         "rollout.tp = 3 does not divide the 4 attention heads",
         "model.transformer = {'hidden_size': 3} sets ['hidden_size']",
@@ -221,8 +222,37 @@ def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None
     found = Findings()
     _needs(fits, spec, "rl", machines, longest, found)
     assert not [problem for problem in found.problems if "shared" in problem]
+    assert "set parallel.offload = all and rollout.sleep = true, or" in refused.problems[0]
     with pytest.raises(ValueError, match="share no GPU"):
         Machines(nodes=4, vllm_nodes=2, share_gpus=True)
+
+
+def test_turns_leave_a_shared_gpu_to_who_has_it(tmp_path: Path) -> None:
+    """Weights of 4 GB stay, 10 bytes a parameter move: float32 weights and moments of one of two ranks, the average."""
+    cfg, machines = at(tmp_path, nodes=4, share_gpus=True)
+    spec, longest = spec_of(tmp_path), {"train": 200}
+    sizes, layout = estimate.Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
+    parts = estimate.stage_memory(sizes, layout, 0)
+    weights = sizes.total / 16 * 2
+    assert estimate.kept_bytes(parts, "optimizer") == pytest.approx(weights, rel=0.01)
+    assert estimate.moved_bytes(parts, layout, "optimizer") == pytest.approx(5 * weights, rel=0.01)
+    assert estimate.moved_bytes(parts, layout, "all") == pytest.approx(6 * weights, rel=0.01)
+    rollout = replace(cfg.rollout, share_gpus=True, gpu_memory_utilization=0.89)
+    parallel = replace(cfg.parallel, offload="optimizer")
+    for sleep in (False, True):
+        turns = replace(cfg, rollout=replace(rollout, sleep=sleep), parallel=parallel)
+        found = Findings()
+        _needs(turns, spec, "rl", machines, longest, found)
+        assert sleep == (not [problem for problem in found.problems if "shared" in problem]), found.problems
+        assert sleep != any("gives the servers nothing" in warning for warning in found.warnings)
+    added = seconds_of(turns, spec, "rl", machines, longest)["turns"]
+    assert added == pytest.approx(2 * 5 * weights / 38.4e9 + 2, rel=0.01)
+    for wrong, said in (
+        ({"rl": replace(turns.rl, lag=1)}, "rl.lag = 1 must be 0"),
+        ({"rollout": RolloutConfig()}, "parallel.offload = 'optimizer' needs rollout.share_gpus"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            replace(turns, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +298,20 @@ def test_a_checkpoint_gathers_where_the_optimizer_is_spread(tmp_path: Path) -> N
     p = estimate.parameters(sizes, alone, 0)
     assert estimate.checkpoint_memory(sizes, alone, 0) == (24 * p, 18 * p)
     assert estimate.checkpoint_memory(sizes, spread, 0) == (18 * p + 6 * p, 18 * p + 14 * p)
+
+
+def test_context_ranks_are_planned_like_data_parallel_ones_for_samples_twice_as_long(tmp_path: Path) -> None:
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    spec, longest = spec_of(tmp_path), {"train": 200}
+    plain, shared = (replace(cfg, parallel=replace(cfg.parallel, pipeline=1, context=context)) for context in (1, 2))
+    layouts = [layout_of(each, spec, "rl", machines, longest) for each in (plain, shared)]
+    assert [(layout.context, layout.data, layout.copies) for layout in layouts] == [(1, 2, 2), (2, 1, 2)]
+    assert layouts[0] == replace(layouts[1], context=1, data=2)
+    parts = [estimate.stage_memory(estimate.Sizes.of(spec), layout, 0) for layout in layouts]
+    assert parts[0] == parts[1]
+    shared.parallel.check_fits(2 * 18432)
+    with pytest.raises(ValueError, match=r"36864 tokens .* microbatch of 18432; raise .* or parallel.context"):
+        plain.parallel.check_fits(2 * 18432)
 
 
 def test_a_dry_run_prints_what_the_batch_script_would_run(tmp_path: Path) -> None:

@@ -32,9 +32,15 @@ LAYOUTS = {
     "DP2": (2, {"max_tokens_per_microbatch": 90, "distributed_optimizer": False}),
     "DP2 distributed optimizer": (2, {"max_tokens_per_microbatch": 90}),
     "DP2 overlap": (2, {"max_tokens_per_microbatch": 90, "distributed_optimizer": False, "overlap_grad_reduce": True}),
+    "CP2": (2, {"context": 2, "max_tokens_per_microbatch": 40, "distributed_optimizer": False}),
     "DP2 TP2": (4, {"tensor": 2, "max_tokens_per_microbatch": 90, "distributed_optimizer": False}),
     "TP2 PP2 SP": (4, {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "max_tokens_per_microbatch": 100,
                        "distributed_optimizer": False}),
+    "CP4": (4, {"context": 4, "max_tokens_per_microbatch": 64, "distributed_optimizer": False}),
+    "CP2 DP2": (4, {"context": 2, "max_tokens_per_microbatch": 48, "distributed_optimizer": False}),
+    "CP2 TP2 SP": (4, {"context": 2, "tensor": 2, "sequence_parallel": True, "max_tokens_per_microbatch": 64,
+                       "distributed_optimizer": False}),
+    "CP2 PP2": (4, {"context": 2, "pipeline": 2, "max_tokens_per_microbatch": 50, "distributed_optimizer": False}),
 }  # fmt: skip
 
 
@@ -172,11 +178,10 @@ def balance_of(parallel, num_ranks, model_dir):
     half of the pairs of a sequence for keys and for values."""
     config = AutoConfig.from_pretrained(model_dir)
     sequences = make_sequences(VOCAB)
-    tensor, limit = parallel.get("tensor", 1), parallel["max_tokens_per_microbatch"]
-    dp_size = num_ranks // tensor // parallel.get("pipeline", 1)
-    ranks = [
-        pack(sequences, max_tokens=limit, dp_rank=rank, dp_size=dp_size, multiple=tensor) for rank in range(dp_size)
-    ]
+    tensor, pipeline, context = (parallel.get(name, 1) for name in ("tensor", "pipeline", "context"))
+    dp_size = num_ranks // tensor // pipeline // context
+    layout = {"max_tokens": parallel["max_tokens_per_microbatch"], "multiple": tensor, "context_size": context}
+    ranks = [pack(sequences, dp_rank=rank, dp_size=dp_size, **layout) for rank in range(dp_size)]
     kv = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
     layer = 2 * config.hidden_size * (config.hidden_size + kv) + 3 * config.hidden_size * config.intermediate_size
     weights = config.num_hidden_layers * layer + VOCAB * config.hidden_size

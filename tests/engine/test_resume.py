@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from megatron_t1.convert import to_hf
-from megatron_t1.engine import checkpoint
-from megatron_t1.engine.checkpoint import _rotate, finished
+from megatron_t1.engine import checkpoint, saving
+from megatron_t1.engine.checkpoint import finished
 from megatron_t1.engine.config import CheckpointConfig, ParallelConfig
 from tests.forks import WORKERS
 from tests.tiny import make_tiny_qwen2
@@ -64,7 +64,11 @@ def test_same_layout_is_bit_equal(straight, train, tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [({}, 1), ({"pipeline": 2}, 2)], ids=["one process", "PP2"])
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [({}, 1), ({"pipeline": 2}, 2), ({"context": 2}, 2)],
+    ids=["one process", "PP2", "CP2"],
+)
 def test_another_layout_goes_on_with_the_same_numbers(layout, ranks, straight, train, tmp_path):
     folder, _, _, metrics, weights = straight
     cut_after_three(folder, tmp_path)
@@ -112,7 +116,7 @@ def test_a_checkpoint_that_does_not_load_says_why(reason, said, monkeypatch, tmp
         raise CheckpointException("load", {0: _wrap_exception(RuntimeError(reason))})
 
     monkeypatch.setattr(checkpoint, "_prime", lambda engine: None)
-    monkeypatch.setattr(checkpoint, "_sharded_state", lambda *_, **options: {})
+    monkeypatch.setattr(checkpoint, "sharded_state", lambda *_, **options: {})
     monkeypatch.setattr(checkpoint.dist_checkpointing, "load", fails)
     with pytest.raises(ValueError, match=said):
         checkpoint.load(tmp_path, SimpleNamespace(parallel=ParallelConfig()), None)
@@ -213,12 +217,12 @@ def test_the_newest_and_the_best_stay(tmp_path):
         folder = tmp_path / f"step_{step:08d}"
         folder.mkdir()
         (folder / "state.json").write_text(json.dumps({"step": step, "score": score}))
-        _rotate(tmp_path, folder, CheckpointConfig(keep=2, keep_best=1))
+        saving._rotate(tmp_path, folder, CheckpointConfig(keep=2, keep_best=1))
     assert [int(path.name[5:]) for path in finished(tmp_path)] == [2, 4, 5]
     # After a resume from step 2 (4 and 5 were damaged) the next one is of step 3; the later ones count for nothing.
-    _rotate(tmp_path, tmp_path / "step_00000003", CheckpointConfig(keep=1, keep_best=0))
+    saving._rotate(tmp_path, tmp_path / "step_00000003", CheckpointConfig(keep=1, keep_best=0))
     assert [int(path.name[5:]) for path in finished(tmp_path)] == [2, 4, 5]
-    _rotate(tmp_path, folder, CheckpointConfig(keep=1, keep_best=0))
+    saving._rotate(tmp_path, folder, CheckpointConfig(keep=1, keep_best=0))
     assert [int(path.name[5:]) for path in finished(tmp_path)] == [5]
     assert len(list(tmp_path.iterdir())) == 1
 

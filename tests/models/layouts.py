@@ -18,6 +18,8 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
         "PP2": ({"pipeline": 2, "pipeline_layers": [3, 1]}, FAMILIES),
         "PP2 VP2": ({"pipeline": 2, "virtual_pipeline": 2}, {"qwen2", "qwen2 tied", "glm4", *MOE}),
         "EP2": ({"expert": 2}, MOE),
+        "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, {"qwen2 tied", "qwen3", "glm", "glm4"}),
+        "CP2 EP2": ({"context": 2, "expert": 2, "max_tokens_per_microbatch": 64}, {"qwen3_moe", "glm4_moe"}),
         "TP2 SP, EP2 of whole experts": ({"tensor": 2, **SP, "expert": 2, "expert_tensor": 1}, MOE),
         "EP2 distributed optimizer": ({"expert": 2, "distributed_optimizer": True}, {"qwen3_moe", "glm4_moe"}),
         "TP2 SP distributed optimizer": ({"tensor": 2, **SP, "distributed_optimizer": True}, {"glm4_moe"}),
@@ -33,6 +35,10 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
         "PP2 EP2": ({"pipeline": 2, "expert": 2}, MOE),
         "TP2 PP2": ({"tensor": 2, "pipeline": 2}, DENSE),
         "TP2 PP2 SP": ({"tensor": 2, "pipeline": 2, **SP}, FAMILIES),
+        "CP2 TP2 SP, EP4 of whole experts": (
+            {"context": 2, "tensor": 2, **SP, "expert": 4, "expert_tensor": 1, "max_tokens_per_microbatch": 64},
+            {"glm4_moe"},
+        ),
     },
 }
 RESUMED = "EP2 distributed optimizer"

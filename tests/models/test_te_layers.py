@@ -20,13 +20,18 @@ SAVED = {"qwen2 tied", "glm4", "qwen3_moe", "glm4_moe"}
 """A checkpoint of each kind of layer."""
 LAYOUTS: dict[tuple[int, bool], dict[str, tuple[dict[str, Any], set[str]]]] = {
     (1, False): {"TP1": ({}, {*FEW, "qwen2 yarn"})},
-    (2, False): {"TP2 SP": ({"tensor": 2, **SP}, FEW)},
+    (2, False): {
+        "TP2 SP": ({"tensor": 2, **SP}, FEW),
+        "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, {"qwen3", "glm", "glm4_moe"}),
+    },
     (1, True): {"TP1": ({}, ALIKE)},
     (2, True): {
         "TP2 SP": ({"tensor": 2, **SP}, ALIKE),
         "TP2": ({"tensor": 2}, DENSE),
         "PP2": ({"pipeline": 2}, set(FAMILIES)),
         "EP2": ({"expert": 2}, MOE),
+        "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, set(FAMILIES) - {"qwen3", "glm", "glm4_moe"}),
+        "CP2 EP2": ({"context": 2, "expert": 2, "max_tokens_per_microbatch": 64}, MOE),
         "TP2 SP, EP2 of whole experts": ({"tensor": 2, **SP, "expert": 2, "expert_tensor": 1}, MOE),
     },
 }

@@ -152,6 +152,7 @@ def test_servers_take_no_gpu_of_the_trainer_unasked(trainer_gpus, options, fault
 
 
 def test_a_shared_gpu_is_pushed_to_through_the_hosts_memory(tmp_path: Path) -> None:
+    assert Servers(RolloutConfig(device="cuda"), "", tmp_path).transport == "collective"
     assert Servers(RolloutConfig(device="cuda", share_gpus=True), "", tmp_path).transport == "shm"
     with pytest.raises(FieldError, match="transport"):
         RolloutConfig(share_gpus=True, transport="collective")

@@ -31,7 +31,7 @@ def main() -> None:
     model_dir, folder, dtype, layout, bucket_size, decay = sys.argv[1:]
     platform = setup()
     from megatron_t1.algo.loss import sft_token_loss
-    from megatron_t1.engine import checkpoint, model
+    from megatron_t1.engine import checkpoint, model, saving
     from megatron_t1.engine.anchor import Anchor
     from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
@@ -66,7 +66,7 @@ def main() -> None:
     engine.load_weights(Path(model_dir))
     anchor.reset()
     step(engine, anchor)
-    path = checkpoint.save(Path(folder), 1, engine, anchor, {}, CheckpointConfig(), score=0.0)
+    path = saving.save(Path(folder), 1, engine, anchor, {}, CheckpointConfig(), score=0.0)
     resumed, resumed_anchor = build()
     checkpoint.load(path, resumed, resumed_anchor)
     differences = {"num_buckets": sum(len(buffer.buckets) for ddp in engine.ddp for buffer in ddp.buffers)}

@@ -2,7 +2,8 @@
 gradients and norm, for the tests.
 
 argv: folder of the checkpoints, folder for the results, {layout: [ParallelConfig fields, [family, ...]]} as JSON. With
-the distributed optimizer a layout saves a checkpoint; `checkpoint_of` another layout loads and exports that.
+the distributed optimizer a layout saves a checkpoint; `checkpoint_of` another layout loads and exports that;
+`model` has ModelConfig's fields.
 """
 
 from __future__ import annotations
@@ -33,20 +34,18 @@ def all_logits(engine, microbatches) -> dict[str, torch.Tensor]:
 
     def local(hidden, head, microbatch):
         logits = select(hidden, head, microbatch.target_positions) @ head.weight[: head.num_rows].T
-        return head.vocab_start, microbatch.sample_index.tolist(), logits.numpy()
+        positions = microbatch.position_ids[microbatch.target_positions]
+        return head.vocab_start, microbatch.sample_index.tolist(), positions.tolist(), logits.float().cpu().numpy()
 
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, engine.map_hidden(engine.chunks, microbatches, local))
-    columns = defaultdict(dict)
-    for start, samples, logits in (part for parts in everyone for part in parts):
-        rows = defaultdict(list)
-        for sample, row in zip(samples, logits, strict=True):
-            rows[str(sample)].append(torch.from_numpy(row))
-        for sample, found in rows.items():
-            columns[sample][start] = torch.stack(found)
+    columns = defaultdict(lambda: defaultdict(dict))
+    for start, samples, positions, logits in (part for parts in everyone for part in parts):
+        for sample, position, row in zip(samples, positions, logits, strict=True):
+            columns[str(sample)][position][start] = torch.from_numpy(row)
     return {
-        sample: torch.cat([parts[start] for start in sorted(parts)], dim=1).contiguous()
-        for sample, parts in columns.items()
+        sample: torch.stack([torch.cat([parts[start] for start in sorted(parts)]) for _, parts in sorted(rows.items())])
+        for sample, rows in columns.items()
     }
 
 
@@ -56,20 +55,20 @@ def main() -> None:
     from megatron.core import parallel_state as mpu
 
     from megatron_t1.algo.loss import sft_token_loss
-    from megatron_t1.engine import checkpoint
-    from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
+    from megatron_t1.engine import checkpoint, saving
+    from megatron_t1.engine.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
     from megatron_t1.engine.step import Engine
     from megatron_t1.weights.plan import Plan
 
     for layout, (fields, families) in layouts.items():
-        resumed = fields.pop("checkpoint_of", None)
+        resumed, model = fields.pop("checkpoint_of", None), fields.pop("model", {})
         parallel = ParallelConfig(**{"max_tokens_per_microbatch": 120, "distributed_optimizer": False, **fields})
         initialize(parallel, platform, 0)
         for family in families:
             folder, result = checkpoints / family, out / layout / family
             engine = Engine(
-                ModelConfig(hf_path=str(folder), dtype="float32"), parallel,
+                ModelConfig(hf_path=str(folder), **{"dtype": "float32", **model}), parallel,
                 OptimConfig(lr=LR, clip_grad=CLIP_GRAD, adam_eps=ADAM_EPS), platform, total_steps=2, temperature=1.0,
             )  # fmt: skip
             if resumed:
@@ -89,8 +88,8 @@ def main() -> None:
             if dist.get_rank() == 0:
                 save_file(results, result / "results")
             if parallel.distributed_optimizer:
-                cfg = checkpoint.CheckpointConfig()
-                checkpoint.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
+                cfg = CheckpointConfig()
+                saving.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
         mpu.destroy_model_parallel()
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     from megatron_t1.algo.loss import sft_token_loss
-    from megatron_t1.engine import checkpoint, model, step
+    from megatron_t1.engine import checkpoint, model, saving, step
     from megatron_t1.engine.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.parallel import initialize
 
@@ -62,7 +62,7 @@ def main() -> None:
                 metrics = engine.step(engine.pack(sequences), num_targets, sft_token_loss)
                 found[layers] = (metrics, before, engine.logprobs(sequences), built_of_te)
             if checkpoints_too:
-                path = checkpoint.save(result, 1, engine, None, {}, CheckpointConfig(), score=0.0)
+                path = saving.save(result, 1, engine, None, {}, CheckpointConfig(), score=0.0)
                 resumed = build("local")
                 checkpoint.load(path, resumed, None)
                 found["loaded"] = resumed.logprobs(sequences)

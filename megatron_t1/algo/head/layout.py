@@ -4,7 +4,9 @@ Vocabulary-parallel: every rank of `tp_group` holds some rows of the output embe
 positions. The backward sums dX over the ranks; dW is local. Under sequence parallelism the hidden states are
 gathered first and dX is reduce-scattered.
 
-Left out: a bias in the output layer, context parallelism, Megatron's deferred embedding gradient
+Under context parallelism each rank has positions of its own, and nothing else is different here.
+
+Left out: a bias in the output layer, Megatron's deferred embedding gradient
 (`defer_embedding_wgrad_compute`). No Megatron import: `main_grad` is found by its attribute.
 """
 

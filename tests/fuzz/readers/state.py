@@ -70,7 +70,7 @@ def state_readers(tmp: Path) -> list[Reader]:
     set_folder.mkdir(parents=True)
 
     def read_state(path: Path) -> Any:
-        state = checkpoint._state(path.parent)
+        state = checkpoint.state_of(path.parent)
         return state, checkpoint._spoiled(path.parent, state.get("files", {}), 0, 1)
 
     def check_state(found: tuple[dict[str, Any], dict[str, str]]) -> None:

@@ -218,6 +218,8 @@ class DotProductAttention(TransformerEngineBaseModule):
                  return_max_logit=False):  # fmt: skip
         super().__init__()
         self.qkv_format, self.num_gqa_groups = qkv_format, num_gqa_groups // tp_size
+        self.cp_group, self.cp_size = cp_group, 1 if cp_group is None else cp_group.size()
+        assert cp_comm_type == "p2p"
         self.scale = softmax_scale or 1 / math.sqrt(kv_channels)
 
         def forgive(module: nn.Module, keys: Any) -> None:
@@ -237,12 +239,38 @@ class DotProductAttention(TransformerEngineBaseModule):
         assert cu_seqlens_q.dtype == torch.int32
         ends, outs = cu_seqlens_q.tolist(), []
         assert max_seqlen_q >= max(end - start for start, end in itertools.pairwise(ends))
+        if self.cp_size > 1:
+            assert torch.equal(cu_seqlens_q, cu_seqlens_q_padded), "FlashAttention takes no gaps between sequences"
+            assert torch.equal(cu_seqlens_q, cu_seqlens_kv_padded)
+            return self._of_chunks(query_layer, key_layer, value_layer, ends)
         for start, end in itertools.pairwise(ends):
             q, k, v = (part[start:end].transpose(0, 1)[None] for part in (query_layer, key_layer, value_layer))
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
             )
             outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs).flatten(1)
+
+    def _of_chunks(self, query: Tensor, key: Tensor, value: Tensor, ends: list[int]) -> Tensor:
+        """This rank's chunks of every sequence, number `rank` from its beginning and from its end."""
+        size, rank, mine, outs = self.cp_size, self.cp_group.rank(), len(query), []
+        assert mine * size == ends[-1]
+        keys, values = (_Gather.apply(part, self.cp_group) for part in (key, value))
+        for start, end in itertools.pairwise(ends):
+            chunk, rest = divmod(end - start, 2 * size)
+            assert rest == 0, "a sequence that can't be cut"
+            at = start // size
+            places = [mine * r + at for r in range(size)] + [mine * r + at + chunk for r in reversed(range(size))]
+            whole = torch.cat([torch.arange(place, place + chunk) for place in places])
+            for first, number in ((at, rank), (at + chunk, 2 * size - 1 - rank)):
+                seen = whole[: (number + 1) * chunk]
+                q = query[first : first + chunk]
+                parts = (part.transpose(0, 1)[None] for part in (q, keys[seen], values[seen]))
+                mask = torch.ones(chunk, len(seen), dtype=torch.bool).tril(number * chunk)
+                out = F.scaled_dot_product_attention(
+                    *parts, attn_mask=mask, scale=self.scale, enable_gqa=q.shape[1] != key.shape[1]
+                )
+                outs.append(out[0].transpose(0, 1))
         return torch.cat(outs).flatten(1)
 
 
@@ -285,7 +313,11 @@ def _rotary(t, freqs, tensor_format="sbhd", start_positions=None, interleaved=Fa
     assert not interleaved
     assert t.dim() == 3
     ends = cu_seqlens.tolist()
-    angles = torch.cat([freqs[: end - start, 0, 0] for start, end in itertools.pairwise(ends)])[:, None]
+    parts = []
+    for start, end in itertools.pairwise(ends):
+        chunks = freqs[: end - start, 0, 0].chunk(2 * cp_size)
+        parts += [freqs[: end - start, 0, 0]] if cp_size == 1 else [chunks[cp_rank], chunks[-1 - cp_rank]]
+    angles = torch.cat(parts)[:, None]
     turned, rest = t[..., : angles.shape[-1]].float(), t[..., angles.shape[-1] :]
     first, second = turned.chunk(2, -1)
     turned = turned * angles.cos() + torch.cat([-second, first], -1) * angles.sin()

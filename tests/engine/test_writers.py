@@ -1,4 +1,4 @@
-"""A killed trainer leaves no process behind, the writers of a checkpoint included."""
+"""The processes that write a checkpoint: beside the training, never longer than their trainer, and missed when lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def test_a_trainer_killed_in_a_save_takes_its_writers_with_it(forks: Forks, tiny_dir: Path, tmp_path: Path) -> None:
-    (trainer,) = forks.start(WORKERS / "saving_worker.py", tiny_dir, tmp_path, stderr=tmp_path / "errors")
+    (trainer,) = forks.start(WORKERS / "saving_worker.py", tiny_dir, tmp_path, "sleep", stderr=tmp_path / "errors")
     process = psutil.Process(trainer.pid)
     # Two writers, whatever else: Python's keeper of semaphores, for one.
     until("the writers", lambda: trainer.poll() is not None or len(process.children(recursive=True)) >= 2)
@@ -34,3 +34,16 @@ def test_a_trainer_killed_in_a_save_takes_its_writers_with_it(forks: Forks, tiny
     trainer.send_signal(signal.SIGKILL)
     until("the trainer's end", lambda: trainer.poll() is not None)
     until(f"the end of {started}", lambda: not alive(started), timeout_s=10.0)
+
+
+def test_a_step_that_is_taken_meanwhile_is_not_in_the_checkpoint(forks: Forks, tiny_dir: Path, tmp_path: Path) -> None:
+    done = forks.run(WORKERS / "saving_worker.py", tiny_dir, tmp_path, "step", num_ranks=1, timeout_s=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_writer_that_is_lost_is_said(forks: Forks, tiny_dir: Path, tmp_path: Path) -> None:
+    done = forks.run(WORKERS / "saving_worker.py", tiny_dir, tmp_path, "die", num_ranks=1, timeout_s=200)
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr
+    assert "a writer ended with exit code -9" in done.stderr, done.stderr[-3000:]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,38 @@
+"""`parallel.offload`: the memory is really given, and no number of a run depends on it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.forks import WORKERS
+from tests.tiny import make_tiny
+
+CASES = {
+    "plain optimizer": ("Qwen2ForCausalLM", "float32", 1, {"offload": "optimizer", "distributed_optimizer": False}),
+    "DP2, all": ("Qwen2ForCausalLM", "bfloat16", 2, {"offload": "all"}),
+    "virtual pipeline, tied": (
+        "Qwen2ForCausalLM", "bfloat16", 2, {"offload": "optimizer", "pipeline": 2, "virtual_pipeline": 2},
+    ),
+    "experts": ("Qwen3MoeForCausalLM", "bfloat16", 2, {"offload": "all", "expert": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bit_equal_with_its_memory_given(case, run_ranks, tmp_path):
+    family, dtype, num_ranks, layout = CASES[case]
+    depth = {"num_hidden_layers": 4} if "virtual_pipeline" in layout else {}
+    model_dir = make_tiny(family, tmp_path / "hf", vocab_size=321, tied="tied" in case, dtype=dtype, **depth)
+    output = run_ranks(WORKERS / "offload_worker.py", num_ranks, model_dir, tmp_path / "run", dtype, json.dumps(layout))
+    for found in json.loads(output.splitlines()[-1]):
+        assert found["metrics"]
+        assert found["differ"] == [[], []]
+        assert found["asked"]
+        # Bytes a parameter: gradients, moments and float32 weights (of two ranks, or one), anchor, weights with `all`.
+        shards = 2 if case == "DP2, all" else 1
+        per_parameter = 4 + 8 + 4 if dtype == "float32" else 4 + 12 / shards + 6 + 2 * (layout["offload"] == "all")
+        if family != "Qwen3MoeForCausalLM":  # its experts are not replicated, the rest is
+            assert found["freed"] == pytest.approx(per_parameter * found["parameters"], rel=0.02)
+        else:
+            assert found["freed"] > 16 * found["parameters"]
