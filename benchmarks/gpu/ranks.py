@@ -138,7 +138,7 @@ def collective(check: Check) -> None:
                 f"sync-check {name}", not any(codes) and bool(rows), exit_codes=codes, rows=rows,
                 pushed=pushed and pushed.groups(),
             )  # fmt: skip
-        _kill_a_rank(check, base, folder, {"urls": urls, "key_file": key_file, "sync_timeout_s": 20})
+        _kill_a_rank(check, base, folder, {"urls": urls, "key_file": key_file, "sync_timeout_s": 90})
         rc, _ = t1("quickstart-data", "--out", base / "data", "--seed", 0)
         settings = {"data.train": base / "data/rl.jsonl", "data.heldout": base / "data/heldout.jsonl"}
         settings |= {"rl.steps": 2, "rl.prompts_per_step": 8, "sampling.num_samples": 4, "sampling.max_new_tokens": 64}
@@ -160,7 +160,7 @@ def _kill_a_rank(check: Check, base: Path, folder: Path, rollout: dict[str, Any]
     for turn, layouts in enumerate(pushes, 1):
         given = json.dumps([(layout, str(folder), 100 * turn + number) for number, layout in enumerate(layouts)])
         worker = (WORKERS / "trainer.py", json.dumps(rollout), given, base / "pushed.json")
-        codes += run_ranks(2, *worker, limit_s=300 if check.smoke else 90, log=base / f"killed {turn}.txt")
+        codes += run_ranks(2, *worker, limit_s=300, log=base / f"killed {turn}.txt")
         versions += [result["version"] for result in json.loads((base / "pushed.json").read_text())]
     said = (base / "pushed.error").read_text()
     fine = codes == [0, -signal.SIGKILL, 0, 0] and versions == [100, 200]

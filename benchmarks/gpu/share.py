@@ -3,6 +3,7 @@ number of the training depends on it."""
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ KEPT = {"none": 24, "optimizer": 2, "all": 0}
 
 def share(check: Check) -> None:
     """Two layers at the width of Qwen2.5-32B, with anchor: 1.3e9 parameters, 31 GB."""
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # the attention's backward pass else adds in any order
     platform = start()
     sizes = {**(TINY if check.smoke else QWEN_32B), "layers": 2, "vocab": 512 if check.smoke else 32768}
     num_tokens, length = (128, 64) if check.smoke else (4096, 512)
@@ -61,7 +63,7 @@ def share(check: Check) -> None:
             kept = KEPT[kind] * numbers / 1e9
             check.report(
                 kind,
-                not differ and (check.smoke or memory["given"]["allocated"] < kept + 1),
+                not differ and (check.smoke or memory["given"]["allocated"] < kept + 1.5),
                 steps_differ=differ,
                 kept_gb_by_the_estimate=round(kept, 2),
                 gigabytes=memory,
