@@ -43,7 +43,7 @@ def main() -> None:
     platform = setup()
     from megatron_t1.algo.config import LossConfig
     from megatron_t1.algo.loss import t1_token_loss
-    from megatron_t1.engine import checkpoint
+    from megatron_t1.engine import checkpoint, saving
     from megatron_t1.engine.anchor import Anchor
     from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
     from megatron_t1.engine.offload import Offload
@@ -87,7 +87,10 @@ def main() -> None:
     asked = parallel.offload == "all" or [p.tolist() for p in given[0].logprobs(sequences)]
     given[2].take()
     asked = parallel.offload == "all" or asked == [p.tolist() for p in plain[0].logprobs(sequences)]
-    path = checkpoint.save(Path(folder), 2, given[0], given[1], {}, CheckpointConfig(), score=0.0)
+    save = saving.begin(Path(folder), 2, given[0], given[1], {}, CheckpointConfig(), score=0.0)
+    given[2].give()
+    path = save.finish()
+    given[2].take()
     resumed = build(parallel)
     resumed[2].give()
     resumed[2].take()
