@@ -13,6 +13,7 @@ give every tensor back to the system when it is freed, as a GPU's allocator woul
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -249,6 +250,39 @@ def plan() -> None:
             )
 
 
+def lengths() -> None:
+    """The table of the smallest layouts by length."""
+    from megatron_t1.check.machines import Machines, fullest, layout_of
+    from megatron_t1.check.suggest import suggest
+    from megatron_t1.cli.options import read
+    from megatron_t1.config import Config
+    from megatron_t1.models import spec_of
+    from megatron_t1.models.sizes import Sizes
+
+    heads = "nodes | train + vLLM | new tokens | TP x CP x PP x DP | recomputed | tokens on a rank | GB | activations"
+    print(f"| {heads} | head |")
+    print("|---" * 9 + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(QWEN_32B))
+        spec = spec_of(Path(folder))
+        for nodes, tokens in itertools.product((4, 8), (16384, 32768, 65536, 131072)):
+            options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", folder]
+            cfg = read(Config, [*options, "--sampling.max_new_tokens", str(tokens)])
+            machines, longest = Machines(nodes=nodes, vllm_nodes=nodes // 2), {"train": 2048}
+            found = suggest(cfg, spec, "rl", machines, longest)
+            where = f"| {nodes} | {nodes // 2} + {nodes // 2} | {tokens} |"
+            if found is None:
+                print(where, "nothing fits | | | | | |")
+                continue
+            layout = layout_of(found[0], spec, "rl", machines, longest)
+            parts = fullest(Sizes.of(spec), layout)
+            print(
+                f"{where} {layout.tensor} x {layout.context} x {layout.pipeline} x {layout.data} | "
+                f"{'all' if layout.recompute else 'nothing'} | {layout.tokens} | {found[1] / 1e9:.1f} | "
+                f"{parts['activations'] / 1e9:.1f} | {parts['head'] / 1e9:.1f} |"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank", nargs=3, metavar=("MODEL", "LAYOUT", "DTYPE"))
@@ -258,8 +292,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS))
     parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--lengths", action="store_true")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    if args.lengths:
+        lengths()
+        return
     if args.plan:
         plan()
         return

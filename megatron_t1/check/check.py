@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_t1.check import estimate
 from megatron_t1.check.context import context_needs, too_long
 from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
+from megatron_t1.check.suggest import SHARE, as_options, suggest
 from megatron_t1.config import Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
@@ -55,8 +56,9 @@ class Findings:
         return "\n".join(lines)
 
 
-def check(cfg: Config, command: str, machines: Machines, found: Findings) -> Findings:
-    """Adds what is found for `t1 <command>` at `machines`: sft, rl, evaluate, scaling, run or serve."""
+def check(cfg: Config, command: str, machines: Machines, found: Findings, *, suggests: bool = False) -> Findings:
+    """Adds what is found for `t1 <command>` at `machines`: sft, rl, evaluate, scaling, run or serve; with
+    `suggests` the smallest layout that fits, too."""
     if machines.vllm_nodes and command == "run":
         found.problems.append("t1 run starts its servers where it trains: leave out --vllm_nodes, or use t1 rl")
     if command == "evaluate" and not cfg.model.hf_path:
@@ -86,6 +88,11 @@ def check(cfg: Config, command: str, machines: Machines, found: Findings) -> Fin
         _lengths(cfg, spec, command, longest, template, found)
     if trains:
         _needs(cfg, spec, command, machines, longest, found)
+        if suggests and machines.share_gpus:
+            found.facts.append("no layout is suggested for GPUs that trainer and servers share")
+        elif suggests:
+            fits = suggest(cfg, spec, command, machines, longest)
+            found.facts.append(as_options(*fits) if fits else "no layout fits these machines and the longest sequence")
     return found
 
 
@@ -289,7 +296,7 @@ def _needs(
         f"CP {layout.context}, PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens of a microbatch on a rank"
     )
     found.should(
-        total < 0.95 * gpu.memory_bytes,
+        total < SHARE * gpu.memory_bytes,
         f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
         "parallel.pipeline, fewer parallel.max_tokens_per_microbatch (more parallel.context) or full recomputation",
     )
@@ -300,7 +307,7 @@ def _needs(
         "node's memory while it is written"
     )
     found.should(
-        gpu_bytes < 0.95 * gpu.memory_bytes,
+        gpu_bytes < SHARE * gpu.memory_bytes,
         f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
         f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
     )

@@ -269,6 +269,7 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
     parser.add_argument("--grace_s", type=float, help="seconds that a trainer has from USR1 to its end (unchecked)")
+    parser.add_argument("--suggest", action="store_true", help="say the smallest layout of the trainer that fits")
     parser.add_argument("--dry-run", action="store_true", help="print the srun and vLLM commands that would run")
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]
@@ -278,7 +279,7 @@ def _check(arguments: list[str]) -> int:
     said = {name: getattr(asked, name) for name in Machines.__dataclass_fields__ if name != "share_gpus"}
     machines = Machines(**said, share_gpus=cfg is not None and cfg.rollout.share_gpus)
     if cfg is not None:
-        check(cfg, asked.command, machines, findings)
+        check(cfg, asked.command, machines, findings, suggests=asked.suggest)
     print(findings.text())
     if asked.dry_run and cfg is not None:
         print(dry_run(cfg, asked.command, machines, rest))

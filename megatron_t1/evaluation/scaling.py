@@ -295,6 +295,7 @@ class Scaling:
     def _cuts(self) -> Iterator[_Cut]:
         """Every cut that needs a forced answer; those of one thinking follow each other: its prefix is still cached."""
         for row in iter_jsonl(self.folder / "thinkings.jsonl", _Thinking):
+            del row["response"]  # all cuts are in memory at once
             row["token_ids"] = np.array(row["token_ids"], np.int32)
             yield from (_Cut(row, budget) for budget in self.cfg.budgets if _is_cut(row, budget))
 

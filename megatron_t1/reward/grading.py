@@ -61,8 +61,9 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-_LAZY_IMPORTS = ("heapq", "sympy.combinatorics", "sympy.tensor.tensor")
-"""What `Counter` and SymPy import in the middle of their work; a locked-down grader cannot open files any more."""
+_LAZY_IMPORTS = ("heapq", "encodings.utf_32_le", "sympy.combinatorics", "sympy.tensor.tensor")
+"""What `Counter`, penalties and SymPy import in the middle of their work; a locked-down grader cannot open files any
+more."""
 _WARM_UP = (
     r"-\frac{3\sqrt{2}}{5}+6i ~ \log_2(8)+\binom{5}{2}\cdot 3!-|y|",
     r"\sum_{k=1}^{10}\frac{k}{2} ~ \sum_{k=0}^{n-1} F_k F_{n-k-1}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from megatron_t1.check import estimate
 from megatron_t1.check.check import Findings, _grace, _needs, check
 from megatron_t1.check.dry_run import dry_run
-from megatron_t1.check.machines import Machines, layout_of, seconds_of
+from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
+from megatron_t1.check.suggest import as_options, suggest
 from megatron_t1.cli.main import main
 from megatron_t1.cli.options import parse, read
 from megatron_t1.config import Config, dump
@@ -205,6 +207,28 @@ def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> N
         for kind, bytes_each in (("fixed", 2), ("none", 0)):
             other = estimate.stage_memory(sizes, replace(layout, anchor=kind), stage)["anchor"]
             assert other == pytest.approx(bytes_each * on_rank)
+
+
+@pytest.mark.parametrize("num_tokens", [16_384, 131_072])
+def test_the_smallest_layout_that_fits_is_suggested(num_tokens: int, tmp_path: Path) -> None:
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    cfg = replace(cfg, sampling=replace(cfg.sampling, max_new_tokens=num_tokens))
+    spec, longest = spec_of(tmp_path), {"train": 2048}
+    found, worst = suggest(cfg, spec, "rl", machines, longest)
+    found.parallel.check_fits(2048 + num_tokens)
+    sizes, layout = Sizes.of(spec), layout_of(found, spec, "rl", machines, longest)
+    assert sum(fullest(sizes, layout).values()) <= worst < 0.95 * 80e9
+    size = found.parallel.num_ranks
+    assert size <= 16
+    for tensor, context, pipeline in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        if tensor * context * pipeline < size:  # everything kept but one tensor a layer, and still too much
+            given = {"tensor": tensor, "context": context, "pipeline": pipeline, "sequence_parallel": tensor > 1}
+            parallel = replace(cfg.parallel, **given, max_tokens_per_microbatch=-(-(2048 + num_tokens) // context))
+            smaller = layout_of(replace(cfg, parallel=parallel), spec, "rl", machines, longest)
+            needed = [sum(fullest(sizes, smaller).values()), estimate.checkpoint_memory(sizes, smaller, 0)[0]]
+            assert max(needed) >= 0.95 * 80e9 * 0.99
+    assert f"--parallel.tensor {found.parallel.tensor} --parallel.context" in as_options(found, worst)
+    assert suggest(cfg, spec, "rl", Machines(nodes=1, gpu="A100"), longest) is None
 
 
 def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None:

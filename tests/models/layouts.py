@@ -18,7 +18,7 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
         "PP2": ({"pipeline": 2, "pipeline_layers": [3, 1]}, FAMILIES),
         "PP2 VP2": ({"pipeline": 2, "virtual_pipeline": 2}, {"qwen2", "qwen2 tied", "glm4", *MOE}),
         "EP2": ({"expert": 2}, MOE),
-        "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, {"qwen2 tied", "qwen3", "glm", "glm4"}),
+        "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, {"qwen2 tied", "qwen2 yarn", "qwen3", "glm", "glm4"}),
         "CP2 EP2": ({"context": 2, "expert": 2, "max_tokens_per_microbatch": 64}, {"qwen3_moe", "glm4_moe"}),
         "TP2 SP, EP2 of whole experts": ({"tensor": 2, **SP, "expert": 2, "expert_tensor": 1}, MOE),
         "EP2 distributed optimizer": ({"expert": 2, "distributed_optimizer": True}, {"qwen3_moe", "glm4_moe"}),

@@ -22,7 +22,7 @@ LAYOUTS: dict[tuple[int, bool], dict[str, tuple[dict[str, Any], set[str]]]] = {
     (1, False): {"TP1": ({}, {*FEW, "qwen2 yarn"})},
     (2, False): {
         "TP2 SP": ({"tensor": 2, **SP}, FEW),
-        "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, {"qwen3", "glm", "glm4_moe"}),
+        "CP2": ({"context": 2, "max_tokens_per_microbatch": 64}, {"qwen2 yarn", "qwen3", "glm", "glm4_moe"}),
     },
     (1, True): {"TP1": ({}, ALIKE)},
     (2, True): {

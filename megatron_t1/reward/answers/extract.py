@@ -42,8 +42,11 @@ _NUMBER = re.compile(
 
 def after_thinking(text: str) -> str | None:
     """The text after the last closed thinking tag; None when thinking was opened and never closed."""
-    closes = list(THINK_CLOSE.finditer(text)) if "</" in text or "<|" in text else []
-    tail = text[closes[-1].end() :] if closes else text
+    closed = 0
+    if "</" in text or "<|" in text:
+        for match in THINK_CLOSE.finditer(text):
+            closed = match.end()
+    tail = text[closed:]
     if _THINK_OPEN.search(tail):
         return None
     return tail
