@@ -87,7 +87,10 @@ def main() -> None:
     asked = parallel.offload == "all" or [p.tolist() for p in given[0].logprobs(sequences)]
     given[2].take()
     asked = parallel.offload == "all" or asked == [p.tolist() for p in plain[0].logprobs(sequences)]
-    path = saving.save(Path(folder), 2, given[0], given[1], {}, CheckpointConfig(), score=0.0)
+    save = saving.begin(Path(folder), 2, given[0], given[1], {}, CheckpointConfig(), score=0.0)
+    given[2].give()
+    path = save.finish()
+    given[2].take()
     resumed = build(parallel)
     resumed[2].give()
     resumed[2].take()
