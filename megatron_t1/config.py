@@ -23,6 +23,11 @@ from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
 
+UNCORRECTED = (
+    "rl.lag trains on samples of older weights, for which loss.importance = none does not correct: the quickstart falls "
+    "from 93% to 4% so; give --loss.importance token --loss.ratio_max 2 (docs/off-policy.md has the other choices)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
@@ -33,8 +38,9 @@ class RLConfig:
     prompts_per_step: int = 32
     lag: int = 0
     """Steps that a batch is asked ahead of its training. 0, as T1 does: generation and training take turns. 1: a batch
-    is made by the weights of the step before, while that batch trains; give loss.importance a correction then. More
-    than 1 gains only with rollout.pause_mode: keep."""
+    is made by the weights of the step before, while that batch trains; give loss.importance a correction then
+    (token, with loss.ratio_max 2): without one a run may collapse. More than 1 gains only with rollout.pause_mode:
+    keep."""
     refill: float = 0.0
     """Groups whose samples are all right or all wrong teach nothing: up to refill x prompts_per_step more prompts are
     asked in their place. 0: none."""
@@ -206,6 +212,11 @@ class Config:
     def takes_turns(self) -> bool:
         """Trainer and servers give each other GPU memory, and nothing is asked while the trainer has it."""
         return self.rollout.sleep or self.parallel.offload != "none"
+
+    @property
+    def trains_uncorrected(self) -> bool:
+        """Samples are of older weights than those that they train, and nothing corrects for it."""
+        return self.rl.lag > 0 and self.loss.importance == self.loss.mask == "none"
 
     @property
     def awaits_batches(self) -> bool:

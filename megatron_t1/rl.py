@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from megatron_t1.config import Config
+from megatron_t1.config import UNCORRECTED, Config
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.offload import free_cache
 from megatron_t1.engine.parallel import from_main, is_main
@@ -115,6 +115,8 @@ class Trainer:
             ValueError: what `check` refuses; a begun run in run_dir without `resume`, or of other settings.
         """
         check(cfg, prompts)
+        if rank0 and cfg.trains_uncorrected:
+            warn(UNCORRECTED)
         self.cfg, self.prompts, self.rank0 = cfg, prompts, rank0
         self.folder = Path(cfg.run_dir) / "rl"
         self.trace = rank0.trace if rank0 else Trace()

@@ -18,7 +18,7 @@ from megatron_t1.check import estimate
 from megatron_t1.check.context import context_needs, too_long
 from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
 from megatron_t1.check.suggest import SHARE, as_options, suggest
-from megatron_t1.config import Config
+from megatron_t1.config import UNCORRECTED, Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.layout import check_divisible, check_world
@@ -315,12 +315,7 @@ def _needs(
         _shared(cfg, sizes, layout, gpu, max(total, gpu_bytes), found)
     size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     seconds = seconds_of(cfg, spec, command, machines, longest)
-    ahead = command != "sft" and cfg.rl.lag > 0
-    found.should(
-        not ahead or cfg.loss.importance != "none",
-        f"rl.lag = {cfg.rl.lag} trains on samples of older weights, for which loss.importance = none does not correct: "
-        "docs/off-policy.md has the choices",
-    )
+    found.should(command == "sft" or not cfg.trains_uncorrected, UNCORRECTED)
     awaits_batch = command != "sft" and cfg.awaits_batches
     nodes = machines.trainer_nodes(command)
     stopping = estimate.stop_seconds(sizes, layout, seconds, size, nodes, awaits_batch=awaits_batch)
@@ -364,7 +359,7 @@ def _needs(
         )
     listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
     step_s = sum(seconds.values())
-    if ahead:
+    if command != "sft" and cfg.rl.lag:
         step_s = max(seconds["generate"], step_s - seconds["generate"])
     found.facts.append(
         f"time of a step: about {step_s:.3g} s ({listed}) on {machines.gpu}s, if responses have half of "

@@ -73,7 +73,8 @@ ASLEEP_BYTES = 3e9
 """What vLLM keeps of a GPU in its sleep: context, CUDA graphs, libraries."""
 _SLEEP_S = 2.0
 """For servers to fall asleep and wake up, without the push."""
-_PCIE_SHARE = 0.6
+_PCIE_SHARE = 0.75
+"""Of the data sheet's, from and to pinned memory: 49 to 52 of 64 GB/s on an H200 (benchmarks/gpu.md)."""
 _DISK_BYTES_PER_S = 1e9
 """Of a node, to and from a shared file system under load: many are faster, few slower."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
