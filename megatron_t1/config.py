@@ -24,8 +24,8 @@ from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
 
 UNCORRECTED = (
-    "rl.lag trains on samples of older weights, for which loss.importance = none does not correct: the quickstart falls "
-    "from 93% to 4% so; give --loss.importance token --loss.ratio_max 2 (docs/off-policy.md has the other choices)"
+    "rl.lag trains on samples of older weights, for which loss.importance = none does not correct: the quickstart "
+    "falls from 93% to 4%; give --loss.importance token --loss.ratio_max 2 (docs/off-policy.md has the other choices)"
 )
 
 

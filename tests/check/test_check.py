@@ -270,7 +270,7 @@ def test_turns_leave_a_shared_gpu_to_who_has_it(tmp_path: Path) -> None:
         assert sleep == (not [problem for problem in found.problems if "shared" in problem]), found.problems
         assert sleep != any("gives the servers nothing" in warning for warning in found.warnings)
     added = seconds_of(turns, spec, "rl", machines, longest)["turns"]
-    assert added == pytest.approx(2 * 5 * weights / 38.4e9 + 2, rel=0.01)
+    assert added == pytest.approx(2 * 5 * weights / 48e9 + 2, rel=0.01)
     for wrong, said in (
         ({"rl": replace(turns.rl, lag=1)}, "rl.lag = 1 must be 0"),
         ({"rollout": RolloutConfig()}, "parallel.offload = 'optimizer' needs rollout.share_gpus"),
