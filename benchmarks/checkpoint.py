@@ -46,9 +46,8 @@ def main() -> None:
     alone = statistics.median(step() for _ in range(3))
     saver = Saver(asked.out / "checkpoints", CheckpointConfig())
     print(f"{num_bytes(engine, anchor) / 1e9:.2f} GB a checkpoint; a step takes {alone:.2f} s\n")
-    print(
-        "| begin, s | finish, s | steps meanwhile | s each | begun to finished, s | held up |\n|---|---|---|---|---|---|"
-    )
+    print("| begin, s | finish, s | steps meanwhile | s each | begun to finished, s | held up |")
+    print("|---|---|---|---|---|---|")
     for turn in range(1, asked.turns + 1):
         began = time.perf_counter()
         saver.begin(turn, engine, anchor, {}, score=0.0)
