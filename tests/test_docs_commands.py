@@ -49,7 +49,7 @@ def problems_of(words: list[str]) -> list[str]:
         while taken := own & set(rest):
             at = rest.index(taken.pop())
             del rest[at : at + 2]
-    switches = ("--help", "--print_config", "--dry-run", "--profile")
+    switches = ("--help", "--print_config", "--dry-run", "--suggest", "--profile")
     found = parse(cls, [word for word in rest if word not in switches])[1]
     return [problem for problem in found if not NOT_THERE.search(problem) and " is not set" not in problem]
 

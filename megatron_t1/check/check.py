@@ -89,7 +89,9 @@ def check(cfg: Config, command: str, machines: Machines, found: Findings, *, sug
     if trains:
         _needs(cfg, spec, command, machines, longest, found)
         if suggests and machines.share_gpus:
-            found.facts.append("no layout is suggested for GPUs that trainer and servers share")
+            found.facts.append(
+                "no layout is suggested for shared GPUs: what fits depends on rollout.gpu_memory_utilization"
+            )
         elif suggests:
             fits = suggest(cfg, spec, command, machines, longest)
             found.facts.append(as_options(*fits) if fits else "no layout fits these machines and the longest sequence")
@@ -313,6 +315,12 @@ def _needs(
     )
     if machines.share_gpus and command != "sft":
         _shared(cfg, sizes, layout, gpu, max(total, gpu_bytes), found)
+        if machines.nodes > 1 and cfg.rollout.transport in ("auto", "tcp"):
+            workers = machines.shared_gpus // cfg.rollout.tp * cfg.rollout.tp
+            copies = workers * estimate.weight_bytes(sizes, cfg.model.dtype)
+            found.facts.append(
+                f"a push by tcp takes {copies / 1e9:.3g} GB of a node's memory: the model in each worker"
+            )
     size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     seconds = seconds_of(cfg, spec, command, machines, longest)
     found.should(command == "sft" or not cfg.trains_uncorrected, UNCORRECTED)
@@ -357,13 +365,12 @@ def _needs(
             f"{name} = {limit_s:.0f} is not well above the {seconds['generate']:.0f} s that generating a batch may "
             "take: raise it",
         )
-    listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
     step_s = sum(seconds.values())
     if command != "sft" and cfg.rl.lag:
         step_s = max(seconds["generate"], step_s - seconds["generate"])
     found.facts.append(
-        f"time of a step: about {step_s:.3g} s ({listed}) on {machines.gpu}s, if responses have half of "
-        "max_new_tokens on average"
+        f"time of a step: about {_rounded(step_s)} s ({_listed(seconds)}) on {machines.gpu}s, if responses have half "
+        "of max_new_tokens on average; what attention computes is not counted"
     )
 
 
@@ -384,17 +391,22 @@ def _shared(
     dtype = cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype
     length = cfg.rollout.max_model_len or cfg.sampling.max_new_tokens
     offload, sleep = cfg.parallel.offload, cfg.rollout.sleep
+    offered = {turns: name for turns, name in _TURNS.items() if not (turns[1] and cfg.rl.lag)}
     rooms, told = {}, []
-    for turns, name in _TURNS.items():
+    for turns in _TURNS:
         kept = estimate.kept_bytes(parts, turns[0]) if turns[1] else most
         free = (total - kept - estimate.CONTEXT_BYTES) / gpu.memory_bytes
         rooms[turns] = room = max(0, math.floor(100 * free)) / 100
         samples = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, dtype, room) / length
         cost = estimate.turn_seconds(estimate.moved_bytes(parts, layout, turns[0]), gpu, sleep=turns[1])
-        told.append(f"{name} {room:.2f} ({samples:.3g} samples of {length} tokens a server) for {cost:.2g} s a step")
-    found.facts.append(f"of a shared GPU the trainer leaves to the servers: {'; '.join(told)}")
+        if turns in offered:
+            told.append(f"{offered[turns]}: {room:.2f} ({samples:.0f} samples, {cost:.1f} s a step)")
+    found.facts.append(
+        "what the trainer leaves of a shared GPU for rollout.gpu_memory_utilization, the samples of "
+        f"{length} tokens that a server then holds, and what it costs; {'; '.join(told)}"
+    )
     room = rooms[offload if sleep else "none", sleep]
-    enough = next((name for turns, name in _TURNS.items() if rooms[turns] >= asked), None)
+    enough = next((name for turns, name in offered.items() if rooms[turns] >= asked), None)
     found.must(
         asked <= room,
         f"rollout.gpu_memory_utilization = {asked:g} is more than the {room:.2f} of a shared GPU that the trainer "
@@ -419,11 +431,18 @@ def _shared(
         found.facts.append(f"parallel.offload = {offload} pins {moved / 1e9:.3g} GB of host memory a rank")
 
 
+def _listed(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {_rounded(value)} s" for name, value in seconds.items())
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def _grace(seconds: dict[str, float], machines: Machines, found: Findings) -> None:
     """What stopping takes at worst, against what the batch script gives it."""
     needed = sum(seconds.values())
-    listed = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
-    found.facts.append(f"stopping needs about {needed:.0f} s from USR1, at worst ({listed})")
+    found.facts.append(f"stopping needs about {needed:.0f} s from USR1, at worst ({_listed(seconds)})")
     given, enough = machines.grace_s, 60 * math.ceil(needed / 60)
     found.must(
         given is None or needed <= given,

@@ -39,7 +39,7 @@ def too_long(cfg: Config, spec: ModelSpec, needs: Mapping[str, int]) -> str | No
     if not (over := {name: tokens for name, tokens in needs.items() if tokens > limit}):
         return None
     listed = ", ".join(f"{name} needs {tokens}" for name, tokens in over.items())
-    return (
-        f"the servers' context of {limit} tokens is too short for the longest prompt: {listed}; lower them or raise "
-        "rollout.max_model_len"
-    )
+    remedy = "lower them or raise rollout.max_model_len"
+    if max(over.values()) > (positions := spec.max_position_embeddings):
+        remedy += f", beyond the model's {positions} positions by YaRN (docs/checkpoints.md)"
+    return f"the servers' context of {limit} tokens is too short for the longest prompt: {listed}; {remedy}"

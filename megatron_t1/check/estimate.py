@@ -46,8 +46,9 @@ From a signal to stop to the end, at worst: it comes when the training of a step
     digest       the same again: it is read back
 
 The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
-peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, and what CUDA and NCCL take for themselves; where
-servers share the GPUs it counts (`CONTEXT_BYTES`).
+peaks on the CPU (benchmarks/memory.md). Left out: what attention computes (`Sizes.attention` x the length more than the
+matrices: for Qwen2.5-32B a third at 32k tokens, two thirds at 64k), fragmentation, and what CUDA and NCCL take for
+themselves; where servers share the GPUs it counts (`CONTEXT_BYTES`).
 
 A shared GPU. While servers that sleep otherwise generate, the trainer keeps the first four parts, with
 parallel.offload = optimizer the weights alone, with all nothing. It moves optimizer and anchor average (12 P / D + 4 P

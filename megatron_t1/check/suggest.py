@@ -75,9 +75,9 @@ def _candidates(cfg: Config, spec: ModelSpec, world: int, on_node: int, num_toke
 
 
 def as_options(cfg: Config, worst: float) -> str:
-    """As options of the command line."""
+    """As options of the command line, on a line of their own."""
     own = cfg.parallel
     names = ("tensor", "context", "pipeline", "sequence_parallel", "max_tokens_per_microbatch")
     options = [f"--parallel.{name} {json.dumps(getattr(own, name))}" for name in names]
     options.append(f"--model.transformer '{json.dumps(cfg.model.transformer)}'")
-    return f"the smallest layout that fits ({worst / 1e9:.0f} GB on the fullest GPU): {' '.join(options)}"
+    return f"the smallest layout that fits ({worst / 1e9:.0f} GB on the fullest GPU):\n{' '.join(options)}"

@@ -257,7 +257,10 @@ def _check(arguments: list[str]) -> int:
     from megatron_t1.config import Config
 
     parser = ArgumentParser(
-        prog="t1 check", usage="t1 check [FILE.yaml] [options]", description=_line_of("check"), allow_abbrev=False
+        prog="t1 check",
+        usage="t1 check [FILE.yaml] [options] [--section.field VALUE ...]",
+        description=_line_of("check"),
+        allow_abbrev=False,
     )
     parser.add_argument("--for", dest="command", default="rl", help="the command that will run (rl)",
                         choices=["run", "sft", "rl", "evaluate", "scaling", "serve"])  # fmt: skip
@@ -269,7 +272,8 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
     parser.add_argument("--grace_s", type=float, help="seconds that a trainer has from USR1 to its end (unchecked)")
-    parser.add_argument("--suggest", action="store_true", help="say the smallest layout of the trainer that fits")
+    parser.add_argument("--suggest", action="store_true", help="say the smallest layout of the trainer that "
+                        "fits the longest sequence, as options to append")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the srun and vLLM commands that would run")
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]

@@ -122,6 +122,7 @@ def test_every_violation_is_told_at_once(task: Path) -> None:
         "model.transformer = {'hidden_size': 3} sets ['hidden_size']",
         "logprobs-mode = raw_logprobs",
         "the servers' context of 1024 tokens is too short",
+        "beyond the model's 1024 positions by YaRN",
         "does not fit into a microbatch of 16384",
         "sft = 3 must be a section",
         "evaluate.sampling.temperature = -1.0 must be 0",
@@ -247,6 +248,11 @@ def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None
     _needs(fits, spec, "rl", machines, longest, found)
     assert not [problem for problem in found.problems if "shared" in problem]
     assert "set parallel.offload = all and rollout.sleep = true, or" in refused.problems[0]
+    ahead = Findings()
+    _needs(replace(cfg, rl=replace(cfg.rl, lag=1)), spec, "rl", machines, longest, ahead)
+    assert not re.search(
+        "rollout.sleep|parallel.offload", "\n".join([*ahead.facts, *ahead.problems])
+    )  # are refused with it
     with pytest.raises(ValueError, match="share no GPU"):
         Machines(nodes=4, vllm_nodes=2, share_gpus=True)
 
