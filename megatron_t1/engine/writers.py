@@ -57,7 +57,7 @@ class Writers:
         written, failures = {}, []
         for process, results in self._processes:  # all of them: one whose pipe is full waits for its reader
             try:
-                number, found = results.get()
+                number, found = results.recv()
             except (EOFError, OSError):  # before it said anything, or in the midst of it
                 process.join()
                 found = RuntimeError(f"a writer ended with exit code {process.exitcode}")
@@ -86,15 +86,29 @@ def digest(path: Path) -> tuple[int, str]:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Results:
+    """What Megatron's writer puts its outcome into."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    def put(self, outcome: tuple[int, Any]) -> None:
+        number, found = outcome
+        while isinstance(found, Exception) and found.__context__:  # torch's own follows from a full disk's
+            found = found.__context__
+        self._pipe.send((number, found))
+
+
 def _start(transforms: Any, number: int, bucket: Any) -> tuple[Any, Any]:
-    results, unfinished = _CONTEXT.SimpleQueue(), queue.Queue[int]()
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    unfinished = queue.Queue[int]()
     unfinished.put(number)  # what Megatron's writer ticks off, in its own memory
     process = _CONTEXT.Process(
-        target=_write, args=(transforms, number, bucket, results, unfinished), kwargs={"use_fsync": True}
+        target=_write, args=(transforms, number, bucket, _Results(theirs), unfinished), kwargs={"use_fsync": True}
     )
     process.start()
-    results._writer.close()  # type: ignore[attr-defined] # ours: the end of a writer is the end of what it says
-    return process, results
+    theirs.close()  # in this process: the end of a writer is the end of what it says
+    return process, ours
 
 
 def _write(*arguments: Any, **options: Any) -> None:
