@@ -34,7 +34,9 @@ def suggest(
     Args:
         longest: tokens of the longest prompt of `train`, and of the longest example of `sft`.
     """
-    num_tokens = longest.get("sft", 0) if command == "sft" else longest.get("train", 0) + cfg.sampling.max_new_tokens
+    sft = longest.get("sft", cfg.parallel.max_tokens_per_microbatch * cfg.parallel.context if command == "sft" else 0)
+    rl = longest.get("train", 0) + cfg.sampling.max_new_tokens
+    num_tokens = {"sft": sft, "rl": rl, "run": max(sft, rl)}[command]
     sizes, memory = Sizes.of(spec), SHARE * estimate.GPUS[machines.gpu].memory_bytes
     for candidate in _candidates(cfg, spec, machines.ranks(command), machines.gpus_per_node, num_tokens):
         layout = layout_of(candidate, spec, command, machines, longest)

@@ -40,27 +40,40 @@ def assign(lengths: list[int], limit: int, dp_size: int, count_multiple: int = 1
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     step = dp_size * count_multiple
-    num_bins = max(1, -(-sum(lengths) // (limit * step))) * step
-    while not (bins := _fill(lengths, order, limit, num_bins)):
-        num_bins += step
+    tight = _filled_tightly(lengths, order, limit)
+    fewest, most = (max(1, -(-count // step)) * step for count in (-(-sum(lengths) // limit), len(tight)))
+    counts = range(fewest, most, step)  # with `most` of them it is known that they fit
+    at = bisect.bisect_left(counts, True, key=lambda count: bool(_filled_evenly(lengths, order, limit, count)))
+    bins = _filled_evenly(lengths, order, limit, counts[at] if at < len(counts) else most)
+    bins = bins or [*tight, *([] for _ in range(most - len(tight)))]
     return bins if dp_size == 1 else _balanced(np.array(lengths, np.int64), bins, dp_size)
 
 
-def _fill(lengths: list[int], order: list[int], limit: int, num_bins: int) -> list[list[int]] | None:
-    """Bins of at most `limit` tokens; None when the sequences do not fit into so many."""
-    for tightly in (False, True):
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        loads = [(0, b) for b in range(num_bins)]  # sorted
-        for i in order:
-            at = bisect.bisect_right(loads, (limit - lengths[i], num_bins)) - 1
-            if at < 0:
-                break
-            load, b = loads.pop(at if tightly else 0)
-            bins[b].append(i)
-            bisect.insort(loads, (load + lengths[i], b))
-        else:
-            return bins
-    return None
+def _filled_evenly(lengths: list[int], order: list[int], limit: int, num_bins: int) -> list[list[int]] | None:
+    """Each into the emptiest bin; None when they do not fit into so many."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    loads = [(0, b) for b in range(num_bins)]  # a heap
+    for i in order:
+        load, b = loads[0]
+        if load + lengths[i] > limit:
+            return None
+        bins[b].append(i)
+        heapq.heapreplace(loads, (load + lengths[i], b))
+    return bins
+
+
+def _filled_tightly(lengths: list[int], order: list[int], limit: int) -> list[list[int]]:
+    """Each into the fullest bin with room, or a new one."""
+    bins: list[list[int]] = []
+    loads: list[tuple[int, int]] = []  # sorted
+    for i in order:
+        at = bisect.bisect_right(loads, (limit - lengths[i], len(bins))) - 1
+        load, b = loads.pop(at) if at >= 0 else (0, len(bins))
+        if b == len(bins):
+            bins.append([])
+        bins[b].append(i)
+        bisect.insort(loads, (load + lengths[i], b))
+    return bins
 
 
 def _balanced(lengths: np.ndarray, bins: list[list[int]], dp_size: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
     of_experts = {"expert_tensor": parallel.expert_tensor or parallel.tensor, "expert": parallel.expert}
     for sizes in ({"tensor": parallel.tensor, "context": parallel.context}, of_experts):
         sizes = {**sizes, "pipeline": parallel.pipeline}
-        if world_size % (size := math.prod(sizes.values())):
+        if world_size % (size := math.prod(sizes.values())) or not world_size:
             names = " x ".join(f"parallel.{name}" for name in sizes)
             raise ValueError(
                 f"{world_size} trainer processes do not divide by {names} = {' x '.join(map(str, sizes.values()))}; "

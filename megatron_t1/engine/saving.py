@@ -107,18 +107,31 @@ class Saving:
         Raises:
             OSError: writing failed.
         """
-        building, final = self._building, self._building.with_suffix("")
+        final = self._building.with_suffix("")
         self._writers.wait()
         try:
             for finalize in self._request.finalize_fns:
                 finalize()
+            digests = checkpoint.merged(self._writers.digests)
+            failure = from_main(self._named(final, digests) if is_main() else None)
+            if failure:
+                raise OSError(failure)
         except CheckpointException as error:  # a BaseException: it would pass by every handler above
-            if is_main():
-                shutil.rmtree(building, ignore_errors=True)
             reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-            raise OSError(f"checkpoint {final} could not be written ({reasons}); the one before it stays") from error
-        digests = checkpoint.merged(self._writers.digests)
+            raise self._failed(final, reasons or "rank 0 says why") from error
+        except OSError as error:
+            raise self._failed(final, str(error)) from error
+        return final
+
+    def _failed(self, final: Path, reasons: str) -> OSError:
         if is_main():
+            shutil.rmtree(self._building, ignore_errors=True)
+        return OSError(f"checkpoint {final} could not be written ({reasons}); the one before it stays")
+
+    def _named(self, final: Path, digests: dict[str, tuple[int, str]]) -> str | None:
+        """Rank 0: makes what was written the checkpoint `final`; returns why it could not."""
+        building = self._building
+        try:
             digests |= {path.name: digest(path) for path in building.iterdir() if path.name not in digests}
             copy_beside(self._model, building)  # config and tokenizer: a model on its own
             write_json(building / "state.json", {**self._contents, "files": digests})
@@ -128,8 +141,9 @@ class Saving:
             os.rename(building, final)
             sync_folder(final.parent)
             _rotate(final.parent, final, self._cfg)
-        dist.barrier()
-        return final
+        except OSError as error:
+            return str(error)
+        return None
 
 
 class Saver:

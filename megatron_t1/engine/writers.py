@@ -6,11 +6,9 @@ that was killed would hold the run for ever, and one whose rank was killed would
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import queue
 import signal
@@ -56,29 +54,29 @@ class Writers:
         self._thread.join()
 
     def _collect(self) -> None:
-        written: dict[int, Any] = {}
-        try:
-            for process, results in self._processes:
-                multiprocessing.connection.wait([results._reader, process.sentinel])
-                if results.empty():
-                    process.join()
-                    raise RuntimeError(f"a writer ended with exit code {process.exitcode}")
-                number, found = results.get()
-                if isinstance(found, Exception):
-                    raise found
+        written, failures = {}, []
+        for process, results in self._processes:  # all of them: one whose pipe is full waits for its reader
+            try:
+                number, found = results.recv()
+            except (EOFError, OSError):  # before it said anything, or in the midst of it
+                process.join()
+                found = RuntimeError(f"a writer ended with exit code {process.exitcode}")
+            except Exception as error:  # what it said can't be unpickled
+                found = error
+            if isinstance(found, Exception):
+                failures.append(found)
+            else:
                 written[number] = found
-            for path, name, _ in self._buckets:
+        for process, _ in self._processes:
+            process.join()
+        try:
+            for path, name, _ in self._buckets if not failures else ():
                 self.digests[name] = digest(Path(path))
         except Exception as error:
-            self._results.put(error)
-        else:
-            if self._processes:
-                self._results.put(written)
-        finally:
-            for process, _ in self._processes:
-                with contextlib.suppress(ValueError):
-                    process.join()
-            self._buckets.clear()
+            failures.append(error)
+        if self._processes:
+            self._results.put(failures[0] if failures else written)
+        self._buckets.clear()
 
 
 def digest(path: Path) -> tuple[int, str]:
@@ -88,14 +86,29 @@ def digest(path: Path) -> tuple[int, str]:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Results:
+    """What Megatron's writer puts its outcome into."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    def put(self, outcome: tuple[int, Any]) -> None:
+        number, found = outcome
+        while isinstance(found, Exception) and found.__context__:  # torch's own follows from a full disk's
+            found = found.__context__
+        self._pipe.send((number, found))
+
+
 def _start(transforms: Any, number: int, bucket: Any) -> tuple[Any, Any]:
-    results, unfinished = _CONTEXT.SimpleQueue(), queue.Queue[int]()
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    unfinished = queue.Queue[int]()
     unfinished.put(number)  # what Megatron's writer ticks off, in its own memory
     process = _CONTEXT.Process(
-        target=_write, args=(transforms, number, bucket, results, unfinished), kwargs={"use_fsync": True}
+        target=_write, args=(transforms, number, bucket, _Results(theirs), unfinished), kwargs={"use_fsync": True}
     )
     process.start()
-    return process, results
+    theirs.close()  # in this process: the end of a writer is the end of what it says
+    return process, ours
 
 
 def _write(*arguments: Any, **options: Any) -> None:

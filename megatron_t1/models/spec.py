@@ -164,6 +164,11 @@ class HFConfig:
                     f"{self.origin}: {name} = {outer!r:.80} contradicts rope_parameters, where it is {inner!r:.80}"
                 )
             values[name] = self._positive(name, next(v for v in (inner, outer, default) if v is not None))
+        if not values["rope_theta"] > 1 >= values["partial_rotary_factor"]:
+            raise ValueError(
+                f"{self.origin}: rope_theta = {values['rope_theta']} must be above 1, and partial_rotary_factor = "
+                f"{values['partial_rotary_factor']} at most 1; take the values of the model's release"
+            )
         return {
             "rotary_base": values["rope_theta"],
             "rotary_fraction": values["partial_rotary_factor"],
@@ -180,10 +185,12 @@ class HFConfig:
         if missing := {"factor", "original_max_position_embeddings"} - given.keys():
             raise ValueError(f"{self.origin}: {where} = {self.get(where)!r:.200} lacks {', '.join(sorted(missing))}")
         yarn = Yarn(**given)
-        if yarn.factor < 1 or yarn.beta_fast <= yarn.beta_slow or yarn.num_positions >= _MOST:
+        original = yarn.original_max_position_embeddings
+        if yarn.factor < 1 or yarn.beta_fast <= yarn.beta_slow or yarn.num_positions >= _MOST or original % 1:
             raise ValueError(
                 f"{self.origin}: {where} = {self.get(where)!r:.200}: factor must be at least 1, beta_fast above "
-                f"beta_slow, and factor x original_max_position_embeddings below {_MOST}"
+                f"beta_slow, original_max_position_embeddings a whole number, and the product of it and factor below "
+                f"{_MOST}"
             )
         return yarn
 
@@ -193,13 +200,19 @@ class HFConfig:
         scaling = self.section("rope_scaling")  # its older name
         if scaling and not parameters:
             where, parameters = "rope_scaling", scaling
-        elif scaling and scaling.get("rope_type", scaling.get("type")) != "default":
+        elif scaling and scaling != parameters:
             raise ValueError(
                 f"{self.origin}: rope_scaling = {scaling!r:.200} beside rope_parameters, which transformers would drop "
                 "for it; say all in rope_parameters"
             )
         given = {key: value for key, value in parameters.items() if value is not None}
-        return where, given.pop("rope_type", given.pop("type", "default")), given
+        kind, older = given.pop("rope_type", None), given.pop("type", None)
+        if None not in (kind, older) and kind != older:
+            raise ValueError(
+                f"{self.origin}: {where}.rope_type = {kind!r:.80} contradicts its older name, {where}.type = "
+                f"{older!r:.80}; remove one of them"
+            )
+        return where, "default" if kind is older is None else kind or older, given
 
     def refuse_unread(self) -> None:
         unread = sorted(

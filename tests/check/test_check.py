@@ -230,6 +230,10 @@ def test_the_smallest_layout_that_fits_is_suggested(num_tokens: int, tmp_path: P
             assert max(needed) >= 0.95 * 80e9 * 0.99
     assert f"--parallel.tensor {found.parallel.tensor} --parallel.context" in as_options(found, worst)
     assert suggest(cfg, spec, "rl", Machines(nodes=1, gpu="A100"), longest) is None
+    assert suggest(cfg, spec, "rl", Machines(nodes=1, vllm_gpus=8), longest) is None, "none is left to train"
+    of_run = suggest(cfg, spec, "run", Machines(nodes=4), {**longest, "sft": 4 * num_tokens // 3})
+    of_run[0].parallel.check_fits(4 * num_tokens // 3)
+    assert suggest(cfg, spec, "sft", machines, {})[0].parallel.num_ranks > 1
 
 
 def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None:

@@ -166,3 +166,8 @@ def test_one_long_sequence_is_worth_many_short_ones():
 
 def test_what_fits_tightly_needs_no_further_microbatch():
     assert len(assign([60, 50, 40, 30, 20], 100, 2)) == 2  # each into the emptier one, the 20 finds no room
+
+
+def test_sequences_that_fill_half_of_a_microbatch_are_dealt_at_once():
+    """Were one microbatch more tried at a time, an hour would pass."""
+    assert len(assign([8193] * 20_000, 16_384, 1)) == 20_000

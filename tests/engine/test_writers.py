@@ -36,7 +36,9 @@ def test_a_trainer_killed_in_a_save_takes_its_writers_with_it(forks: Forks, tiny
     until(f"the end of {started}", lambda: not alive(started), timeout_s=10.0)
 
 
-def test_a_step_that_is_taken_meanwhile_is_not_in_the_checkpoint(forks: Forks, tiny_dir: Path, tmp_path: Path) -> None:
+def test_a_step_taken_meanwhile_is_not_in_the_checkpoint_which_a_full_disk_leaves(
+    forks: Forks, tiny_dir: Path, tmp_path: Path
+) -> None:
     done = forks.run(WORKERS / "saving_worker.py", tiny_dir, tmp_path, "step", num_ranks=1, timeout_s=200)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -63,6 +63,11 @@ def test_yarn_reaches_further(release, tmp_path):
         ("Qwen2.5-32B", {"rope_scaling": {**YARN, "factor": 0.5}}, "factor must be at least 1"),
         ("Qwen2.5-32B", {"rope_scaling": {**YARN, "beta_fast": 1}}, "beta_fast above beta_slow"),
         ("Qwen2.5-32B", {"rope_scaling": {**YARN, "factor": 1e9}}, "below 2147483648"),
+        ("Qwen2.5-32B", {"rope_scaling": {**YARN, "original_max_position_embeddings": 0.1}}, "a whole number"),
+        ("Qwen2.5-32B", {"rope_scaling": {**YARN, "rope_type": "default"}}, "'default' contradicts .*'yarn'"),
+        ("Qwen2.5-32B", {"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta = 1.0 must be above 1"),
+        ("GLM-4.5", {"partial_rotary_factor": 2.0}, "partial_rotary_factor = 2.0 at most 1"),
+        ("Qwen2.5-32B", {"rope_scaling": {"type": "default"}, "rope_parameters": YARN}, "say all in rope_parameters"),
         ("Qwen2.5-32B", {"rope_scaling": {**YARN, "mscale": 1.0}}, "mscale.* is not supported: the plain .* and yarn"),
         *(("Qwen3-32B", {"rope_scaling": {"rope_type": kind, "factor": 4.0}}, f"'{kind}'.* is not supported: the plain")
           for kind in ("linear", "dynamic", "llama3", "longrope")),

@@ -1,19 +1,24 @@
-"""A trainer whose checkpoint is slow to write: each writer sleeps before its first tensor; or dies there.
+"""A trainer whose checkpoint is slow to write: each writer sleeps before its first tensor; or one dies there.
 
 argv: folder of the model, folder for the checkpoint, sleep | step | die. `step` takes one while the writers sleep a
-second, and then loads what they wrote.
+second, then loads what they wrote, and tries again with a full disk. With `die` the others say more than a pipe holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_t1.platform.detect import setup
@@ -47,7 +52,9 @@ def main() -> None:
     @functools.wraps(write)  # Megatron looks at its signature
     def hindered(*arguments: Any, **options: Any) -> Any:
         if what == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+            if arguments[-1] == "__0_0.distcp":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(write(*arguments, **options), storage_data=b"x" * 100_000)
         time.sleep(600 if what == "sleep" else 0.1)
         return write(*arguments, **options)
 
@@ -61,6 +68,22 @@ def main() -> None:
     saver.finish()
     checkpoint.load(folder / "step_00000001", engine, None)
     assert all(map(torch.equal, saved, engine.tensors()))
+    filesystem_async._write_item = write
+    for full_for_writers in (True, False):
+        with full_disk() if full_for_writers else contextlib.nullcontext():
+            saver.begin(2, engine, None, {"much": "x" * 1_000_000}, score=0.0)
+        with full_disk(), pytest.raises(OSError, match=r"step_00000002 could not be written .*File too large"):
+            saver.finish()
+        assert [path.name for path in folder.iterdir()] == ["step_00000001"]
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """For files of half a megabyte and more, of this process and its forks."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 if __name__ == "__main__":
