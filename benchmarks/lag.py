@@ -3,9 +3,11 @@
     make quickstart                                             # once: the fine-tuned model and the questions
     python -m benchmarks.lag speed --out runs/lag               # one trainer process and one server, a core each
     python -m benchmarks.lag accuracy --out runs/lag --seeds 3  # held-out accuracy against steps and seconds
+    python -m benchmarks.lag refill --out runs/lag --seeds 3    # rl.refill: held-out accuracy against tokens
 
 `speed` runs lag 0 and 1 in turns. Trainer and server are held to a core each, so that one does not take the other's
-time. `accuracy` goes on where it was left: finished runs are not made again.
+time. The others go on where they were left: finished runs are not made again. `refill` has four samples a prompt, so
+that many groups are all right or all wrong.
 """
 
 from __future__ import annotations
@@ -33,6 +35,11 @@ RULES = {
         "loss.importance": "token",
         "loss.ratio_max": 2,
     },
+}
+REFILL = {
+    "as asked": {},
+    "as asked, twice the steps": {"rl.steps": 80},
+    "refill 1": {"rl.refill": 1},
 }
 
 
@@ -98,12 +105,13 @@ def speed(base: Path, out: Path, steps: int, turns: int, extra: dict[str, object
     print(f"\nlag 1 is {before / after:.2f} times as fast")
 
 
-def accuracy(base: Path, out: Path, steps: int, seeds: int, extra: dict[str, object]) -> None:
-    print("| | held out, by seed | mean | reward of the last 10 steps | median s a step |\n|---|---|---|---|---|")
-    for name, rule in RULES.items():
-        found, reward, seconds = [], [], []
+def accuracy(base: Path, out: Path, rules: dict[str, dict], steps: int, seeds: int, extra: dict[str, object]) -> None:
+    print("| | held out, by seed | mean | reward of the last 10 steps | median s a step | tokens |")
+    print("|---|---|---|---|---|---|")
+    for name, rule in rules.items():
+        found, reward, seconds, tokens = [], [], [], []
         for seed in range(seeds):
-            run_dir = out / "accuracy" / f"{name} seed {seed}"
+            run_dir = out / f"{name} seed {seed}"
             settings = {"seed": seed, "rl.steps": steps, **extra, **rule}
             if not (run_dir / "rl/hf").exists():
                 resumed = ["--resume"] if (run_dir / "rl/checkpoints").exists() else []
@@ -112,19 +120,21 @@ def accuracy(base: Path, out: Path, steps: int, seeds: int, extra: dict[str, obj
                 words = options(base, run_dir, {**settings, "model.hf_path": run_dir / "rl/hf", "label": "after"})
                 finished(t1("evaluate", *words, "--resume"))
             found.append(json.loads(summary.read_text())["pass_at_1"])
-            reward.append(statistics.mean(row["reward"] for row in rows(run_dir / "rl/metrics.jsonl")[-10:]))
+            metrics = rows(run_dir / "rl/metrics.jsonl")
+            reward.append(statistics.mean(row["reward"] for row in metrics[-10:]))
+            tokens.append(sum(row["num_response_tokens"] + row.get("refill/tokens", 0) for row in metrics))
             seconds += step_seconds(run_dir)
         listed = ", ".join(f"{value:.3f}" for value in found)
         means = f"{statistics.mean(found):.3f} | {statistics.mean(reward):.3f} | {statistics.median(seconds):.2f}"
-        print(f"| {name} | {listed} | {means} |", flush=True)
+        print(f"| {name} | {listed} | {means} | {statistics.mean(tokens):,.0f} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "accuracy"])
+    parser.add_argument("what", choices=["speed", "accuracy", "refill"])
     parser.add_argument("--base", type=Path, default=Path("runs/quickstart"), help="a finished quickstart")
     parser.add_argument("--out", type=Path, default=Path("runs/lag"))
-    parser.add_argument("--steps", type=int, help="of each run (speed: 20, accuracy: 60)")
+    parser.add_argument("--steps", type=int, help="of each run (speed: 20, the others: 40)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the runs")
@@ -132,8 +142,11 @@ def main() -> None:
     extra = dict(each.split("=", 1) for each in asked.set)
     if asked.what == "speed":
         speed(asked.base, asked.out, asked.steps or 20, asked.turns, extra)
+    elif asked.what == "accuracy":
+        accuracy(asked.base, asked.out / "accuracy", RULES, asked.steps or 40, asked.seeds, extra)
     else:
-        accuracy(asked.base, asked.out, asked.steps or 60, asked.seeds, extra)
+        few = {"sampling.num_samples": 4, **extra}
+        accuracy(asked.base, asked.out / "refill", REFILL, asked.steps or 40, asked.seeds, few)
 
 
 if __name__ == "__main__":

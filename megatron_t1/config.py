@@ -24,8 +24,9 @@ from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
 
 UNCORRECTED = (
-    "rl.lag trains on samples of older weights, for which loss.importance = none does not correct: the quickstart "
-    "falls from 93% to 4%; give --loss.importance token --loss.ratio_max 2 (docs/off-policy.md has the other choices)"
+    "rl.lag trains on samples of older weights, for which loss.importance = none does not correct, and a gradient that "
+    "comes a step late bears less of a learning rate: lower rl.optim.lr and give --loss.importance token "
+    "--loss.ratio_max 2 (docs/ahead.md shows a run that collapses without)"
 )
 
 
@@ -38,8 +39,8 @@ class RLConfig:
     prompts_per_step: int = 32
     lag: int = 0
     """Steps that a batch is asked ahead of its training. 0, as T1 does: generation and training take turns. 1: a batch
-    is made by the weights of the step before, while that batch trains; give loss.importance a correction then
-    (token, with loss.ratio_max 2): without one a run may collapse. More than 1 gains only with rollout.pause_mode:
+    is made by the weights of the step before, while that batch trains; lower optim.lr then, and give loss.importance a
+    correction: a run at its own rate may collapse (docs/ahead.md). More than 1 gains only with rollout.pause_mode:
     keep."""
     refill: float = 0.0
     """Groups whose samples are all right or all wrong teach nothing: up to refill x prompts_per_step more prompts are
