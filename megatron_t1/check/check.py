@@ -143,6 +143,12 @@ def _tokens(cfg: Config, model_dir: Path, spec: ModelSpec, found: Findings) -> T
 
 def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, found: Findings) -> None:
     parallel, world = cfg.parallel, machines.ranks(command)
+    if machines.splits_nodes(command) and not (cfg.rollout.urls or cfg.rollout.await_servers):
+        found.must(
+            0 < machines.shared_gpus < machines.gpus_per_node,
+            f"{machines.shared_gpus} of the {machines.gpus_per_node} GPUs of a node are for vLLM, the others train: "
+            "one side has none; give --vllm_gpus, or set rollout.share_gpus = true (docs/cluster.md)",
+        )
     try:
         check_divisible(spec, parallel)
     except ValueError as error:

@@ -57,10 +57,12 @@ class Machines:
     def trainer_nodes(self, command: str) -> int:
         return self.nodes - (self.vllm_nodes if command == "rl" else 0)
 
+    def splits_nodes(self, command: str) -> bool:
+        """Whether some GPUs of every node train and the others serve."""
+        return command in ("rl", "run") and self.vllm_nodes == 0 and not self.share_gpus and not self.ranks_per_node
+
     def ranks(self, command: str) -> int:
-        shared = command in ("rl", "run") and self.vllm_nodes == 0
-        apart = shared and not self.share_gpus
-        each = self.ranks_per_node or self.gpus_per_node - (self.shared_gpus if apart else 0)
+        each = self.ranks_per_node or self.gpus_per_node - (self.shared_gpus if self.splits_nodes(command) else 0)
         return self.trainer_nodes(command) * each
 
     def servers(self, tp: int) -> int:

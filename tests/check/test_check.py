@@ -137,6 +137,11 @@ def test_missing_weights_a_layout_across_nodes_and_bad_sets_are_told(task: Path,
     shutil.copytree(task / "model", model)
     (model / "model.safetensors").unlink()
     assert any("safetensors" in problem for problem in found_in(task, "--model.hf_path", model).problems)
+    for vllm_gpus in (None, 1):  # half of one, rounded down, and all
+        one = Machines(gpus_per_node=1, vllm_gpus=vllm_gpus)
+        assert any("one side has none" in problem for problem in found_in(task, machines=one).problems)
+        shares = found_in(task, "--rollout.share_gpus", "true", machines=replace(one, share_gpus=True))
+        assert not any("side" in problem for problem in shares.problems)
     machines = Machines(nodes=2, gpus_per_node=4)  # half of them for vLLM
     found = found_in(task, "--parallel.tensor", 4, machines=machines)
     assert any("parallel.tensor = 4 reaches over nodes of 2 trainer" in warning for warning in found.warnings)
@@ -254,9 +259,7 @@ def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None
     assert "set parallel.offload = all and rollout.sleep = true, or" in refused.problems[0]
     ahead = Findings()
     _needs(replace(cfg, rl=replace(cfg.rl, lag=1)), spec, "rl", machines, longest, ahead)
-    assert not re.search(
-        "rollout.sleep|parallel.offload", "\n".join([*ahead.facts, *ahead.problems])
-    )  # are refused with it
+    assert not re.search("rollout.sleep|parallel.offload", "\n".join([*ahead.facts, *ahead.problems]))
     with pytest.raises(ValueError, match="share no GPU"):
         Machines(nodes=4, vllm_nodes=2, share_gpus=True)
 
