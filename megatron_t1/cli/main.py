@@ -271,7 +271,11 @@ def _check(arguments: list[str]) -> int:
                         "or all with rollout.share_gpus)")  # fmt: skip
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
     parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
-    parser.add_argument("--grace_s", type=float, help="seconds that a trainer has from USR1 to its end (unchecked)")
+    parser.add_argument(
+        "--grace_s",
+        type=float,
+        help="seconds that a trainer has from USR1 to its end (1740, as the batch scripts have it)",
+    )
     parser.add_argument("--suggest", action="store_true", help="say the smallest layout of the trainer that "
                         "fits the longest sequence, as options to append")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the srun and vLLM commands that would run")

@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_t1.check import estimate
-from megatron_t1.check.check import Findings, _grace, _needs, check
+from megatron_t1.check.check import SCRIPTS_GRACE_S, Findings, _grace, _needs, check
 from megatron_t1.check.dry_run import dry_run
 from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
 from megatron_t1.check.suggest import as_options, suggest
@@ -325,6 +325,12 @@ def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
         r"GRACE_S = 270 is less than stopping needs: .*; submit with GRACE_S=1320 and sbatch --signal=B:USR1@1380",
         found.problems[0],
     )
+
+    assert f"GRACE_S:-{SCRIPTS_GRACE_S:.0f}}}" in (ROOT / "slurm/lib.sh").read_text()
+    _grace({"train": 1000}, machines, found)
+    assert not found.warnings
+    _grace({"train": 2000}, machines, found)
+    assert "GRACE_S = 1740, as the batch scripts have it, is less than stopping needs" in found.warnings[0]
 
 
 def test_a_checkpoint_gathers_where_the_optimizer_is_spread(tmp_path: Path) -> None:
