@@ -255,8 +255,10 @@ class Trainer:
         bar.close()
         self._finish_save()
         self._finish_push()
+        self._to_trainer()  # a run that is resumed at its end has only pushed
         self.learner.engine.save_hf(self.folder / "hf")
-        self._to_servers()
+        if self.cfg.takes_turns:
+            self._bring_up()
         self._measure()
         return self.folder / "hf"
 
