@@ -502,7 +502,7 @@ def test_a_killed_server_is_replaced(start_t1, t1, tuned, tmp_path):
             break
     victim = next(
         child for child in psutil.Process(process.pid).children(recursive=True)
-        if "vllm" in " ".join(child.cmdline()) and "--port" in child.cmdline()
+        if child.status() != "zombie" and "vllm" in " ".join(child.cmdline()) and "--port" in child.cmdline()
     )  # fmt: skip
     victim.kill()
     rest, _ = process.communicate(timeout=250)

@@ -69,8 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("t1: interrupted" + (f"; {interrupt}" if str(interrupt) else resumable), file=sys.stderr)
         return 130
     except Stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print("t1: stopped as asked; `--resume` goes on from here", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            return 0  # a launcher ends all ranks once one has failed, and rank 0 has servers to close
+        print("t1: stopped as asked; `--resume` goes on from here", file=sys.stderr)
         return EXIT_STOPPED
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("T1_TRACEBACK"):

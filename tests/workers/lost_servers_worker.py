@@ -5,6 +5,7 @@ argv: the command's options.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import psutil
@@ -20,8 +21,9 @@ def prescore_and_kill(*arguments: object) -> dict[str, float]:
     calls.append(1)
     if len(calls) == 3:
         for process in psutil.Process().children(recursive=True):
-            if "vllm" in " ".join(process.cmdline()) and "--port" in process.cmdline():
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # as a checkpoint's writers, which come and go
+                if "vllm" in " ".join(process.cmdline()) and "--port" in process.cmdline():
+                    process.kill()
     return prescore(*arguments)
 
 

@@ -42,6 +42,7 @@ def serve(channel: socket.socket) -> tuple[dict[str, Any], dict[str, str]] | Non
                     pid = os.fork()
                     if pid == 0:
                         return request, environment
+                    codes.pop(pid, None)  # numbers come again
                     answer.append(pid)
             file.write(json.dumps(answer) + "\n")
             file.flush()
