@@ -58,7 +58,7 @@ def resume(check: Check) -> None:
             for _ in range(2):
                 engine, anchor = build(folder, dtype, layers, fields)
                 _advance(engine, anchor, 2)
-                path = saving.save(base / "ck", 2, engine, anchor, {}, CheckpointConfig(), score=0.0)
+                path = saving.begin(base / "ck", 2, engine, anchor, {}, CheckpointConfig(), score=0.0).finish()
                 _advance(engine, anchor, 2)
                 runs.append(_state(engine, anchor))
             engine, anchor = build(folder, dtype, layers, fields)

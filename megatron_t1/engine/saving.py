@@ -29,20 +29,6 @@ from megatron_t1.files import sync_folder, write_json
 from megatron_t1.weights.hf_folder import copy_beside
 
 
-def save(
-    folder: Path,
-    step: int,
-    engine: Engine,
-    anchor: Anchor | None,
-    state: dict[str, Any],
-    cfg: CheckpointConfig,
-    *,
-    score: float,
-) -> Path:
-    """Collective. `begin` and `finish` at once."""
-    return begin(folder, step, engine, anchor, state, cfg, score=score).finish()
-
-
 def begin(
     folder: Path,
     step: int,

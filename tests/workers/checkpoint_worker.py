@@ -66,7 +66,7 @@ def main() -> None:
     engine.load_weights(Path(model_dir))
     anchor.reset()
     step(engine, anchor)
-    path = saving.save(Path(folder), 1, engine, anchor, {}, CheckpointConfig(), score=0.0)
+    path = saving.begin(Path(folder), 1, engine, anchor, {}, CheckpointConfig(), score=0.0).finish()
     resumed, resumed_anchor = build()
     checkpoint.load(path, resumed, resumed_anchor)
     differences = {"num_buckets": sum(len(buffer.buckets) for ddp in engine.ddp for buffer in ddp.buffers)}

@@ -89,7 +89,7 @@ def main() -> None:
                 save_file(results, result / "results")
             if parallel.distributed_optimizer:
                 cfg = CheckpointConfig()
-                saving.save(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0)
+                saving.begin(result / "checkpoints", 1, engine, None, {}, cfg, score=0.0).finish()
         mpu.destroy_model_parallel()
 
 

@@ -62,7 +62,7 @@ def main() -> None:
                 metrics = engine.step(engine.pack(sequences), num_targets, sft_token_loss)
                 found[layers] = (metrics, before, engine.logprobs(sequences), built_of_te)
             if checkpoints_too:
-                path = saving.save(result, 1, engine, None, {}, CheckpointConfig(), score=0.0)
+                path = saving.begin(result, 1, engine, None, {}, CheckpointConfig(), score=0.0).finish()
                 resumed = build("local")
                 checkpoint.load(path, resumed, None)
                 found["loaded"] = resumed.logprobs(sequences)
