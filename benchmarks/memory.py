@@ -1,9 +1,9 @@
 """The memory estimate of `t1 check` against measured peaks, on the CPU: resident memory of every rank over one RL step.
 
-    python benchmarks/memory.py            # all cases, as in benchmarks/memory.md
-    python benchmarks/memory.py --plan     # the table for Qwen2.5-32B on 2, 4 and 8 nodes, from the formulas
-    python benchmarks/memory.py --long     # one sample of 32,768 tokens on 1, 2 and 4 context-parallel ranks
-    python benchmarks/memory.py --rank ... # one rank (started by the above), --long-rank ... too
+    python -m benchmarks.memory            # all cases, as in benchmarks/memory.md
+    python -m benchmarks.memory --plan     # the table for Qwen2.5-32B on 2, 4 and 8 nodes, from the formulas
+    python -m benchmarks.memory --long     # one sample of 32,768 tokens on 1, 2 and 4 context-parallel ranks
+    python -m benchmarks.memory --rank ... # one rank (started by the above), --long-rank ... too
 
 The measured figure is the highest resident size from before the model is built to the end of two steps (anchor,
 forward, backward, optimizer, EMA), less what Python and the libraries took before. MALLOC_MMAP_THRESHOLD_ makes glibc
@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks.published import write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
@@ -211,13 +213,6 @@ def run(*arguments: str | Path, num_ranks: int) -> str:
     return done.stdout
 
 
-QWEN_32B = {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
-    "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-}  # fmt: skip
-
-
 def plan() -> None:
     from megatron_t1.check.estimate import stage_memory
     from megatron_t1.check.machines import Machines, layout_of, seconds_of
@@ -229,10 +224,10 @@ def plan() -> None:
     heads = "nodes | train + vLLM | TP x PP x DP | GB | weights | gradients | optimizer | anchor | activations | head"
     print(f"| {heads} | s a step | generate | anchor | train | push |\n" + "|---" * 15 + "|")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(QWEN_32B))
-        spec = spec_of(Path(folder))
+        model = str(write_config(Path(folder), "qwen2.5-32b"))
+        spec = spec_of(Path(model))
         for nodes, vllm_nodes, pipeline in ((2, 1, 1), (4, 2, 2), (8, 4, 2), (8, 4, 4)):
-            options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", folder]
+            options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", model]
             cfg = read(Config, [*options, "--parallel.pipeline", str(pipeline)])
             machines = Machines(nodes=nodes, vllm_nodes=vllm_nodes)
             layout = layout_of(cfg, spec, "rl", machines, {"train": 200})
@@ -263,10 +258,10 @@ def lengths() -> None:
     print(f"| {heads} | head |")
     print("|---" * 9 + "|")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(QWEN_32B))
-        spec = spec_of(Path(folder))
+        model = str(write_config(Path(folder), "qwen2.5-32b"))
+        spec = spec_of(Path(model))
         for nodes, tokens in itertools.product((4, 8), (16384, 32768, 65536, 131072)):
-            options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", folder]
+            options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", model]
             cfg = read(Config, [*options, "--sampling.max_new_tokens", str(tokens)])
             machines, longest = Machines(nodes=nodes, vllm_nodes=nodes // 2), {"train": 2048}
             found = suggest(cfg, spec, "rl", machines, longest)

@@ -9,22 +9,16 @@ the emptiest microbatch, dealt to the ranks in turns, which is what megatron_t1 
 from __future__ import annotations
 
 import heapq
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.published import write_config
 from megatron_t1.data.balance import assign
 from megatron_t1.models import spec_of
 from megatron_t1.models.sizes import Sizes
-
-QWEN_32B = {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 64, "num_attention_heads": 40,
-    "num_key_value_heads": 8, "intermediate_size": 27648, "vocab_size": 152064, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 131072,
-}  # fmt: skip
 
 
 def distributions(rng: np.random.Generator) -> dict[str, tuple[np.ndarray, int]]:
@@ -78,8 +72,7 @@ def judged(
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(QWEN_32B))
-        attention = Sizes.of(spec_of(Path(folder))).attention
+        attention = Sizes.of(spec_of(write_config(Path(folder), "qwen2.5-32b"))).attention
     print(f"attention costs as much as the matrices in a sequence of {1 / attention:.0f} tokens\n")
     print(
         "| sequences | ranks | microbatches | imbalance | padding | over the lower bound | CPU ms |\n"

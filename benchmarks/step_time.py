@@ -1,6 +1,6 @@
-"""Seconds of an RL step of Qwen2.5-32B by layout: a simulation of the servers, sample by sample, on 4 nodes of H100s.
+"""Seconds of an RL step by layout: a simulation of the servers, sample by sample, on nodes of 8 H100s.
 
-    python -m benchmarks.step_time           # the table of benchmarks/step_time.md
+    python -m benchmarks.step_time           # the tables of benchmarks/step_time.md
 
 Training, the anchor's stage, pushes, the servers' memory and a token's time are the formulas of `t1 check`
 (megatron_t1/check/estimate.py); what is simulated is what these take on average: samples of different lengths that
@@ -11,26 +11,21 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.published import write_config
 from megatron_t1.check import estimate
-from megatron_t1.check.machines import Machines, layout_of, seconds_of
+from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
 from megatron_t1.cli.options import read
 from megatron_t1.config import Config
 from megatron_t1.models import spec_of
 from megatron_t1.models.sizes import Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG_JSON = {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
-    "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-}  # fmt: skip
 LENGTHS = {
     "log-normal, mean 4,096, cut at 8,192": (4096, 8192),
     "log-normal, mean 8,192, cut at 16,384": (8192, 16384),
@@ -38,6 +33,8 @@ LENGTHS = {
 PROMPT = 200
 STEPS = 6
 SHARING = ("--rollout.share_gpus", "true", "--rollout.gpu_memory_utilization")
+TURNS = ("--config", str(ROOT / "examples/shared_gpus.yaml"))
+TITLES = "s a step | generate | anchor | train | push | turns | trainer idle | servers idle | GB | together"
 
 
 @dataclass
@@ -109,7 +106,7 @@ def row(name: str, cfg: Config, machines: Machines, mean: int, cut: int) -> tupl
         held.append(np.mean(together))
     made = float(np.mean(generate))
     step = max(made, rest) if cfg.rl.lag else made + rest
-    memory = estimate.stage_memory(sizes, layout_of(cfg, spec, "rl", machines, {"train": PROMPT}), 0)
+    memory = fullest(sizes, layout_of(cfg, spec, "rl", machines, {"train": PROMPT}))
     stages = " | ".join(f"{fixed.get(stage, 0):.0f}" for stage in ("anchor", "train", "push", "turns"))
     shares_idle = f"{100 * (1 - (fixed['anchor'] + fixed['train']) / step):.0f}% | {100 * (1 - made / step):.0f}%"
     taken = f"{sum(memory.values()) / 1e9:.0f}"
@@ -118,30 +115,47 @@ def row(name: str, cfg: Config, machines: Machines, mean: int, cut: int) -> tupl
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    folder = Path(tempfile.mkdtemp())
-    (folder / "config.json").write_text(json.dumps(CONFIG_JSON))
+    with tempfile.TemporaryDirectory() as folder:
+        layouts_of_32b(Path(folder))
+        shared(Path(folder))
+
+
+def example(folder: Path, name: str, *options: str) -> Config:
+    words = ["--config", str(ROOT / f"examples/{name}/rl.yaml"), "--model.hf_path", str(write_config(folder, name))]
+    return read(Config, [*words, *options])
+
+
+def layouts_of_32b(folder: Path) -> None:
     separate, shared = {"nodes": 4, "vllm_nodes": 2}, {"nodes": 4, "share_gpus": True}
     for title, (mean, cut) in LENGTHS.items():
-        print(f"\n{title}\n")
-        titles = "s a step | generate | anchor | train | push | turns | trainer idle | servers idle | GB | together"
-        print(f"| layout | {titles} |\n|{'---|' * 11}")
+        print(f"\n{title}\n\n| layout | {TITLES} |\n|{'---|' * 11}")
         steps = []
         for name, machines, options in (
             ("2 nodes train, 2 serve", separate, []),
             ("the same, rl.lag 1", separate, ["--rl.lag", "1"]),
             ("4 nodes share", shared, [*SHARING, "0.33"]),
             ("4 nodes share, servers sleep", shared, [*SHARING, "0.48", "--rollout.sleep", "true"]),
-            ("the same, parallel.offload optimizer", shared,
-             [*SHARING, "0.88", "--rollout.sleep", "true", "--parallel.offload", "optimizer"]),
+            ("the same, parallel.offload optimizer", shared, TURNS),
             ("the same, parallel.offload all", shared,
-             [*SHARING, "0.94", "--rollout.sleep", "true", "--parallel.offload", "all"]),
+             [*TURNS, "--rollout.gpu_memory_utilization", "0.94", "--parallel.offload", "all"]),
         ):  # fmt: skip
-            words = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", str(folder)]
-            cfg = read(Config, [*words, "--sampling.max_new_tokens", str(cut), *options])
+            cfg = example(folder, "qwen2.5-32b", "--sampling.max_new_tokens", str(cut), *options)
             line, step = row(name, cfg, Machines(**machines), mean, cut)
             steps.append(step)
             print(line)
         print(f"\nAgainst the first: {', '.join(f'{steps[0] / step:.2f} x' for step in steps)}")
+
+
+def shared(folder: Path) -> None:
+    """Every example on the fewest nodes, by `examples/shared_gpus.yaml`."""
+    print(f"\n| model, nodes, TP x PP x DP | {TITLES} | pinned GB a node |\n|{'---|' * 12}")
+    for name, nodes in (("glm-4-9b", 1), ("qwen2.5-14b", 1), ("qwen2.5-32b", 2), ("qwen2.5-32b", 4)):
+        cfg, machines = example(folder, name, *TURNS), Machines(nodes=nodes, share_gpus=True)
+        spec, cut = spec_of(Path(cfg.model.hf_path)), cfg.sampling.max_new_tokens
+        layout = layout_of(cfg, spec, "rl", machines, {"train": PROMPT})
+        pinned = estimate.moved_bytes(fullest(Sizes.of(spec), layout), layout, cfg.parallel.offload)
+        title = f"{name}, {nodes}, {layout.tensor} x {layout.pipeline} x {layout.data}"
+        print(row(title, cfg, machines, cut // 2, cut)[0], f"{8 * pinned / 1e9:.0f} |")
 
 
 if __name__ == "__main__":

@@ -215,6 +215,10 @@ class Config:
         return self.rollout.sleep or self.parallel.offload != "none"
 
     @property
+    def server_dtype(self) -> str:
+        return self.model.dtype if self.rollout.dtype == "auto" else self.rollout.dtype
+
+    @property
     def trains_uncorrected(self) -> bool:
         """Samples are of older weights than those that they train, and nothing corrects for it."""
         return self.rl.lag > 0 and self.loss.importance == self.loss.mask == "none"

@@ -23,9 +23,8 @@ T1_CONTAINER=${T1_CONTAINER:-}
 [ -n "$T1_CONTAINER" ] && T1_PYTHON=${T1_PYTHON:-python3}
 T1_PYTHON=${T1_PYTHON:-$T1_HOME/.venv/bin/python}
 VLLM_NODES=${VLLM_NODES:-0}
-SHARE_GPUS=${SHARE_GPUS:-}        # 1, with VLLM_NODES=0: trainer and servers on all GPUs of every node, by turns (rollout.share_gpus)
-VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0 without SHARE_GPUS: servers' own; unset: half
-VLLM_TP=${VLLM_TP:-}              # GPUs of one server; unset: rollout.tp of the options or of CONFIG
+VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0; unset: half, or all with rollout.share_gpus
+VLLM_TP=${VLLM_TP:-}              # GPUs of one server; unset: rollout.tp
 RESTARTS=${RESTARTS:-3}
 GRACE_S=${GRACE_S:-1740}          # from USR1 to the end, when the trainer does not stop by itself: 60 less than --signal says
 STOPPED=75                        # exit code of a trainer that stopped as asked
@@ -52,15 +51,13 @@ fail() { # EXIT_CODE WORDS...: the job's last line
 t1_rl() {
   local config=$1
   shift
-  prepare rl "$config" ${DATA:+--data.train "$DATA/rl.jsonl"} ${SHARE_GPUS:+--rollout.share_gpus true} "$@"
+  prepare rl "$config" ${DATA:+--data.train "$DATA/rl.jsonl"} "$@"
   local train_nodes=$((${#NODES[@]} - VLLM_NODES)) ranks=$GPUS first_gpu=0
   ((train_nodes >= 1)) || fail 2 "VLLM_NODES=$VLLM_NODES of ${#NODES[@]} nodes leaves none to train: lower it or ask for more nodes"
   local -a serve_on=("${NODES[@]:train_nodes}")
-  if [ -n "$SHARE_GPUS" ]; then
-    ((VLLM_NODES == 0)) || fail 2 "SHARE_GPUS=$SHARE_GPUS and VLLM_NODES=$VLLM_NODES: nodes for vLLM alone share no GPU with a trainer; unset one of them"
-    serve_on=("${NODES[@]}")
-  elif ((VLLM_NODES == 0)); then
-    serve_on=("${NODES[@]}") ranks=$((GPUS - VLLM_GPUS)) first_gpu=$((GPUS - VLLM_GPUS))
+  if ((VLLM_NODES == 0)); then
+    serve_on=("${NODES[@]}") first_gpu=$((GPUS - VLLM_GPUS))
+    $SHARES || ranks=$first_gpu
     ((ranks >= 1)) || fail 2 "VLLM_GPUS=$VLLM_GPUS of $GPUS GPUs leaves none to train"
   fi
   start_servers "$first_gpu" "${serve_on[@]}"
@@ -85,7 +82,7 @@ t1_synthesize() {
   shift
   find_nodes synthesize
   [[ $config = /* ]] || config=$T1_HOME/$config
-  VLLM_TP=${VLLM_TP:-$(rollout_tp "$config" "$@")}
+  VLLM_TP=${VLLM_TP:-$(rollout tp --config "$config" "$@")}
   OPTIONS=(--config "$config" --model "$MODEL" --questions "$DATA/questions.jsonl" --out "$RUN_DIR/synthesize"
     --rollout.tp "$VLLM_TP" --rollout.num_servers "${SERVERS_PER_NODE:-$((GPUS / VLLM_TP))}" "$@")
   run_trainer synthesize 1 "${NODES[0]}"
@@ -119,7 +116,6 @@ find_nodes() { # COMMAND: nodes, logs, signals, container
   LOGS=$RUN_DIR/logs
   GPUS=${SLURM_GPUS_PER_NODE:-8}
   GPUS=${GPUS##*:}
-  VLLM_GPUS=${VLLM_GPUS:-$((SHARE_GPUS ? GPUS : GPUS / 2))}
   CPUS=${SLURM_CPUS_PER_TASK:-1}
   if [ -n "${T1_DRY_RUN:-}" ]; then
     read -ra NODES <<<"${T1_NODES:?names of the nodes, with T1_DRY_RUN=1}"
@@ -161,7 +157,10 @@ prepare() { # COMMAND CONFIG OPTIONS...: all of `find_nodes`, and options; refus
   shift 2
   find_nodes "$command"
   [[ $config = /* ]] || config=$T1_HOME/$config
-  [ -n "$VLLM_TP" ] || VLLM_TP=$(rollout_tp "$config" "$@")
+  VLLM_TP=${VLLM_TP:-$(rollout tp --config "$config" "$@")}
+  SHARES=$(rollout share_gpus --config "$config" "$@")
+  [ "$SHARES" = true ] && VLLM_GPUS=${VLLM_GPUS:-$GPUS}
+  VLLM_GPUS=${VLLM_GPUS:-$((GPUS / 2))}
   OPTIONS=(--config "$config" --run_dir "$RUN_DIR" --model.hf_path "$MODEL" "$@" --resume)
   REGISTRY=$RUN_DIR/servers/$SESSION
   [ -z "${T1_DRY_RUN:-}" ] || return 0
@@ -312,17 +311,12 @@ end_steps() {
   rm -rf "${REGISTRY:-}"
 }
 
-rollout_tp() { # CONFIG OPTIONS...
-  local config=$1
-  while (($# > 1)); do
-    shift
-    case $1 in
-      --rollout.tp) echo "$2" && return ;;
-      --rollout.tp=*) echo "${1#*=}" && return ;;
-    esac
-  done
-  python -c 'import sys, yaml
-print((yaml.safe_load(open(sys.argv[1])).get("rollout") or {}).get("tp", 1))' "$config"
+rollout() { # NAME OPTIONS...: what the options make of a setting of `rollout`; of wrong ones `t1 check` tells
+  python -c 'import sys
+from megatron_t1.cli.options import parse
+from megatron_t1.config import Config
+cfg, _ = parse(Config, sys.argv[2:])
+print(str(getattr((cfg or Config()).rollout, sys.argv[1])).lower())' "$@"
 }
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }

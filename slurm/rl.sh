@@ -18,7 +18,7 @@ MODEL=${MODEL:-/path/to/runs/sft/sft/hf}     # Hugging Face folder: the fine-tun
 DATA=${DATA:-/path/to/data}                  # folder with rl.jsonl
 RUN_DIR=${RUN_DIR:-/path/to/runs/rl}         # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml} # settings; options after the script's name override them
-VLLM_NODES=${VLLM_NODES:-2}                  # nodes for vLLM, the others train; 0: every node does both, VLLM_GPUS of its GPUs for vLLM (half)
+VLLM_NODES=${VLLM_NODES:-2}                  # nodes for vLLM, the others train; 0: every node does both (docs/cluster.md)
 # shellcheck source=slurm/lib.sh
 source "${T1_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/slurm/lib.sh" || { echo "submit from the project's folder, or set T1_HOME to it"; exit 2; }
 t1_rl "$CONFIG" "$@"

@@ -8,17 +8,15 @@ Problems end it with exit code 1, warnings do not. Left out: anything that needs
 from __future__ import annotations
 
 import itertools
-import math
-import shutil
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_t1.check import estimate
 from megatron_t1.check.context import context_needs, too_long
-from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
-from megatron_t1.check.suggest import SHARE, as_options, suggest
-from megatron_t1.config import UNCORRECTED, Config
+from megatron_t1.check.findings import Findings
+from megatron_t1.check.machines import Machines
+from megatron_t1.check.needs import needs
+from megatron_t1.check.suggest import as_options, suggest
+from megatron_t1.config import Config
 from megatron_t1.data.prompts import load_prompts, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.layout import check_divisible, check_world
@@ -32,28 +30,6 @@ from megatron_t1.weights.hf_folder import CheckpointError, HFFolder, is_torch_di
 
 _LINES_READ = 200
 """Of each data file."""
-
-
-@dataclass
-class Findings:
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    facts: list[str] = field(default_factory=list)
-
-    def must(self, holds: bool, problem: str) -> None:
-        if not holds:
-            self.problems.append(problem)
-
-    def should(self, holds: bool, warning: str) -> None:
-        if not holds:
-            self.warnings.append(warning)
-
-    def text(self) -> str:
-        lines = [*self.facts, *(f"warning: {text}" for text in self.warnings)]
-        lines += [f"problem: {text}" for text in self.problems]
-        count = len(self.problems)
-        lines.append(f"{count} problem{'s' * (count != 1)}" if count else "no problem found")
-        return "\n".join(lines)
 
 
 def check(cfg: Config, command: str, machines: Machines, found: Findings, *, suggests: bool = False) -> Findings:
@@ -87,7 +63,7 @@ def check(cfg: Config, command: str, machines: Machines, found: Findings, *, sug
         longest = _data(cfg, command, files, template, found)
         _lengths(cfg, spec, command, longest, template, found)
     if trains:
-        _needs(cfg, spec, command, machines, longest, found)
+        needs(cfg, spec, command, machines, longest, found)
         if suggests and machines.share_gpus:
             found.facts.append(
                 "no layout is suggested for shared GPUs: what fits depends on rollout.gpu_memory_utilization"
@@ -287,175 +263,3 @@ def _lengths(
             cfg.parallel.check_fits(max(trained))
         except ValueError as error:
             found.problems.append(str(error))
-
-
-def _needs(
-    cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int], found: Findings
-) -> None:
-    """Memory by part, time by stage, disk."""
-    sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
-    stage = cfg.sft if command == "sft" else cfg.rl
-    layout = layout_of(cfg, spec, command, machines, longest)
-    worst = fullest(sizes, layout)
-    total = sum(worst.values())
-    listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items() if value)
-    found.facts.append(
-        f"memory of the fullest trainer GPU: {total / 1e9:.3g} GB ({listed}); TP {layout.tensor}, "
-        f"CP {layout.context}, PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens of a microbatch on a rank"
-    )
-    found.should(
-        total < SHARE * gpu.memory_bytes,
-        f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
-        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch (more parallel.context) or full recomputation",
-    )
-    gpu_bytes, host_bytes = estimate.checkpoint_memory(sizes, layout, 0)
-    ranks = machines.ranks(command) // machines.trainer_nodes(command)
-    found.facts.append(
-        f"a checkpoint takes {gpu_bytes / 1e9:.3g} GB of a trainer GPU and {ranks * host_bytes / 1e9:.3g} GB of a "
-        "node's memory while it is written"
-    )
-    found.should(
-        gpu_bytes < SHARE * gpu.memory_bytes,
-        f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
-        f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
-    )
-    if machines.share_gpus and command != "sft":
-        _shared(cfg, sizes, layout, gpu, max(total, gpu_bytes), found)
-        if machines.nodes > 1 and cfg.rollout.transport in ("auto", "tcp"):
-            workers = machines.shared_gpus // cfg.rollout.tp * cfg.rollout.tp
-            copies = workers * estimate.weight_bytes(sizes, cfg.model.dtype)
-            found.facts.append(
-                f"a push by tcp takes {copies / 1e9:.3g} GB of a node's memory: the model in each worker"
-            )
-    size = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
-    seconds = seconds_of(cfg, spec, command, machines, longest)
-    found.should(command == "sft" or not cfg.trains_uncorrected, UNCORRECTED)
-    awaits_batch = command != "sft" and cfg.awaits_batches
-    nodes = machines.trainer_nodes(command)
-    stopping = estimate.stop_seconds(sizes, layout, seconds, size, nodes, awaits_batch=awaits_batch)
-    _grace(stopping, machines, found)
-    keep = stage.checkpoint.keep + stage.checkpoint.keep_best + 1  # and the one that is being written
-    disk, what = keep * size, f"{keep} checkpoints"
-    if command != "sft" and cfg.rl.snapshot_every and (snapshots := cfg.rl.steps // cfg.rl.snapshot_every):
-        disk += snapshots * sizes.total * (4 if cfg.model.dtype == "float32" else 2)
-        what += f" and {snapshots} snapshots"
-    folder = next(
-        path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(folder).free
-    found.facts.append(f"disk: {what} take {disk / 1e9:.2f} GB, {folder} has {free / 1e9:.0f} GB free")
-    found.must(
-        disk <= free,
-        f"{what} take {disk / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or lower "
-        f"checkpoint.keep = {stage.checkpoint.keep} or keep_best = {stage.checkpoint.keep_best}",
-    )
-    if command == "sft":
-        return
-    dtype = cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype
-    holds = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, dtype, cfg.rollout.gpu_memory_utilization)
-    full = cfg.rollout.max_model_len or spec.max_position_embeddings
-    found.facts.append(
-        f"each vLLM server (TP {cfg.rollout.tp}): room for {holds:.0f} tokens of keys and values, {holds / full:.1f} "
-        f"samples of {full} tokens at a time"
-    )
-    found.should(
-        holds >= full,
-        f"a vLLM server of TP {cfg.rollout.tp} has no room for one sample of {full} tokens: raise rollout.tp",
-    )
-    for name, limit_s in (
-        ("rollout.request_timeout_s", cfg.rollout.request_timeout_s),
-        ("parallel.timeout_s", cfg.parallel.timeout_s),
-    ):
-        found.should(
-            2 * seconds["generate"] <= limit_s,
-            f"{name} = {limit_s:.0f} is not well above the {seconds['generate']:.0f} s that generating a batch may "
-            "take: raise it",
-        )
-    step_s = sum(seconds.values())
-    if command != "sft" and cfg.rl.lag:
-        step_s = max(seconds["generate"], step_s - seconds["generate"])
-    found.facts.append(
-        f"time of a step: about {_rounded(step_s)} s ({_listed(seconds)}) on {machines.gpu}s, if responses have half "
-        "of max_new_tokens on average; what attention computes is not counted"
-    )
-
-
-SCRIPTS_GRACE_S = 1740.0
-"""GRACE_S in slurm/lib.sh."""
-_TURNS = {
-    ("none", False): "as it is",
-    ("none", True): "rollout.sleep = true",
-    ("optimizer", True): "parallel.offload = optimizer and rollout.sleep = true",
-    ("all", True): "parallel.offload = all and rollout.sleep = true",
-}
-"""(parallel.offload, rollout.sleep) in the order in which they are offered."""
-
-
-def _shared(
-    cfg: Config, sizes: estimate.Sizes, layout: estimate.Layout, gpu: estimate.Gpu, most: float, found: Findings
-) -> None:
-    """Trainer and server on one GPU: what each takes of it in whose turn. `most`: bytes that the trainer ever needs."""
-    parts, asked, total = fullest(sizes, layout), cfg.rollout.gpu_memory_utilization, 0.97 * gpu.memory_bytes
-    dtype = cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype
-    length = cfg.rollout.max_model_len or cfg.sampling.max_new_tokens
-    offload, sleep = cfg.parallel.offload, cfg.rollout.sleep
-    offered = {turns: name for turns, name in _TURNS.items() if not (turns[1] and cfg.rl.lag)}
-    rooms, told = {}, []
-    for turns in _TURNS:
-        kept = estimate.kept_bytes(parts, turns[0]) if turns[1] else most
-        free = (total - kept - estimate.CONTEXT_BYTES) / gpu.memory_bytes
-        rooms[turns] = room = max(0, math.floor(100 * free)) / 100
-        samples = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, dtype, room) / length
-        cost = estimate.turn_seconds(estimate.moved_bytes(parts, layout, turns[0]), gpu, sleep=turns[1])
-        if turns in offered:
-            told.append(f"{offered[turns]}: {room:.2f} ({samples:.0f} samples, {cost:.1f} s a step)")
-    found.facts.append(
-        "what the trainer leaves of a shared GPU for rollout.gpu_memory_utilization, the samples of "
-        f"{length} tokens that a server then holds, and what it costs; {'; '.join(told)}"
-    )
-    room = rooms[offload if sleep else "none", sleep]
-    enough = next((name for turns, name in offered.items() if rooms[turns] >= asked), None)
-    found.must(
-        asked <= room,
-        f"rollout.gpu_memory_utilization = {asked:g} is more than the {room:.2f} of a shared GPU that the trainer "
-        f"leaves: lower it, {f'set {enough}, ' if enough else ''}or have the trainer need less (more nodes or "
-        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch, full recomputation)",
-    )
-    found.should(
-        sleep or offload == "none",
-        f"parallel.offload = {offload} gives the servers nothing while rollout.sleep is off: they take their memory "
-        "once, at their start",
-    )
-    if sleep:
-        loading = estimate.kept_bytes(parts, "none") + estimate.weight_bytes(sizes, dtype) / cfg.rollout.tp
-        needed = max(most, loading) + estimate.CONTEXT_BYTES + estimate.ASLEEP_BYTES
-        found.must(
-            needed <= total,
-            f"trainer and sleeping servers need {needed / 1e9:.0f} GB of a GPU of {gpu.memory_bytes / 1e9:.0f} GB: "
-            "more nodes or parallel.pipeline, fewer parallel.max_tokens_per_microbatch, or full recomputation",
-        )
-    if offload != "none":
-        moved = estimate.moved_bytes(parts, layout, offload)
-        found.facts.append(f"parallel.offload = {offload} pins {moved / 1e9:.3g} GB of host memory a rank")
-
-
-def _listed(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {_rounded(value)} s" for name, value in seconds.items())
-
-
-def _rounded(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _grace(seconds: dict[str, float], machines: Machines, found: Findings) -> None:
-    """What stopping takes at worst, against what the batch script gives it."""
-    needed = sum(seconds.values())
-    found.facts.append(f"stopping needs about {needed:.0f} s from USR1, at worst ({_listed(seconds)})")
-    given, enough = machines.grace_s or SCRIPTS_GRACE_S, 60 * math.ceil(needed / 60)
-    hold = found.must if machines.grace_s else found.should
-    hold(
-        needed <= given,
-        f"GRACE_S = {given:.0f}{'' if machines.grace_s else ', as the batch scripts have it,'} is less than stopping "
-        "needs: the time limit would kill the trainer before its checkpoint is whole; submit with "
-        f"GRACE_S={enough} and sbatch --signal=B:USR1@{enough + 60}",
-    )

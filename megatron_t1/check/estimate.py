@@ -22,9 +22,11 @@ A checkpoint needs no activations, and besides the first four, where D > 1,
     gather       4 P + 4 P / D on the GPU  one of the optimizer's three parts, sent and received
     host         (12 + b + 4) P            all that a rank writes; 8 P + 12 P / D more while it gathers
 
-Time. A matrix product does 2 P flops a token forward and 4 P backward; full recomputation adds 2 P. The anchor's stage
-is a forward of the anchor, 2 P, and where sums over samples are constants of the loss (loss.kl_estimator = centered,
-importance and masks by sample) one of the policy, 2 P more.
+Time. A forward pass over a sequence of n tokens does 2 A (n + a n^2) flops: A parameters that a token meets, and a for
+attention, which is causal (`Sizes.attention`; for Qwen2.5-32B a third more at 32k tokens, two thirds at 64k). Lengths
+are taken as uniform up to the longest. A backward pass does twice that; full recomputation adds one forward. The
+anchor's stage is a forward pass of the anchor, and where sums over samples are constants of the loss
+(loss.kl_estimator = centered, importance and masks by sample) one of the policy besides.
 
     train        flops / (GPUs x peak x _TRAIN_SHARE)
     generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
@@ -46,9 +48,8 @@ From a signal to stop to the end, at worst: it comes when the training of a step
     digest       the same again: it is read back
 
 The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
-peaks on the CPU (benchmarks/memory.md). Left out: what attention computes (`Sizes.attention` x the length more than the
-matrices: for Qwen2.5-32B a third at 32k tokens, two thirds at 64k), fragmentation, and what CUDA and NCCL take for
-themselves; where servers share the GPUs it counts (`CONTEXT_BYTES`).
+peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, and what CUDA and NCCL take for themselves; where
+servers share the GPUs it counts (`CONTEXT_BYTES`).
 
 A shared GPU. While servers that sleep otherwise generate, the trainer keeps the first four parts, with
 parallel.offload = optimizer the weights alone, with all nothing. It moves optimizer and anchor average (12 P / D + 4 P
@@ -290,23 +291,29 @@ def step_seconds(
     # Rounds overlap: a finished sample makes room at once, so only the last one waits for the longest.
     generate = per_token_s * ((rounds - 1) * mean_tokens + max_tokens)
 
-    tokens = num_samples * (prompt_tokens + mean_tokens)
+    work = num_samples * sequence_work(sizes, prompt_tokens + mean_tokens, prompt_tokens + max_tokens)
     push = _BYTES[layout.dtype] * sizes.total / (gpu.network_bytes_per_s * _NET_SHARE)
     return {
         "generate": generate,
-        "anchor": score_passes * pass_seconds(sizes, layout, gpu, tokens),
-        "train": train_seconds(sizes, layout, gpu, tokens),
+        "anchor": score_passes * pass_seconds(sizes, layout, gpu, work),
+        "train": train_seconds(sizes, layout, gpu, work),
         "push": push,
     }
 
 
-def pass_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, tokens: float) -> float:
-    """One forward pass over `tokens` on all of the trainer's GPUs."""
+def sequence_work(sizes: Sizes, mean_tokens: float, max_tokens: float) -> float:
+    """What a sequence costs on average, in tokens without attention, when lengths spread evenly about their mean up to
+    the longest: n + a E[n^2]."""
+    return mean_tokens + sizes.attention * (mean_tokens**2 + (max_tokens - mean_tokens) ** 2 / 3)
+
+
+def pass_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, work: float) -> float:
+    """One forward pass over `work` (`sequence_work` of all sequences) on all of the trainer's GPUs."""
     gpus = layout.tensor * layout.pipeline * layout.copies
     bubble = 1 + (layout.pipeline - 1) / max(1, layout.microbatches)
-    return 2 * sizes.active * tokens / (gpus * gpu.flops_per_s * _TRAIN_SHARE) * bubble
+    return 2 * sizes.active * work / (gpus * gpu.flops_per_s * _TRAIN_SHARE) * bubble
 
 
-def train_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, tokens: float) -> float:
+def train_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, work: float) -> float:
     """Forward and backward pass."""
-    return (4 if layout.recompute else 3) * pass_seconds(sizes, layout, gpu, tokens)
+    return (4 if layout.recompute else 3) * pass_seconds(sizes, layout, gpu, work)

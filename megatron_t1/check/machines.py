@@ -113,15 +113,16 @@ def seconds_of(
     sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
     layout = layout_of(cfg, spec, command, machines, longest)
     if command == "sft":
-        tokens = cfg.sft.batch_size * longest.get("sft", cfg.parallel.max_tokens_per_microbatch * cfg.parallel.context)
-        return {"train": estimate.train_seconds(sizes, layout, gpu, tokens)}
+        each = longest.get("sft", cfg.parallel.max_tokens_per_microbatch * cfg.parallel.context)
+        work = cfg.sft.batch_size * estimate.sequence_work(sizes, each, each)
+        return {"train": estimate.train_seconds(sizes, layout, gpu, work)}
     seconds = estimate.step_seconds(
         sizes,
         layout,
         gpu,
         servers=machines.servers(cfg.rollout.tp),
         server_tp=cfg.rollout.tp,
-        server_dtype=cfg.model.dtype if cfg.rollout.dtype == "auto" else cfg.rollout.dtype,
+        server_dtype=cfg.server_dtype,
         num_samples=cfg.rl.prompts_per_step * cfg.sampling.num_samples,
         prompt_tokens=longest.get("train", 200),
         mean_tokens=cfg.sampling.max_new_tokens / 2,

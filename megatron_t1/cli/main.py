@@ -251,8 +251,9 @@ def _serve(arguments: list[str]) -> int:
 def _check(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
-    from megatron_t1.check.check import Findings, check
+    from megatron_t1.check.check import check
     from megatron_t1.check.dry_run import dry_run
+    from megatron_t1.check.findings import Findings
     from megatron_t1.check.machines import Machines
     from megatron_t1.cli import options
     from megatron_t1.config import Config

@@ -6,7 +6,7 @@ servers through the `Fanout` that rank 0 holds, and says when it reads the train
 | transport  | bytes travel                                  | a failure meanwhile leaves | the trainer stalls      |
 |------------|-----------------------------------------------|----------------------------|-------------------------|
 | shm        | one file of the host, written by all ranks    | the old weights            | while it writes         |
-| tcp        | from each rank what it owns, to every worker  | the old weights            | until they have arrived |
+| tcp        | from each rank what it owns, to every host    | the old weights            | until they have arrived |
 | collective | each rank broadcasts what it owns, in buckets | unknown weights            | until they are loaded   |
 
 All prove every piece by a digest before the weights are in force, and all serve CUDA servers; `collective` alone does
@@ -109,7 +109,7 @@ class TcpTransport:
     def __init__(self, plan: Plan, layout: Layout, ranks: Ranks) -> None:
         self._views = layout.views(plan)
         self._ranks = ranks
-        self._init_info = {"timeout_s": ranks.timeout_s, **layout.to_json()}
+        self._init_info = {"timeout_s": ranks.timeout_s, "copy": secrets.token_hex(16), **layout.to_json()}
 
     def prepare(self) -> list[str]:
         return _digests(self._views)

@@ -14,32 +14,23 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from benchmarks.published import CONFIGS, write_config
 from megatron_t1.check import estimate
-from megatron_t1.check.check import SCRIPTS_GRACE_S, Findings, _grace, _needs, check
+from megatron_t1.check.check import check
 from megatron_t1.check.dry_run import dry_run
+from megatron_t1.check.findings import Findings
 from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
+from megatron_t1.check.needs import SCRIPTS_GRACE_S, _grace, needs
 from megatron_t1.check.suggest import as_options, suggest
 from megatron_t1.cli.main import main
 from megatron_t1.cli.options import parse, read
 from megatron_t1.config import Config, dump
+from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.models import spec_of
 from megatron_t1.models.sizes import Sizes
 from megatron_t1.servers.config import RolloutConfig
 from tests.forks import ROOT
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
-
-QWEN_32B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 5120,
-    "intermediate_size": 27648,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-}
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +184,8 @@ def test_parameters_are_those_of_the_model(tmp_path: Path, make) -> None:
 
 
 def at(tmp_path: Path, **machines: int) -> tuple[Config, Machines]:
-    (tmp_path / "config.json").write_text(json.dumps(QWEN_32B))
     options = ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--model.hf_path", str(tmp_path)]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen2.5-32b"]))
     return read(Config, options), Machines(**machines)
 
 
@@ -248,20 +239,36 @@ def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None
     assert (machines.ranks("rl"), machines.servers(cfg.rollout.tp)) == (32, 8)
     assert layout_of(cfg, spec, "rl", machines, longest).data == 2
     refused = Findings()
-    _needs(cfg, spec, "rl", machines, longest, refused)
+    needs(cfg, spec, "rl", machines, longest, refused)
     room = re.search(r"= 0.9 is more than the (0\.\d\d) of a shared GPU", "\n".join(refused.problems))
     assert room, refused.problems
     assert 0.3 < float(room[1]) < 0.4
     fits = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_utilization=float(room[1])))
     found = Findings()
-    _needs(fits, spec, "rl", machines, longest, found)
+    needs(fits, spec, "rl", machines, longest, found)
     assert not [problem for problem in found.problems if "shared" in problem]
     assert "set parallel.offload = all and rollout.sleep = true, or" in refused.problems[0]
     ahead = Findings()
-    _needs(replace(cfg, rl=replace(cfg.rl, lag=1)), spec, "rl", machines, longest, ahead)
+    needs(replace(cfg, rl=replace(cfg.rl, lag=1)), spec, "rl", machines, longest, ahead)
     assert not re.search("rollout.sleep|parallel.offload", "\n".join([*ahead.facts, *ahead.problems]))
     with pytest.raises(ValueError, match="share no GPU"):
         Machines(nodes=4, vllm_nodes=2, share_gpus=True)
+
+
+@pytest.mark.parametrize(
+    ("example", "nodes"), [("glm-4-9b", 1), ("qwen2.5-14b", 1), ("qwen2.5-32b", 2), ("qwen2.5-32b", 4)]
+)
+def test_every_example_fits_the_fewest_nodes_that_share(example: str, nodes: int, tmp_path: Path) -> None:
+    """As examples/shared_gpus.yaml and docs/cluster.md say."""
+    model, machines = write_config(tmp_path, example), Machines(nodes=nodes, share_gpus=True)
+    files = [ROOT / f"examples/{example}/rl.yaml", ROOT / "examples/shared_gpus.yaml"]
+    cfg = read(Config, [*itertools.chain(*(("--config", str(file)) for file in files)), "--model.hf_path", str(model)])
+    spec, found = spec_of(model), Findings()
+    check_divisible(spec, cfg.parallel)
+    check_world(cfg.parallel, machines.ranks("rl"))
+    needs(cfg, spec, "rl", machines, {"train": 2048}, found)
+    assert not [problem for problem in found.problems if "GB free" not in problem], "but for this machine's disk"
+    assert not found.warnings
 
 
 def test_turns_leave_a_shared_gpu_to_who_has_it(tmp_path: Path) -> None:
@@ -279,7 +286,7 @@ def test_turns_leave_a_shared_gpu_to_who_has_it(tmp_path: Path) -> None:
     for sleep in (False, True):
         turns = replace(cfg, rollout=replace(rollout, sleep=sleep), parallel=parallel)
         found = Findings()
-        _needs(turns, spec, "rl", machines, longest, found)
+        needs(turns, spec, "rl", machines, longest, found)
         assert sleep == (not [problem for problem in found.problems if "shared" in problem]), found.problems
         assert sleep != any("gives the servers nothing" in warning for warning in found.warnings)
     added = seconds_of(turns, spec, "rl", machines, longest)["turns"]
@@ -290,6 +297,21 @@ def test_turns_leave_a_shared_gpu_to_who_has_it(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             replace(turns, **wrong)
+
+
+def test_attention_counts_every_pair_of_tokens(tmp_path: Path) -> None:
+    """Flops of a forward pass, summed position by position over samples of every length up to the longest."""
+    at(tmp_path)
+    sizes, prompt, longest = Sizes.of(spec_of(tmp_path)), 2048, 2048 + 32768
+    scores_and_values = 2 * 2 * sizes.hidden * sizes.num_layers
+    upto = [0.0]
+    for position in range(longest):
+        upto.append(upto[-1] + 2 * sizes.active + scores_and_values * (position + 1))
+    flops = [upto[prompt + new] for new in range(32769)]
+    work = estimate.sequence_work(sizes, prompt + 16384, longest)
+    assert 2 * sizes.active * work == pytest.approx(sum(flops) / len(flops), rel=1e-3)
+    assert estimate.sequence_work(sizes, longest, longest) == pytest.approx(upto[-1] / (2 * sizes.active), rel=1e-3)
+    assert work > 1.2 * (prompt + 16384), "and it is no trifle"
 
 
 @pytest.mark.parametrize(
@@ -322,7 +344,7 @@ def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
     assert not found.problems
     _grace(seconds, dataclasses.replace(machines, grace_s=270), found)
     assert re.fullmatch(
-        r"GRACE_S = 270 is less than stopping needs: .*; submit with GRACE_S=1320 and sbatch --signal=B:USR1@1380",
+        r"GRACE_S = 270 is less than stopping needs: .*; submit with GRACE_S=1380 and sbatch --signal=B:USR1@1440",
         found.problems[0],
     )
 

@@ -110,11 +110,10 @@ def stop_and_go_on(work: Path) -> dict[str, Any]:
 
 
 def other_nodes(work: Path) -> dict[str, Any]:
-    """Four nodes, PP2 x DP2 on two of them: one fails, the job goes on with three; then it is cancelled."""
-    env = {"VLLM_NODES": 2, "RANKS": 2, "CONFIG": "examples/qwen2.5-14b/rl.yaml"}
-    options = ["--parallel.tensor", 1, "--parallel.sequence_parallel", "false", "--parallel.pipeline", 2,
+    """Three nodes that train and serve by turns: one fails, the job goes on with two; then it is cancelled."""
+    options = ["--config", "examples/shared_gpus.yaml", "--parallel.tensor", 1, "--parallel.sequence_parallel", "false",
                "--rl.checkpoint.every_steps", 1, "--rl.steps", 1000]  # fmt: skip
-    job = Job(work, "rl.sh", *options, nodes="3-4", env=env)
+    job = Job(work, "rl.sh", *options, nodes="2-3", env={"RANKS": 1, "CONFIG": "examples/qwen2.5-14b/rl.yaml"})
     job.until("two steps", lambda: len(job.steps()) >= 2)
     for state in ("drain", "down"):  # drained too: its slurmd lives and would bring it back
         run("scontrol", "update", "nodename=n2", f"state={state}", "reason=test")

@@ -142,14 +142,17 @@ def test_a_killed_server_and_a_requeue_cost_no_step(task: Path, tmp_path: Path) 
 
 @pytest.mark.timeout(3600)
 def test_a_failed_node_leaves_a_job_on_fewer_nodes_and_scancel_ends_it(task: Path, tmp_path: Path) -> None:
+    """On nodes that are shared: servers asleep while the trainer trains, its state on the host while they generate."""
     shutil.copytree(task, tmp_path / "work")
-    seen = try_out("other_nodes", 4, tmp_path / "work")
+    seen = try_out("other_nodes", 3, tmp_path / "work")
     assert seen["state"] == "CANCELLED", seen["text"]
     assert seen["restarts"] == "1"
-    assert "job 1.0: rl on n1 n2 n3 n4" in seen["log"]
-    assert "job 1.1: rl on n1 n3 n4" in seen["log"]
+    assert "job 1.0: rl on n1 n2 n3," in seen["log"]
+    assert "job 1.1: rl on n1 n3," in seen["log"]
     trainer = (tmp_path / "work/run/logs/trainer.log").read_text()
-    assert re.findall(r"(\d) trainer processes", trainer) == ["4", "2"]
+    assert re.findall(r"(\d) trainer processes", trainer) == ["3", "2"]
+    metrics = (tmp_path / "work/run/rl/metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["seconds/turns"] > 0 for line in metrics)
     assert seen["steps"] == list(range(1, len(seen["steps"]) + 1))
     assert seen["left"] == [], "processes outlived scancel"
     assert seen["checkpoints"]

@@ -1,9 +1,9 @@
 """vLLM's end of a weight push: receive and verify, load, and prove that everything was.
 
 Through the host's memory the bytes come in a file of /dev/shm that the trainer's ranks wrote and every worker on the
-host maps, or over TCP into a buffer of each worker's own. Such a push is two updates: `receive` touches no weight and
-may run while the server samples; `load` comes when it is paused. So a push that is refused, late or cut off in
-`receive` leaves the old weights whole. A collective push holds no second copy of the weights: `join` touches nothing,
+host maps, or over TCP into one that the workers of a host share. Such a push is two updates: `receive` touches no
+weight and may run while the server samples; `load` comes when it is paused. So a push that is refused, late or cut off
+in `receive` leaves the old weights whole. A collective push holds no second copy of the weights: `join` touches nothing,
 `stream`, on a paused server, loads each tensor as it comes, and one that was cut off may begin anew. Left out: a device
 copy of our own, because vLLM's loaders copy to wherever a parameter lives.
 """
@@ -14,6 +14,7 @@ import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,7 @@ from megatron_t1.push.digests import digest
 from megatron_t1.push.group import Group, GroupError, Invitation
 from megatron_t1.push.in_vllm.reload import Reload, check_names
 from megatron_t1.push.layout import Layout, PieceSpec
-from megatron_t1.push.shm import map_shared
+from megatron_t1.push.shm import HostCopy, map_shared
 from megatron_t1.push.tcp import fetch
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or its configuration would drop it
@@ -45,7 +46,9 @@ class Init(WeightTransferInitInfo):
     tensors: list[list[Any]]
     pieces: list[list[Any]]
     path: str | None = None
-    """The shared file; None: the bytes come over TCP, or by broadcasts."""
+    """The trainer's file; None: the bytes come over TCP, or by broadcasts."""
+    copy: str = ""
+    """For TCP: names the file in which the workers of a host share what arrived."""
     timeout_s: float = 600.0
     """Longest silence of a trainer rank, for TCP."""
 
@@ -70,7 +73,8 @@ class Engine(WeightTransferEngine[Init, Update]):
     update_info_cls = Update
 
     buffer: torch.Tensor | None = None
-    """uint8 [num_bytes]: the shared file, or, for TCP, this worker's own memory."""
+    """uint8 [num_bytes]: the trainer's file, or, for TCP, the host's, or this worker's own memory."""
+    copy: HostCopy | None = None
     layout: Layout
     group: Group | None = None
     reload: Reload | None = None
@@ -81,7 +85,11 @@ class Engine(WeightTransferEngine[Init, Update]):
     def init_transfer_engine(self, init_info: Init) -> None:
         layout = Layout.from_json(init_info.num_bytes, init_info.tensors, init_info.pieces)
         check_names(self.model_config, {tensor.name: tensor.shape for tensor in layout.tensors})
-        self.buffer = None if init_info.path is None else map_shared(init_info.path, layout.num_bytes)
+        self._forget_copy()
+        if init_info.path is not None:
+            self.buffer = map_shared(init_info.path, layout.num_bytes)
+        elif init_info.copy:
+            self.copy, self.buffer = _host_copy(init_info.copy, layout.num_bytes)
         self.layout, self.timeout_s = layout, init_info.timeout_s
 
     def start_weight_update(self) -> None:
@@ -109,17 +117,26 @@ class Engine(WeightTransferEngine[Init, Update]):
         logger.info("weights finished in %.3f s", time.monotonic() - began)
 
     def shutdown(self) -> None:
-        self.buffer = None
+        self._forget_copy()
         if self.group:
             self.group.close()
 
+    def _forget_copy(self) -> None:
+        self.buffer = None
+        if self.copy:
+            self.copy.close()
+        self.copy = None
+
     def _receive(self, update_info: Update) -> None:
         began = time.monotonic()
-        if self.buffer is None:
-            self.buffer = torch.empty(self.layout.num_bytes, dtype=torch.uint8)
+        assert self.buffer is not None
         if update_info.sources:
             sources = [(rank, host, port) for rank, host, port in update_info.sources]
-            fetch(sources, update_info.token, self.layout, self.buffer, self.timeout_s)
+            fetches = partial(fetch, sources, update_info.token, self.layout, timeout_s=self.timeout_s)
+            if self.copy:
+                self.copy.fill(update_info.token, fetches)
+            else:
+                fetches(self.buffer)
         received = time.monotonic()
         self._verify(update_info.digests, self.buffer)
         logger.info("weights received in %.3f s, verified in %.3f s", received - began, time.monotonic() - received)
@@ -190,3 +207,15 @@ class Engine(WeightTransferEngine[Init, Update]):
             names = ", ".join(f"{piece.tensor.name} (from rank {piece.rank})" for piece in bad[:3])
             count = f"{len(bad)} of {len(self.layout.pieces)}"
             raise ValueError(f"{count} pieces arrived with bytes that were not sent: {names}")
+
+
+def _host_copy(name: str, num_bytes: int) -> tuple[HostCopy | None, torch.Tensor]:
+    """The copy that this host's workers share, and its bytes; where it finds no room, memory of this worker alone."""
+    try:
+        copy = HostCopy(name, num_bytes)
+    except OSError as error:
+        logger.warning(
+            "%d bytes for weights that arrive find no room in /dev/shm, every worker takes them: %s", num_bytes, error
+        )
+        return None, torch.empty(num_bytes, dtype=torch.uint8)
+    return copy, copy.buffer

@@ -1,0 +1,213 @@
+"""What a run needs of its machines, held against what they have: memory by part, disk, servers, time by stage.
+
+    the trainer's memory -> what a shared GPU leaves to servers -> stopping -> disk -> servers -> a step
+
+The formulas are in estimate.py; here are the bounds, and what to change where one is passed.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_t1.check import estimate
+from megatron_t1.check.findings import Findings
+from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
+from megatron_t1.check.suggest import SHARE
+from megatron_t1.config import UNCORRECTED, Config
+from megatron_t1.models.sizes import Sizes
+from megatron_t1.models.spec import ModelSpec
+
+SCRIPTS_GRACE_S = 1740.0
+"""GRACE_S in slurm/lib.sh."""
+_TURNS = {
+    ("none", False): "as it is",
+    ("none", True): "rollout.sleep = true",
+    ("optimizer", True): "parallel.offload = optimizer and rollout.sleep = true",
+    ("all", True): "parallel.offload = all and rollout.sleep = true",
+}
+"""(parallel.offload, rollout.sleep) in the order in which they are offered."""
+
+
+def needs(
+    cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int], found: Findings
+) -> None:
+    """Adds what `t1 <command>` needs, and what the machines lack of it.
+
+    Args:
+        command: sft, rl or run.
+        longest: tokens of the longest prompt of `train`, and of the longest example of `sft`.
+    """
+    sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
+    layout = layout_of(cfg, spec, command, machines, longest)
+    seconds = seconds_of(cfg, spec, command, machines, longest)
+    checkpoint = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
+    samples = command != "sft"
+    most = _memory(command, machines, sizes, layout, gpu, found)
+    if samples and machines.share_gpus:
+        _shared(cfg, machines, sizes, layout, gpu, most, found)
+    awaits_batch = samples and cfg.awaits_batches
+    nodes = machines.trainer_nodes(command)
+    stopping = estimate.stop_seconds(sizes, layout, seconds, checkpoint, nodes, awaits_batch=awaits_batch)
+    _grace(stopping, machines, found)
+    _disk(cfg, command, sizes, checkpoint, found)
+    if samples:
+        found.should(not cfg.trains_uncorrected, UNCORRECTED)
+        _servers(cfg, spec, sizes, gpu, seconds["generate"], found)
+    step_s = sum(seconds.values())
+    if samples and cfg.rl.lag:
+        step_s = max(seconds["generate"], step_s - seconds["generate"])
+    lengths = ", if responses have half of max_new_tokens on average" if samples else ""
+    found.facts.append(f"time of a step: about {_rounded(step_s)} s ({_listed(seconds)}) on {machines.gpu}s{lengths}")
+
+
+def _memory(
+    command: str, machines: Machines, sizes: Sizes, layout: estimate.Layout, gpu: estimate.Gpu, found: Findings
+) -> float:
+    """Bytes that the fullest trainer GPU ever needs."""
+    worst = fullest(sizes, layout)
+    total = sum(worst.values())
+    listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items() if value)
+    found.facts.append(
+        f"memory of the fullest trainer GPU: {total / 1e9:.3g} GB ({listed}); TP {layout.tensor}, "
+        f"CP {layout.context}, PP {layout.pipeline}, DP {layout.data}, {layout.tokens} tokens of a microbatch on a rank"
+    )
+    found.should(
+        total < SHARE * gpu.memory_bytes,
+        f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
+        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch (more parallel.context) or full recomputation",
+    )
+    gpu_bytes, host_bytes = estimate.checkpoint_memory(sizes, layout, 0)
+    ranks = machines.ranks(command) // machines.trainer_nodes(command)
+    found.facts.append(
+        f"a checkpoint takes {gpu_bytes / 1e9:.3g} GB of a trainer GPU and {ranks * host_bytes / 1e9:.3g} GB of a "
+        "node's memory while it is written"
+    )
+    found.should(
+        gpu_bytes < SHARE * gpu.memory_bytes,
+        f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
+        f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
+    )
+    return max(total, gpu_bytes)
+
+
+def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Findings) -> None:
+    keeps = (cfg.sft if command == "sft" else cfg.rl).checkpoint
+    count = keeps.keep + keeps.keep_best + 1  # and the one that is being written
+    disk, what = count * checkpoint, f"{count} checkpoints"
+    if command != "sft" and cfg.rl.snapshot_every and (snapshots := cfg.rl.steps // cfg.rl.snapshot_every):
+        disk += snapshots * estimate.weight_bytes(sizes, cfg.model.dtype)
+        what += f" and {snapshots} snapshots"
+    folder = next(
+        path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(folder).free
+    found.facts.append(f"disk: {what} take {disk / 1e9:.2f} GB, {folder} has {free / 1e9:.0f} GB free")
+    found.must(
+        disk <= free,
+        f"{what} take {disk / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or lower "
+        f"checkpoint.keep = {keeps.keep} or keep_best = {keeps.keep_best}",
+    )
+
+
+def _servers(cfg: Config, spec: ModelSpec, sizes: Sizes, gpu: estimate.Gpu, generate_s: float, found: Findings) -> None:
+    holds = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, cfg.server_dtype, cfg.rollout.gpu_memory_utilization)
+    full = cfg.rollout.max_model_len or spec.max_position_embeddings
+    found.facts.append(
+        f"each vLLM server (TP {cfg.rollout.tp}): room for {holds:.0f} tokens of keys and values, {holds / full:.1f} "
+        f"samples of {full} tokens at a time"
+    )
+    found.should(
+        holds >= full,
+        f"a vLLM server of TP {cfg.rollout.tp} has no room for one sample of {full} tokens: raise rollout.tp",
+    )
+    for name, limit_s in (
+        ("rollout.request_timeout_s", cfg.rollout.request_timeout_s),
+        ("parallel.timeout_s", cfg.parallel.timeout_s),
+    ):
+        found.should(
+            2 * generate_s <= limit_s,
+            f"{name} = {limit_s:.0f} is not well above the {generate_s:.0f} s that generating a batch may take: "
+            "raise it",
+        )
+
+
+def _shared(
+    cfg: Config,
+    machines: Machines,
+    sizes: Sizes,
+    layout: estimate.Layout,
+    gpu: estimate.Gpu,
+    most: float,
+    found: Findings,
+) -> None:
+    """Trainer and server on one GPU: what each takes of it in whose turn. `most`: bytes that the trainer ever needs."""
+    parts, asked, total = fullest(sizes, layout), cfg.rollout.gpu_memory_utilization, 0.97 * gpu.memory_bytes
+    dtype = cfg.server_dtype
+    length = cfg.rollout.max_model_len or cfg.sampling.max_new_tokens
+    offload, sleep = cfg.parallel.offload, cfg.rollout.sleep
+    offered = {turns: name for turns, name in _TURNS.items() if not (turns[1] and cfg.rl.lag)}
+    rooms, told = {}, []
+    for turns in _TURNS:
+        kept = estimate.kept_bytes(parts, turns[0]) if turns[1] else most
+        free = (total - kept - estimate.CONTEXT_BYTES) / gpu.memory_bytes
+        rooms[turns] = room = max(0, math.floor(100 * free)) / 100
+        samples = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, dtype, room) / length
+        cost = estimate.turn_seconds(estimate.moved_bytes(parts, layout, turns[0]), gpu, sleep=turns[1])
+        if turns in offered:
+            told.append(f"{offered[turns]}: {room:.2f} ({samples:.0f} samples, {cost:.1f} s a step)")
+    found.facts.append(
+        "what the trainer leaves of a shared GPU for rollout.gpu_memory_utilization, the samples of "
+        f"{length} tokens that a server then holds, and what it costs; {'; '.join(told)}"
+    )
+    room = rooms[offload if sleep else "none", sleep]
+    enough = next((name for turns, name in offered.items() if rooms[turns] >= asked), None)
+    found.must(
+        asked <= room,
+        f"rollout.gpu_memory_utilization = {asked:g} is more than the {room:.2f} of a shared GPU that the trainer "
+        f"leaves: lower it, {f'set {enough}, ' if enough else ''}or have the trainer need less (more nodes or "
+        "parallel.pipeline, fewer parallel.max_tokens_per_microbatch, full recomputation)",
+    )
+    found.should(
+        sleep or offload == "none",
+        f"parallel.offload = {offload} gives the servers nothing while rollout.sleep is off: they take their memory "
+        "once, at their start",
+    )
+    if sleep:
+        loading = estimate.kept_bytes(parts, "none") + estimate.weight_bytes(sizes, dtype) / cfg.rollout.tp
+        needed = max(most, loading) + estimate.CONTEXT_BYTES + estimate.ASLEEP_BYTES
+        found.must(
+            needed <= total,
+            f"trainer and sleeping servers need {needed / 1e9:.0f} GB of a GPU of {gpu.memory_bytes / 1e9:.0f} GB: "
+            "more nodes or parallel.pipeline, fewer parallel.max_tokens_per_microbatch, or full recomputation",
+        )
+    if offload != "none":
+        moved = estimate.moved_bytes(parts, layout, offload)
+        found.facts.append(f"parallel.offload = {offload} pins {moved / 1e9:.3g} GB of host memory a rank")
+    if machines.nodes > 1 and cfg.rollout.transport in ("auto", "tcp"):
+        copy = estimate.weight_bytes(sizes, cfg.model.dtype)
+        found.facts.append(f"a push by tcp takes {copy / 1e9:.3g} GB of a node's /dev/shm: the model, once")
+
+
+def _listed(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {_rounded(value)} s" for name, value in seconds.items())
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _grace(seconds: Mapping[str, float], machines: Machines, found: Findings) -> None:
+    """What stopping takes at worst, against what the batch script gives it."""
+    needed = sum(seconds.values())
+    found.facts.append(f"stopping needs about {needed:.0f} s from USR1, at worst ({_listed(seconds)})")
+    given, enough = machines.grace_s or SCRIPTS_GRACE_S, 60 * math.ceil(needed / 60)
+    hold = found.must if machines.grace_s else found.should
+    hold(
+        needed <= given,
+        f"GRACE_S = {given:.0f}{'' if machines.grace_s else ', as the batch scripts have it,'} is less than stopping "
+        "needs: the time limit would kill the trainer before its checkpoint is whole; submit with "
+        f"GRACE_S={enough} and sbatch --signal=B:USR1@{enough + 60}",
+    )
