@@ -3,9 +3,9 @@
 Through the host's memory the bytes come in a file of /dev/shm that the trainer's ranks wrote and every worker on the
 host maps, or over TCP into one that the workers of a host share. Such a push is two updates: `receive` touches no
 weight and may run while the server samples; `load` comes when it is paused. So a push that is refused, late or cut off
-in `receive` leaves the old weights whole. A collective push holds no second copy of the weights: `join` touches nothing,
-`stream`, on a paused server, loads each tensor as it comes, and one that was cut off may begin anew. Left out: a device
-copy of our own, because vLLM's loaders copy to wherever a parameter lives.
+in `receive` leaves the old weights whole. A collective push holds no second copy of the weights: `join` touches
+nothing, `stream`, on a paused server, loads each tensor as it comes, and one that was cut off may begin anew. Left
+out: a device copy of our own, because vLLM's loaders copy to wherever a parameter lives.
 """
 
 from __future__ import annotations
