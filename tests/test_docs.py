@@ -60,8 +60,18 @@ def words_of(line: str) -> list[str]:
 
 def missing_links(page: Path, prose: str) -> Iterator[str]:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):
-        if not target.startswith(("http://", "https://")) and not (page.parent / target.partition("#")[0]).exists():
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
             yield f"link to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 @functools.cache
