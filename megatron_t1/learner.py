@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,11 @@ class Learner:
             may_change=self.cfg.resume_with_changes,
         )
 
-    def learn(self, groups: list[Group], before_training: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def learn(self, groups: list[Group]) -> dict[str, float]:
         """One optimizer step. Returns its metrics, the same on every rank. `follow` comes next.
 
-        Args:
-            before_training: called when all is prepared, for what would rather be done than train; it may raise.
+        Raises:
+            Stopped: rank 0 was asked to stop; no step was taken.
         """
         cfg, watch = self.cfg, self.watch
         with watch("pack"):
@@ -85,7 +85,6 @@ class Learner:
             balance = self.engine.balance(microbatches, sequences)
         with watch("anchor"):
             kl = prescore(self.engine, self.anchor, microbatches, sequences, cfg.loss)
-        before_training()
         with watch("train"):
             if cfg.awaits_batches:
                 self._before = [tensor.detach().to("cpu", copy=True) for tensor in self.engine.tensors()]

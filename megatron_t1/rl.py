@@ -176,7 +176,7 @@ class Trainer:
         """One step of T1. Returns its metrics, the same on every rank.
 
         Raises:
-            Stopped: the run was asked to stop before it trained; no step was taken.
+            Stopped: the run was asked to stop; no step was taken, and the samples wait in the bank.
             MismatchError: the samples are not from the policy that was trained; the run must end here.
         """
         watch = self.watch
@@ -190,8 +190,7 @@ class Trainer:
         self._to_trainer()
         with watch("measure"):
             measured |= self.milestones.kl_to_start(self.steps_done, batch.groups)
-        # Asked to stop meanwhile: the samples wait in the bank, and training would take longest.
-        metrics = self.learner.learn(batch.groups, before_training=partial(self._on_main, lambda: None))
+        metrics = self.learner.learn(batch.groups)
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
         try:
             bound = max_logprob_diff(self.cfg, self.cfg.rl.lag)

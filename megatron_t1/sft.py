@@ -25,7 +25,7 @@ from megatron_t1.engine.saving import Saver
 from megatron_t1.engine.step import Engine
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.platform.detect import Platform
-from megatron_t1.stop import STOP, Stopped
+from megatron_t1.stop import Stopped
 from megatron_t1.trackers import open_log
 from megatron_t1.types import TrainSequence
 
@@ -109,8 +109,14 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
         if step > total:
             break
         num_targets = sum(len(sequence.response_ids) for sequence in batch)
-        with watch("train"):
-            metrics = engine.step(engine.pack(batch), num_targets, sft_token_loss)
+        try:
+            with watch("train"):
+                metrics = engine.step(engine.pack(batch), num_targets, sft_token_loss)
+        except Stopped:
+            if losses:
+                save(step - 1)
+            saver.finish()
+            raise
         losses.append(metrics["loss"])
         metrics["tokens_per_s"] = sum(sequence.num_tokens for sequence in batch) / watch.lap()["train"]
         if log:
@@ -120,11 +126,6 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
         saver.finish(wait=False)
         if cfg.sft.checkpoint.due(step, total):
             save(step)
-        if step < total and from_main(STOP.asked):
-            if losses:
-                save(step)
-            saver.finish()
-            raise Stopped
     bar.close()
     saver.finish()
     if log:

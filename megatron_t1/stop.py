@@ -1,8 +1,9 @@
 """Stopping in order when a batch system asks: SIGUSR1 (a time limit comes near) or SIGTERM (preemption, scancel).
 
-The rule: a step that trains is finished; one that does not yet (it generates, or asks the anchor) is dropped, its
+The rule: the step is dropped, whether it generates, asks the anchor or trains, there between two microbatches; its
 finished samples stay on the disk and are not asked again; then a checkpoint is written and the process ends with
-EXIT_STOPPED. Rank 0's signal decides for all ranks, at a point where all of them ask for its decision.
+EXIT_STOPPED. A step that has begun its last microbatch is finished. Rank 0's signal decides for all ranks, at points
+where all of them ask for its decision.
 """
 
 from __future__ import annotations

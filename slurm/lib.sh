@@ -12,8 +12,8 @@
 # in a container: by Apptainer when IMAGE ends in .sif, by the pyxis plugin of Slurm otherwise. It sees T1_HOME, RUN_DIR,
 # MODEL and DATA, or the folders in T1_MOUNTS (A,B), and T1_PYTHON is the Python inside.
 #
-# USR1 (Slurm sends it before the time limit, #SBATCH --signal=B:USR1@1800) -> the trainer finishes or drops its step,
-# writes a checkpoint and exits with 75 -> the job is requeued and goes on from there. A rank that was killed -> the
+# USR1 (Slurm sends it before the time limit, #SBATCH --signal=B:USR1@1800) -> the trainer drops its step, writes a
+# checkpoint and exits with 75 -> the job is requeued and goes on from there. A rank that was killed -> the
 # trainer is started again from the newest checkpoint while the servers stay up, RESTARTS times without a step between.
 # A node that fails -> Slurm requeues the job. Any other end of the trainer ends the job with its exit code.
 
@@ -31,6 +31,10 @@ STOPPED=75                        # exit code of a trainer that stopped as asked
 JOB=${SLURM_JOB_ID:-0}
 SESSION=$JOB.${SLURM_RESTART_COUNT:-0}
 export PYTHONPATH=$T1_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+# What is compiled stays on each node: all ranks at once would write into a home folder on the network.
+caches=/tmp/t1_${USER:-$UID}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton} VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$caches/vllm}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$caches/torchinductor}
 
 ASKED_TO_STOP=
 TRAINER=
@@ -172,7 +176,7 @@ prepare() { # COMMAND CONFIG OPTIONS...: all of `find_nodes`, and options; refus
 
 on_usr1() {
   ASKED_TO_STOP=1
-  say "asked to stop: the trainer finishes or drops its step and writes a checkpoint"
+  say "asked to stop: the trainer drops its step and writes a checkpoint"
   [ -n "$TRAINER" ] && kill -USR1 "$TRAINER" # srun hands it to all ranks
   (sleep "$GRACE_S" && kill -KILL "$TRAINER") 2>/dev/null &
 }

@@ -189,6 +189,7 @@ MEASURED = {
     "rl.steps": 4,
     "rl.prompts_per_step": 2,
     "sampling.num_samples": 8,  # samples.jsonl has two prompts of a step
+    "parallel.max_tokens_per_microbatch": 256,
     "evaluate.sampling.num_samples": 1,
     "evaluate.sampling.max_new_tokens": 48,
 }
@@ -238,8 +239,8 @@ def test_a_run_that_is_asked_to_stop_goes_on_bit_equal(
         assert set(calls) == {"weights finished"}
 
 
-def test_a_step_that_has_not_trained_yet_is_dropped(straight, forks, t1, tuned, server, tmp_path):
-    """Asked to stop while the anchor is asked: the step's samples wait in the bank, the checkpoint comes at once."""
+def test_a_step_that_trains_is_dropped(straight, forks, t1, tuned, server, tmp_path):
+    """Asked to stop between its microbatches: the step's samples wait in the bank, the checkpoint comes at once."""
     arguments = options(tuned, tmp_path, **server, **MEASURED)
     stopped = forks.run(WORKERS / "stopped_worker.py", *arguments, timeout_s=600)
     assert stopped.returncode == 75, stopped.stderr[-3000:]
@@ -517,7 +518,7 @@ def test_a_killed_server_is_replaced(start_t1, t1, tuned, tmp_path):
 
 def test_the_exported_model_answers_as_the_trained_one(t1, tuned, server, straight, tmp_path):
     """Greedy answers of the export in transformers are those of vLLM serving the trained weights."""
-    same = {"rl.prompts_per_step": 2, "sampling.num_samples": 8}
+    same = {"rl.prompts_per_step": 2, "sampling.num_samples": 8, "parallel.max_tokens_per_microbatch": 256}
     t1("rl", *options(tuned, tmp_path, **server, **same, **{"rl.steps": 2}))
     for row, measured in zip(timeless(tmp_path), timeless(straight), strict=False):
         assert row == {name: measured[name] for name in row}, "what is measured meanwhile changes nothing"

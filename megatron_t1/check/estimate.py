@@ -39,9 +39,10 @@ anchor's stage is a forward pass of the anchor, and where sums over samples are 
 
 With rl.lag a step takes as long as the slower of generate and the rest.
 
-From a signal to stop to the end, at worst: it comes when the training of a step begins.
+From a signal to stop to the end, at worst: it comes when the last microbatch of a step has begun.
 
-    train, push  of that step: it is finished
+    train        that microbatch through all stages: train x stages / (microbatches + stages - 1)
+    push         of that step: it is finished
     generate     with rl.lag and rollout.pause_mode = wait: what is left of the batch that is made meanwhile
     collect      12 P / _COPY_BYTES_PER_S: the optimizer's state, to the host
     write        the checkpoint / (nodes x _DISK_BYTES_PER_S)
@@ -240,7 +241,9 @@ def stop_seconds(
     """
     most = max(parameters(sizes, layout, stage) for stage in range(layout.pipeline))
     disk = checkpoint / (nodes * _DISK_BYTES_PER_S)
-    finished = {name: step[name] for name in ("train", "push") if name in step}
+    finished = {"train": step["train"] * layout.pipeline / (layout.microbatches + layout.pipeline - 1)}
+    if "push" in step:
+        finished["push"] = step["push"]
     if awaits_batch:
         finished["generate"] = max(0.0, step["generate"] - step["train"])
     return {**finished, "collect": 12 * most / _COPY_BYTES_PER_S, "write": disk, "digest": disk}

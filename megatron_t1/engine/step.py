@@ -27,6 +27,7 @@ from megatron_t1.algo.loss import Metrics, TokenFields
 from megatron_t1.data.packing import pack
 from megatron_t1.engine import stored
 from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
+from megatron_t1.engine.cut import Cut, no_loss, zeros_onward
 from megatron_t1.engine.model import T1GPTModel, build_model, output_head, packed_seq_params, takes_te_layers, wrap_ddp
 from megatron_t1.engine.optimizer import build_optimizer
 from megatron_t1.engine.parallel import shards
@@ -41,7 +42,8 @@ from megatron_t1.weights.plan import local_pieces
 
 
 class ForwardEngine:
-    """A model on this rank's layout that is only asked. Every method is collective over the trainer's ranks."""
+    """A model on this rank's layout that is only asked. Every method is collective over the trainer's ranks, and those
+    that pass microbatches through it raise Stopped between two of them (`engine.cut`)."""
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, platform: Platform, *, temperature: float) -> None:
         """`temperature` divides the logits: the sampling temperature in RL, 1 in SFT."""
@@ -153,8 +155,12 @@ class ForwardEngine:
         loss_func: Callable[..., Any],
         forward_only: bool,
     ) -> list[Any]:
-        def forward_step(batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            microbatch = next(batches)
+        self.cut = cut = Cut()
+
+        def forward_step(batches: Iterator[tuple[int, Microbatch]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            number, microbatch = next(batches)
+            if cut.leaves_out(number):
+                return zeros_onward(chunk, self.config, microbatch), no_loss
             output = chunk(
                 microbatch.token_ids[None],
                 microbatch.position_ids[None],
@@ -164,9 +170,9 @@ class ForwardEngine:
             return output, partial(loss_func, microbatch)
 
         with self._without_sync() if forward_only else contextlib.nullcontext():
-            return get_forward_backward_func()(
+            results: list[Any] = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=[iter(microbatches) for _ in chunks],
+                data_iterator=[iter(enumerate(microbatches)) for _ in chunks],
                 model=list(chunks),
                 num_microbatches=len(microbatches),
                 seq_length=microbatches[0].token_ids.numel() * self.parallel.context,
@@ -174,6 +180,8 @@ class ForwardEngine:
                 forward_only=forward_only,
                 collect_non_loss_data=forward_only,
             )
+        cut.finish()
+        return results
 
     @contextlib.contextmanager
     def _without_sync(self) -> Iterator[None]:
@@ -200,7 +208,7 @@ class Engine(ForwardEngine):
         temperature: float,
     ) -> None:
         super().__init__(model, parallel, platform, temperature=temperature)
-        self.config.finalize_model_grads_func = _finalize_without_token_count
+        self.config.finalize_model_grads_func = self._finalize
         self.ddp = wrap_ddp(self.config, self.chunks, parallel)
         self.config.no_sync_func = self._no_sync
         self.optimizer, self.scheduler = build_optimizer(
@@ -214,6 +222,11 @@ class Engine(ForwardEngine):
             for ddp in self.ddp:
                 stack.enter_context(ddp.no_sync())
             yield
+
+    def _finalize(self, model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+        # The loss is over the global token count already; Megatron must not divide the gradients again.
+        if not self.cut.made:
+            finalize_model_grads(model, None, **kwargs)
 
     def load_weights(self, folder: Path) -> None:
         super().load_weights(folder)
@@ -235,6 +248,7 @@ class Engine(ForwardEngine):
 
         Raises:
             FloatingPointError: the loss is not finite (no step was taken), or the gradient norm was not.
+            Stopped: rank 0 was asked to stop before the last microbatch was begun: no step was taken.
         """
         for ddp in self.ddp:
             ddp.train()
@@ -302,8 +316,3 @@ def _token_logprobs(hidden: torch.Tensor, head: Head, microbatch: Microbatch) ->
     values = logprob_entropy_nograd(hidden, head, microbatch.target_positions, microbatch.targets)[0]
     positions = microbatch.position_ids[microbatch.target_positions]
     return tuple(part.cpu().numpy() for part in (microbatch.sample_index, positions, values.float()))
-
-
-def _finalize_without_token_count(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
-    # The loss is over the global token count already; Megatron must not divide the gradients again.
-    finalize_model_grads(model, None, **kwargs)

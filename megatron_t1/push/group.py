@@ -225,6 +225,11 @@ class _Gloo:
         self._works.clear()
 
 
+def import_nccl() -> None:
+    """vLLM's wrapper of it: seconds, and from a network file system half a minute."""
+    import vllm.distributed.device_communicators.pynccl  # noqa: F401
+
+
 class _Nccl:
     """By vLLM's wrapper: torch's own ends the process when a member is lost."""
 

@@ -32,7 +32,7 @@ import torch
 from megatron_t1.push import collective
 from megatron_t1.push.digests import digest, digest_kind
 from megatron_t1.push.fanout import Fanout
-from megatron_t1.push.group import BROKE, Group, GroupError, Invitation, Meeting
+from megatron_t1.push.group import BROKE, Group, GroupError, Invitation, Meeting, import_nccl
 from megatron_t1.push.layout import Layout, PieceSpec
 from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
 from megatron_t1.push.shm import SharedFile
@@ -157,6 +157,8 @@ class CollectiveTransport:
         # Of a meeting, and of a stream: a server can then say within its phase's deadline that they failed.
         self._timeout_s = ranks.timeout_s / 2
         self._group: Group | None = None
+        if torch.cuda.is_available():
+            import_nccl()  # now, while the servers start
         # On rank 0: how many workers of which servers were invited into the group, and with which token.
         self._workers: dict[Server, int] = {}
         self._token = ""

@@ -326,7 +326,7 @@ def test_responses_have_the_papers_length_and_fit_with_their_prompts(example: st
 
 
 def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
-    """A step of the 32B example trains for twelve minutes, its checkpoint is 590 GB: five minutes are not enough."""
+    """The checkpoint of the 32B example is 590 GB: five minutes are not enough."""
     cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
     spec, longest = spec_of(tmp_path), {"train": 200}
     sizes, layout = Sizes.of(spec), layout_of(cfg, spec, "rl", machines, longest)
@@ -335,16 +335,17 @@ def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
     ahead = estimate.stop_seconds(sizes, layout, step, size, nodes=2, awaits_batch=True)
     seconds = estimate.stop_seconds(sizes, layout, step, size, nodes=2, awaits_batch=False)
     assert ahead == seconds | {"generate": max(0, step["generate"] - step["train"])}
-    assert seconds["train"] == step["train"]
+    assert seconds["train"] == pytest.approx(step["train"] * 2 / (layout.microbatches + 1))
+    assert layout.microbatches > 100
     assert seconds["write"] == seconds["digest"] == size / 2e9
-    assert 900 < sum(seconds.values()) < 1740
+    assert 590 < sum(seconds.values()) < 660
 
     found = Findings()
     _grace(seconds, dataclasses.replace(machines, grace_s=1740), found)
     assert not found.problems
     _grace(seconds, dataclasses.replace(machines, grace_s=270), found)
     assert re.fullmatch(
-        r"GRACE_S = 270 is less than stopping needs: .*; submit with GRACE_S=1380 and sbatch --signal=B:USR1@1440",
+        r"GRACE_S = 270 is less than stopping needs: .*; submit with GRACE_S=660 and sbatch --signal=B:USR1@720",
         found.problems[0],
     )
 

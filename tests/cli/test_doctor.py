@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sysconfig
 from collections.abc import Iterator
 from importlib.metadata import requires
@@ -86,6 +87,13 @@ def test_a_compiler_without_pythons_header_is_missing(monkeypatch: pytest.Monkey
     state, what, why = doctor._compiler(needed=False)
     assert (state, what) == ("absent", "C compiler")
     assert why.endswith("on every node; install gcc, or name one in CC")
+
+
+def test_the_batch_scripts_keep_every_cache_on_its_node() -> None:
+    script = f". slurm/lib.sh; printf '%s\\n' {' '.join(f'${name}' for name in doctor._CACHES)}"
+    own = {"USER": "me", "VLLM_CACHE_ROOT": "/scratch/vllm"}
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT, env=own, check=True).stdout
+    assert said.splitlines() == ["/tmp/t1_me/triton", "/tmp/t1_me/torchinductor", "/scratch/vllm"]
 
 
 def test_a_cache_on_a_network_file_system_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,9 +53,11 @@ def cut_after_three(folder, tmp_path):
     shutil.copy(folder / "sft/metrics.jsonl", tmp_path / "sft")
 
 
-def test_same_layout_is_bit_equal(straight, train, tmp_path):
-    folder, layout, ranks, metrics, weights = straight
-    cut_after_three(folder, tmp_path)
+def test_stopped_between_two_microbatches_it_goes_on_bit_equal(straight, train, run_ranks, model_dir, tmp_path):
+    _, layout, ranks, metrics, weights = straight
+    run_ranks(WORKER, ranks, tmp_path, model_dir, json.dumps(layout), 6, 99, "stopped")
+    assert [path.name for path in finished(tmp_path / "sft/checkpoints")] == ["step_00000003"]
+    assert len((tmp_path / "sft/metrics.jsonl").read_text().splitlines()) == 3
     resumed_metrics, resumed = train(tmp_path, layout, ranks, 6, "resume")
     untimed = [
         [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in run] for run in (metrics, resumed_metrics)

@@ -1,4 +1,4 @@
-"""`t1 rl` that is asked to stop (USR1) while its second step asks the anchor.
+"""`t1 rl` that is asked to stop (USR1) while its second step trains.
 
 argv: the command's options.
 """
@@ -10,21 +10,29 @@ import signal
 import sys
 from typing import Any
 
-from megatron_t1 import learner
 from megatron_t1.cli.main import main
 
-prescore = learner.prescore
-calls: list[int] = []
 
+def ask_in_step(number: int) -> None:
+    """The signal comes to this process in the first microbatch of its training step `number`, counted from 1."""
+    from megatron_t1.engine.model import T1GPTModel
+    from megatron_t1.engine.step import Engine
 
-def prescore_and_ask(*arguments: Any) -> dict[str, float]:
-    scored = prescore(*arguments)
-    calls.append(1)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGUSR1)
-    return scored
+    step, forward, microbatches = Engine.step, T1GPTModel.forward, []
+
+    def counted(*args: Any, **kwargs: Any) -> dict[str, float]:
+        microbatches.append(len(args[1]))
+        return step(*args, **kwargs)
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        if len(microbatches) == number:
+            assert microbatches[-1] > 1, "none is left to be dropped"
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward(*args, **kwargs)
+
+    Engine.step, T1GPTModel.forward = counted, asked
 
 
 if __name__ == "__main__":
-    learner.prescore = prescore_and_ask
+    ask_in_step(2)
     sys.exit(main(["rl", *sys.argv[1:]]))

@@ -162,11 +162,12 @@ class WeightGradient:
         """What the backward returns for the weight; `g` is the gradient that came to a loss formed in the forward."""
         if self.main_grad is None:
             return self.buffer.mul_(g)
-        if abs(g.item() - self.scale) > 1e-6 * abs(self.scale):
-            raise RuntimeError(
-                f"fused_loss added dW to main_grad for an incoming gradient of {self.scale} but got {g.item()}: pass"
-                " grad_scale = everything the loss is multiplied by between fused_loss and the backward"
-            )
+        # On a GPU without waiting for it: there a false condition ends the process.
+        torch._assert_async(
+            (g - self.scale).abs() <= 1e-6 * abs(self.scale),
+            f"fused_loss added dW to main_grad for an incoming gradient of {self.scale} and got another: pass "
+            "grad_scale = everything the loss is multiplied by between fused_loss and the backward",
+        )
         # As in Megatron's own fused linear (tensor_parallel/layers.py): DDP's hook must see a gradient but not add it,
         # except on an embedding tied within this stage (zero_out_wgrad), whose hook adds what autograd summed.
         if not hasattr(self.weight, "grad_added_to_main_grad"):
