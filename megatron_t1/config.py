@@ -66,6 +66,20 @@ class RLConfig:
             at_least(self, 0, "max_logprob_diff")
         self.optim.check_steps(self.steps)
 
+    def check_draws_from(self, num_questions: int) -> None:
+        """Refuse a file that a batch can't be drawn from."""
+        if num_questions < self.prompts_per_step:
+            raise FieldError(
+                "rl.prompts_per_step", self.prompts_per_step, f"is larger than the {num_questions} questions; lower it"
+            )
+        if self.refill and num_questions == self.prompts_per_step:
+            raise FieldError(
+                "rl.refill",
+                self.refill,
+                f"asks other questions in place of some, and rl.prompts_per_step = {self.prompts_per_step} are all "
+                "there are; lower one of them",
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:

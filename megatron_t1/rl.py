@@ -94,15 +94,7 @@ def check(cfg: Config, prompts: list[Prompt]) -> None:
     Raises:
         ValueError: a batch larger than the data, a sample that may not fit into a microbatch.
     """
-    if len(prompts) < cfg.rl.prompts_per_step:
-        raise ValueError(
-            f"rl.prompts_per_step = {cfg.rl.prompts_per_step} is larger than the {len(prompts)} questions; lower it"
-        )
-    if cfg.rl.refill and len(prompts) == cfg.rl.prompts_per_step:
-        raise ValueError(
-            f"rl.refill = {cfg.rl.refill:g} asks other questions in place of some, and rl.prompts_per_step = "
-            f"{cfg.rl.prompts_per_step} are all there are; lower one of them"
-        )
+    cfg.rl.check_draws_from(len(prompts))
     cfg.parallel.check_fits(max(len(prompt.token_ids) for prompt in prompts) + cfg.sampling.max_new_tokens)
 
 
@@ -185,6 +177,8 @@ class Trainer:
         self._to_servers()
         with watch("generate"):  # at a lag, what is left of it
             batch = self._collect()
+        with watch("checkpoint"):  # of the step before: written long since, and it would be lost with this step
+            self._finish_save(wait=False)
         with watch("measure"):
             measured = self._measure()
         self._to_trainer()
@@ -224,7 +218,7 @@ class Trainer:
             began = time.monotonic()
             try:
                 metrics = self.step()
-            except (Stopped, MismatchError) as error:
+            except (Stopped, MismatchError, FloatingPointError) as error:
                 if isinstance(error, Stopped):
                     self._save()
                 self._finish_save()

@@ -112,8 +112,8 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
         try:
             with watch("train"):
                 metrics = engine.step(engine.pack(batch), num_targets, sft_token_loss)
-        except Stopped:
-            if losses:
+        except (Stopped, FloatingPointError) as error:
+            if losses and isinstance(error, Stopped):
                 save(step - 1)
             saver.finish()
             raise

@@ -25,6 +25,8 @@ T1_PYTHON=${T1_PYTHON:-$T1_HOME/.venv/bin/python}
 VLLM_NODES=${VLLM_NODES:-0}
 VLLM_GPUS=${VLLM_GPUS:-}          # of every node, when VLLM_NODES=0; unset: half, or all with rollout.share_gpus
 VLLM_TP=${VLLM_TP:-}              # GPUs of one server; unset: rollout.tp
+RANKS=${RANKS:-}                  # trainer processes on a node; unset: one on each GPU that is not for vLLM
+SERVERS_PER_NODE=${SERVERS_PER_NODE:-}  # unset: as many as its GPUs for vLLM hold
 RESTARTS=${RESTARTS:-3}
 GRACE_S=${GRACE_S:-1740}          # from USR1 to the end, when the trainer does not stop by itself: 60 less than --signal says
 STOPPED=75                        # exit code of a trainer that stopped as asked
@@ -71,6 +73,7 @@ t1_rl() {
 t1_sft() {
   local config=$1
   shift
+  VLLM_NODES=0
   prepare sft "$config" ${DATA:+--data.sft "$DATA/sft.jsonl"} "$@"
   run_trainer sft "${RANKS:-$GPUS}" "${NODES[@]}"
 }
@@ -84,6 +87,7 @@ t1_curate() { ask curate "${DATA:+--curate.inputs=[$DATA/raw.jsonl]}" "$@"; }
 t1_synthesize() {
   local config=$1
   shift
+  VLLM_NODES=0
   find_nodes synthesize
   [[ $config = /* ]] || config=$T1_HOME/$config
   VLLM_TP=${VLLM_TP:-$(rollout tp --config "$config" "$@")}
@@ -93,6 +97,7 @@ t1_synthesize() {
 }
 
 t1_convert() {
+  VLLM_NODES=0
   find_nodes convert
   OPTIONS=("$@")
   run_trainer convert 1 "${NODES[0]}"
@@ -101,6 +106,7 @@ t1_convert() {
 ask() { # COMMAND DATA_OPTION CONFIG OPTIONS...
   local command=$1 data=$2 config=$3
   local -a options=() label=()
+  VLLM_NODES=0
   shift 3
   while (($#)); do # the label is the evaluation's own: `t1 check` and `t1 serve` have none
     case $1 in

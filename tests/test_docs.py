@@ -164,6 +164,8 @@ def wrong_in_command(words: list[str]) -> Iterator[str]:
             yield f"t1 {command} {option}"
         elif unknown := unknown_setting(CONFIGS[command], name, given if equals else value):
             yield f"t1 {command} --{unknown}"
+        elif command not in ("check", "replay") and f"--{name}" not in help_of(command):
+            yield f"t1 {command} --{name}, of which its help says that it has no effect"
 
 
 def wrong_settings(codes: list[str]) -> Iterator[str]:

@@ -64,7 +64,7 @@ def check(cfg: Config, command: str, machines: Machines, found: Findings, *, sug
         _lengths(cfg, spec, command, longest, template, found)
     if trains:
         needs(cfg, spec, command, machines, longest, found)
-        if suggests and machines.share_gpus:
+        if suggests and machines.share_gpus and command != "sft":
             found.facts.append(
                 "no layout is suggested for shared GPUs: what fits depends on rollout.gpu_memory_utilization"
             )
@@ -121,12 +121,19 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, foun
     parallel, world = cfg.parallel, machines.ranks(command)
     if machines.splits_nodes(command) and not (cfg.rollout.urls or cfg.rollout.await_servers):
         found.must(
-            0 < machines.shared_gpus < machines.gpus_per_node,
-            f"{machines.shared_gpus} of the {machines.gpus_per_node} GPUs of a node are for vLLM, the others train: "
-            "one side has none; give --vllm_gpus, or set rollout.share_gpus = true (docs/cluster.md)",
+            0 < machines.vllm_gpus_of_node < machines.gpus_per_node,
+            f"{machines.vllm_gpus_of_node} of the {machines.gpus_per_node} GPUs of a node are for vLLM, the others "
+            "train: one side has none; give --vllm_gpus, or set rollout.share_gpus = true (docs/cluster.md)",
+        )
+    ours = 0 if machines.vllm_nodes or machines.share_gpus or cfg.rollout.urls else machines.vllm_gpus_of_node
+    if command in ("rl", "run") and machines.ranks_per_node:
+        found.must(
+            machines.ranks_per_node + ours <= machines.gpus_per_node,
+            f"{machines.ranks_per_node} trainer processes on a node and {ours} GPUs of it for vLLM are more than its "
+            f"{machines.gpus_per_node}: lower one of them, or set rollout.share_gpus = true (docs/cluster.md)",
         )
     try:
-        check_divisible(spec, parallel)
+        check_divisible(spec, parallel, cfg.model.transformer)
     except ValueError as error:
         found.problems += str(error).partition(": ")[2].split("; ")
     try:
@@ -187,7 +194,10 @@ def _sampling(cfg: Config, spec: ModelSpec, command: str, found: Findings) -> No
 def _files(cfg: Config, command: str, found: Findings) -> dict[str, Path]:
     """The files of `data` that the command reads and that are there, by name."""
     files = {}
-    for name in {"sft": ("sft",), "rl": ("train",), "run": ("sft", "train", "heldout")}.get(command, ()):
+    read = {"sft": ("sft",), "rl": ("train",), "run": ("sft", "train", "heldout")}.get(command, ())
+    if command == "rl" and cfg.data.heldout:
+        read += ("heldout",)
+    for name in read:
         try:
             files[name] = cfg.data.need(name)
         except ValueError as error:
@@ -198,9 +208,10 @@ def _files(cfg: Config, command: str, found: Findings) -> dict[str, Path]:
 def _data(cfg: Config, command: str, files: dict[str, Path], template: Template, found: Findings) -> dict[str, int]:
     """Reads the first lines of each file that the command needs; the longest prompt (or example) in tokens."""
     longest: dict[str, int] = {}
-    if command in ("evaluate", "scaling"):
+    measures = command in ("rl", "run") and cfg.rl.measure_every
+    if command in ("evaluate", "scaling") or measures:
         try:
-            named = cfg.evaluate.sets if command == "evaluate" else [cfg.scaling.set]
+            named = [cfg.scaling.set] if command == "scaling" else cfg.evaluate.sets
             for name, questions in question_sets(cfg, named).items():
                 tokens = max(len(question.prompt(template).token_ids) for question in questions)
                 longest["heldout"] = max(tokens, longest.get("heldout", 0))
@@ -227,13 +238,14 @@ def _data(cfg: Config, command: str, files: dict[str, Path], template: Template,
                 found.problems.append(f"data.{name}: {str(error).replace(str(beginning), str(path))}")
                 continue
         found.facts.append(f"data.{name}: {count} lines; the longest of the first {len(head)}: {longest[name]} tokens")
-        wanted = {
-            "sft": ("sft.batch_size", cfg.sft.batch_size),
-            "train": ("rl.prompts_per_step", cfg.rl.prompts_per_step),
-        }
-        if name in wanted:
-            setting, least = wanted[name]
-            found.must(count >= least, f"{setting} = {least} is larger than the {count} lines of {path}")
+        if name == "sft":
+            least = cfg.sft.batch_size
+            found.must(count >= least, f"sft.batch_size = {least} is larger than the {count} lines of {path}")
+        if name == "train":
+            try:
+                cfg.rl.check_draws_from(count)
+            except ValueError as error:
+                found.problems.append(str(error))
     return longest
 
 

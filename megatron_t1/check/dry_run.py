@@ -30,7 +30,7 @@ def dry_run(cfg: Config, command: str, machines: Machines, options: list[str]) -
         "T1_NODES": " ".join(f"node{i + 1}" for i in range(machines.nodes)),
         "SLURM_GPUS_PER_NODE": str(machines.gpus_per_node),
         "VLLM_NODES": str(machines.vllm_nodes),
-        "VLLM_GPUS": str(machines.shared_gpus),
+        "VLLM_GPUS": str(machines.vllm_gpus_of_node),
         "VLLM_TP": str(cfg.rollout.tp),
         "MODEL": cfg.model.hf_path,
         "RUN_DIR": cfg.run_dir,

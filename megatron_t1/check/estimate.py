@@ -32,7 +32,7 @@ anchor's stage is a forward pass of the anchor, and where sums over samples are 
     generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
                  tokens of the longest sample x (weights + cache) / (tensor-parallel GPUs x bandwidth x _READ_SHARE),
                  repeated when the servers hold fewer samples than there are
-    push         b x parameters / (network of one node x _NET_SHARE)
+    push         b x parameters / (network of one GPU x _NET_SHARE), whatever the transport
 
     turns        where servers share the GPUs: what parallel.offload moves, there and back, / (PCIe x _PCIE_SHARE), and
                  _SLEEP_S with rollout.sleep
@@ -149,11 +149,10 @@ def layers_of(sizes: Sizes, layout: Layout, stage: int) -> int:
 
 def parameters(sizes: Sizes, layout: Layout, stage: int) -> int:
     """Parameters on one rank of a pipeline stage."""
-    layers = layers_of(sizes, layout, stage)
+    first = sum(layers_of(sizes, layout, before) for before in range(stage))
+    own = slice(first, first + layers_of(sizes, layout, stage))
     vocabulary = -(-sizes.vocab // layout.tensor) * sizes.hidden
-    count = layers * (
-        sizes.split_per_layer // layout.tensor + sizes.whole_per_layer + sizes.experts_per_layer // layout.expert
-    )
+    count = sum(sizes.split[own]) // layout.tensor + sum(sizes.whole[own]) + sum(sizes.experts[own]) // layout.expert
     last = stage == layout.pipeline - 1
     if stage == 0:
         count += vocabulary

@@ -39,17 +39,21 @@ class Machines:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if not 0 <= self.vllm_nodes < self.nodes:
-            raise ValueError(f"vllm_nodes = {self.vllm_nodes} must leave one of the {self.nodes} nodes to train")
+            raise ValueError(
+                f"vllm_nodes = {self.vllm_nodes} must leave one of the {self.nodes} nodes to train: lower it "
+                "(VLLM_NODES in a batch script) or ask for more nodes"
+            )
         if self.share_gpus and self.vllm_nodes:
             raise ValueError(
-                f"rollout.share_gpus and vllm_nodes = {self.vllm_nodes}: nodes for vLLM alone share no GPU"
+                f"rollout.share_gpus and vllm_nodes = {self.vllm_nodes}: nodes for vLLM alone share no GPU; set it "
+                "(VLLM_NODES in a batch script) to 0"
             )
-        if not 0 <= self.shared_gpus <= self.gpus_per_node:
+        if not 0 <= self.vllm_gpus_of_node <= self.gpus_per_node:
             raise ValueError(f"vllm_gpus = {self.vllm_gpus} of {self.gpus_per_node} GPUs of a node")
 
     @property
-    def shared_gpus(self) -> int:
-        """GPUs for vLLM on a node that trains too."""
+    def vllm_gpus_of_node(self) -> int:
+        """On a node that trains too."""
         if self.vllm_gpus is None:
             return self.gpus_per_node if self.share_gpus else self.gpus_per_node // 2
         return self.vllm_gpus
@@ -62,11 +66,11 @@ class Machines:
         return command in ("rl", "run") and self.vllm_nodes == 0 and not self.share_gpus and not self.ranks_per_node
 
     def ranks(self, command: str) -> int:
-        each = self.ranks_per_node or self.gpus_per_node - (self.shared_gpus if self.splits_nodes(command) else 0)
+        each = self.ranks_per_node or self.gpus_per_node - (self.vllm_gpus_of_node if self.splits_nodes(command) else 0)
         return self.trainer_nodes(command) * each
 
     def servers(self, tp: int) -> int:
-        on, each = (self.vllm_nodes, self.gpus_per_node) if self.vllm_nodes else (self.nodes, self.shared_gpus)
+        on, each = (self.vllm_nodes, self.gpus_per_node) if self.vllm_nodes else (self.nodes, self.vllm_gpus_of_node)
         return max(1, on * (each // tp))
 
 
@@ -141,3 +145,11 @@ def fullest(sizes: estimate.Sizes, layout: estimate.Layout) -> dict[str, float]:
     """`stage_memory` of the pipeline stage that takes most."""
     stages = (estimate.stage_memory(sizes, layout, number) for number in range(layout.pipeline))
     return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def most_of_checkpoint(sizes: estimate.Sizes, layout: estimate.Layout) -> tuple[float, float]:
+    """`checkpoint_memory`, each of the pipeline stage that takes most."""
+    gpu, host = zip(
+        *(estimate.checkpoint_memory(sizes, layout, stage) for stage in range(layout.pipeline)), strict=True
+    )
+    return max(gpu), max(host)

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from megatron_t1.check import estimate
 from megatron_t1.check.findings import Findings
-from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
+from megatron_t1.check.machines import Machines, fullest, layout_of, most_of_checkpoint, seconds_of
 from megatron_t1.check.suggest import SHARE
 from megatron_t1.config import UNCORRECTED, Config
 from megatron_t1.models.sizes import Sizes
 from megatron_t1.models.spec import ModelSpec
 
+_SHARED = 0.97
+"""Of a GPU's memory, what is planned for where trainer and servers share it."""
 SCRIPTS_GRACE_S = 1740.0
 """GRACE_S in slurm/lib.sh."""
 _TURNS = {
@@ -45,9 +47,9 @@ def needs(
     seconds = seconds_of(cfg, spec, command, machines, longest)
     checkpoint = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     samples = command != "sft"
-    most = _memory(command, machines, sizes, layout, gpu, found)
+    _memory(command, machines, sizes, layout, gpu, found)
     if samples and machines.share_gpus:
-        _shared(cfg, machines, sizes, layout, gpu, most, found)
+        _shared(cfg, spec, machines, sizes, layout, gpu, found)
     awaits_batch = samples and cfg.awaits_batches
     nodes = machines.trainer_nodes(command)
     stopping = estimate.stop_seconds(sizes, layout, seconds, checkpoint, nodes, awaits_batch=awaits_batch)
@@ -65,8 +67,7 @@ def needs(
 
 def _memory(
     command: str, machines: Machines, sizes: Sizes, layout: estimate.Layout, gpu: estimate.Gpu, found: Findings
-) -> float:
-    """Bytes that the fullest trainer GPU ever needs."""
+) -> None:
     worst = fullest(sizes, layout)
     total = sum(worst.values())
     listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items() if value)
@@ -79,7 +80,7 @@ def _memory(
         f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
         "parallel.pipeline, fewer parallel.max_tokens_per_microbatch (more parallel.context) or full recomputation",
     )
-    gpu_bytes, host_bytes = estimate.checkpoint_memory(sizes, layout, 0)
+    gpu_bytes, host_bytes = most_of_checkpoint(sizes, layout)
     ranks = machines.ranks(command) // machines.trainer_nodes(command)
     found.facts.append(
         f"a checkpoint takes {gpu_bytes / 1e9:.3g} GB of a trainer GPU and {ranks * host_bytes / 1e9:.3g} GB of a "
@@ -90,7 +91,6 @@ def _memory(
         f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
         f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
     )
-    return max(total, gpu_bytes)
 
 
 def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Findings) -> None:
@@ -104,10 +104,14 @@ def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Fin
         path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
     )
     free = shutil.disk_usage(folder).free
-    found.facts.append(f"disk: {what} take {disk / 1e9:.2f} GB, {folder} has {free / 1e9:.0f} GB free")
+    there = sum(file.stat().st_size for file in Path(cfg.run_dir).rglob("step_*/**/*") if file.is_file())
+    found.facts.append(
+        f"disk: {what} take {disk / 1e9:.2f} GB{f', {there / 1e9:.2f} are there' if there else ''}, {folder} has "
+        f"{free / 1e9:.0f} GB free"
+    )
     found.must(
-        disk <= free,
-        f"{what} take {disk / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or lower "
+        disk - there <= free,
+        f"{what} take {(disk - there) / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or lower "
         f"checkpoint.keep = {keeps.keep} or keep_best = {keeps.keep_best}",
     )
 
@@ -136,22 +140,23 @@ def _servers(cfg: Config, spec: ModelSpec, sizes: Sizes, gpu: estimate.Gpu, gene
 
 def _shared(
     cfg: Config,
+    spec: ModelSpec,
     machines: Machines,
     sizes: Sizes,
     layout: estimate.Layout,
     gpu: estimate.Gpu,
-    most: float,
     found: Findings,
 ) -> None:
-    """Trainer and server on one GPU: what each takes of it in whose turn. `most`: bytes that the trainer ever needs."""
-    parts, asked, total = fullest(sizes, layout), cfg.rollout.gpu_memory_utilization, 0.97 * gpu.memory_bytes
+    """Trainer and server on one GPU: what each takes of it in whose turn."""
+    parts, asked, total = fullest(sizes, layout), cfg.rollout.gpu_memory_utilization, _SHARED * gpu.memory_bytes
+    step, saving = sum(parts.values()), most_of_checkpoint(sizes, layout)[0]
     dtype = cfg.server_dtype
-    length = cfg.rollout.max_model_len or cfg.sampling.max_new_tokens
+    length = cfg.rollout.max_model_len or spec.max_position_embeddings
     offload, sleep = cfg.parallel.offload, cfg.rollout.sleep
     offered = {turns: name for turns, name in _TURNS.items() if not (turns[1] and cfg.rl.lag)}
     rooms, told = {}, []
     for turns in _TURNS:
-        kept = estimate.kept_bytes(parts, turns[0]) if turns[1] else most
+        kept = estimate.kept_bytes(parts, turns[0]) if turns[1] else max(step, saving)
         free = (total - kept - estimate.CONTEXT_BYTES) / gpu.memory_bytes
         rooms[turns] = room = max(0, math.floor(100 * free)) / 100
         samples = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, dtype, room) / length
@@ -176,19 +181,19 @@ def _shared(
         "once, at their start",
     )
     if sleep:
-        loading = estimate.kept_bytes(parts, "none") + estimate.weight_bytes(sizes, dtype) / cfg.rollout.tp
-        needed = max(most, loading) + estimate.CONTEXT_BYTES + estimate.ASLEEP_BYTES
+        # They load a push while the trainer begins its checkpoint.
+        loading = saving + estimate.weight_bytes(sizes, dtype) / cfg.rollout.tp
+        needed = max(step, loading) + estimate.CONTEXT_BYTES + estimate.ASLEEP_BYTES
         found.must(
             needed <= total,
             f"trainer and sleeping servers need {needed / 1e9:.0f} GB of a GPU of {gpu.memory_bytes / 1e9:.0f} GB: "
             "more nodes or parallel.pipeline, fewer parallel.max_tokens_per_microbatch, or full recomputation",
         )
     if offload != "none":
-        moved = estimate.moved_bytes(parts, layout, offload)
-        found.facts.append(f"parallel.offload = {offload} pins {moved / 1e9:.3g} GB of host memory a rank")
-    if machines.nodes > 1 and cfg.rollout.transport in ("auto", "tcp"):
-        copy = estimate.weight_bytes(sizes, cfg.model.dtype)
-        found.facts.append(f"a push by tcp takes {copy / 1e9:.3g} GB of a node's /dev/shm: the model, once")
+        moved = machines.gpus_per_node * estimate.moved_bytes(parts, layout, offload)
+        found.facts.append(f"parallel.offload = {offload} pins {moved / 1e9:.3g} GB of a node's memory")
+    copy = estimate.weight_bytes(sizes, cfg.model.dtype)
+    found.facts.append(f"a push takes {copy / 1e9:.3g} GB of a node's /dev/shm: the model, once")
 
 
 def _listed(seconds: Mapping[str, float]) -> str:

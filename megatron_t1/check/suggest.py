@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_t1.check import estimate
-from megatron_t1.check.machines import Machines, fullest, layout_of
+from megatron_t1.check.machines import Machines, fullest, layout_of, most_of_checkpoint
 from megatron_t1.config import Config
 from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.models.sizes import Sizes
@@ -40,7 +41,7 @@ def suggest(
     sizes, memory = Sizes.of(spec), SHARE * estimate.GPUS[machines.gpu].memory_bytes
     for candidate in _candidates(cfg, spec, machines.ranks(command), machines.gpus_per_node, num_tokens):
         layout = layout_of(candidate, spec, command, machines, longest)
-        worst = max(sum(fullest(sizes, layout).values()), estimate.checkpoint_memory(sizes, layout, 0)[0])
+        worst = max(sum(fullest(sizes, layout).values()), most_of_checkpoint(sizes, layout)[0])
         if worst < memory:
             return candidate, worst
     return None
@@ -68,7 +69,7 @@ def _candidates(cfg: Config, spec: ModelSpec, world: int, on_node: int, num_toke
             max_tokens_per_microbatch=-(-num_tokens // (context * _ROUND)) * _ROUND,
         )
         try:
-            check_divisible(spec, parallel)
+            check_divisible(spec, parallel, given)
             check_world(parallel, world)
         except ValueError:
             continue
@@ -78,8 +79,11 @@ def _candidates(cfg: Config, spec: ModelSpec, world: int, on_node: int, num_toke
 
 def as_options(cfg: Config, worst: float) -> str:
     """As options of the command line, on a line of their own."""
-    own = cfg.parallel
-    names = ("tensor", "context", "pipeline", "sequence_parallel", "max_tokens_per_microbatch")
-    options = [f"--parallel.{name} {json.dumps(getattr(own, name))}" for name in names]
-    options.append(f"--model.transformer '{json.dumps(cfg.model.transformer)}'")
-    return f"the smallest layout that fits ({worst / 1e9:.0f} GB on the fullest GPU):\n{' '.join(options)}"
+    names = (
+        "tensor", "context", "pipeline", "virtual_pipeline", "pipeline_layers", "sequence_parallel",
+        "max_tokens_per_microbatch",
+    )  # fmt: skip
+    settings = {f"parallel.{name}": getattr(cfg.parallel, name) for name in names}
+    settings["model.transformer"] = cfg.model.transformer
+    options = shlex.join(word for name, value in settings.items() for word in (f"--{name}", json.dumps(value)))
+    return f"the smallest layout that fits ({worst / 1e9:.0f} GB on the fullest GPU):\n{options}"

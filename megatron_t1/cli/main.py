@@ -94,9 +94,9 @@ def _line_of(command: str) -> str:
 
 
 _SECTIONS = {
-    "sft": ("model", "parallel", "data", "sft"),
-    "rl": ("model", "parallel", "data", "rollout", "sampling", "reward", "loss", "anchor", "rl"),
-    "rollout": ("model", "data", "rollout", "sampling", "reward", "rl"),
+    "sft": ("model", "parallel", "data", "sft", "log"),
+    "rl": ("model", "parallel", "data", "rollout", "sampling", "reward", "loss", "anchor", "rl", "evaluate", "log"),
+    "rollout": ("model", "parallel", "data", "rollout", "sampling", "reward", "rl"),
     "curate": ("model", "data", "rollout", "sampling", "reward", "evaluate", "curate"),
     "evaluate": ("model", "data", "rollout", "reward", "evaluate"),
     "scaling": ("model", "data", "rollout", "reward", "evaluate", "scaling"),
@@ -202,6 +202,7 @@ def _single_job(command: str) -> Callable[[list[str]], int]:
         from megatron_t1 import pipeline
         from megatron_t1.lock import locked
 
+        _stop_on_signals()
         with locked(Path(cfg.run_dir) / command):
             {"curate": pipeline.run_curate, "rollout": pipeline.run_rollout}[command](cfg)
         return 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from megatron_t1.engine.config import ParallelConfig
 from megatron_t1.models.spec import ModelSpec
@@ -24,8 +27,10 @@ def check_world(parallel: ParallelConfig, world_size: int) -> None:
             )
 
 
-def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """Refuse, with the numbers, a layout that the model's sizes do not divide by."""
+def check_divisible(
+    spec: ModelSpec, parallel: ParallelConfig, transformer: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Refuse, with the numbers, a layout that the model's sizes (or `model.transformer`) do not go with."""
     sizes = spec.transformer
     tensor, kv_heads = parallel.tensor, sizes["num_query_groups"]
     cuts = [
@@ -45,6 +50,17 @@ def check_divisible(spec: ModelSpec, parallel: ParallelConfig) -> None:
     rows = (sizes["num_attention_heads"] + 2 * kv_heads) * sizes["kv_channels"]
     if rows % tensor:
         problems.append(f"the {rows} rows of the QKV projection do not divide by parallel.tensor = {tensor}")
+    kv_heads = max(1, kv_heads // tensor)
+    if transformer.get("cp_comm_type") == "a2a" and kv_heads % parallel.context:
+        problems.append(
+            f"model.transformer.cp_comm_type = a2a: the {kv_heads} KV heads of a rank do not divide by "
+            f"parallel.context = {parallel.context}, give p2p"
+        )
+    if transformer.get("apply_rope_fusion") and spec.yarn:
+        problems.append(
+            "model.transformer.apply_rope_fusion = True: the fused kernel leaves out the factor that YaRN puts on "
+            "queries and keys, remove the setting"
+        )
     try:
         parallel.layers_of_stages(sizes["num_layers"])
     except ValueError as error:

@@ -62,12 +62,6 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config from the checkpoint's architecture, our precision and layout, and the user's extra fields."""
     dtype, te_layers = getattr(torch, cfg.dtype), takes_te_layers(cfg, platform)
-    kv_heads = max(1, spec.transformer["num_query_groups"] // parallel.tensor)
-    if cfg.transformer.get("cp_comm_type") == "a2a" and kv_heads % parallel.context:
-        raise ValueError(
-            f"model.transformer.cp_comm_type = a2a: the {kv_heads} KV heads of a rank do not divide by "
-            f"parallel.context = {parallel.context}; give p2p"
-        )
     fields: dict[str, Any] = {
         **spec.transformer,
         "params_dtype": dtype,
@@ -107,11 +101,6 @@ def transformer_config(
         fields["fp8_recipe"] = "tensorwise"  # keeps no scales, so there are none to save, and none are stale
     config = TransformerConfig(**{**fields, **cfg.transformer})
     if spec.yarn:
-        if config.apply_rope_fusion:
-            raise ValueError(
-                "model.transformer.apply_rope_fusion = True: the fused kernel leaves out the factor that YaRN puts on "
-                "queries and keys; remove the setting"
-            )
         # Megatron's attention looks for what it multiplies queries and keys by in fields that its config lacks: it is
         # (0.1 yarn_mscale ln yarn_rotary_scaling_factor + 1) / (0.1 yarn_mscale_all_dim ln ... + 1).
         scale = {"rotary_scaling_factor": math.e, "mscale": 10 * (spec.yarn.scale - 1), "mscale_all_dim": 0.0}
@@ -146,7 +135,7 @@ def build_model(
 ) -> tuple[TransformerConfig, list[T1GPTModel]]:
     """This rank's chunks of the model (one, or `parallel.virtual_pipeline`) with zeroed weights, which a checkpoint
     fills, on the platform's device unless told another."""
-    check_divisible(spec, parallel)
+    check_divisible(spec, parallel, cfg.transformer)
     config = transformer_config(cfg, spec, parallel, platform)
     te_layers = takes_te_layers(cfg, platform)
     block_spec = te_block_spec if te_layers else local_block_spec

@@ -26,6 +26,7 @@ from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.engine.step import Engine
 from megatron_t1.engine.writers import Writers, digest, results_in_this_process
 from megatron_t1.files import sync_folder, write_json
+from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import copy_beside
 
 
@@ -52,8 +53,8 @@ def begin(
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("*.tmp"):
-            shutil.rmtree(stale)
-        building.mkdir()
+            _remove(stale)
+        building.mkdir(exist_ok=True)
     free = from_main(shutil.disk_usage(folder).free if is_main() else None)
     if free < needed:
         if is_main():
@@ -164,9 +165,16 @@ def _rotate(folder: Path, newest: Path, cfg: CheckpointConfig) -> None:
         if path not in staying:
             # Renamed first: what a kill leaves of it must not look finished.
             os.rename(path, path.with_suffix(".tmp"))
-            shutil.rmtree(path.with_suffix(".tmp"))
+            _remove(path.with_suffix(".tmp"))
     for replaced in folder.glob("*.replaced.tmp"):
-        shutil.rmtree(replaced)
+        _remove(replaced)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # on NFS somebody has a file of it open; the next save tries again
+        warn(f"{folder} could not be removed: {error}")
 
 
 def num_bytes(engine: Engine, anchor: Anchor | None) -> int:

@@ -14,54 +14,64 @@ class Sizes:
     """A model's numbers of parameters, by how tensor parallelism splits them."""
 
     hidden: int
-    num_layers: int
     vocab: int
     tied: bool
     query: int
     """Width of all query heads together."""
     key: int
     """Width of all key heads together; values have the same."""
-    mlp: int
-    """Width of the MLP (of the experts that one token takes, for a mixture)."""
-    split_per_layer: int
-    whole_per_layer: int
-    experts_per_layer: int = 0
-    """Of all experts of a mixture; expert parallelism splits them."""
+    widths: tuple[int, ...]
+    """Of every layer's MLP (in a mixture: of the experts that one token takes, and the shared one)."""
+    split: tuple[int, ...]
+    """Parameters of every layer that tensor parallelism splits."""
+    whole: tuple[int, ...]
+    """And that it does not."""
+    experts: tuple[int, ...]
+    """Of all its experts, which expert parallelism splits; 0 in a dense layer."""
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Sizes:
         t: Mapping[str, Any] = spec.transformer
-        h, d = t["hidden_size"], t["kv_channels"]
+        h, d, num_layers = t["hidden_size"], t["kv_channels"], t["num_layers"]
         q, k = t["num_attention_heads"] * d, t["num_query_groups"] * d
-        experts = t.get("num_moe_experts")
-        ffn = t["moe_ffn_hidden_size"] if experts else t["ffn_hidden_size"]
-        shared = t.get("moe_shared_expert_intermediate_size") or 0 if experts else ffn
-        bias = q + 2 * k if t.get("add_qkv_bias") else 0
+        num_experts, frequency = t.get("num_moe_experts") or 0, t.get("moe_layer_freq", 1)
+        sparse = frequency if isinstance(frequency, list) else [1] * num_layers
+        sparse = sparse if num_experts else [0] * num_layers
+        shared, one = t.get("moe_shared_expert_intermediate_size") or 0, t.get("moe_ffn_hidden_size") or 0
+        attention = h * (q + 2 * k) + q * h + (q + 2 * k if t.get("add_qkv_bias") else 0)
         norms = 2 * h + (2 * d if t.get("qk_layernorm") else 0)
         return cls(
             hidden=h,
-            num_layers=t["num_layers"],
             vocab=spec.vocab_size,
             tied=spec.tied_embeddings,
             query=q,
             key=k,
-            mlp=ffn * t.get("moe_router_topk", 1) + shared if experts else ffn,
-            split_per_layer=h * (q + 2 * k) + q * h + 3 * h * shared + bias,
-            whole_per_layer=norms + (h * experts if experts else 0),
-            experts_per_layer=3 * h * ffn * experts if experts else 0,
+            widths=tuple(one * t["moe_router_topk"] + shared if has else t["ffn_hidden_size"] for has in sparse),
+            split=tuple(attention + 3 * h * (shared if has else t["ffn_hidden_size"]) for has in sparse),
+            whole=tuple(norms + (h * num_experts if has else 0) for has in sparse),
+            experts=tuple(3 * h * one * num_experts if has else 0 for has in sparse),
         )
 
     @property
+    def num_layers(self) -> int:
+        return len(self.widths)
+
+    @property
+    def mlp(self) -> int:
+        """Width of the widest."""
+        return max(self.widths)
+
+    @property
     def total(self) -> int:
-        per_layer = self.split_per_layer + self.whole_per_layer + self.experts_per_layer
-        return self.num_layers * per_layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+        layers = sum(self.split) + sum(self.whole) + sum(self.experts)
+        return layers + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
     def active(self) -> int:
         """Parameters that a token is multiplied with, the head included (the embedding is looked up)."""
-        mlp = 3 * self.hidden * self.mlp
         attention = 2 * self.hidden * (self.query + self.key)
-        return self.num_layers * (attention + mlp) + self.vocab * self.hidden
+        mlps = 3 * self.hidden * sum(self.widths)
+        return self.num_layers * attention + mlps + self.vocab * self.hidden
 
     @property
     def attention(self) -> float:

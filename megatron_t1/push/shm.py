@@ -2,8 +2,9 @@
 
 `SharedFile`: the trainer's ranks write their pieces, every server on their host maps it. `HostCopy`: of the workers on
 any host one fetches a push, and all have it. Both stay between pushes: the next one then touches no new page, and a
-server that joins late can be brought up from the trainer's. Left out: hosts whose /dev/shm has no room for the model;
-there every worker keeps what arrived to itself.
+server that joins late can be brought up from the trainer's. Who has one mapped holds its flock shared, so that what can
+be had exclusively is nobody's. Left out: hosts whose /dev/shm has no room for the model; there every worker keeps what
+arrived to itself.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from megatron_t1.push.digests import digest, digest_kind
 from megatron_t1.push.layout import PieceSpec
 
 SHM_DIR = Path("/dev/shm")
-_FILE_NAME = re.compile(r"t1-weights-(\d+)-\w+")
-_HOST_COPY = "t1-arrived-"
+_PREFIX = "t1-weights-"
 _MARK_BYTES = 64
 
 
@@ -35,8 +35,10 @@ class SharedFile:
 
     def __init__(self, num_bytes: int, path: str | None = None) -> None:
         self.owner = path is None
-        self.path = path or _create(num_bytes)
-        self.buffer = map_shared(self.path, num_bytes)
+        if path is None:
+            self.path, self.buffer = _create(num_bytes)
+        else:
+            self.path, self.buffer = path, map_shared(path, num_bytes)
 
     def write(self, views: list[tuple[torch.Tensor, PieceSpec]]) -> Iterator[str]:
         """Writes this rank's pieces and yields the digest of each one's source, in order."""
@@ -52,17 +54,16 @@ class SharedFile:
 class HostCopy:
     """A push as it arrives on a host, once for all workers there that were told the same name.
 
-    Who uses the file holds its flock shared, so that a file which can be had exclusively is nobody's. Who fetches holds
-    its record lock, which the kernel takes from a killed process; the others wait for it and find the work done.
+    Who fetches holds the file's record lock, which the kernel takes from a killed process; the others wait for it and
+    find the work done.
     """
 
     def __init__(self, name: str, num_bytes: int) -> None:
         """Raises OSError when /dev/shm has no room, ValueError for a name that is no name."""
         if not re.fullmatch(r"\w{16,64}", name):
             raise ValueError(f"{name!r} is no name of a copy")
-        for path in SHM_DIR.glob(_HOST_COPY + "*"):
-            _remove_unused(path)
-        self.path = SHM_DIR / (_HOST_COPY + name)
+        remove_unused()
+        self.path = SHM_DIR / (_PREFIX + name)
         self._fd = _open_in_use(self.path)
         try:
             os.posix_fallocate(self._fd, 0, num_bytes + _MARK_BYTES)
@@ -87,7 +88,7 @@ class HostCopy:
     def close(self) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_UN)  # a mapping that is left would keep it
         os.close(self._fd)
-        _remove_unused(self.path)
+        remove_unused()
 
 
 def _open_in_use(path: Path) -> int:
@@ -99,24 +100,27 @@ def _open_in_use(path: Path) -> int:
         os.close(fd)  # somebody removed it before we held it
 
 
-def _remove_unused(path: Path) -> None:
-    with contextlib.suppress(OSError):  # gone already, or in use, or another user's
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-        finally:
-            os.close(fd)
+def remove_unused() -> None:
+    """Removes the files of this user that no process has: of those that were killed. They hold a model's memory."""
+    for path in SHM_DIR.glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):  # gone already, or in use, or another user's
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(fd)
 
 
-def _create(num_bytes: int) -> str:
-    _sweep()
-    path = str(SHM_DIR / f"t1-weights-{os.getpid()}-{secrets.token_hex(8)}")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _create(num_bytes: int) -> tuple[str, torch.Tensor]:
+    remove_unused()
+    path = SHM_DIR / (_PREFIX + secrets.token_hex(16))
+    fd = _open_in_use(path)
     try:
         os.posix_fallocate(fd, 0, num_bytes)  # a full /dev/shm must fail here, not as SIGBUS while writing
+        return str(path), _map(fd, str(path), num_bytes)
     except OSError as error:
-        os.unlink(path)
+        path.unlink()
         free = os.statvfs(SHM_DIR).f_bavail * os.statvfs(SHM_DIR).f_frsize
         raise RuntimeError(
             f"the weights need {num_bytes} bytes in {SHM_DIR}, {free} are free ({error.strerror}): "
@@ -124,7 +128,6 @@ def _create(num_bytes: int) -> str:
         ) from None
     finally:
         os.close(fd)
-    return path
 
 
 def map_shared(path: str, num_bytes: int) -> torch.Tensor:
@@ -136,6 +139,7 @@ def map_shared(path: str, num_bytes: int) -> torch.Tensor:
     except FileNotFoundError:
         raise ValueError(f"{path} is not on this host: use rollout.transport = tcp for servers elsewhere") from None
     try:
+        fcntl.flock(fd, fcntl.LOCK_SH)  # kept as long as it is mapped
         return _map(fd, path, num_bytes)
     finally:
         os.close(fd)
@@ -148,11 +152,3 @@ def _map(fd: int, path: str, num_bytes: int) -> torch.Tensor:
     if info.st_size != num_bytes:
         raise ValueError(f"{path} has {info.st_size} bytes, {num_bytes} were announced")
     return torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)
-
-
-def _sweep() -> None:
-    """Removes the files of this user's trainers that were killed: they hold a whole model's memory."""
-    for path in SHM_DIR.iterdir():
-        match = _FILE_NAME.fullmatch(path.name)
-        if match and path.stat().st_uid == os.getuid() and not Path(f"/proc/{match[1]}").exists():
-            path.unlink(missing_ok=True)

@@ -10,9 +10,8 @@ servers through the `Fanout` that rank 0 holds, and says when it reads the train
 | collective | each rank broadcasts what it owns, in buckets | unknown weights            | until they are loaded   |
 
 All prove every piece by a digest before the weights are in force, and all serve CUDA servers; `collective` alone does
-so without a copy in the host's memory, over NCCL, which wants every member on a GPU of its own. Left out: CUDA IPC,
-which needs trainer and server on the same GPU and travels over HTTP as a pickle; vLLM's own NCCL engine, which gathers
-on one rank and proves nothing; and NCCL M2N, whose placements can't express pipeline or expert parallelism.
+so without a copy in the host's memory, over NCCL, which wants every member on a GPU of its own. What is not offered
+stands in docs/weights.md.
 """
 
 from __future__ import annotations

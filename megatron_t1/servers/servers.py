@@ -60,7 +60,8 @@ class Servers:
         """How new weights will reach them (`push/transports.py`)."""
         if self.cfg.transport != "auto":
             return self.cfg.transport
-        if self.device == "cuda" and not self.cfg.share_gpus:
+        # Servers that somebody else started on this host may be on this process's GPU.
+        if self.device == "cuda" and not self.cfg.share_gpus and not (self.cfg.urls and all_on_this_host(self.cfg)):
             return "collective"
         return "shm" if all_on_this_host(self.cfg) else "tcp"
 
@@ -168,8 +169,12 @@ class Servers:
         return [server for server in alive if server.version == required]
 
     def sleep(self) -> None:
-        """Has all that are alive give their GPU memory back, weights included. Which fails is lost: the room is
-        needed."""
+        """Has all that are alive give their GPU memory back, weights included, also those that `t1 serve` started again
+        meanwhile. Which fails is lost: the room is needed."""
+        try:
+            self.poll()
+        except ServerError as error:
+            warn(str(error))
         self._post("/sleep?level=2")
         for server in self.alive():
             server.version = ASLEEP

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from megatron_t1.models import spec_of
 from megatron_t1.models.sizes import Sizes
 from megatron_t1.servers.config import RolloutConfig
 from tests.forks import ROOT
+from tests.models.families import FAMILIES
 from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
 
 
@@ -176,11 +178,60 @@ def test_bad_lines_and_ends_are_named(task: Path, tmp_path: Path) -> None:
     assert "ends responses with [0, 1]" in "\n".join(found.warnings)
 
 
-@pytest.mark.parametrize("make", [make_tiny_qwen2, partial(make_tiny_qwen2, tied=False), make_tiny_qwen3_moe])
+def test_more_ranks_than_gpus_are_told(task: Path) -> None:
+    """Also with the GPUs of the servers beside them."""
+    for machines, fits in (
+        (Machines(ranks_per_node=5), False),
+        (Machines(ranks_per_node=4), True),
+        (Machines(nodes=2, vllm_nodes=1, ranks_per_node=8), True),
+        (Machines(nodes=2, vllm_nodes=1, ranks_per_node=16), False),
+        (Machines(ranks_per_node=8, share_gpus=True), True),
+    ):
+        found = found_in(task, "--rollout.share_gpus", str(machines.share_gpus).lower(), machines=machines)
+        assert fits == (not any("trainer processes on a node and" in problem for problem in found.problems)), machines
+
+
+def test_what_a_run_has_written_needs_no_room_again(task: Path, tmp_path: Path) -> None:
+    (tmp_path / "rl/checkpoints/step_00000001").mkdir(parents=True)
+    (tmp_path / "rl/checkpoints/step_00000001/weights").write_bytes(bytes(20_000_000))
+    (needed,) = [fact for fact in found_in(task, "--run_dir", tmp_path).facts if fact.startswith("disk:")]
+    assert ", 0.02 are there, " in needed
+
+
+def test_rl_is_checked_with_all_that_it_reads(task: Path) -> None:
+    for options, problem in (
+        (["--data.heldout", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--rl.measure_every", 5, "--evaluate.sets", "[math50]"], "set 'math50' is none of"),
+        (
+            ["--rl.measure_every", 5, "--evaluate.sampling.max_new_tokens", 1020],
+            "evaluate.sampling.max_new_tokens needs",
+        ),
+        (["--rl.refill", 1, "--rl.prompts_per_step", 40], "rl.refill = 1.0 asks other questions"),
+        (["--rl.prompts_per_step", 41], "rl.prompts_per_step = 41 is larger than the 40 questions"),
+    ):
+        found = found_in(task, *options)
+        assert any(problem in text for text in found.problems), found.problems
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_tiny_qwen2,
+        partial(make_tiny_qwen2, tied=False),
+        make_tiny_qwen3_moe,
+        FAMILIES["qwen3_moe dense layer"],
+        FAMILIES["glm4_moe"],
+    ],
+)
 def test_parameters_are_those_of_the_model(tmp_path: Path, make) -> None:
     model = make(tmp_path)
     sizes = Sizes.of(spec_of(model))
     assert sizes.total == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+
+
+def but_disk(found: Findings) -> list[str]:
+    """The problems that are not of the disk of the machine that runs the tests."""
+    return [problem for problem in found.problems if "GB free" not in problem]
 
 
 def at(tmp_path: Path, **machines: int) -> tuple[Config, Machines]:
@@ -224,7 +275,10 @@ def test_the_smallest_layout_that_fits_is_suggested(num_tokens: int, tmp_path: P
             smaller = layout_of(replace(cfg, parallel=parallel), spec, "rl", machines, longest)
             needed = [sum(fullest(sizes, smaller).values()), estimate.checkpoint_memory(sizes, smaller, 0)[0]]
             assert max(needed) >= 0.95 * 80e9 * 0.99
-    assert f"--parallel.tensor {found.parallel.tensor} --parallel.context" in as_options(found, worst)
+    asked = replace(cfg, parallel=replace(cfg.parallel, virtual_pipeline=2))
+    options = shlex.split(as_options(found, worst).splitlines()[1])
+    (tmp_path / "asked.yaml").write_text(dump(asked))
+    assert read(Config, ["--config", str(tmp_path / "asked.yaml"), *options]) == found
     assert suggest(cfg, spec, "rl", Machines(nodes=1, gpu="A100"), longest) is None
     assert suggest(cfg, spec, "rl", Machines(nodes=1, vllm_gpus=8), longest) is None, "none is left to train"
     of_run = suggest(cfg, spec, "run", Machines(nodes=4), {**longest, "sft": 4 * num_tokens // 3})
@@ -246,7 +300,7 @@ def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None
     fits = replace(cfg, rollout=replace(cfg.rollout, gpu_memory_utilization=float(room[1])))
     found = Findings()
     needs(fits, spec, "rl", machines, longest, found)
-    assert not [problem for problem in found.problems if "shared" in problem]
+    assert not but_disk(found)
     assert "set parallel.offload = all and rollout.sleep = true, or" in refused.problems[0]
     ahead = Findings()
     needs(replace(cfg, rl=replace(cfg.rl, lag=1)), spec, "rl", machines, longest, ahead)
@@ -267,7 +321,7 @@ def test_every_example_fits_the_fewest_nodes_that_share(example: str, nodes: int
     check_divisible(spec, cfg.parallel)
     check_world(cfg.parallel, machines.ranks("rl"))
     needs(cfg, spec, "rl", machines, {"train": 2048}, found)
-    assert not [problem for problem in found.problems if "GB free" not in problem], "but for this machine's disk"
+    assert not but_disk(found)
     assert not found.warnings
 
 
@@ -287,7 +341,7 @@ def test_turns_leave_a_shared_gpu_to_who_has_it(tmp_path: Path) -> None:
         turns = replace(cfg, rollout=replace(rollout, sleep=sleep), parallel=parallel)
         found = Findings()
         needs(turns, spec, "rl", machines, longest, found)
-        assert sleep == (not [problem for problem in found.problems if "shared" in problem]), found.problems
+        assert sleep == (not but_disk(found)), found.problems
         assert sleep != any("gives the servers nothing" in warning for warning in found.warnings)
     added = seconds_of(turns, spec, "rl", machines, longest)["turns"]
     assert added == pytest.approx(2 * 5 * weights / 48e9 + 2, rel=0.01)

@@ -9,10 +9,9 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_t1.engine.config import TRANSFORMER_FIELDS, ModelConfig, ParallelConfig
-from megatron_t1.engine.model import transformer_config
+from megatron_t1.engine.layout import check_divisible
 from megatron_t1.fields import FieldError
 from megatron_t1.models import spec_of
-from megatron_t1.platform.detect import setup
 from tests.forks import ROOT
 
 RELEASED = json.loads((ROOT / "tests/models/released_configs.json").read_text())
@@ -38,5 +37,5 @@ def test_ways_between_context_ranks_that_can_not_be_gone_are_refused(tiny_dir: P
     with pytest.raises(FieldError, match=r"transformer.cp_comm_type = 'a2a\+p2p' must be p2p"):
         ModelConfig(transformer={"cp_comm_type": "a2a+p2p"})
     model = ModelConfig(hf_path=str(tiny_dir), transformer={"cp_comm_type": "a2a"})
-    with pytest.raises(ValueError, match=r"the 2 KV heads of a rank do not divide by parallel.context = 4; give p2p"):
-        transformer_config(model, spec_of(tiny_dir), ParallelConfig(context=4), setup())
+    with pytest.raises(ValueError, match=r"the 2 KV heads of a rank do not divide by parallel.context = 4, give p2p"):
+        check_divisible(spec_of(tiny_dir), ParallelConfig(context=4), model.transformer)

@@ -23,7 +23,7 @@ spawn = multiprocessing.get_context("fork")
 def name() -> Iterator[str]:
     name = secrets.token_hex(16)
     yield name
-    assert not Path(f"/dev/shm/t1-arrived-{name}").exists(), "somebody left it behind"
+    assert not Path(f"/dev/shm/t1-weights-{name}").exists(), "somebody left it behind"
 
 
 def work(name: str, push: str, fetched: Path, value: int, seen, *, forever: bool = False) -> None:
@@ -89,7 +89,7 @@ def test_a_fetch_that_fails_leaves_nothing_that_looks_done(name: str) -> None:
 
 
 def test_files_that_nobody_has_are_removed_by_the_next(name: str) -> None:
-    left = Path(f"/dev/shm/t1-arrived-{secrets.token_hex(16)}")
+    left = Path(f"/dev/shm/t1-weights-{secrets.token_hex(16)}")
     left.write_bytes(bytes(64))
     left.chmod(0o600)
     used = HostCopy(name, SIZE)
@@ -106,7 +106,7 @@ def test_no_room_and_no_name_are_refused_and_leave_nothing(name: str) -> None:
     for bad in ("", "../../etc/passwd", "a/b" * 8):
         with pytest.raises(ValueError, match="no name"):
             HostCopy(bad, SIZE)
-    link = Path(f"/dev/shm/t1-arrived-{name}")
+    link = Path(f"/dev/shm/t1-weights-{name}")
     link.symlink_to("/tmp/elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
         HostCopy(name, SIZE)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_t1.push.digests import digest, digest_kind
-from megatron_t1.push.shm import SHM_DIR, SharedFile
+from megatron_t1.push.shm import SHM_DIR, SharedFile, map_shared
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -58,18 +57,20 @@ def test_the_shared_file_is_private_and_goes_with_its_owner() -> None:
 
 
 def test_the_file_of_a_killed_trainer_is_removed_by_the_next_one() -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    left = SHM_DIR / f"t1-weights-{dead.pid}-0123"
-    living = SHM_DIR / f"t1-weights-{os.getpid()}-0123"
-    left.touch()
-    living.touch()
-    try:
-        SharedFile(4096).close()
-        assert not left.exists()
-        assert living.exists()
-    finally:
-        living.unlink()
+    left = SHM_DIR / f"t1-weights-{secrets.token_hex(8)}"
+    left.touch(mode=0o600)
+    mine = SharedFile(4096)
+    assert not left.exists()
+    left.touch(mode=0o600)
+    left.write_bytes(bytes(4096))
+    kept = map_shared(str(left), 4096)
+    SharedFile(4096).close()
+    assert left.exists(), "somebody has it"
+    assert Path(mine.path).exists()
+    del kept
+    SharedFile(4096).close()
+    assert not left.exists()
+    mine.close()
 
 
 def test_a_model_larger_than_the_memory_is_an_error_not_a_crash() -> None:

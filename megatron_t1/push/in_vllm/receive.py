@@ -30,7 +30,7 @@ from megatron_t1.push.digests import digest
 from megatron_t1.push.group import Group, GroupError, Invitation
 from megatron_t1.push.in_vllm.reload import Reload, check_names
 from megatron_t1.push.layout import Layout, PieceSpec
-from megatron_t1.push.shm import HostCopy, map_shared
+from megatron_t1.push.shm import HostCopy, map_shared, remove_unused
 from megatron_t1.push.tcp import fetch
 
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own logger, or its configuration would drop it
@@ -90,6 +90,7 @@ class Engine(WeightTransferEngine[Init, Update]):
             self.buffer = map_shared(init_info.path, layout.num_bytes)
         elif init_info.copy:
             self.copy, self.buffer = _host_copy(init_info.copy, layout.num_bytes)
+        remove_unused()  # what an earlier trainer's death left to this server alone
         self.layout, self.timeout_s = layout, init_info.timeout_s
 
     def start_weight_update(self) -> None:
