@@ -84,9 +84,12 @@ def main() -> None:
     before = held()
     given[2].give()
     freed = before - held()
-    asked = parallel.offload == "all" or [p.tolist() for p in given[0].logprobs(sequences)]
+    asked = None
+    if parallel.offload == "optimizer":  # its weights stay
+        asked = [p.tolist() for p in given[0].logprobs(sequences)]
     given[2].take()
-    asked = parallel.offload == "all" or asked == [p.tolist() for p in plain[0].logprobs(sequences)]
+    if asked:
+        asked = asked == [p.tolist() for p in plain[0].logprobs(sequences)]
     save = saving.begin(Path(folder), 2, given[0], given[1], {}, CheckpointConfig(), score=0.0)
     given[2].give()
     path = save.finish()
