@@ -44,7 +44,7 @@ From a signal to stop to the end, at worst: it comes when the last microbatch of
     train        that microbatch through all stages: train x stages / (microbatches + stages - 1)
     push         of that step: it is finished
     generate     with rl.lag and rollout.pause_mode = wait: what is left of the batch that is made meanwhile
-    collect      12 P / _COPY_BYTES_PER_S: the optimizer's state, to the host
+    collect      what a checkpoint takes of a rank's host / _COPY_BYTES_PER_S
     write        the checkpoint / (nodes x _DISK_BYTES_PER_S)
     digest       the same again: it is read back
 
@@ -238,14 +238,14 @@ def stop_seconds(
         nodes: that train.
         awaits_batch: the next batch is being made and has to be finished.
     """
-    most = max(parameters(sizes, layout, stage) for stage in range(layout.pipeline))
+    collected = max(checkpoint_memory(sizes, layout, stage)[1] for stage in range(layout.pipeline))
     disk = checkpoint / (nodes * _DISK_BYTES_PER_S)
     finished = {"train": step["train"] * layout.pipeline / (layout.microbatches + layout.pipeline - 1)}
     if "push" in step:
         finished["push"] = step["push"]
     if awaits_batch:
         finished["generate"] = max(0.0, step["generate"] - step["train"])
-    return {**finished, "collect": 12 * most / _COPY_BYTES_PER_S, "write": disk, "digest": disk}
+    return {**finished, "collect": collected / _COPY_BYTES_PER_S, "write": disk, "digest": disk}
 
 
 def checkpoint_bytes(sizes: Sizes, dtype: str, anchor: AnchorKind) -> float:

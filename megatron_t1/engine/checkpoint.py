@@ -91,7 +91,7 @@ def _padding_counted(engine: Engine) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone_ungathered(engine: Engine) -> Iterator[None]:
     """Where the optimizer's state is not spread over ranks, Megatron's gather would copy it to the GPU and back,
-    through three buffers of its size on the host."""
+    through three buffers of its size on the host. `writers` brings it there."""
     parts = [part for part in engine.optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
     alone = [part for part in parts if part.data_parallel_group.size() == 1]
     for part in alone:
@@ -103,17 +103,24 @@ def _alone_ungathered(engine: Engine) -> Iterator[None]:
             del part.get_parameter_state_dp_zero
 
 
+class _Apart(dict[int, torch.Tensor]):
+    """By its first number, what Megatron cuts out of a buffer: parts of a whole it would copy once more."""
+
+    def __getitem__(self, where: slice) -> torch.Tensor:  # type: ignore[override]
+        return super().__getitem__(where.start)
+
+
 def _state_of_one_rank(part: DistributedOptimizer, *, empty_data: bool, **_: bool) -> dict[Any, Any]:
-    """What `DistributedOptimizer.get_parameter_state_dp_zero` returns, on the host."""
+    """What `DistributedOptimizer.get_parameter_state_dp_zero` returns: the numbers themselves, where they are."""
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         ((dtype, buckets),) = ranges.items()
-        whole = {key: torch.zeros(buffer.numel_unpadded, device="cpu") for key in ("param", "exp_avg", "exp_avg_sq")}
+        keys = ("param", "exp_avg", "exp_avg_sq")
+        whole: dict[str, Any] = {key: torch.zeros(buffer.numel_unpadded) if empty_data else _Apart() for key in keys}
         for param in (param for bucket in buckets for param in bucket["param_map"]) if not empty_data else ():
-            start, end, _ = buffer.param_index_map[param]
             tensors = part._get_main_param_and_optimizer_states(param)
-            for key, numbers in whole.items():
-                numbers[start:end].copy_(tensors[key].detach().flatten())
+            for key, apart in whole.items():
+                apart[buffer.param_index_map[param][0]] = tensors[key].detach().flatten()
         state[number] = {dtype: {**whole, "numel_unpadded": buffer.numel_unpadded}}
     return state
 

@@ -38,9 +38,10 @@ class Writers:
         self._processes: list[tuple[Any, Any]] = []
         self._buckets: list[Any] = []
         if request.async_fn is not None:  # else there is nothing to write on this rank
-            assert request.preload_fn is not None
-            transforms, self._results = request.async_fn.args[0], request.async_fn_args[2]  # type: ignore[attr-defined]
-            self._buckets = request.preload_fn()
+            transforms = request.async_fn.args[0]  # type: ignore[attr-defined]
+            _, buckets, self._results = request.async_fn_args
+            # Not through pinned memory: torch would keep it, and the kernel copy it into every fork.
+            self._buckets = filesystem_async.FileSystemWriterAsync.preload_tensors(buckets, non_blocking=False)
             self._processes = [_start(transforms, number, bucket) for number, bucket in enumerate(self._buckets)]
         self._thread = threading.Thread(target=self._collect, name="checkpoint", daemon=True)
         self._thread.start()
