@@ -36,7 +36,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     assert "+50.0 points" in page.text
     plots = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
     assert plots == ["reward", "entropy"]
-    assert "reward0.0355 ± " in page.text
+    assert "reward0.036 ± 0.014" in page.text
 
 
 def test_an_interval_is_that_of_blocks() -> None:
