@@ -87,7 +87,7 @@ def _figure(name: str, runs: dict[str, list[dict[str, Any]]]) -> plots.Plot:
         window = max(1, len(steps) // 20)
         smooth = [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
         axes.plot(steps, smooth, label=plots._literal(label), linewidth=1.6, marker="o" if len(steps) == 1 else "")
-    plots._legend(figure, list(runs))
+    plots._legend(figure)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
     return plots._plot(name, figure)
