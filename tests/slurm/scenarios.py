@@ -298,6 +298,6 @@ def wait_until(found: Callable[[], Any], patience_s: float = 60) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2])
+    folder = Path(sys.argv[2]).absolute()
     scenario = {f.__name__: f for f in (headers, other_nodes, chain, clear_errors, recipe)}[sys.argv[1]]
     (folder / "seen.json").write_text(json.dumps(scenario(folder), indent=1))
