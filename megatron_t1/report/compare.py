@@ -117,8 +117,8 @@ def _interval(values: np.ndarray) -> str:
     half = 1.96 * float(np.std(blocks, ddof=1)) / math.sqrt(5)
     decimals = 1 - math.floor(math.log10(half)) if half else 4
     if decimals > 6:
-        return f"{mean:.3g} ± {half:.2g}"
-    return f"{mean:.{max(0, decimals)}f} ± {half:.{max(0, decimals)}f}"
+        return f"{mean:.3g} ±\N{NO-BREAK SPACE}{half:.2g}"
+    return f"{mean:.{max(0, decimals)}f} ±\N{NO-BREAK SPACE}{half:.{max(0, decimals)}f}"
 
 
 def _evaluations(summaries: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
