@@ -210,12 +210,14 @@ def recipe(work: Path) -> dict[str, Any]:
         "DATA": data, "CONFIGS": configs, "RANKS": 2, "SBATCH_OPTIONS": f"--nodes=1 --output={work}/%x-%j.log",
     }  # fmt: skip
     os.environ |= {name: str(value) for name, value in variables.items()}
-    sizes = ["--sft.max_steps", 4, "--sft.batch_size", 4, "--rl.steps", 4, "--rl.prompts_per_step", 8]
+    sizes = ["--sft.max_steps", 4, "--sft.batch_size", 4, "--sft.optim.warmup_steps", 1, "--rl.steps", 4,
+             "--rl.prompts_per_step", 8]  # fmt: skip
     print(run("slurm/pipeline.sh", *sizes), flush=True)
     jobs = [line.split()[1] for line in (run_dir / "pipeline/jobs").read_text().splitlines()]
     for job in jobs:
         Job(job, work / "none", run_dir).end()
     seen: dict[str, Any] = {"status": run("slurm/pipeline.sh", "status").splitlines()}
+    assert all(line.endswith("finished") for line in seen["status"]), seen["status"]
     both = [run_dir / "rl/hf", work / "megatron"]
     for words in (["to-megatron", *both], ["verify", *both]):
         seen[str(words[0])] = submit(work, "convert.sh", *words, nodes="1", env={}).end()["JobState"]
