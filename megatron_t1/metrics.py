@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 class MetricsLog:
-    """Metrics of one stage of a run (`sft` or `rl`)."""
+    """Metrics of one stage of a run (`sft` or `rl`). At the end of its block the trackers are told how that ended."""
 
     def __init__(
         self, run_dir: Path, stage: str, *, first_step: int = 0, trackers: Sequence[Any] = (), groups_kept: int = 2
@@ -84,9 +84,12 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.table(step, rows)
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(error)
 
 
 def sample_row(group: Group, sample: Any) -> dict[str, Any]:

@@ -91,8 +91,7 @@ def run_rl(cfg: Config) -> None:
         rl.check(cfg, prompts)
         _check_context(cfg, context_needs(cfg, "rl", longest, template))
         rank0 = stack.enter_context(_rank0_of_training(cfg, template))
-        trainer = rl.Trainer(cfg, platform, prompts, rank0)
-        stack.callback(trainer.close)
+        trainer = stack.enter_context(rl.Trainer(cfg, platform, prompts, rank0))
         if rank0:
             keep(cfg)
             rank0.servers.wait_ready()
@@ -119,8 +118,7 @@ def run_rollout(cfg: Config) -> None:
         # The next batch is asked beside each: its samples fill the servers while the last of this one end.
         queue = BatchQueue(batches, rank0.client, rank0.scorer.score, lag=1, begun_at=0)
         stack.callback(queue.close)
-        log = MetricsLog(Path(cfg.run_dir), "rollout")
-        stack.callback(log.close)
+        log = stack.enter_context(MetricsLog(Path(cfg.run_dir), "rollout"))
         for step in trange(cfg.rl.steps, desc="rollout", unit="batch"):
             queue.ask(range(step, min(step + 2, cfg.rl.steps)), weights)
             batch = queue.take(step)
@@ -265,8 +263,7 @@ def run_all(cfg: Config) -> None:
                 hf_dir = sft.train(cfg, platform, examples)
         tuned = replace(cfg, model=replace(cfg.model, hf_path=str(hf_dir)))
         with watch("start"):
-            trainer = rl.Trainer(tuned, platform, train, rank0)
-            stack.callback(trainer.close)
+            trainer = stack.enter_context(rl.Trainer(tuned, platform, train, rank0))
             if rank0:
                 keep(cfg)
                 rank0.servers.wait_ready()

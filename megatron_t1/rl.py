@@ -255,12 +255,15 @@ class Trainer:
         self._measure()
         return self.folder / "hf"
 
-    def close(self) -> None:
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.queue:
             self.queue.close()
         self.sync.close()
         if self.log:
-            self.log.close()
+            self.log.__exit__(kind, error, trace)
 
     def _save(self) -> None:
         """Begin a checkpoint of the steps done, unless it is there already."""

@@ -9,6 +9,7 @@ alone, so a resumed run sees what it would have seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,8 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
     )
     if is_main():
         keep(cfg)
-    log = open_log(cfg, "sft", done) if is_main() else None
     watch = Stopwatch()
     losses: list[float] = []  # of the steps since the last checkpoint
-
     saver = Saver(folder / "checkpoints", cfg.sft.checkpoint)
 
     def save(step: int) -> None:
@@ -105,30 +104,29 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
         losses.clear()
 
     bar = tqdm(total=total, initial=done, desc="sft", unit="step", disable=not is_main())
-    for step, batch in enumerate(batches(examples, cfg.sft.batch_size, cfg.seed, done), start=done + 1):
-        if step > total:
-            break
-        num_targets = sum(len(sequence.response_ids) for sequence in batch)
-        try:
-            with watch("train"):
-                metrics = engine.step(engine.pack(batch), num_targets, sft_token_loss)
-        except (Stopped, FloatingPointError) as error:
-            if losses and isinstance(error, Stopped):
-                save(step - 1)
-            saver.finish()
-            raise
-        losses.append(metrics["loss"])
-        metrics["tokens_per_s"] = sum(sequence.num_tokens for sequence in batch) / watch.lap()["train"]
-        if log:
-            log.log(step, metrics)
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
-            bar.update()
-        saver.finish(wait=False)
-        if cfg.sft.checkpoint.due(step, total):
-            save(step)
-    bar.close()
-    saver.finish()
-    if log:
-        log.close()
-    engine.save_hf(folder / "hf")
+    with open_log(cfg, "sft", done) if is_main() else nullcontext() as log:
+        for step, batch in enumerate(batches(examples, cfg.sft.batch_size, cfg.seed, done), start=done + 1):
+            if step > total:
+                break
+            num_targets = sum(len(sequence.response_ids) for sequence in batch)
+            try:
+                with watch("train"):
+                    metrics = engine.step(engine.pack(batch), num_targets, sft_token_loss)
+            except (Stopped, FloatingPointError) as error:
+                if losses and isinstance(error, Stopped):
+                    save(step - 1)
+                saver.finish()
+                raise
+            losses.append(metrics["loss"])
+            metrics["tokens_per_s"] = sum(sequence.num_tokens for sequence in batch) / watch.lap()["train"]
+            if log:
+                log.log(step, metrics)
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+                bar.update()
+            saver.finish(wait=False)
+            if cfg.sft.checkpoint.due(step, total):
+                save(step)
+        bar.close()
+        saver.finish()
+        engine.save_hf(folder / "hf")
     return folder / "hf"

@@ -1,14 +1,16 @@
 """Where the numbers of a run go for people: TensorBoard always, Weights & Biases and MLflow when asked.
 
 All stand behind `Tracker`, and are told each step once: what a killed run had told of steps after its last checkpoint
-is not told again by the run that resumes from there, it would be the same numbers. A tracker that fails is said, and
-costs the run nothing.
+is not told again by the run that resumes from there, it would be the same numbers. A tracker that fails is said, one
+whose service hangs is told in the background: both cost the run nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,10 +22,13 @@ from megatron_t1.config import Config, plain
 from megatron_t1.files import read_json, write_json
 from megatron_t1.metrics import MetricsLog
 from megatron_t1.platform.installed import versions
+from megatron_t1.stop import EXIT_STOPPED, Stopped
 from megatron_t1.warn import warn
 
 TABLE_EVERY = 20
 """Steps from one table of samples to the next; the first step has one. `samples.jsonl` has all."""
+PATIENCE_S = 60.0
+"""At the end of a run, for a service that has not taken all of it yet."""
 Rows = list[dict[str, Any]]
 
 
@@ -36,8 +41,8 @@ class Tracker(Protocol):
     def table(self, step: int, rows: Rows) -> None:
         """Graded samples of a step, as lines of samples.jsonl."""
 
-    def close(self) -> None:
-        """The run ended, well or badly."""
+    def close(self, error: BaseException | None) -> None:
+        """The run ended: well, by an error, or as it was asked to (`Stopped`) and to go on from there."""
 
 
 class TensorBoard:
@@ -54,7 +59,7 @@ class TensorBoard:
     def table(self, step: int, rows: Rows) -> None:
         pass  # it has no tables
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None) -> None:
         self._writer.close()
 
 
@@ -80,8 +85,11 @@ class WandB:
         names, cells = _cells(rows)
         self._run.log({"samples": self._table(columns=names, data=cells)}, step=step, commit=False)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, error: BaseException | None) -> None:
+        stopped = isinstance(error, Stopped)
+        if stopped:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=EXIT_STOPPED if stopped else int(error is not None))
 
 
 class MLflow:
@@ -116,12 +124,14 @@ class MLflow:
         names, cells = _cells(rows)
         self._client.log_dict(self._run, {"columns": names, "data": cells}, f"samples/step_{step:08d}.json")
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run)
+    def close(self, error: BaseException | None) -> None:
+        ended = "KILLED" if isinstance(error, (Stopped, KeyboardInterrupt)) else "FAILED" if error else "FINISHED"
+        self._client.set_terminated(self._run, ended)
 
 
 class Once:
-    """A tracker that is told no step twice and whose failures are warnings. `path` keeps its run's id and last step."""
+    """A tracker that is told no step twice, by a thread of its own, and whose failures are warnings. `path` keeps its
+    run's id and last step."""
 
     def __init__(self, name: str, path: Path, resume: bool, start: Callable[[str], Tracker]) -> None:
         """`start(id)`: joins the run of that id, or begins it."""
@@ -129,31 +139,48 @@ class Once:
         self._name, self._path = name, path
         self.identity = stored.get("id") or uuid.uuid4().hex[:12]
         self._told = int(stored.get("last_step", 0))
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._make_calls, name=name, daemon=True)
         self._tracker: Tracker | None = None
         if self._try(lambda: self._start(start)):
             self._keep()
+            self._thread.start()
 
     def _start(self, start: Callable[[str], Tracker]) -> None:
         self._tracker = start(self.identity)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         tracker = self._tracker
-        if tracker and step > self._told and self._try(lambda: tracker.log(step, values)):
-            self._told = step
-            self._keep()
+
+        def call() -> None:
+            if tracker and step > self._told:
+                tracker.log(step, values)
+                self._told = step
+                self._keep()
+
+        if tracker:
+            self._calls.put(call)
 
     def table(self, step: int, rows: Rows) -> None:
         tracker = self._tracker
-        if tracker and step > self._told and (step == 1 or step % TABLE_EVERY == 0):
-            self._try(lambda: tracker.table(step, rows))
+        if tracker and (step == 1 or step % TABLE_EVERY == 0):
+            self._calls.put(lambda: tracker.table(step, rows) if step > self._told else None)
 
-    def close(self) -> None:
-        if self._tracker:
-            self._try(self._tracker.close)
+    def close(self, error: BaseException | None) -> None:
+        if tracker := self._tracker:
+            self._calls.put(lambda: tracker.close(error))
+            self._calls.put(None)
+            self._thread.join(PATIENCE_S)
+            if self._thread.is_alive():
+                warn(f"{self._name} was not told all: it takes longer than {PATIENCE_S:.0f} s; metrics.jsonl has it")
 
-    def _try(self, tell: Callable[[], None]) -> bool:
+    def _make_calls(self) -> None:
+        while call := self._calls.get():
+            self._try(call)
+
+    def _try(self, call: Callable[[], None]) -> bool:
         try:
-            tell()
+            call()
         except Exception as error:  # whatever a library of somebody's service raises
             warn(f"{self._name} was not told: {type(error).__name__}: {str(error)[:300]}")
             return False

@@ -46,17 +46,16 @@ def rows(path: Path) -> list[dict]:
 
 
 def test_resume_drops_what_came_after_its_step(tmp_path: Path) -> None:
-    first = MetricsLog(tmp_path, "rl", trackers=[TensorBoard(tmp_path / "tensorboard/rl", 0)], groups_kept=1)
-    for step in (1, 2, 3):
-        first.log(step, {"reward": step / 10})
-        first.samples(step, [group("a", sample(1, 4)), group("b", sample(0, 4))])
-    first.close()
+    board = TensorBoard(tmp_path / "tensorboard/rl", 0)
+    with MetricsLog(tmp_path, "rl", trackers=[board], groups_kept=1) as first:
+        for step in (1, 2, 3):
+            first.log(step, {"reward": step / 10})
+            first.samples(step, [group("a", sample(1, 4)), group("b", sample(0, 4))])
     with (tmp_path / "rl/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # killed while writing
     board = TensorBoard(tmp_path / "tensorboard/rl", 2)
-    second = MetricsLog(tmp_path, "rl", first_step=2, trackers=[board], groups_kept=1)
-    second.log(3, {"reward": 9.0})
-    second.close()
+    with MetricsLog(tmp_path, "rl", first_step=2, trackers=[board], groups_kept=1) as second:
+        second.log(3, {"reward": 9.0})
     assert [(row["step"], row["reward"]) for row in rows(tmp_path / "rl/metrics.jsonl")] == [
         (1, 0.1),
         (2, 0.2),

@@ -12,12 +12,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from megatron_t1 import trackers
 from megatron_t1.cli.options import parse
 from megatron_t1.config import Config
+from megatron_t1.stop import EXIT_STOPPED
 from megatron_t1.trackers import Once
 from tests.forks import WORKERS, environment
 
@@ -47,6 +50,8 @@ for path in sys.argv[2:]:
         if record.WhichOneof("record_type") == "run":
             config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             print(json.dumps({"id": record.run.run_id, "config": config}))
+        elif record.WhichOneof("record_type") == "exit":
+            print(json.dumps({"exit_code": record.exit.exit_code}))
         elif record.WhichOneof("record_type") == "history":
             row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             print(json.dumps(row))
@@ -79,25 +84,34 @@ def test_a_killed_and_resumed_run_is_one_run_and_no_step_comes_twice(tmp_path: P
     env = environment(WANDB_MODE="offline", MLFLOW_TRACKING_URI=store, MLFLOW_ALLOW_FILE_STORE="true")
     folder = Path(INSTALLED).absolute()
     worker = [WORKERS / "tracked_worker.py", folder, tmp_path / "run"]
+
+    def told_mlflow() -> dict:
+        (row,) = run("-c", READ_MLFLOW, folder, env=env).splitlines()  # one run
+        return json.loads(row)
+
     run(*worker, "new", 1, 23, "kill", env=env, expect=-9)
-    run(*worker, "resume", 21, 30, "close", env=env)  # its last checkpoint was that of step 20
-    told = run("-c", READ_MLFLOW, folder, env=env).splitlines()
-    assert len(told) == 1, "one run"
-    row = json.loads(told[0])
-    assert row["status"] == "FINISHED"
+    for first, last, end, status in (
+        (21, 24, "fail", "FAILED"),  # the last checkpoint before the kill was that of step 20
+        (25, 26, "stop", "KILLED"),
+        (27, 30, "close", "FINISHED"),
+    ):
+        run(*worker, "resume", first, last, end, env=env, expect=int(end == "fail"))
+        assert told_mlflow()["status"] == status
+    row = told_mlflow()
     assert row["reward"] == [[step, step / 10] for step in range(1, 31)]
     assert row["params"]["config.seed"] == "7"
     assert row["params"]["versions.torch"]
     assert row["tables"] == ["samples/step_00000001.json", "samples/step_00000020.json"]
 
     files = sorted(tmp_path.glob("run/rl/wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2, "one of each process; `wandb sync` joins those of one id"
+    assert len(files) == 4, "one of each process; `wandb sync` joins those of one id"
     read = [json.loads(line) for line in run("-c", READ_WANDB, folder, *files, env=env).splitlines()]
     ids = {row["id"] for row in read if "id" in row}
     assert ids == {json.loads((tmp_path / "run/rl/wandb.json").read_text())["id"]}
     assert next(row for row in read if "id" in row)["config"]["config"]["seed"] == 7
     assert [(row["_step"], row["reward"]) for row in read if "reward" in row] == [(i, i / 10) for i in range(1, 31)]
     assert [row["_step"] for row in read if "samples" in row or "samples._type" in row] == [1, 20]
+    assert [row["exit_code"] for row in read if "exit_code" in row] == [1, EXIT_STOPPED, 0]
 
 
 def test_what_is_not_installed_is_refused_at_once() -> None:
@@ -120,7 +134,7 @@ class Full:
 
     def table(self, step: int, rows: list) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, error: BaseException | None) -> None: ...
 
 
 def test_a_tracker_that_fails_is_said_and_costs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +148,30 @@ def test_a_tracker_that_fails_is_said_and_costs_nothing(tmp_path: Path, capsys: 
         tracker = Once("It", tmp_path / "it.json", resume, start)
         for step in range(first, first + 5):
             tracker.log(step, {})
+        tracker.close(None)
     assert full.told == [1, 4, 5, 6, 7, 8, 1, 4, 5]
     assert ids[0] == ids[1] != ids[2], "a run that begins anew in the folder is another"
     assert "It was not told: ConnectionError: no room" in capsys.readouterr().err
+
+
+def test_a_tracker_that_hangs_holds_no_step_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, told = threading.Event(), []
+
+    class Slow(Full):
+        def log(self, step: int, values: dict[str, float]) -> None:
+            answers.wait()
+            told.append(step)
+
+    tracker = Once("It", tmp_path / "it.json", False, lambda identity: Slow())
+    for step in range(1, 6):
+        tracker.log(step, {})
+    assert told == []
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers, "PATIENCE_S", 0.1)
+        tracker.close(None)
+    assert "It was not told all" in capsys.readouterr().err
+    answers.set()
+    tracker.close(None)
+    assert told == [1, 2, 3, 4, 5], "and loses none when it answers again"

@@ -44,6 +44,7 @@ From a signal to stop to the end, at worst: it comes when the last microbatch of
     train        that microbatch through all stages: train x stages / (microbatches + stages - 1)
     push         of that step: it is finished
     generate     with rl.lag and rollout.pause_mode = wait: what is left of the batch that is made meanwhile
+    earlier      the checkpoint of the step before, as far as it was not written beside the training
     collect      what a checkpoint takes of a rank's host / _COPY_BYTES_PER_S
     write        the checkpoint / (nodes x _DISK_BYTES_PER_S)
     digest       the same again: it is read back
@@ -245,6 +246,7 @@ def stop_seconds(
         finished["push"] = step["push"]
     if awaits_batch:
         finished["generate"] = max(0.0, step["generate"] - step["train"])
+    finished["earlier"] = max(0.0, 2 * disk - step["train"])
     return {**finished, "collect": collected / _COPY_BYTES_PER_S, "write": disk, "digest": disk}
 
 

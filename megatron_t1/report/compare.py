@@ -87,7 +87,7 @@ def _figure(name: str, runs: dict[str, list[dict[str, Any]]]) -> plots.Plot:
         window = max(1, len(steps) // 20)
         smooth = [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
         axes.plot(steps, smooth, label=plots._literal(label), linewidth=1.6, marker="o" if len(steps) == 1 else "")
-    figure.legend(loc="outside lower center", ncols=2)
+    plots._legend(figure)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
     return plots._plot(name, figure)
@@ -108,12 +108,17 @@ def _means(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
 
 
 def _interval(values: np.ndarray) -> str:
-    """Mean ± 1.96 standard errors of five blocks: neighbouring steps are alike, and would make it too narrow."""
-    mean = f"{values.mean():.4g}"
+    """Mean ± 1.96 standard errors of five blocks: neighbouring steps are alike, and would make it too narrow. Both with
+    the decimals that two digits of the second take."""
+    mean = values.mean()
     if len(values) < _FEWEST:
-        return mean
+        return f"{mean:.4g}"
     blocks = [block.mean() for block in np.array_split(values, 5)]
-    return f"{mean} ± {1.96 * float(np.std(blocks, ddof=1)) / math.sqrt(5):.2g}"
+    half = 1.96 * float(np.std(blocks, ddof=1)) / math.sqrt(5)
+    decimals = 1 - math.floor(math.log10(half)) if half else 4
+    if decimals > 6:
+        return f"{mean:.3g} ±\N{NO-BREAK SPACE}{half:.2g}"
+    return f"{mean:.{max(0, decimals)}f} ±\N{NO-BREAK SPACE}{half:.{max(0, decimals)}f}"
 
 
 def _evaluations(summaries: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

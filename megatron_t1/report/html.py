@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from megatron_t1.report.mathematics import with_formulas
 
@@ -18,7 +18,7 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("megatron_t1.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": _percent, "seconds": _seconds, "formulas": with_formulas}
+    environment.filters |= {"percent": _percent, "seconds": _seconds, "formulas": with_formulas, "name": _name}
     assert environment.loader is not None
     script, style = (environment.loader.get_source(environment, name)[0] for name in ("report.js", "report.css"))
     html = environment.get_template(template).render(
@@ -29,6 +29,11 @@ def render(template: str, **values: Any) -> str:
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     return html.encode("utf-8", "replace").decode()  # a lone surrogate in a data file has no UTF-8
+
+
+def _name(dotted: str) -> Markup:
+    """A setting or metric, which a narrow page may break after a dot or underscore only."""
+    return escape(dotted).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
 def _percent(value: float) -> str:

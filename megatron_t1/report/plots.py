@@ -155,13 +155,15 @@ def scaling(curves: dict[str, list[dict[str, Any]]], majorities: dict[str, list[
         name = f"{label} · {sets[label]}" if len(set(sets.values())) > 1 else label
         _band(axes, points, "mean_thinking_tokens", color, "o-", name)
         if len(majorities.get(label, ())) > 1:
-            _band(axes, majorities[label], "mean_tokens", color, "s--", f"{name}: majority of n")
+            _band(axes, majorities[label], "mean_tokens", color, "s--", "")
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("mean tokens used for a question")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(bottom=0)
-    axes.legend()
+    if any(len(points) > 1 for points in majorities.values()):
+        axes.plot([], [], "s--", markersize=4, color="gray", label="majority of n")
+    _legend(figure)
     return _plot(title, figure)
 
 
@@ -176,15 +178,17 @@ def _band(axes: Axes, points: list[dict[str, Any]], x: str, color: str, style: s
 def _curves(title: str, steps: np.ndarray, series: dict[str, np.ndarray], log: bool = False) -> Plot:
     figure, axes = _figure(title)
     window = max(1, len(steps) // 20)
+    prefix = next(iter(series)).partition("/")[0] + "/" if all("/" in name for name in series) else ""
     for name, values in series.items():
         at, values = steps[np.isfinite(values)], values[np.isfinite(values)]
         smooth = [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
-        (line,) = axes.plot(at, smooth, label=_literal(name), marker="o" if len(at) == 1 else "", linewidth=1.6)
+        label = _literal(name.removeprefix(prefix))
+        (line,) = axes.plot(at, smooth, label=label, marker="o" if len(at) == 1 else "", linewidth=1.6)
         axes.plot(at, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
     if log and any((values > 0).any() for values in series.values()):
         axes.set_yscale("log")
     if len(series) > 1:
-        figure.legend(loc="outside lower center", ncols=3)
+        _legend(figure)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
     return _plot(title, figure)
@@ -194,7 +198,7 @@ def _stacked(title: str, steps: np.ndarray, series: dict[str, np.ndarray]) -> Pl
     figure, axes = _figure(title)
     labels = [_literal(name.removeprefix("seconds/")) for name in series]
     axes.stackplot(steps, np.nan_to_num(np.array(list(series.values()))), labels=labels, alpha=0.85)
-    figure.legend(loc="outside lower center", ncols=4)
+    _legend(figure)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
     return _plot(title, figure)
@@ -214,6 +218,14 @@ def _figure(title: str, height: float = 2.6) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(_literal(title))
     return figure, axes
+
+
+def _legend(figure: Figure) -> None:
+    """Below the axes, in as many columns as fit."""
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    column_pt = 4.8 * max(map(len, labels)) + 41  # a letter's mean width; line and gaps
+    columns = int((72 * figure.get_figwidth() + 17) / column_pt)
+    figure.legend(loc="outside lower center", ncols=max(1, min(columns, len(labels), 4)))
 
 
 def _plot(title: str, figure: Figure) -> Plot:

@@ -36,14 +36,14 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     assert "+50.0 points" in page.text
     plots = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
     assert plots == ["reward", "entropy"]
-    assert "reward0.0355 ± " in page.text
+    assert "reward0.036 ±\N{NO-BREAK SPACE}0.014" in page.text
 
 
 def test_an_interval_is_that_of_blocks() -> None:
     noise = np.random.default_rng(0).standard_normal((400, 50))
     inside = 0
     for values in noise:
-        mean, _, half = _interval(values).partition(" ± ")
+        mean, _, half = _interval(values).partition(" ±")
         inside += abs(float(mean)) <= float(half)
     assert 0.83 < inside / 400 < 0.95, "five blocks and 1.96: 88% of the time"
     assert _interval(np.ones(3)) == "1"

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.slurm import scenarios  # noqa: E402
-from tests.slurm.scenarios import Job, processes  # noqa: E402
+from tests.slurm.scenarios import TINY, Job, processes  # noqa: E402
 
 scenarios.DEADLINE_S = 4 * 3600
 CONFIG = ROOT / "examples/quickstart/quickstart.yaml"
@@ -55,9 +55,10 @@ def prepare(work: Path) -> None:
         shutil.copy(work / "task/rl.jsonl", work / name)
 
 
-def submit(folder: Path, steps: int, lag: int) -> Job:
+def begin(folder: Path, steps: int, lag: int) -> Job:
     env = {"VLLM_NODES": 1, "RANKS": 2, "SERVERS_PER_NODE": 2, "RESTARTS": 99}
-    return Job(folder, "rl.sh", *OPTIONS, "--rl.steps", steps, "--rl.lag", lag, nodes="2", env=env)
+    options = ["--config", TINY, *OPTIONS, "--rl.steps", steps, "--rl.lag", lag]
+    return scenarios.submit(folder, "rl.sh", *options, nodes="2", env=env)
 
 
 BLOWS: dict[str, tuple[int, tuple[str, ...], int]] = {
@@ -143,9 +144,9 @@ def main() -> None:
         cluster = Path(__file__).with_name("cluster.sh")
         words = [*sys.argv, "--inside"]
         raise SystemExit(subprocess.run(["bash", cluster, "-n", "2", sys.executable, *words]).returncode)
-    alone = submit(args.work / "alone", args.steps, args.lag)
+    alone = begin(args.work / "alone", args.steps, args.lag)
     assert alone.end()["JobState"] == "COMPLETED", alone.text()
-    disturbed = submit(args.work / "disturbed", args.steps, args.lag)
+    disturbed = begin(args.work / "disturbed", args.steps, args.lag)
     blows = disturb(disturbed, random.Random(args.seed), args.pause, args.steps)
     assert disturbed.end()["JobState"] == "COMPLETED", disturbed.text()
     for folder in (args.work / "alone", args.work / "disturbed"):

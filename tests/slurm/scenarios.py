@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY = "tests/slurm/tiny.yaml"
 DEADLINE_S = 1400  # a loaded machine is ten times slower than an idle one
 
 
@@ -29,19 +30,10 @@ def run(*command: object) -> str:
 
 
 class Job:
-    """A submitted batch script."""
+    """A job of Slurm's: one of the batch scripts."""
 
-    def __init__(self, work: Path, script: str, *options: object, nodes: str, env: dict[str, object]) -> None:
-        self.log = work / "job.log"
-        overrides = {
-            "T1_HOME": ROOT, "T1_PYTHON": sys.executable,
-            "MODEL": work / "model", "DATA": work, "RUN_DIR": work / "run",
-            "VLLM_TP": 1, "SERVERS_PER_NODE": 1, "VLLM_NODES": 0, "OMP_NUM_THREADS": 1, **env,
-        }  # fmt: skip
-        self.run_dir = Path(str(overrides["RUN_DIR"]))
-        os.environ |= {name: str(value) for name, value in overrides.items()}
-        command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={self.log}", f"slurm/{script}"]
-        self.id = run(*command, "--config", "tests/slurm/tiny.yaml", *options)
+    def __init__(self, identity: str, log: Path, run_dir: Path) -> None:
+        self.id, self.log, self.run_dir = identity, log, run_dir
 
     def show(self) -> dict[str, str]:
         return dict(re.findall(r"(\S+?)=(\S*)", run("scontrol", "show", "job", self.id)))
@@ -76,6 +68,22 @@ class Job:
         return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in logs if path.exists())
 
 
+def submit(work: Path, script: str, *options: object, nodes: str, env: dict[str, object]) -> Job:
+    overrides = surroundings(work) | env
+    os.environ |= {name: str(value) for name, value in overrides.items()}
+    log = work / "job.log"
+    command = ["sbatch", "--parsable", f"--nodes={nodes}", f"--output={log}", f"slurm/{script}"]
+    return Job(run(*command, *options), log, Path(str(overrides["RUN_DIR"])))
+
+
+def surroundings(work: Path) -> dict[str, object]:
+    """Variables of the batch scripts."""
+    return {
+        "T1_HOME": ROOT, "T1_PYTHON": sys.executable, "MODEL": work / "model", "DATA": work, "RUN_DIR": work / "run",
+        "VLLM_TP": 1, "SERVERS_PER_NODE": 1, "VLLM_NODES": 0, "OMP_NUM_THREADS": 1,
+    }  # fmt: skip
+
+
 def processes(*words: str) -> list[int]:
     """Processes of this PID namespace whose command line has all the words."""
     found = []
@@ -89,31 +97,12 @@ def processes(*words: str) -> list[int]:
     return found
 
 
-def stop_and_go_on(work: Path) -> dict[str, Any]:
-    """Two nodes, TP2 on one and a server on the other: the server killed after a step, USR1 after another."""
-    job = Job(work, "rl.sh", "--rl.steps", 6, nodes="2", env={"VLLM_NODES": 1, "RANKS": 2})
-    job.until("the first step", job.steps)
-    command_lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in processes("megatron_t1")]
-    (server,) = processes("vllm.entrypoints", "--host 10.77.0.2", "--port")[-1:]
-    os.kill(server, signal.SIGKILL)
-    killed_at = len(job.steps())
-    job.until("a step after the server was killed", lambda: len(job.steps()) > killed_at + 1)
-    run("scancel", "--signal=USR1", "--batch", job.id)
-    job.until("the requeue", lambda: job.restarts() == 1)
-    stopped_at = job.steps()
-    checkpoints = [path.name for path in (job.run_dir / "rl/checkpoints").iterdir()]
-    ended = job.end()
-    return {
-        "state": ended["JobState"], "stopped_at": stopped_at, "checkpoints": checkpoints, "log": job.log.read_text(),
-        "command_lines": command_lines, "left": processes("megatron_t1"), "text": job.text(),
-    }  # fmt: skip
-
-
 def other_nodes(work: Path) -> dict[str, Any]:
     """Three nodes that train and serve by turns: one fails, the job goes on with two; then it is cancelled."""
-    options = ["--config", "examples/shared_gpus.yaml", "--parallel.tensor", 1, "--parallel.sequence_parallel", "false",
-               "--rl.checkpoint.every_steps", 1, "--rl.steps", 1000]  # fmt: skip
-    job = Job(work, "rl.sh", *options, nodes="2-3", env={"RANKS": 1, "CONFIG": "examples/qwen2.5-14b/rl.yaml"})
+    options = ["--config", TINY, "--config", "examples/shared_gpus.yaml", "--parallel.tensor", 1,
+               "--parallel.sequence_parallel", "false", "--rl.checkpoint.every_steps", 1,
+               "--rl.steps", 1000]  # fmt: skip
+    job = submit(work, "rl.sh", *options, nodes="2-3", env={"RANKS": 1, "CONFIG": "examples/qwen2.5-14b/rl.yaml"})
     job.until("two steps", lambda: len(job.steps()) >= 2)
     for state in ("drain", "down"):  # drained too: its slurmd lives and would bring it back
         run("scontrol", "update", "nodename=n2", f"state={state}", "reason=test")
@@ -131,8 +120,9 @@ def other_nodes(work: Path) -> dict[str, Any]:
 
 
 def chain(work: Path) -> dict[str, Any]:
-    """pipeline.sh on two nodes, a server beside the trainer on both, in a container of pyxis; RL is cancelled after a
-    step, which breaks the chain; the same command goes on, in a container of Apptainer."""
+    """pipeline.sh on a node, a server beside two trainer ranks (TP2), in a container of pyxis. Again from its SFT on,
+    in one of Apptainer: RL's server is killed, its job stopped by USR1, requeued, and then cancelled, which breaks the
+    chain; the same command goes on. Last, its checkpoint becomes a Hugging Face folder by convert.sh."""
     bin_dir, seen = work / "bin", {}
     bin_dir.mkdir()
     for name, text in STAND_INS.items():
@@ -141,33 +131,98 @@ def chain(work: Path) -> dict[str, Any]:
     config = work / "configs"
     shutil.copytree(ROOT / "examples/qwen2.5-32b", config)
     options = {
-        "--config": "tests/slurm/tiny.yaml", "--parallel.tensor": 1, "--parallel.sequence_parallel": "false",
-        "--sft.max_steps": 3, "--sft.batch_size": 4, "--rl.steps": 6, "--rl.checkpoint.every_steps": 1,
-        "--evaluate.sampling.max_new_tokens": 24, "--scaling.sampling.max_new_tokens": 24,
-        "--scaling.budgets": "[8,16]", "--scaling.max_answer_tokens": 4, "--scaling.sampling.num_samples": 2,
+        "--config": TINY, "--sft.max_steps": 3, "--sft.batch_size": 4, "--rl.steps": 8,
+        "--reward.penalties.enabled": "[overlong]", "--evaluate.sampling.max_new_tokens": 24,
+        "--scaling.sampling.max_new_tokens": 24, "--scaling.budgets": "[8,16]", "--scaling.max_answer_tokens": 4,
+        "--scaling.sampling.num_samples": 2,
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
-    os.environ |= {
-        "PATH": f"{bin_dir}:{os.environ['PATH']}", "T1_HOME": str(ROOT), "T1_PYTHON": sys.executable,
-        "MODEL": str(work / "model"), "DATA": str(work), "RUN_DIR": str(work / "run"), "CONFIGS": str(config),
-        "VLLM_TP": "1", "SERVERS_PER_NODE": "1", "VLLM_NODES": "0", "RANKS": "1", "OMP_NUM_THREADS": "1",
-        "SBATCH_OPTIONS": f"--nodes=2 --output={work}/%x-%j.log", "T1_TEST_SEEN": str(work / "containers"),
+    variables = surroundings(work) | {
+        "PATH": f"{bin_dir}:{os.environ['PATH']}", "CONFIGS": config, "RANKS": 2, "T1_CONTAINER": "registry/t1:1",
+        "SBATCH_OPTIONS": f"--nodes=1 --output={work}/%x-%j.log", "T1_TEST_SEEN": work / "containers",
     }  # fmt: skip
-    steps = work / "run/rl/metrics.jsonl"
-    for turn, image in enumerate(("registry/t1:1", "t1.sif")):
-        os.environ["T1_CONTAINER"] = image
-        seen[f"submitted {turn}"] = run("slurm/pipeline.sh", *words)
-        jobs = dict(line.split() for line in (work / "run/pipeline/jobs").read_text().splitlines())
-        if turn == 0:
-            wait_until(lambda: steps.exists() and steps.read_text().count("\n") >= 1, DEADLINE_S)
-            run("scancel", jobs["rl"])
-        wait_until(lambda jobs=jobs: not set(jobs.values()) & set(run("squeue", "-h", "-o", "%i").split()), DEADLINE_S)
-        seen[f"status {turn}"] = run("slurm/pipeline.sh", "status")
-    seen["again"] = run("slurm/pipeline.sh", *words)
-    seen["text"] = "\n".join(
-        path.read_text()[-1500:] for path in [*work.glob("*.log"), *work.glob("run/logs/[ts]*.log")]
+    os.environ |= {name: str(value) for name, value in variables.items()}
+
+    def submitted(run_dir: Path) -> dict[str, Job]:
+        lines = (run_dir / "pipeline/jobs").read_text().splitlines()
+        return {name: Job(job, work / f"t1-{name}-{job}.log", run_dir) for name, job in map(str.split, lines)}
+
+    seen["submitted"] = run("slurm/pipeline.sh", *words)
+    for job in submitted(work / "run").values():
+        job.end()
+    seen["status"] = run("slurm/pipeline.sh", "status")
+
+    struck = work / "struck"
+    shutil.copytree(work / "run/sft", struck / "sft")
+    os.environ |= {"RUN_DIR": str(struck), "T1_CONTAINER": "t1.sif"}
+    run("slurm/pipeline.sh", *words)
+    rl = submitted(struck)["rl"]
+    rl.until("the first step", rl.steps)
+    seen["command_lines"] = [Path(f"/proc/{pid}/cmdline").read_text() for pid in processes("megatron_t1")]
+    (server,) = processes("vllm.entrypoints", "--port")[-1:]
+    os.kill(server, signal.SIGKILL)
+    killed_at = len(rl.steps())
+    rl.until("a step after the server was killed", lambda: len(rl.steps()) > killed_at + 1)
+    run("scancel", "--signal=USR1", "--batch", rl.id)
+    rl.until("the requeue", lambda: rl.restarts() == 1)
+    seen["stopped_at"] = rl.steps()
+    seen["checkpoints"] = [path.name for path in (struck / "rl/checkpoints").iterdir()]
+    rl.until("a step after the requeue", lambda: len(rl.steps()) > len(seen["stopped_at"]))
+    run("scancel", rl.id)
+    for job in submitted(struck).values():
+        job.end()
+    seen["cancelled_at"], seen["struck"] = rl.steps(), run("slurm/pipeline.sh", "status")
+    seen["submitted again"] = run("slurm/pipeline.sh", *words)
+    for job in submitted(struck).values():
+        job.end()
+    seen["status again"], seen["done"] = run("slurm/pipeline.sh", "status"), run("slurm/pipeline.sh", *words)
+
+    env: dict[str, object] = {"RUN_DIR": work / "convert", "SBATCH_OPTIONS": "", "T1_CONTAINER": ""}
+    convert = submit(
+        work, "convert.sh", "to-hf", struck / "rl/checkpoints/step_00000008", work / "hf", nodes="1", env=env
     )
-    return seen | {"left": processes("megatron_t1"), "containers": (work / "containers").read_text().splitlines()}
+    seen["convert"] = convert.end()["JobState"]
+    logs = [rl.log, *(work / "convert").rglob("*.log"), *struck.rglob("*.log"), *work.glob("*.log")]
+    return {
+        **seen, "rl": rl.log.read_text(), "left": processes("megatron_t1"),
+        "text": "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in logs),
+        "containers": (work / "containers").read_text().splitlines(),
+    }  # fmt: skip
+
+
+def recipe(work: Path) -> dict[str, Any]:
+    """All seven scripts on the quickstart's task, from raw questions on: README.md has the command; too long for CI."""
+    run_dir, data, configs = work / "run", work / "data", work / "configs"
+    questions = [json.loads(line) for line in (work / "rl.jsonl").read_text().splitlines()]
+    raw = [{"problem": row["prompt"], "answer": row["answer"]} for row in questions[60:160]]
+    tables = {
+        "questions.jsonl": questions[:60], "raw.jsonl": raw + raw[:5],
+        "heldout.jsonl": [json.loads(line) for line in (work / "heldout.jsonl").read_text().splitlines()[:40]],
+    }  # fmt: skip
+    data.mkdir()
+    for name, rows in tables.items():
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs.mkdir()
+    for name in ("sft", "rl"):
+        shutil.copy(ROOT / "examples/quickstart/quickstart.yaml", configs / f"{name}.yaml")
+    shutil.copy(ROOT / "examples/quickstart/synthesize.yaml", configs)
+    variables = surroundings(work) | {
+        "DATA": data, "CONFIGS": configs, "RANKS": 2, "SBATCH_OPTIONS": f"--nodes=1 --output={work}/%x-%j.log",
+    }  # fmt: skip
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    sizes = ["--sft.max_steps", 4, "--sft.batch_size", 4, "--sft.optim.warmup_steps", 1, "--rl.steps", 4,
+             "--rl.prompts_per_step", 8]  # fmt: skip
+    print(run("slurm/pipeline.sh", *sizes), flush=True)
+    jobs = [line.split()[1] for line in (run_dir / "pipeline/jobs").read_text().splitlines()]
+    for job in jobs:
+        Job(job, work / "none", run_dir).end()
+    seen: dict[str, Any] = {"status": run("slurm/pipeline.sh", "status").splitlines()}
+    assert all(line.endswith("finished") for line in seen["status"]), seen["status"]
+    both = [run_dir / "rl/hf", work / "megatron"]
+    for words in (["to-megatron", *both], ["verify", *both]):
+        seen[str(words[0])] = submit(work, "convert.sh", *words, nodes="1", env={}).end()["JobState"]
+    print(json.dumps(seen, indent=1))
+    return seen
 
 
 STAND_INS = {
@@ -202,9 +257,11 @@ def clear_errors(work: Path) -> dict[str, Any]:
         folder = work / name
         shutil.copytree(work / "model", folder / "model")
         shutil.copy(work / "rl.jsonl", folder)
-        job = Job(
+        job = submit(
             folder,
             "rl.sh",
+            "--config",
+            TINY,
             "--parallel.pipeline",
             1,
             *options,
@@ -243,6 +300,6 @@ def wait_until(found: Callable[[], Any], patience_s: float = 60) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    scenario = {f.__name__: f for f in (headers, stop_and_go_on, other_nodes, chain, clear_errors)}[sys.argv[1]]
+    folder = Path(sys.argv[2]).absolute()
+    scenario = {f.__name__: f for f in (headers, other_nodes, chain, clear_errors, recipe)}[sys.argv[1]]
     (folder / "seen.json").write_text(json.dumps(scenario(folder), indent=1))
