@@ -1,11 +1,12 @@
 """How servers on other hosts are found: a folder of a shared file system with one small file a server.
 
-`t1 serve` announces a server here once it is healthy, again when it was started anew, and takes the file away when it
-ends; the trainer reads the folder whenever it looks for servers.
+`t1 serve` announces a server here once it is healthy, says when it starts it anew, announces it again, and takes the
+files away when it ends; the trainer reads the folder whenever it looks for servers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,11 +33,25 @@ class Registry:
         self.folder = folder
 
     def announce(self, name: str, url: str, log: Path | None) -> None:
-        """Write or replace the entry of the server `name` (unique over all hosts)."""
+        """Write or replace the entry of the server `name` (unique over all hosts); a start of it is over."""
+        (self.folder / f"{name}.starting").unlink(missing_ok=True)
         write_json(self.folder / f"{name}.json", asdict(Entry(url=url, start=secrets.token_hex(8), log=str(log))))
 
     def withdraw(self, name: str) -> None:
         (self.folder / f"{name}.json").unlink(missing_ok=True)
+        (self.folder / f"{name}.starting").unlink(missing_ok=True)
+
+    def withdraw_to_restart(self, name: str) -> None:
+        self.withdraw(name)
+        write_json(self.folder / f"{name}.starting", secrets.token_hex(8))
+
+    def restarts(self) -> set[str]:
+        """A word for each start that is under way of a lost server, no two alike."""
+        found = set()
+        for path in self.folder.glob("*.starting"):
+            with contextlib.suppress(FileNotFoundError):  # over while we looked
+                found.add(path.read_text(encoding="utf-8"))
+        return found
 
     def entries(self) -> dict[str, Entry]:
         """Every announced server by name; a file that is no entry is an error that names it.

@@ -57,7 +57,7 @@ def serve(cfg: RolloutConfig, model_dir: Path, run_dir: Path, say: Callable[[str
                 if why is None:
                     continue
                 if registry:
-                    registry.withdraw(name)
+                    registry.withdraw_to_restart(name)
                 failed_starts[name] += not server.ready and not cfg.sleep  # else it may be the trainer's turn
                 if failed_starts[name] >= _MAX_FAILED_STARTS:
                     raise ServerError(f"server {name} does not come up again: it {why}\n{server.log_tail()}")

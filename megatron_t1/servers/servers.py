@@ -169,8 +169,9 @@ class Servers:
         return [server for server in alive if server.version == required]
 
     def sleep(self) -> None:
-        """Has all that are alive give their GPU memory back, weights included, also those that `t1 serve` started again
-        meanwhile. Which fails is lost: the room is needed."""
+        """Has all that are alive give their GPU memory back, weights included, also those that `t1 serve` has started
+        again or is just starting: they would take the trainer's. Which fails is lost: the room is needed."""
+        self._source.await_restarts(self.cfg.startup_timeout_s)
         try:
             self.poll()
         except ServerError as error:

@@ -42,6 +42,9 @@ class Source:
     def settled(self) -> None:
         """All servers listen."""
 
+    def await_restarts(self, timeout_s: float) -> None:
+        """Waits until the restarts that somebody else has begun are over, well or not."""
+
     def close(self, servers: list[Server]) -> None:
         """Ends the processes that were started here."""
 
@@ -165,6 +168,12 @@ class AnnouncedServers(Source):
             self._known[name] = entry
             fresh.append(server)
         return fresh
+
+    def await_restarts(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        under_way = self._registry.restarts()
+        while under_way & self._registry.restarts() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
 def source_of(cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str) -> Source:

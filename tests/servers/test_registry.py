@@ -56,6 +56,30 @@ def test_a_server_that_came_back_elsewhere_replaces_itself(tmp_path: Path) -> No
         assert servers.revive() == []
 
 
+def test_one_that_is_just_started_again_falls_asleep_with_the_others(tmp_path: Path) -> None:
+    """It would take the memory of the GPU's other user; a start that fails is not waited for a second time."""
+    registry = Registry(tmp_path / "servers")
+    with serving(good_reply) as first, serving(good_reply) as second, awaiting(tmp_path, 2) as servers:
+        for name, url in (("a_0", first), ("b_0", second)):
+            registry.announce(name, url, tmp_path / "a.log")
+        servers.start().wait_ready()
+        for name in ("a_0", "b_0"):
+            registry.withdraw_to_restart(name)
+        turns = [
+            threading.Timer(0.3, registry.announce, ("a_0", first, tmp_path / "a.log")),
+            threading.Timer(0.5, registry.withdraw_to_restart, ("b_0",)),
+        ]
+        before = servers.all[0]
+        for turn in turns:
+            turn.start()
+        servers.sleep()
+        assert servers.all[0] is not before
+        assert "/sleep" in servers.all[0].unusable, "it was asked, which this stand-in does not understand"
+        assert len(registry.restarts()) == 1
+        registry.withdraw("b_0")
+        assert registry.restarts() == set()
+
+
 def test_a_server_that_a_push_left_behind_and_that_is_gone_is_awaited_anew(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "servers")
     with awaiting(tmp_path, 1, startup_timeout_s=5) as servers:
