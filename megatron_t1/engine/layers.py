@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -34,6 +35,18 @@ from megatron_t1.data.packing import rows_of
 
 # Megatron-Core 0.16.1 forgets to say that it has none when Transformer Engine is not installed.
 vars(moe_utils).setdefault("te_general_gemm", None)
+_rotate = attention.apply_rotary_pos_emb
+
+
+def _rotate_stream(t: torch.Tensor, freqs: torch.Tensor, config: TransformerConfig, **options: Any) -> torch.Tensor:
+    """Megatron's, but for queries or keys [s, heads, d] that no kernel rotates: their angles were gathered by position
+    (`T1GPTModel`), where it would ask the device for every sequence's length, four times a layer."""
+    if options.get("cu_seqlens") is None or config.apply_rope_fusion:
+        return _rotate(t, freqs, config, **options)
+    return _rotate(t[:, None], freqs, config, **{**options, "cu_seqlens": None})[:, 0]
+
+
+vars(attention)["apply_rotary_pos_emb"] = _rotate_stream
 
 
 class RMSNorm(torch.nn.Module):
@@ -53,8 +66,7 @@ class RMSNorm(torch.nn.Module):
 class LocalPackedSeqParams(PackedSeqParams):
     """Packed sequences for `PackedAttention`, which finds the padded layout computed once for all layers.
 
-    `qkv_format` stays `sbhd`: Megatron then applies the rotary embedding to the whole stream at once (`T1GPTModel` has
-    gathered it by position) and not in a Python loop over sequences.
+    `qkv_format` stays `sbhd`: Megatron then applies the rotary embedding to the whole stream at once.
     """
 
     def __init__(self, cu_seqlens: torch.Tensor, max_seqlen: int, context_rank: int, context_size: int) -> None:
