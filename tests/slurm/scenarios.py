@@ -211,7 +211,7 @@ def recipe(work: Path) -> dict[str, Any]:
     }  # fmt: skip
     os.environ |= {name: str(value) for name, value in variables.items()}
     sizes = ["--sft.max_steps", 4, "--sft.batch_size", 4, "--sft.optim.warmup_steps", 1, "--rl.steps", 4,
-             "--rl.prompts_per_step", 8]  # fmt: skip
+             "--rl.prompts_per_step", 8, "--data.heldout", data / "heldout.jsonl"]  # fmt: skip
     print(run("slurm/pipeline.sh", *sizes), flush=True)
     jobs = [line.split()[1] for line in (run_dir / "pipeline/jobs").read_text().splitlines()]
     for job in jobs:
