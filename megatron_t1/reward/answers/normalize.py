@@ -23,7 +23,7 @@ _UNICODE = {
     "°": r"^\circ ", "º": r"^\circ ", "≈": r"\approx ", "≡": r"\equiv ", "∆": r"\Delta ", "∠": r"\angle ",
     "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "∂": r"\partial ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
     "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "″": "''", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-    "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "∶": ":", "⁄": "/",
+    "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "✓": " ", "✔": " ", "✅": " ", "∶": ":", "⁄": "/",
 }  # fmt: skip
 """Characters that their compatible form (NFKC) does not spell as LaTeX does."""
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
@@ -38,11 +38,12 @@ _COMMANDS = {
     "degree": "^\\circ", "textdegree": "^\\circ", "dots": "\\ldots", "cdots": "\\ldots", "dotsm": "\\ldots",
     "dotsb": "\\ldots", "varepsilon": "\\epsilon", "varphi": "\\phi", "colon": ":", "langle": "(", "rangle": ")",
     "mod": "\\bmod", "arcctg": "\\arccot", "tg": "\\tan", "ctg": "\\cot", "mid": "|", "cupdot": "\\cup",
-    "sqcup": "\\cup", "bar": "\\overline",
+    "sqcup": "\\cup", "bar": "\\overline", "imath": "i", "jmath": "j", "checkmark": "",
 }  # fmt: skip
 _PHRASES = {
-    r"all real(?: number)?s|\\mathbb\s*\{?r\}?": r"(-\infty,\infty)",
-    r"no(?: real)? (?:solutions?|roots)(?: exists?)?|none|empty set|\\\{ ?\\\}|空集"
+    r"(?:all )?real(?: number)?s|\\mathbb\s*\{?r\}?": r"(-\infty,\infty)",
+    r"(?:all )?positive (?:real numbers|reals)|\\mathbb\{r\}(?:\^\{?\+\}?|_\{\s*>\s*0\s*\}|_\+)": r"(0,\infty)",
+    r"(?:there (?:is|are) )?no(?: real)? (?:solutions?|roots)(?: exists?)?|none|empty set|\\\{ ?\\\}|空集"
     r"|(?:方程)?(?:无|没有)(?:实数?)?[解根]": r"\emptyset ",
     r"infinity|\\infty": r"\infty ",
     r"does(?: not|n't) exist|undefined|不存在": r"\text{DNE}",
@@ -55,13 +56,18 @@ _FUNCTIONS = {
     "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
 }  # fmt: skip
 _ALSO_UNITS = {"min", "max", "sec", "inf", "sup", "det"}
-_CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan"}
-_MONEY = re.compile(r"\s*(-?)(?:US)?(\\?\$|[£€¥￥])\s*(-?\d[\d,]*(?:\.\d+)?(?:\s*(?:thousand|[mb]illion))?)\.?\s*")
+_CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
+_MONEY = re.compile(
+    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹])\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)\s*(thousand|[mb]illion|(?-i:[MB])\b)?\.?\s*", re.I
+)
+_SHORT = {"M": "million", "B": "billion"}
 
 
 def _font(match: re.Match[str]) -> str:
     raw = match[1] if match[1] is not None else match[2]
     inner, before = raw.strip(), match.string[max(match.start() - 8, 0) : match.start()].rstrip()
+    if "\\" in inner and before[-1:].isdecimal() and re.fullmatch(r"(?:[A-Za-z]+|\^\{?-?\d\}?|\\cdot|[\s/~])+", inner):
+        return rf"\text{{ {re.sub('[{}]', '', inner).replace(chr(92) + 'cdot', ' ')}}}"  # J\cdot s
     if "\\" in inner or re.match(r"\\math(?:bf|it)\s*\{?[a-z]\}?$", match[0]):
         return f"{{{inner}}}" if before.endswith(("^", "_")) else f" {inner} "
     inner = re.sub("[{}]", "", inner)  # m s^{-2}
@@ -72,7 +78,11 @@ def _font(match: re.Match[str]) -> str:
         return f"\\{inner} "
     if re.fullmatch(r"[A-Za-z]+", inner) and a_unit:
         return rf"\text{{{inner}}}"
-    return inner if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner) else rf"\text{{{inner}}}"
+    return f" {inner}" if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner) else rf"\text{{{inner}}}"
+
+
+def _sign_of_unit(match: re.Match[str]) -> str:
+    return rf"\text{{ {'μ' + match[3] if match[3] else (match[1] or match[2] or '') + 'ohm'}}}"
 
 
 def _text(match: re.Match[str]) -> str:
@@ -155,9 +165,11 @@ _RULES = _rules(
     ("", rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
     # words and fonts
     ("\\", r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
-    ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*"
+    ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal|mathcal)\s*"
      r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z]))", _font),
     ("\\", r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    ("\\", r"(?<=[\d}])\s*(?:\\text\{\s*([kmM]?)\s*\}|([kmM]?))\s*\\(?:Omega|text\{\s*Omega\s*\})\s*$"
+     r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN])\}?\s*$", _sign_of_unit),
     ("p", r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
     ("\\text", r"\\text\{\s*\}", " "),
@@ -171,7 +183,11 @@ _RULES = _rules(
     ("^", r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
      lambda m: rf"\text{{{m[1] or m[2]}}}"),
     ("百", r"百分之\s*(\d[\d.]*)", r"\1%"),
-    ("负", r"负\s*(?=[\d\\])", "-"),
+    ("负", r"负\s*(?=[\d\\零一二三四五六七八九十百两])", "-"),
+    ("else", r"\belse(?:where)?\b", "otherwise"),
+    ("//", r"//", r"\\parallel "),
+    ("const", r"\\text\{\s*const(?:ant)?\.?\s*\}", "C"),
+    ("|", r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{[A-Z]\})?\s*\|\s*\1\s*=\s*([^|,]+),\s*", r"\\{\2| "),
     ("\\equiv", r"(?s).+", _congruence),
     ("_", r"(?:\{\s*\})?_\s*\{?(\d+)\}?\s*([CP])\s*_\s*\{?(\d+)\}?", r"\2_{\1}^{\3}"),  # {}_5C_2
     # arguments in braces
@@ -193,6 +209,7 @@ _RULES = _rules(
     ("\\", r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
     ("\\", r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2"),
     # plain text spellings
+    ("", r"(?<![\\a-zA-Z])(sin|cos|tan|cot|ln|log|exp) ?(?= [\da-z]\b|\\|\d)", r"\\\1 "),
     ("sqrt", r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     ("(", rf"(?<![\\a-zA-Z_])({'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})(?=\s*\()", r"\\\1"),
     ("", r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
@@ -243,7 +260,7 @@ def normalize(text: str) -> str:
     if _DECIMAL.fullmatch(text):
         return text
     if money := _MONEY.fullmatch(text):
-        text = rf"{money[1]}{money[3]}\text{{ {_CURRENCIES[money[2]]}}}"
+        text = rf"{money[1]}{money[3]}\text{{ {_SHORT.get(money[4], money[4]) or ''} {_CURRENCIES[money[2]]}}}"
     s = re.sub(r"^\s*(\*\*|`+)([^*`]+)\1\s*$", r"\2", _unicode(text))
     if "\\begin" in s:
         s = _CASES.sub(_rows_of_cases, s)

@@ -8,7 +8,7 @@ What follows a number is a unit when it is in the table below (units of one kind
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_t1.reward.answers.brackets import split_top
@@ -24,32 +24,33 @@ class Unit:
     kind: tuple[tuple[str, int], ...] = ()
     """Powers of basic units; () for a noun."""
     noun: str = ""
+    """What is counted, or behind a unit its direction."""
 
 
 PERCENT, DEGREES, NO_UNIT = Unit(kind=(("%", 1),)), Unit(kind=(("deg", 1),)), Unit()
 RADIANS = Unit(kind=(("rad", 1),))
 _TEMPERATURES = {("celsius", 1), ("fahrenheit", 1)}
+_PREFIXES = {"f": -15, "p": -12, "n": -9, "μ": -6, "m": -3, "c": -2, "d": -1, "": 0, "k": 3, "M": 6, "G": 9, "T": 12}
+_PREFIX_NAMES = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9, "": 0}
+_PREFIXED = """
+m meter metre = 1 m; g gram = 1/1000 kg; s sec second = 1 s; l L liter litre = 1/1000 m^3; mol mole = 1 mol;
+N newton = 1 kg m s^-2; J joule = 1 kg m^2 s^-2; W watt = 1 kg m^2 s^-3; Pa pascal = 1 kg m^-1 s^-2; Hz hertz = 1 s^-1;
+A ampere = 1 ampere; V volt = 1 kg m^2 s^-3 ampere^-1; ohm = 1 kg m^2 s^-3 ampere^-2; T tesla = 1 kg s^-2 ampere^-1;
+coulomb = 1 ampere s; farad = 1 ampere^2 s^4 kg^-1 m^-2; K kelvin = 1 kelvin; cal calorie = 4184/1000 kg m^2 s^-2;
+eV = 1602176634/10000000000000000000000000000 kg m^2 s^-2; Wh = 3600 kg m^2 s^-2; bar = 100000 kg m^-1 s^-2
+"""
+"""Units that take the prefixes of the SI, by their signs and their names."""
 _TABLE = """
-s sec secs second seconds 秒 = 1 s; min mins minute minutes 分钟 = 60 s; h hr hrs hour hours 小时 = 3600 s;
-day days 天 日 = 86400 s; week weeks 周 星期 = 604800 s;
-month months 月 个月 = 1 month; year years yr yrs 年 = 12 month;
-m meter meters metre metres 米 = 1 m; mm millimeter millimeters millimetre millimetres 毫米 = 1/1000 m;
-cm centimeter centimeters centimetre centimetres 厘米 = 1/100 m; dm decimeter decimeters 分米 = 1/10 m;
-km kilometer kilometers kilometre kilometres 千米 公里 = 1000 m; nm nanometer nanometers = 1/1000000000 m;
-in inch inches 英寸 = 254/10000 m; ft foot feet 英尺 = 3048/10000 m; yd yard yards = 9144/10000 m;
-mi mile miles 英里 = 1609344/1000 m; kg kilogram kilograms 千克 公斤 = 1 kg; g gram grams 克 = 1/1000 kg;
-mg milligram milligrams 毫克 = 1/1000000 kg; ton tons tonne tonnes 吨 = 1000 kg;
-lb lbs pound pounds = 45359237/100000000 kg; oz ounce ounces = 45359237/1600000000 kg;
-l L liter liters litre litres 升 = 1/1000 m^3;
-ml mL milliliter milliliters millilitre millilitres 毫升 = 1/1000000 m^3;
-gal gallon gallons = 3785411784/1000000000000 m^3; acre acres = 40468564224/10000000 m^2;
-hectare hectares ha 公顷 = 10000 m^2; dollar dollars usd bucks buck 美元 = 1 dollar; cent cents 美分 = 1/100 dollar;
-yuan rmb 元 块 = 1 yuan; jiao 角 = 1/10 yuan; euro euros = 1 euro; gbp = 1 gbp; mph = 1609344/3600000 m s^-1;
-kmh kph = 1000/3600 m s^-1; rad radian radians = 1 rad; N newton newtons 牛 = 1 kg m s^-2;
-J joule joules 焦耳 = 1 kg m^2 s^-2; kJ kilojoule kilojoules = 1000 kg m^2 s^-2; W watt watts = 1 kg m^2 s^-3;
-kW kilowatt kilowatts = 1000 kg m^2 s^-3; Pa pascal pascals = 1 kg m^-1 s^-2; Hz hertz = 1 s^-1; kHz = 1000 s^-1;
-K kelvin kelvins = 1 kelvin; C celsius 摄氏度 = 1 celsius; F fahrenheit 华氏度 = 1 fahrenheit; mol mole moles = 1 mol;
-V volt volts = 1 volt; A amp amps ampere amperes = 1 ampere
+秒 = 1 s; min minute 分钟 = 60 s; h hr hour 小时 = 3600 s; day 天 日 = 86400 s; week 周 星期 = 604800 s;
+month 月 个月 = 1 month; year 年 yr = 12 month; 米 = 1 m; 毫米 = 1/1000 m; 厘米 = 1/100 m; 分米 = 1/10 m;
+千米 公里 = 1000 m; micron 微米 = 1/1000000 m; 纳米 = 1/1000000000 m; in inch inches 英寸 = 254/10000 m;
+ft foot feet 英尺 = 3048/10000 m; yd yard = 9144/10000 m; mi mile 英里 = 1609344/1000 m; 千克 公斤 = 1 kg; 克 = 1/1000 kg;
+毫克 = 1/1000000 kg; ton tonne 吨 = 1000 kg; lb pound = 45359237/100000000 kg; oz ounce = 45359237/1600000000 kg;
+升 = 1/1000 m^3; 毫升 = 1/1000000 m^3; gal gallon = 3785411784/1000000000000 m^3; acre = 40468564224/10000000 m^2;
+hectare ha 公顷 = 10000 m^2; dollar usd buck 美元 = 1 dollar; cent 美分 = 1/100 dollar; yuan rmb cny 元 块 = 1 yuan;
+jiao 角 = 1/10 yuan; euro eur = 1 euro; gbp = 1 gbp; rupee inr = 1 rupee; yen jpy = 1 yen; mph = 1609344/3600000 m s^-1;
+kmh kph = 1000/3600 m s^-1; rad radian = 1 rad; 牛 = 1 kg m s^-2; 焦耳 = 1 kg m^2 s^-2; atm = 101325 kg m^-1 s^-2;
+amp = 1 ampere; C celsius 摄氏度 = 1 celsius; F fahrenheit 华氏度 = 1 fahrenheit
 """
 
 
@@ -58,9 +59,13 @@ def _powers(text: str) -> dict[str, int]:
 
 
 _UNITS: dict[str, tuple[Fraction, dict[str, int]]] = {}
-for _words, _meaning in (entry.split(" = ") for entry in _TABLE.split(";")):
-    _factor, _, _kind = _meaning.partition(" ")
-    _UNITS |= dict.fromkeys(_words.split(), (Fraction(_factor), _powers(_kind)))
+for _entries, _prefixable in ((_PREFIXED, True), (_TABLE, False)):
+    for _words, _meaning in (entry.split(" = ") for entry in _entries.split(";")):
+        _factor, _, _kind = _meaning.partition(" ")
+        for _word in _words.split():
+            for _prefix, _power in (_PREFIXES if len(_word) < 4 else _PREFIX_NAMES).items() if _prefixable else [("", 0)]:
+                _unit = Fraction(_factor) * Fraction(10) ** _power, _powers(_kind)
+                _UNITS |= {_prefix + _word: _unit} | ({_prefix + _word + "s": _unit} if len(_word) > 1 else {})
 _SCALES: dict[str, Fraction | int] = {
     "ten": 10, "tens": 10, "dozen": 12, "dozens": 12, "hundred": 100, "hundreds": 100, "thousand": 1000,
     "thousands": 1000, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
@@ -70,11 +75,15 @@ _SCALES: dict[str, Fraction | int] = {
 _SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
 _NOT_COUNTED_CJK = re.compile(r"[不没非无或以约多少上下负点倍分之又和与是的错对]")
 _NAMELESS = {"unit", "units"}
+_DIRECTION = re.compile(
+    r"[\s,]+(?:due |to the )?(north|south|east|west|up|down|left|right|inward|outward|(?:counter|anti-?)?clockwise)(?:wards?)?$",
+    re.I,
+)
 _POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
 _WORD = r"(?:\\text\{[^{}]*\}|[A-Za-z]+)"
 _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
     re.compile(rf"(.*?[\d}})!|\w])\s*(\\text\{{[^{{}}]*\}}{_POWER}(?:\s*(?:/|\\cdot)?\s*{_WORD}{_POWER})*)", re.S),
-    re.compile(rf"(.*[\d}})])\s*((?<![A-Za-z\\{{])[A-Za-z]+{_POWER}(?:\s*[/ ]\s*[A-Za-z]+{_POWER})*)", re.S),
+    re.compile(rf"(.*[\d}})])\s*((?<![A-Za-z\\{{])[A-Za-z]+{_POWER}(?:\s*(?:[/ ]|\\cdot)\s*[A-Za-z]+{_POWER})*)", re.S),
     re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{CJK}\s*\}}?{_POWER})", re.S),
 )
 _TAIL_CHARS = 120
@@ -151,6 +160,7 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
     if text in ("", *_NAMELESS):
         return scale, NO_UNIT
+    direction = _DIRECTION.search(text)
     text = re.sub(r"(?:\b(?:square|sq)\s+|平方)(\w+)", r"\1^2", text, flags=re.I)
     text = re.sub(r"(?:\bcubic\s+|立方)(\w+)", r"\1^3", text, flags=re.I)
     text = re.sub(r"(\w+)\s+squared\b", r"\1^2", re.sub(r"(\w+)\s+cubed\b", r"\1^3", text))
@@ -158,6 +168,8 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
         (name, (-1 if mark else 1) * int(power or 1))
         for mark, name, power in re.findall(rf"\s*(/|per\b)?\s*([^\W\d_]+(?:'s)?){_POWER}", text)
     ]
+    if direction and (unit := _read_unit(text[: direction.start()], named, apart)) and unit[1].kind:
+        return scale * unit[0], replace(unit[1], noun=direction[1].casefold())
     if unit := _known(parts):
         return scale, unit
     names = [name for name, _ in parts if name not in _NAMELESS]
@@ -189,15 +201,19 @@ def units_clash(gold: Unit, answer: Unit) -> bool:
     """Whether two units cannot be meant for one value; one that is left out can, and so can two nouns."""
     if NO_UNIT in (gold, answer) or (DEGREES in (gold, answer) and _TEMPERATURES & {*gold.kind, *answer.kind}):
         return False
-    return gold.kind != answer.kind
+    return gold.kind != answer.kind or (bool(gold.kind) and gold.noun != answer.noun)
+
+
+_BASES = {"hex": "16", "0x": "16", "binary": "2", "0b": "2"}
 
 
 def in_base(s: str) -> str | None:
     """The one spelling of a number in a named base."""
-    m = re.fullmatch(r"(-?)([0-9A-Fa-f.]+)(?:_|_?base)(\d{1,2}|[a-z]{3,})", re.sub(r"\\text|[(){}\s]", "", s))
-    if not m or (m[2].isalpha() and len(m[2]) < 2) or (m[3].isalpha() and m[3] not in NUMBER_WORDS):
+    bare = re.sub(r"^(-?)(0[xb])(?=\w)(.*)", r"\1\3_\2", re.sub(r"\\text|[(){}\s]", "", s))
+    m = re.fullmatch(r"(-?)([0-9A-Fa-f.]+)(?:_|_?(?:in)?base)(\d{1,2}|0[xb]|[a-z]{3,})", bare)
+    if not m or (m[2].isalpha() and len(m[2]) < 2) or not (base := _BASES.get(m[3], NUMBER_WORDS.get(m[3], m[3]))).isdecimal():
         return None
-    return f"{m[1]}{m[2].upper()}_{NUMBER_WORDS.get(m[3], m[3])}"
+    return f"{m[1]}{m[2].upper()}_{base}"
 
 
 def ratio(s: str) -> list[str]:

@@ -31,8 +31,8 @@ from megatron_t1.reward.answers.kinds import (
 from megatron_t1.reward.answers.matrices import matrix_cells
 from megatron_t1.reward.answers.numbers import Exact, exact_number
 from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, in_base, ratio, split_unit
-from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation
-from megatron_t1.reward.answers.words import NEGATION, is_prose, is_text
+from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation, whole_numbers
+from megatron_t1.reward.answers.words import NEGATION, in_digits, is_prose, is_text
 
 MAX_ITEMS = 64
 """Longest list compared item by item."""
@@ -73,7 +73,7 @@ _ARGUMENT = "\\arg "
 @functools.lru_cache(maxsize=1024)
 def read(text: str) -> Answer:
     """The answer that a normalised text is. Bounded work, whatever the text is."""
-    s = unwrap(_TRAILING_CLAUSE.sub("", text))
+    s = in_digits(unwrap(_TRAILING_CLAUSE.sub("", text)))
     if len(s) < len(text) and (names := _NAME_IN_CLAUSE.findall(text[len(s) :])) and not any(n in s for n in names):
         return Literal(text, "a value with a clause on something else")
     if exact_number(s) is None and is_text(s.replace(",", " ")):
@@ -110,7 +110,7 @@ def _items(texts: list[str], depth: int) -> tuple[Answer, ...]:
 @functools.lru_cache(maxsize=4096)  # a text may be a side, a value and a bound
 def _item(text: str, depth: int) -> Answer:
     """The answer that a text within `depth` others is; no list."""
-    s, depth = unwrap(text), depth + 1
+    s, depth = in_digits(unwrap(text)), depth + 1
     if (number := exact_number(s)) is not None:
         return Number(s, number)
     if depth > MAX_NESTING:
@@ -125,7 +125,7 @@ def _item(text: str, depth: int) -> Answer:
         return _item(cells[0][0], depth)
     if cells is not None:
         return Matrix(s, tuple(_items(row, depth) for row in cells))
-    bracketed, members = bracketed_items(s), set_items(s)
+    bracketed, members = bracketed_items(s), set_items(s) or whole_numbers(s)
     if len(bracketed) > MAX_ITEMS or len(members or ()) > MAX_ITEMS:
         return Literal(s, "too many items")
     if (point := _POINT.fullmatch(s)) and len(bracketed_items(point[2])) > 1:

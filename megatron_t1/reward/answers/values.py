@@ -158,7 +158,6 @@ def same_words(gold: Answer, answer: Answer) -> bool:
 def _joined_words(answer: Answer) -> tuple[list[str], bool]:
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer.text)
     parts = [words(part) for part in re.split(r"[,;]", text)]
-    parts = [re.sub(r"(?<=[一二三四五六七八九十两])[个种次天人位条张]$", "", part) for part in parts]
     return sorted(NUMBER_WORDS.get(part, part) for part in parts if part), "\\lor" in answer.text
 
 

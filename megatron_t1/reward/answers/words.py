@@ -27,10 +27,40 @@ seventeen eighteen nineteen"""
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _UP_TO_9 = ("", *_SMALL.split()[1:10])
 _ENGLISH = [*_SMALL.split(), *(f"{ten} {one}".strip() for ten in _TENS.split() for one in _UP_TO_9)]
+_ENGLISH += [f"{n} hundred {rest}".strip() for n in _UP_TO_9[1:] for rest in ("", *_ENGLISH[1:])]
 _DIGITS = "零一二三四五六七八九"
 _CHINESE = [*_DIGITS, *(f"{ten}十{one}" for ten in ("", *_DIGITS[2:]) for one in ("", *_DIGITS[1:]))]
+_AFTER_100 = ["", *(f"零{n}" for n in _DIGITS[1:]), *("一" * (n < 20) + _CHINESE[n] for n in range(10, 100))]
+_CHINESE += [f"{n}百{rest}" for n in _DIGITS[1:] for rest in _AFTER_100]
 NUMBER_WORDS = {word: str(n) for names in (_ENGLISH, _CHINESE) for n, word in enumerate(names)} | {"两": "2"}
-"""Words of the numbers below 100."""
+"""Words of the numbers below 1000."""
+_PARTS = {"half": 2, "halve": 2, "quarter": 4}
+_PARTS |= {word: n for n, word in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)}
+_FIRST_WORD = re.compile(r"-?\s*(?:\\text\{\s*)?[A-Za-z]{3,}|-?[零一二三四五六七八九十百两]")
+_CHINESE_NUMBER = re.compile(rf"(-?)([{_DIGITS}十百两]+)(?:分之([{_DIGITS}十百两]+)|([个种次天人位条张元岁]?))")
+
+
+def in_digits(s: str) -> str:
+    """A number in words, and what it counts, with digits: 21 for twenty-one, 2/3 for two thirds, 3/8 for 八分之三."""
+    if not _FIRST_WORD.match(s):
+        return s
+    bare = re.sub(r"^(-?)\s*\\text\{([^{}]*)\}$", r"\1\2", s).strip()
+    if m := _CHINESE_NUMBER.fullmatch(bare):
+        number, above = NUMBER_WORDS.get(m[2]), NUMBER_WORDS.get(m[3] or "")
+        return s if number is None or (m[3] and not above) else f"{m[1]}{above}/{number}" if above else m[1] + number + m[4]
+    bare = re.sub(r"(?<=hundred) ?, \\land ", " ", bare, flags=re.I)
+    tokens = bare.removeprefix("-").split()
+    for k in range(min(len(tokens), 5), 0, -1):
+        name = " ".join(tokens[:k]).replace("-", " ").casefold()
+        above, _, part = name.rpartition(" ")
+        number = NUMBER_WORDS.get(name)
+        if number is None and above in NUMBER_WORDS and part.removesuffix("s") in _PARTS:
+            number = f"{NUMBER_WORDS[above]}/{_PARTS[part.removesuffix('s')]}"
+        if number is not None:
+            return " ".join(["-"[: bare.startswith("-")] + number, *tokens[k:]])
+    return s
+
+
 _JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
 _STOP_WORDS = {"the", "a", "an", "is", "are"}
 
@@ -40,6 +70,7 @@ def words(s: str) -> str:
     s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
     s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
     s = re.sub(r"[^\w\s]", " ", s)
+    s = re.sub(r"^\s*(?:it|this|that|the [a-z]+(?: [a-z]+)?) (?:is|are|was|will be) |条件\s*$", "", s)
     return " ".join(w for w in s.split() if w not in _STOP_WORDS) or s.strip()
 
 
