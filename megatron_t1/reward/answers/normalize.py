@@ -139,7 +139,7 @@ def _rules(*rules: tuple[str, str, _Replacement]) -> tuple[tuple[str, re.Pattern
     return tuple((sign, re.compile(pattern), replacement) for sign, pattern, replacement in rules)
 
 
-_JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor"}
+_JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor", "且": "\\land"}
 _LETTER_END = r"(?![a-zA-Z])"
 _RULES = _rules(
     # what only decorates
@@ -184,6 +184,8 @@ _RULES = _rules(
      lambda m: rf"\text{{{m[1] or m[2]}}}"),
     ("百", r"百分之\s*(\d[\d.]*)", r"\1%"),
     ("负", r"负\s*(?=[\d\\零一二三四五六七八九十百两])", "-"),
+    ("except", r"(?:\\text\{)?\s*(?:all )?real(?: number)?s (?:except|other than)(?: for)?\s*\}?\s*(.+)$",
+     r"(-\\infty,\\infty)\\setminus \\{\1\\}"),
     ("else", r"\belse(?:where)?\b", "otherwise"),
     ("//", r"//", r"\\parallel "),
     ("const", r"\\text\{\s*const(?:ant)?\.?\s*\}", "C"),
@@ -215,12 +217,13 @@ _RULES = _rules(
     ("", r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
     ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
     ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
-    ("", r",?\s*\\text\{\s*,?\s*(and|or|和|与|或)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或)",
+    ("", r",?\s*\\text\{\s*,?\s*(and|or|和|与|或|且)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或|且)",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
     ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]{0,80}[,;][^\[\]]{0,80})([\[\]])"
      r"(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
      lambda m: m[1] + "[("[m[2] == "]"] + m[3] + "])"[m[4] == "["]),
     ("\\infty", r"\+\s*\\infty", r"\\infty"),
+    ("\\ne", r"(?<=[\d}\s])\(([^(),]*\\ne [^()]*)\)\s*$", r", \1"),
     ("", r"\s+", " "),
     (".", r"(?<=[}\s])\.(?=\s*[\])])", ""),
 )  # fmt: skip
@@ -277,7 +280,7 @@ def normalize(text: str) -> str:
     if s.endswith("}") and not s.endswith("\\}") and s.count("}") == s.count("{") + 1:
         s = s[:-1]
     s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :").casefold()
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :.").casefold()
     said = _PHRASE.fullmatch(bare)
     return _SPELLINGS[(said.lastindex or 0) - 1] if said else s
 

@@ -40,7 +40,7 @@ MAX_NESTING = 8
 """Deepest structure read: tuples of sets of tuples ..."""
 
 _TRAILING_CLAUSE = re.compile(
-    r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:[_^+*{}>0\s]*)\)?$"
+    r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
     r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each)|where)\b[^{}]*\}"
     r"|(?<![a-z])for (?:all|any|every|each)\b).*$",
     re.S,
@@ -48,13 +48,14 @@ _TRAILING_CLAUSE = re.compile(
 _HARMLESS_LEAD = re.compile(
     r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
     r"|[a-z ]{1,40}(?=:))\s*:?\s*\}"
-    r"|^(?:\\text\{\s*)?(?:[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
+    r"|^(?:\\text\{\s*)?(?:[A-Za-z]?[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
     r"|^(?:the|answer)\b[a-z ]{0,40}(?-i:[A-Z]+ )?[a-z ]{0,40}\b(?:is|are|equals|=)(?=\W)",
     re.I,
 )
 _COPULA = re.compile(r"\b(?:the|is|are|equals?|only|about|approximately)\b|\\text", re.I)
 _REMARK = re.compile(
-    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$",
+    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$"
+    r"|\s*,\s*(?:\\text\{\s*)?not\b[^,]*$",
     re.I,
 )
 _NAME_IN_CLAUSE = re.compile(r"(?<![A-Za-z\\{])[b-zA-Z](?![A-Za-z])")
@@ -65,9 +66,24 @@ _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F(x,y)
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
 _THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+_DECLARED = re.compile(r"(?<![\\a-zA-Z])([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]")
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""
+
+
+def read_both(gold: str, answer: str) -> tuple[Answer, Answer]:
+    r"""Gold and answer; a parameter that both declare (k \in \mathbb{Z}) is named as in the gold."""
+    g, a = _DECLARED.search(gold), _DECLARED.search(answer)
+    if g and a and g[1] != a[1] and renamed(answer, g[1], "") == answer:
+        answer = renamed(answer, a[1], g[1])
+    return read(gold), read(answer)
+
+
+def renamed(text: str, letter: str, name: str) -> str:
+    """With a variable named otherwise."""
+    letters = re.compile(rf"\\text\{{[^{{}}]*\}}|\\[a-zA-Z]+|{letter}")
+    return letters.sub(lambda m: m[0] if len(m[0]) > 1 else name, text)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -185,8 +201,7 @@ def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -
         named = False
     value = value_of_x = _item(text, depth) if named else None
     if named and (argument := _FUNCTION_NAME.fullmatch(sides[0])):
-        letters = re.compile(rf"\\text\{{[^{{}}]*\}}|\\[a-zA-Z]+|{argument[1]}")
-        value_of_x = _item(letters.sub(lambda m: m[0] if len(m[0]) > 1 else _ARGUMENT, text), depth)
+        value_of_x = _item(renamed(text, argument[1], _ARGUMENT), depth)
     name = sides[0] if named else ""
     return Relation(s, _items(sides, depth), tuple(operators), name, value, value_of_x, _region(s, depth))
 

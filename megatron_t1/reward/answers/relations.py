@@ -34,7 +34,7 @@ _NAME = re.compile(
     r"|(?:\\(?:angle|triangle|vec|overline|overrightarrow|hat))?\s*\{?[A-Z]{1,4}\}?"  # AB, \angle ABC
     rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Z]{SUBSCRIPT}?(?:\s*:\s*[A-Z]{SUBSCRIPT}?)+"  # |AB|, A:B
     r"|(?:[A-Z]|\\Pr|\\mathbb\{[EP]\})\s*[(\[](?=[^()\[\]]*[A-Za-z])[^()\[\]]+[)\]]"  # P(X = 2)
-    r"|\\text\{[^{}0-9]*\}\s*[A-Za-z]?|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"  # words
+    r"|(?:\\text\{[^{}0-9]*\}|\\det|\\max|\\min)\s*(?:[A-Za-z]|\((?=[^()]*[A-Za-z])[^()]*\))?|[A-Z]\^\{(?:-1|T)\}|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"  # words
 )
 _BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")
 _Bounds = tuple[str, bool, str, bool]
@@ -57,13 +57,13 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     sides, operators = split_relation(s)
     if operators == ["\\in"] and is_name(sides[0]):
         return _joined([bounds_of_region(sides[1])], sides[0])
-    if (m := _SET_BUILDER.fullmatch(s)) and "\\cup" not in m[1]:
-        (name, *_), _ = split_relation(m[1])
-        return None if _WHOLE_NUMBERS.search(m[1]) else _joined([bounds_of_region(m[2].strip())], name)
     pieces = split_at(s, CUP)[0]
     if len(pieces) > 1:  # [1, 2] \cup {5}
         points = [[(point, True, point, True) for point in set_items(piece) or ()] for piece in pieces]
         return _joined([(p, "") if p else bounds_of_region(piece) for p, piece in zip(points, pieces, strict=True)])
+    if m := _SET_BUILDER.fullmatch(s):
+        (name, *_), _ = split_relation(m[1])
+        return None if _WHOLE_NUMBERS.search(m[1]) else _joined([bounds_of_region(m[2].strip())], name)
     if m := re.fullmatch(r"(.*\S)\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S):
         return _without(([*_LINE], "") if m[1] == "\\mathbb{R}" else bounds_of_region(m[1]), set_items(m[2]) or [])
     excluded: list[str] = []
