@@ -132,6 +132,7 @@ def _renamed(a: Any, b: Any) -> Iterator[Any]:
         only_a, only_b = numbered[0], numbered[1] or [s for s in only_b if s.name in ("A", "B", "C", "D")]
     angles = sympy.pi in a.atoms() and {s.name for s in (*only_a, *only_b)} <= _INTEGER_NAMES and len(only_a) == 1
     added = all(s.name in ("C", "c", "K") and s in x.args for x, own in ((a, only_a), (b, only_b)) for s in own)
+    added |= [s.name for s in only_a] == ["C"] and len(only_b) == len(numbered[1]) == 1  # C as c_1
     if len(only_a) != len(only_b) or len(only_a) > MAX_PARAMETERS or not (numbered[0] or angles or added):
         yield b
         return

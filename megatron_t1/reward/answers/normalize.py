@@ -50,15 +50,33 @@ _PHRASES = {
 }  # fmt: skip
 _PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
 _SPELLINGS = tuple(_PHRASES.values())
+_YES_OR_NO = re.compile(r"(yes|no)\s*[,.;]\s*(?!.*(?<![a-z])(?:yes|no|but|or|maybe|if|when|unless|because|since|lor)(?![a-z])).*", re.S)
 _FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh",
     "arctanh", "sinh", "cosh", "tanh", "log", "cis",
     "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
 }  # fmt: skip
 _ALSO_UNITS = {"min", "max", "sec", "inf", "sup", "det"}
+_MARK = re.compile(r"(?:\\text\{\s*|(?<![A-Za-z\d]))(?:\((\d|[a-h]|i{1,3}|iv|v)\)|([①-⑧]))\s*:?\s*\}?\s*")
+_MARKS = ("abcdefgh", "12345678", ("i", "ii", "iii", "iv", "v"))
+
+
+def _parts(text: str) -> str:
+    """(a) 3 (b) 5: each part as the value of a name."""
+    marks = list(_MARK.finditer(text))
+    names = [m[1] or str(ord(m[2]) - ord("①") + 1) for m in marks]
+    if len(marks) < 2 or marks[0].start() or not any(names == list(known)[: len(names)] for known in _MARKS):
+        return text
+    ends = [*(m.start() for m in marks[1:]), len(text)]
+    values = [text[m.end() : end].strip(" ,;.$\n") for m, end in zip(marks, ends, strict=True)]
+    if not all(values) or any(re.search(r"[,;]", re.sub(r"[(\[{].*[)\]}]", "", value)) for value in values):
+        return text
+    return ", ".join(rf"\text{{part {name}}}={value}" for name, value in zip("abcdefgh", values, strict=False))
+
+
 _CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
 _MONEY = re.compile(
-    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹])\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)\s*(thousand|[mb]illion|(?-i:[MB])\b)?\.?\s*", re.I
+    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)\s*(thousand|[mb]illion|(?-i:[MB])\b)?\.?\s*", re.I
 )
 _SHORT = {"M": "million", "B": "billion"}
 
@@ -164,6 +182,7 @@ _RULES = _rules(
     ("", r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots "),
     ("", rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
     # words and fonts
+    ("\\mathrm", r"\\mathrm\s*\{?\s*C\s*\}?\s*_\s*\{?(\w+)\}?\s*\^\s*\{?(\w)\}?", r"\\binom{\1}{\2}"),
     ("\\", r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
     ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal|mathcal)\s*"
      r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z]))", _font),
@@ -263,8 +282,9 @@ def normalize(text: str) -> str:
     if _DECIMAL.fullmatch(text):
         return text
     if money := _MONEY.fullmatch(text):
-        text = rf"{money[1]}{money[3]}\text{{ {_SHORT.get(money[4], money[4]) or ''} {_CURRENCIES[money[2]]}}}"
-    s = re.sub(r"^\s*(\*\*|`+)([^*`]+)\1\s*$", r"\2", _unicode(text))
+        code = re.sub(r"\\text|[{}.\s]", "", money[2])
+        text = rf"{money[1]}{money[3]}\text{{ {_SHORT.get(money[4], money[4]) or ''} {_CURRENCIES.get(code, code)}}}"
+    s = re.sub(r"^\s*(\*\*|`+)([^*`]+)\1\s*$", r"\2", _unicode(_parts(text.strip())))
     if "\\begin" in s:
         s = _CASES.sub(_rows_of_cases, s)
     if "\\begin" not in s:  # a doubled backslash of an escaped source, not a row end
@@ -281,6 +301,8 @@ def normalize(text: str) -> str:
         s = s[:-1]
     s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :.").casefold()
+    if agreed := _YES_OR_NO.fullmatch(bare):
+        return agreed[1]
     said = _PHRASE.fullmatch(bare)
     return _SPELLINGS[(said.lastindex or 0) - 1] if said else s
 

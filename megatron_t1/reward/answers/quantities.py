@@ -48,7 +48,7 @@ ft foot feet 英尺 = 3048/10000 m; yd yard = 9144/10000 m; mi mile 英里 = 160
 毫克 = 1/1000000 kg; ton tonne 吨 = 1000 kg; lb pound = 45359237/100000000 kg; oz ounce = 45359237/1600000000 kg;
 升 = 1/1000 m^3; 毫升 = 1/1000000 m^3; gal gallon = 3785411784/1000000000000 m^3; acre = 40468564224/10000000 m^2;
 hectare ha 公顷 = 10000 m^2; dollar usd buck 美元 = 1 dollar; cent 美分 = 1/100 dollar; yuan rmb cny 元 块 = 1 yuan;
-jiao 角 = 1/10 yuan; euro eur = 1 euro; gbp = 1 gbp; rupee inr = 1 rupee; yen jpy = 1 yen; mph = 1609344/3600000 m s^-1;
+jiao 角 = 1/10 yuan; euro eur = 1 euro; gbp = 1 gbp; rupee rs inr = 1 rupee; yen jpy = 1 yen; mph = 1609344/3600000 m s^-1;
 kmh kph = 1000/3600 m s^-1; rad radian = 1 rad; 牛 = 1 kg m s^-2; 焦耳 = 1 kg m^2 s^-2; atm = 101325 kg m^-1 s^-2;
 amp = 1 ampere; C celsius 摄氏度 = 1 celsius; F fahrenheit 华氏度 = 1 fahrenheit
 """
@@ -90,11 +90,30 @@ _TAIL_CHARS = 120
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
 _HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
+_NOON = re.compile(r"(?:12(?::00)?\s*)?(noon|midnight)", re.I)
+_MONTHS = "january february march april may june july august september october november december".split()
+_DATE = re.compile(
+    r"(?:\w+day,? )?(?:(?P<month>[a-z]{3,9})\.? (?P<day>\d{1,2})|(?P<day2>\d{1,2}) (?:of )?(?P<month2>[a-z]{3,9})\.?)"
+    r"(?:,? (?P<year>\d{4}))?|(?:(?P<year2>\d{4})年)?(?P<month3>\d{1,2})月(?P<day3>\d{1,2})[日号]?"
+)
+
+
+def date(s: str) -> str | None:
+    """The one spelling of a day of the year."""
+    m = _DATE.fullmatch(re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", re.sub(r"\\text|[{}]", "", s).strip().casefold()))
+    if m is None:
+        return None
+    name = m["month"] or m["month2"] or ""
+    month = next((n for n, known in enumerate(_MONTHS, 1) if name and known.startswith(name)), int(m["month3"] or 0))
+    return f"{m['year'] or m['year2'] or ''}-{month}-{int(m['day'] or m['day2'] or m['day3'])}" if month else None
 
 
 def clock(s: str) -> tuple[int, str] | None:
     """(seconds after midnight or noon, "a", "p" or "" when that is not said) of a time of the day."""
-    m = _CLOCK.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip())
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip()
+    if named := _NOON.fullmatch(bare):
+        return 0, "a" if named[1].casefold() == "midnight" else "p"
+    m = _CLOCK.fullmatch(bare)
     if not m or not (m[2] or m[4]) or int(m[1]) > 24 or int(m[2] or 0) > 59 or int(m[3] or 0) > 59:
         return None
     hour, half = int(m[1]), (m[4] or "").casefold()
@@ -113,6 +132,7 @@ def compound(s: str) -> tuple[Fraction, Unit] | None:
     total, units, at = Fraction(0), list[Unit](), 0
     while m := _PART.match(s, at):
         name = re.sub(r"\\text\{([^{}]*)\}", r"\1", m[2]).strip(" ,")
+        name = "min" if name == "m" and units and units[0].kind == (("s", 1),) else name  # 1h30m
         unit = Unit(_ANGLES[name], DEGREES.kind) if name in _ANGLES else _known([(name, 1)])
         if unit is None or (units and (unit.kind != units[0].kind or unit.factor >= units[-1].factor)):
             return None

@@ -30,9 +30,9 @@ from megatron_t1.reward.answers.kinds import (
 )
 from megatron_t1.reward.answers.matrices import matrix_cells
 from megatron_t1.reward.answers.numbers import Exact, exact_number
-from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, in_base, ratio, split_unit
+from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, date, in_base, ratio, split_unit
 from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation, whole_numbers
-from megatron_t1.reward.answers.words import NEGATION, in_digits, is_prose, is_text
+from megatron_t1.reward.answers.words import NEGATION, OPERATIONS, in_digits, is_prose, is_text
 
 MAX_ITEMS = 64
 """Longest list compared item by item."""
@@ -41,8 +41,9 @@ MAX_NESTING = 8
 
 _TRAILING_CLAUSE = re.compile(
     r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
-    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each)|where)\b[^{}]*\}"
-    r"|(?<![a-z])for (?:all|any|every|each)\b).*$",
+    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}"
+    r"|(?<![a-z])for (?:all|any|every|each|some)\b).*$"
+    r"|,\s*(?:\\text\{\s*)?not\b[^,]*$",
     re.S,
 )
 _HARMLESS_LEAD = re.compile(
@@ -54,8 +55,7 @@ _HARMLESS_LEAD = re.compile(
 )
 _COPULA = re.compile(r"\b(?:the|is|are|equals?|only|about|approximately)\b|\\text", re.I)
 _REMARK = re.compile(
-    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$"
-    r"|\s*,\s*(?:\\text\{\s*)?not\b[^,]*$",
+    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$",
     re.I,
 )
 _NAME_IN_CLAUSE = re.compile(r"(?<![A-Za-z\\{])[b-zA-Z](?![A-Za-z])")
@@ -67,6 +67,8 @@ _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
 _THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 _DECLARED = re.compile(r"(?<![\\a-zA-Z])([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]")
+_LABEL = re.compile(r"(?:\\text\{\s*)?((?:[A-Za-z]+ ?){1,3}(?<=\w{3}|\w{2} ) ?:?)\s*\}?\s*:?\s*(?<=[\s}:])([-(\[\d\\].*)", re.S)
+"""radius: 3, \text{vertex }(2,-3)"""
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""
@@ -92,6 +94,8 @@ def read(text: str) -> Answer:
     s = in_digits(unwrap(_TRAILING_CLAUSE.sub("", text)))
     if len(s) < len(text) and (names := _NAME_IN_CLAUSE.findall(text[len(s) :])) and not any(n in s for n in names):
         return Literal(text, "a value with a clause on something else")
+    if named := _day_or_time(s):
+        return named
     if exact_number(s) is None and is_text(s.replace(",", " ")):
         return Words(s)
     if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
@@ -153,16 +157,18 @@ def _item(text: str, depth: int) -> Answer:
     sides, operators = split_relation(s)
     if operators:
         return _read_relation(s, sides, operators, depth)
+    if (label := _LABEL.fullmatch(s)) and not is_prose(label[1], OPERATIONS) and not NEGATION.search(label[1]):
+        return _read_relation(s, [rf"\text{{{label[1].strip(' :')}}}", label[2]], ["="], depth)
     return _region(s, depth) or _leaf(s)
 
 
 def _leaf(s: str) -> Answer:
     if "\\infty" in s and not _BINDER.search(s):
         return Literal(s)
+    if named := _day_or_time(s):
+        return named
     if based := in_base(s):
         return Literal(based)
-    if time := clock(s):
-        return Clock(s, *time)
     if is_text(s):
         return Words(s)
     if parts := ratio(s):
@@ -171,6 +177,13 @@ def _leaf(s: str) -> Answer:
         return Words(s)
     value = plain(split[0])
     return value if split[1] == NO_UNIT else Quantity(s, value, split[1])
+
+
+def _day_or_time(s: str) -> Answer | None:
+    if day := date(s):
+        return Literal(day)
+    time = clock(s)
+    return Clock(s, *time) if time else None
 
 
 def plain(s: str) -> Number | Expression:

@@ -32,7 +32,7 @@ _NAME = re.compile(
     rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
     rf"|\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})+\s*\)"  # (x, y)
     r"|(?:\\(?:angle|triangle|vec|overline|overrightarrow|hat))?\s*\{?[A-Z]{1,4}\}?"  # AB, \angle ABC
-    rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Z]{SUBSCRIPT}?(?:\s*:\s*[A-Z]{SUBSCRIPT}?)+"  # |AB|, A:B
+    rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Za-z]+{SUBSCRIPT}?(?:\s*:\s*[A-Za-z]+{SUBSCRIPT}?)+"  # |AB|, A:B
     r"|(?:[A-Z]|\\Pr|\\mathbb\{[EP]\})\s*[(\[](?=[^()\[\]]*[A-Za-z])[^()\[\]]+[)\]]"  # P(X = 2)
     r"|(?:\\text\{[^{}0-9]*\}|\\det|\\max|\\min)\s*(?:[A-Za-z]|\((?=[^()]*[A-Za-z])[^()]*\))?|[A-Z]\^\{(?:-1|T)\}|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"  # words
 )
@@ -44,6 +44,8 @@ _Bounds = tuple[str, bool, str, bool]
 def split_relation(s: str) -> tuple[list[str], list[str]]:
     """(sides, operators) of a relation; no operators when it is none."""
     sides, operators = split_at(s, OPERATOR)
+    if len(operators) > 1 and set(operators) <= {">", "\\ge"}:
+        return sides[::-1], [MIRRORED[o] for o in reversed(operators)]
     return sides, ["\\approx" if o in ("\\sim", "\\simeq") else o for o in operators]
 
 

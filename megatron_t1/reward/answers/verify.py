@@ -102,8 +102,8 @@ def verify_fully(
 
 def _names_option(gold: str, answer: str) -> bool:
     """(A) 12, where the gold is the letter alone."""
-    named = re.match(r"\W*(?:\\text\w*\s*\{)?[\s(]*([A-J])\s*[.):]", answer)
-    return named is not None and named[1] == letters.gold_letter(gold, ()) == letters.chosen_letter(answer)[0]
+    named = re.match(r"\W*(?:\\text\w*\s*\{)?[\s(]*[A-J]\s*[.):]|.*\b(?:option|choice)\b", answer, re.I)
+    return named is not None and letters.gold_letter(gold, ()) in letters.chosen_letter(answer)[:1] != (None,)
 
 
 def _for_question(equality: EqualityConfig, question: str) -> EqualityConfig:

@@ -3,6 +3,7 @@ r"""Words in answers, English and Chinese: which are text, numbers, negations, o
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 
 CJK = r"[\u3040-\u30ff\u4e00-\u9fff]+"
 _OTHER_WORDS = """
@@ -18,6 +19,8 @@ because since instead rather actually wait unknown undefined
 """
 NOT_COUNTED = set(_OTHER_WORDS.split())
 """Words that are not counted: no nouns."""
+OPERATIONS = set("sin cos tan cot sec csc log ln exp lim sqrt abs floor ceil gcd lcm square cube every each all".split())
+"""Words that do something to the value behind them."""
 NEGATION = re.compile(
     r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])|[不没非未无]|至少|至多", re.I
 )
@@ -85,6 +88,6 @@ def is_text(s: str) -> bool:
     return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
 
 
-def is_prose(text: str) -> bool:
+def is_prose(text: str, more: Set[str] = frozenset()) -> bool:
     """Whether words are more than names of things: "or more", "is wrong"."""
-    return any(len(word) > 1 and word in NOT_COUNTED for word in re.findall(r"[a-z']+", text.casefold()))
+    return any(len(word) > 1 and (word in NOT_COUNTED or word in more) for word in re.findall(r"[a-z']+", text.casefold()))
