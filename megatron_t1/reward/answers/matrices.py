@@ -24,7 +24,8 @@ def matrix_cells(s: str) -> _Cells | None:
             rows = [row.split(",") for row in m[1].split(";")]
             return rows if 1 < len(rows[0]) == len(rows[-1]) else None
         s = _COLUMN.sub(lambda m: rf"{m[1]}\begin{{matrix}}{m[2].replace(',', chr(92) * 2)}\end{{matrix}}", s)
-        if s.startswith("\\begin") or not _COMBINATION.fullmatch(_MATRIX.sub("", s)):
+        around = _MATRIX.sub("", s)
+        if around == s or not around.strip() or not _COMBINATION.fullmatch(around):
             return None
     total: _Cells | None = None
     product: _Cells | None = None

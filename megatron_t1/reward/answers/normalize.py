@@ -205,6 +205,7 @@ _RULES = _rules(
     ("负", r"负\s*(?=[\d\\零一二三四五六七八九十百两])", "-"),
     ("except", r"(?:\\text\{)?\s*(?:all )?real(?: number)?s (?:except|other than)(?: for)?\s*\}?\s*(.+)$",
      r"(-\\infty,\\infty)\\setminus \\{\1\\}"),
+    ("周", r"周(?=[一二三四五六日天]$)", "星期"),
     ("else", r"\belse(?:where)?\b", "otherwise"),
     ("//", r"//", r"\\parallel "),
     ("const", r"\\text\{\s*const(?:ant)?\.?\s*\}", "C"),
