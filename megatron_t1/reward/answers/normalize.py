@@ -50,7 +50,9 @@ _PHRASES = {
 }  # fmt: skip
 _PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
 _SPELLINGS = tuple(_PHRASES.values())
-_YES_OR_NO = re.compile(r"(yes|no)\s*[,.;]\s*(?!.*(?<![a-z])(?:yes|no|but|or|maybe|if|when|unless|because|since|lor)(?![a-z])).*", re.S)
+_YES_OR_NO = re.compile(
+    r"(yes|no)\s*[,.;]\s*(?!.*(?<![a-z])(?:yes|no|but|or|maybe|if|when|unless|because|since|lor)(?![a-z])).*", re.S
+)
 _FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh",
     "arctanh", "sinh", "cosh", "tanh", "log", "cis",
@@ -63,12 +65,12 @@ _MARKS = ("abcdefgh", "12345678", ("i", "ii", "iii", "iv", "v"))
 
 def _parts(text: str) -> str:
     """(a) 3 (b) 5: each part as the value of a name."""
-    marks = list(_MARK.finditer(text))
+    marks = list(_MARK.finditer(text)) if _MARK.match(text) else []
     names = [m[1] or str(ord(m[2]) - ord("①") + 1) for m in marks]
-    if len(marks) < 2 or marks[0].start() or not any(names == list(known)[: len(names)] for known in _MARKS):
+    if len(marks) < 2 or not any(names == list(known)[: len(names)] for known in _MARKS):
         return text
     ends = [*(m.start() for m in marks[1:]), len(text)]
-    values = [text[m.end() : end].strip(" ,;.$\n") for m, end in zip(marks, ends, strict=True)]
+    values = [text[m.end() : end].strip(" ,;.$\n\\") for m, end in zip(marks, ends, strict=True)]
     if not all(values) or any(re.search(r"[,;]", re.sub(r"[(\[{].*[)\]}]", "", value)) for value in values):
         return text
     return ", ".join(rf"\text{{part {name}}}={value}" for name, value in zip("abcdefgh", values, strict=False))
@@ -76,7 +78,8 @@ def _parts(text: str) -> str:
 
 _CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
 _MONEY = re.compile(
-    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)\s*(thousand|[mb]illion|(?-i:[MB])\b)?\.?\s*", re.I
+    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)\s*(thousand|[mb]illion|(?-i:[MB])\b)?\.?\s*",
+    re.I,
 )
 _SHORT = {"M": "million", "B": "billion"}
 
@@ -237,7 +240,7 @@ _RULES = _rules(
     ("", r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
     ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
     ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
-    ("", r",?\s*\\text\{\s*,?\s*(and|or|和|与|或|且)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或|且)",
+    ("", r",?\s*\\text\{\s*,?\s*(and|or|[和与或且])\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?([和与或且])",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
     ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]{0,80}[,;][^\[\]]{0,80})([\[\]])"
      r"(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[

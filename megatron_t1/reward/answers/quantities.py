@@ -35,22 +35,23 @@ _PREFIX_NAMES = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, 
 _PREFIXED = """
 m meter metre = 1 m; g gram = 1/1000 kg; s sec second = 1 s; l L liter litre = 1/1000 m^3; mol mole = 1 mol;
 N newton = 1 kg m s^-2; J joule = 1 kg m^2 s^-2; W watt = 1 kg m^2 s^-3; Pa pascal = 1 kg m^-1 s^-2; Hz hertz = 1 s^-1;
-A ampere = 1 ampere; V volt = 1 kg m^2 s^-3 ampere^-1; ohm = 1 kg m^2 s^-3 ampere^-2; T tesla = 1 kg s^-2 ampere^-1;
-coulomb = 1 ampere s; farad = 1 ampere^2 s^4 kg^-1 m^-2; K kelvin = 1 kelvin; cal calorie = 4184/1000 kg m^2 s^-2;
-eV = 1602176634/10000000000000000000000000000 kg m^2 s^-2; Wh = 3600 kg m^2 s^-2; bar = 100000 kg m^-1 s^-2
+A ampere = 1 A; V volt = 1 kg m^2 s^-3 A^-1; ohm = 1 kg m^2 s^-3 A^-2; T tesla = 1 kg s^-2 A^-1; K kelvin = 1 kelvin;
+coulomb C = 1 A s; farad F = 1 A^2 s^4 kg^-1 m^-2; cal calorie = 4184/1000 kg m^2 s^-2; bar = 100000 kg m^-1 s^-2;
+eV = 1602176634/10000000000000000000000000000 kg m^2 s^-2; Wh = 3600 kg m^2 s^-2
 """
-"""Units that take the prefixes of the SI, by their signs and their names."""
-_TABLE = """
+"""Units that take the prefixes of the SI: before a sign, those of a letter."""
+_OTHERS = """
 秒 = 1 s; min minute 分钟 = 60 s; h hr hour 小时 = 3600 s; day 天 日 = 86400 s; week 周 星期 = 604800 s;
 month 月 个月 = 1 month; year 年 yr = 12 month; 米 = 1 m; 毫米 = 1/1000 m; 厘米 = 1/100 m; 分米 = 1/10 m;
 千米 公里 = 1000 m; micron 微米 = 1/1000000 m; 纳米 = 1/1000000000 m; in inch inches 英寸 = 254/10000 m;
-ft foot feet 英尺 = 3048/10000 m; yd yard = 9144/10000 m; mi mile 英里 = 1609344/1000 m; 千克 公斤 = 1 kg; 克 = 1/1000 kg;
-毫克 = 1/1000000 kg; ton tonne 吨 = 1000 kg; lb pound = 45359237/100000000 kg; oz ounce = 45359237/1600000000 kg;
-升 = 1/1000 m^3; 毫升 = 1/1000000 m^3; gal gallon = 3785411784/1000000000000 m^3; acre = 40468564224/10000000 m^2;
-hectare ha 公顷 = 10000 m^2; dollar usd buck 美元 = 1 dollar; cent 美分 = 1/100 dollar; yuan rmb cny 元 块 = 1 yuan;
-jiao 角 = 1/10 yuan; euro eur = 1 euro; gbp = 1 gbp; rupee rs inr = 1 rupee; yen jpy = 1 yen; mph = 1609344/3600000 m s^-1;
-kmh kph = 1000/3600 m s^-1; rad radian = 1 rad; 牛 = 1 kg m s^-2; 焦耳 = 1 kg m^2 s^-2; atm = 101325 kg m^-1 s^-2;
-amp = 1 ampere; C celsius 摄氏度 = 1 celsius; F fahrenheit 华氏度 = 1 fahrenheit
+ft foot feet 英尺 = 3048/10000 m; yd yard = 9144/10000 m; mi mile 英里 = 1609344/1000 m; 千克 公斤 = 1 kg;
+克 = 1/1000 kg; 毫克 = 1/1000000 kg; ton tonne 吨 = 1000 kg; lb pound = 45359237/100000000 kg;
+oz ounce = 45359237/1600000000 kg; 升 = 1/1000 m^3; 毫升 = 1/1000000 m^3; gal gallon = 3785411784/1000000000000 m^3;
+acre = 40468564224/10000000 m^2; hectare ha 公顷 = 10000 m^2; dollar usd buck 美元 = 1 dollar; yen jpy = 1 yen;
+cent 美分 = 1/100 dollar; yuan rmb cny 元 块 = 1 yuan; jiao 角 = 1/10 yuan; euro eur = 1 euro; gbp = 1 gbp;
+rupee rs inr = 1 rupee; mph = 1609344/3600000 m s^-1; kmh kph = 1000/3600 m s^-1; rad radian = 1 rad;
+牛 = 1 kg m s^-2; 焦耳 = 1 kg m^2 s^-2; atm = 101325 kg m^-1 s^-2; amp = 1 A; C celsius 摄氏度 = 1 celsius;
+F fahrenheit 华氏度 = 1 fahrenheit
 """
 
 
@@ -59,13 +60,14 @@ def _powers(text: str) -> dict[str, int]:
 
 
 _UNITS: dict[str, tuple[Fraction, dict[str, int]]] = {}
-for _entries, _prefixable in ((_PREFIXED, True), (_TABLE, False)):
-    for _words, _meaning in (entry.split(" = ") for entry in _entries.split(";")):
-        _factor, _, _kind = _meaning.partition(" ")
-        for _word in _words.split():
-            for _prefix, _power in (_PREFIXES if len(_word) < 4 else _PREFIX_NAMES).items() if _prefixable else [("", 0)]:
-                _unit = Fraction(_factor) * Fraction(10) ** _power, _powers(_kind)
-                _UNITS |= {_prefix + _word: _unit} | ({_prefix + _word + "s": _unit} if len(_word) > 1 else {})
+for _entry in f"{_PREFIXED};{_OTHERS}".split(";"):
+    _words, _meaning = _entry.split(" = ")
+    _factor, _, _kind = _meaning.partition(" ")
+    for _word in _words.split():
+        _known_prefixes = {"": 0} if _entry not in _PREFIXED else _PREFIXES if len(_word) < 4 else _PREFIX_NAMES
+        for _prefix, _power in _known_prefixes.items():
+            _unit = Fraction(_factor) * Fraction(10) ** _power, _powers(_kind)
+            _UNITS |= dict.fromkeys((_prefix + _word, _prefix + _word + "s" * (len(_word) > 1)), _unit)
 _SCALES: dict[str, Fraction | int] = {
     "ten": 10, "tens": 10, "dozen": 12, "dozens": 12, "hundred": 100, "hundreds": 100, "thousand": 1000,
     "thousands": 1000, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
@@ -76,7 +78,8 @@ _SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?
 _NOT_COUNTED_CJK = re.compile(r"[不没非无或以约多少上下负点倍分之又和与是的错对]")
 _NAMELESS = {"unit", "units"}
 _DIRECTION = re.compile(
-    r"[\s,]+(?:due |to the )?(north|south|east|west|up|down|left|right|inward|outward|(?:counter|anti-?)?clockwise)(?:wards?)?$",
+    r"[\s,]+(?:due |to the )?(north|south|east|west|up|down|left|right|(?:in|out)ward|(?:counter|anti-?)?clockwise)"
+    r"(?:wards?)?$",
     re.I,
 )
 _POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
@@ -91,7 +94,7 @@ _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[
 _HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
 _NOON = re.compile(r"(?:12(?::00)?\s*)?(noon|midnight)", re.I)
-_MONTHS = "january february march april may june july august september october november december".split()
+_MONTHS = "january february march april may june july august september october november december"
 _DATE = re.compile(
     r"(?:\w+day,? )?(?:(?P<month>[a-z]{3,9})\.? (?P<day>\d{1,2})|(?P<day2>\d{1,2}) (?:of )?(?P<month2>[a-z]{3,9})\.?)"
     r"(?:,? (?P<year>\d{4}))?|(?:(?P<year2>\d{4})年)?(?P<month3>\d{1,2})月(?P<day3>\d{1,2})[日号]?"
@@ -104,7 +107,9 @@ def date(s: str) -> str | None:
     if m is None:
         return None
     name = m["month"] or m["month2"] or ""
-    month = next((n for n, known in enumerate(_MONTHS, 1) if name and known.startswith(name)), int(m["month3"] or 0))
+    month = next(
+        (n for n, known in enumerate(_MONTHS.split(), 1) if name and known.startswith(name)), int(m["month3"] or 0)
+    )
     return f"{m['year'] or m['year2'] or ''}-{month}-{int(m['day'] or m['day2'] or m['day3'])}" if month else None
 
 
@@ -172,7 +177,8 @@ def _times(value: str, scale: Fraction | int) -> str:
 
 def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Unit] | None:
     r"""(what it multiplies by, unit) of the words behind a value; `named` in \text or CJK, `apart` behind a space."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ").strip(" .()")
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ")
+    text = re.sub(r"/\s*\(([^()]*)\)", lambda m: "/" + "/".join(m[1].split()), text).strip(" .()")
     text = re.sub(r"\b(?:st|nd|rd|th)\b", " ", text).strip() if re.match(r"(?:st|nd|rd|th)\b", text) else text
     scale: Fraction | int = 1
     while first := _SCALED.match(text):
@@ -188,8 +194,8 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
         (name, (-1 if mark else 1) * int(power or 1))
         for mark, name, power in re.findall(rf"\s*(/|per\b)?\s*([^\W\d_]+(?:'s)?){_POWER}", text)
     ]
-    if direction and (unit := _read_unit(text[: direction.start()], named, apart)) and unit[1].kind:
-        return scale * unit[0], replace(unit[1], noun=direction[1].casefold())
+    if direction and (found := _read_unit(text[: direction.start()], named, apart)) and found[1].kind:
+        return scale * found[0], replace(found[1], noun=direction[1].casefold())
     if unit := _known(parts):
         return scale, unit
     names = [name for name, _ in parts if name not in _NAMELESS]
@@ -229,14 +235,22 @@ _BASES = {"hex": "16", "0x": "16", "binary": "2", "0b": "2"}
 
 def in_base(s: str) -> str | None:
     """The one spelling of a number in a named base."""
+    if not ("_" in s or "base" in s or s.lstrip("-")[:2] in _BASES):
+        return None
     bare = re.sub(r"^(-?)(0[xb])(?=\w)(.*)", r"\1\3_\2", re.sub(r"\\text|[(){}\s]", "", s))
     m = re.fullmatch(r"(-?)([0-9A-Fa-f.]+)(?:_|_?(?:in)?base)(\d{1,2}|0[xb]|[a-z]{3,})", bare)
-    if not m or (m[2].isalpha() and len(m[2]) < 2) or not (base := _BASES.get(m[3], NUMBER_WORDS.get(m[3], m[3]))).isdecimal():
+    if (
+        not m
+        or (m[2].isalpha() and len(m[2]) < 2)
+        or not (base := _BASES.get(m[3], NUMBER_WORDS.get(m[3], m[3]))).isdecimal()
+    ):
         return None
     return f"{m[1]}{m[2].upper()}_{base}"
 
 
 def ratio(s: str) -> list[str]:
     """Parts of a:b:c and of "a to b"; [] of everything else."""
+    if not (":" in s or "to" in s):
+        return []
     parts = split_top(re.sub(r"^(\d+)\s*(?:\\text\{ *to *\}|to)\s*(\d+)$", r"\1:\2", s), ":")
     return parts if len(parts) > 1 else []

@@ -40,7 +40,7 @@ MAX_NESTING = 8
 """Deepest structure read: tuples of sets of tuples ..."""
 
 _TRAILING_CLAUSE = re.compile(
-    r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
+    r"(?:[,(]\s*|\s+)[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
     r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}"
     r"|(?<![a-z])for (?:all|any|every|each|some)\b).*$"
     r"|,\s*(?:\\text\{\s*)?not\b[^,]*$",
@@ -67,7 +67,9 @@ _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
 _THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 _DECLARED = re.compile(r"(?<![\\a-zA-Z])([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]")
-_LABEL = re.compile(r"(?:\\text\{\s*)?((?:[A-Za-z]+ ?){1,3}(?<=\w{3}|\w{2} ) ?:?)\s*\}?\s*:?\s*(?<=[\s}:])([-(\[\d\\].*)", re.S)
+_LABEL = re.compile(
+    r"(?:\\text\{\s*)?((?:[A-Za-z]+ ?){1,3}(?<=\w{3}|\w{2} ) ?:?)\s*\}?\s*:?\s*(?<=[\s}:])([-(\[\d\\].*)", re.S
+)
 """radius: 3, \text{vertex }(2,-3)"""
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
 _ARGUMENT = "\\arg "
@@ -179,7 +181,12 @@ def _leaf(s: str) -> Answer:
     return value if split[1] == NO_UNIT else Quantity(s, value, split[1])
 
 
+_PERHAPS_NAMED = re.compile(r"(?:\\text\{|[\w\s:,.}])+")
+
+
 def _day_or_time(s: str) -> Answer | None:
+    if not _PERHAPS_NAMED.fullmatch(s):
+        return None
     if day := date(s):
         return Literal(day)
     time = clock(s)

@@ -34,7 +34,8 @@ _NAME = re.compile(
     r"|(?:\\(?:angle|triangle|vec|overline|overrightarrow|hat))?\s*\{?[A-Z]{1,4}\}?"  # AB, \angle ABC
     rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Za-z]+{SUBSCRIPT}?(?:\s*:\s*[A-Za-z]+{SUBSCRIPT}?)+"  # |AB|, A:B
     r"|(?:[A-Z]|\\Pr|\\mathbb\{[EP]\})\s*[(\[](?=[^()\[\]]*[A-Za-z])[^()\[\]]+[)\]]"  # P(X = 2)
-    r"|(?:\\text\{[^{}0-9]*\}|\\det|\\max|\\min)\s*(?:[A-Za-z]|\((?=[^()]*[A-Za-z])[^()]*\))?|[A-Z]\^\{(?:-1|T)\}|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"  # words
+    r"|(?:\\text\{[^{}0-9]*\}|\\det|\\max|\\min)\s*(?:[A-Za-z]|\((?=[^()]*[A-Za-z])[^()]*\))?"  # words, rank(A)
+    r"|[A-Z]\^\{(?:-1|T)\}|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"
 )
 _BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")
 _Bounds = tuple[str, bool, str, bool]
@@ -66,7 +67,7 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     if m := _SET_BUILDER.fullmatch(s):
         (name, *_), _ = split_relation(m[1])
         return None if _WHOLE_NUMBERS.search(m[1]) else _joined([bounds_of_region(m[2].strip())], name)
-    if m := re.fullmatch(r"(.*\S)\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S):
+    if s.endswith("}") and (m := re.fullmatch(r"(.*\S)\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S)):
         return _without(([*_LINE], "") if m[1] == "\\mathbb{R}" else bounds_of_region(m[1]), set_items(m[2]) or [])
     excluded: list[str] = []
     named, found = "", []
@@ -133,7 +134,7 @@ def _position(end: str) -> Any:
 
 def whole_numbers(s: str) -> list[str] | None:
     r"""Members of \{x \in \mathbb{Z} \mid -2 \le x \le 2\}; None of everything else, and when they are too many."""
-    m = _SET_BUILDER.fullmatch(s)
+    m = _SET_BUILDER.fullmatch(s) if "|" in s else None
     found = bounds_of_region(m[2].strip()) if m and _WHOLE_NUMBERS.search(m[1]) else None
     if not found or len(found[0]) != 1:
         return None
@@ -141,7 +142,11 @@ def whole_numbers(s: str) -> list[str] | None:
     low, high = _position(low_text), _position(high_text)
     if low is None or high is None or not high - low < MAX_WHOLE_NUMBERS or ("Z" not in str(m and m[1]) and low < 1):
         return None
-    return [str(n) for n in range(math.ceil(low), math.floor(high) + 1) if low < n < high or (n == low and low_in) or (n == high and high_in)]
+    return [
+        str(n)
+        for n in range(math.ceil(low), math.floor(high) + 1)
+        if low < n < high or (n == low and low_in) or (n == high and high_in)
+    ]
 
 
 def _intersection(bounds: list[_Bounds], certainly: bool) -> list[_Bounds]:

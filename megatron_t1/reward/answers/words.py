@@ -19,7 +19,8 @@ because since instead rather actually wait unknown undefined
 """
 NOT_COUNTED = set(_OTHER_WORDS.split())
 """Words that are not counted: no nouns."""
-OPERATIONS = set("sin cos tan cot sec csc log ln exp lim sqrt abs floor ceil gcd lcm square cube every each all".split())
+_OPERATIONS = "sin cos tan cot sec csc log ln exp lim sqrt abs floor ceil gcd lcm square cube every each all"
+OPERATIONS = set(_OPERATIONS.split())
 """Words that do something to the value behind them."""
 NEGATION = re.compile(
     r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])|[不没非未无]|至少|至多", re.I
@@ -38,8 +39,9 @@ _CHINESE += [f"{n}百{rest}" for n in _DIGITS[1:] for rest in _AFTER_100]
 NUMBER_WORDS = {word: str(n) for names in (_ENGLISH, _CHINESE) for n, word in enumerate(names)} | {"两": "2"}
 """Words of the numbers below 1000."""
 _PARTS = {"half": 2, "halve": 2, "quarter": 4}
-_PARTS |= {word: n for n, word in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)}
-_FIRST_WORD = re.compile(r"-?\s*(?:\\text\{\s*)?[A-Za-z]{3,}|-?[零一二三四五六七八九十百两]")
+_ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth"
+_PARTS |= {word: n for n, word in enumerate(_ORDINALS.split(), 3)}
+_FIRST_WORD = re.compile(r"-?\s*(?:\\text\{\s*)?(?:a |[A-Za-z]{3,})|-?[零一二三四五六七八九十百两]")
 _CHINESE_NUMBER = re.compile(rf"(-?)([{_DIGITS}十百两]+)(?:分之([{_DIGITS}十百两]+)|([个种次天人位条张元岁]?))")
 
 
@@ -49,16 +51,18 @@ def in_digits(s: str) -> str:
         return s
     bare = re.sub(r"^(-?)\s*\\text\{([^{}]*)\}$", r"\1\2", s).strip()
     if m := _CHINESE_NUMBER.fullmatch(bare):
-        number, above = NUMBER_WORDS.get(m[2]), NUMBER_WORDS.get(m[3] or "")
-        return s if number is None or (m[3] and not above) else f"{m[1]}{above}/{number}" if above else m[1] + number + m[4]
+        number, above = NUMBER_WORDS.get(m[2]), NUMBER_WORDS.get(m[3])
+        if number is None or (m[3] and above is None):
+            return s
+        return m[1] + (f"{above}/{number}" if above else number + m[4])
     bare = re.sub(r"(?<=hundred) ?, \\land ", " ", bare, flags=re.I)
     tokens = bare.removeprefix("-").split()
     for k in range(min(len(tokens), 5), 0, -1):
         name = " ".join(tokens[:k]).replace("-", " ").casefold()
         above, _, part = name.rpartition(" ")
         number = NUMBER_WORDS.get(name)
-        if number is None and above in NUMBER_WORDS and part.removesuffix("s") in _PARTS:
-            number = f"{NUMBER_WORDS[above]}/{_PARTS[part.removesuffix('s')]}"
+        if number is None and (above in NUMBER_WORDS or above == "a") and part.removesuffix("s") in _PARTS:
+            number = f"{NUMBER_WORDS.get(above, 1)}/{_PARTS[part.removesuffix('s')]}"
         if number is not None:
             return " ".join(["-"[: bare.startswith("-")] + number, *tokens[k:]])
     return s
@@ -90,4 +94,6 @@ def is_text(s: str) -> bool:
 
 def is_prose(text: str, more: Set[str] = frozenset()) -> bool:
     """Whether words are more than names of things: "or more", "is wrong"."""
-    return any(len(word) > 1 and (word in NOT_COUNTED or word in more) for word in re.findall(r"[a-z']+", text.casefold()))
+    return any(
+        len(word) > 1 and (word in NOT_COUNTED or word in more) for word in re.findall(r"[a-z']+", text.casefold())
+    )
