@@ -27,7 +27,8 @@ _JOINT = re.compile(
 )
 _ANCHOR = re.compile(
     r"(?<!\{)(?:answer|result|solution|r[ée]ponse|答案?|\bans)\"?(?:\s+(?:is|are|est|equals))?"
-    r"(?:\s*[:：]|(?<=答案)[是为]|(?<=ns)\.|(?<=is)|(?<=are)|(?<=est)|(?<=equals))\s*|^[#*\s]*(?:final )?answer[*\s]*\n"
+    r"(?:\s*[:：]|(?<=答案)[是为]|(?<=ns)\.|(?<=is)|(?<=are)|(?<=est)|(?<=equals))\s*"
+    r"|^[#* ]{0,9}(?:final )?answer[* ]{0,9}\n"
     r"|####\s*(?=\S[^\n]{0,60}\s*\Z)",
     re.I | re.M,
 )

@@ -20,7 +20,7 @@ _COMBINATION = re.compile(r"(?:\\(?:frac|sqrt|cdot|pi)(?![a-zA-Z])|(?<![\\a-zA-Z
 def matrix_cells(s: str) -> _Cells | None:
     """The cells of the matrix that a text is; None when it is none, or too large."""
     if "\\begin" not in s:
-        if s[0] == "[" and ";" in s and (m := re.fullmatch(r"\[([^\[\]]*)\]", s)):  # [1, 2; 3, 4]
+        if s.startswith("[") and ";" in s and (m := re.fullmatch(r"\[([^\[\]]*)\]", s)):  # [1, 2; 3, 4]
             rows = [row.split(",") for row in m[1].split(";")]
             return rows if 1 < len(rows[0]) == len(rows[-1]) else None
         if "(" not in s or "," not in s:

@@ -78,7 +78,7 @@ def _parts(text: str) -> str:
 
 _CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
 _MONEY = re.compile(
-    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)\s*(thousand|[mb]illion|(?-i:[MB])\b)?\.?\s*",
+    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\s*(thousand|[mb]illion|(?-i:[MB])\b))?\.?\s*",
     re.I,
 )
 _SHORT = {"M": "million", "B": "billion"}
@@ -190,7 +190,7 @@ _RULES = _rules(
     ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal|mathcal)\s*"
      r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z]))", _font),
     ("\\", r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
-    ("\\", r"(?<=[\d}])\s*(?:\\text\{\s*([kmM]?)\s*\}|([kmM]?))\s*\\(?:Omega|text\{\s*Omega\s*\})\s*$"
+    ("\\", r"(?<=[\d}])(?:\s*\\text\{\s*([kmM]?)\s*\}|\s*([kmM]))?\s*\\(?:Omega|text\{\s*Omega\s*\})\s*$"
      r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN])\}?\s*$", _sign_of_unit),
     ("p", r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
@@ -240,7 +240,8 @@ _RULES = _rules(
     ("", r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
     ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
     ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
-    ("", r",?\s*\\text\{\s*,?\s*(and|or|[和与或且])\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?([和与或且])",
+    ("", r",?\s*\\text\{\s*,?\s*(and|or|[和与或且])\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?"
+     r"|,?([和与或且])",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
     ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]{0,80}[,;][^\[\]]{0,80})([\[\]])"
      r"(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[

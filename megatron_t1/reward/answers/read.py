@@ -40,7 +40,7 @@ MAX_NESTING = 8
 """Deepest structure read: tuples of sets of tuples ..."""
 
 _TRAILING_CLAUSE = re.compile(
-    r"(?:[,(]\s*|\s+)[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
+    r"(?:[,(]\s*|\s+)[a-zA-Z](?:\s*,\s*[a-zA-Z]){0,3}\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
     r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}"
     r"|(?<![a-z])for (?:all|any|every|each|some)\b).*$"
     r"|,\s*(?:\\text\{\s*)?not\b[^,]*$",
@@ -68,7 +68,7 @@ _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text
 _THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 _DECLARED = re.compile(r"(?<![\\a-zA-Z])([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]")
 _LABEL = re.compile(
-    r"(?:\\text\{\s*)?((?:[A-Za-z]+ ?){1,3}(?<=\w{3}|\w{2} ) ?:?)\s*\}?\s*:?\s*(?<=[\s}:])([-(\[\d\\].*)", re.S
+    r"(?:\\text\{\s*)?([A-Za-z]{2,}(?: [A-Za-z]+){0,2}(?<=\w{3}))(?=[\s:}])\s?:?\s?\}?\s?:?\s?([-(\[\d\\].*)", re.S
 )
 """radius: 3, \text{vertex }(2,-3)"""
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
@@ -160,7 +160,7 @@ def _item(text: str, depth: int) -> Answer:
     if operators:
         return _read_relation(s, sides, operators, depth)
     if (label := _LABEL.fullmatch(s)) and not is_prose(label[1], OPERATIONS) and not NEGATION.search(label[1]):
-        return _read_relation(s, [rf"\text{{{label[1].strip(' :')}}}", label[2]], ["="], depth)
+        return _read_relation(s, [rf"\text{{{label[1]}}}", label[2]], ["="], depth)
     return _region(s, depth) or _leaf(s)
 
 
@@ -235,6 +235,3 @@ def _region(s: str, depth: int) -> Region | None:
         for low, low_in, high, high_in in found[0]
     )
     return Region(s, intervals, found[1])
-
-
-# --- brackets and lists ----------------------------------------------------------------------------------------------
