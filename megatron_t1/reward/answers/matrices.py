@@ -23,7 +23,7 @@ def matrix_cells(s: str) -> _Cells | None:
         if s.startswith("[") and ";" in s and (m := re.fullmatch(r"\[([^\[\]]*)\]", s)):  # [1, 2; 3, 4]
             rows = [row.split(",") for row in m[1].split(";")]
             return rows if 1 < len(rows[0]) == len(rows[-1]) else None
-        if "(" not in s or "," not in s:
+        if "(" not in s or "," not in s or (s[0] == "(" and s.find(")") == len(s) - 1):
             return None
         s = _COLUMN.sub(lambda m: rf"{m[1]}\begin{{matrix}}{m[2].replace(',', chr(92) * 2)}\end{{matrix}}", s)
         around = _MATRIX.sub("", s)

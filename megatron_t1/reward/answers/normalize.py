@@ -234,10 +234,10 @@ _RULES = _rules(
     ("\\", r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
     ("\\", r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2"),
     # plain text spellings
-    ("", r"(?<![\\a-zA-Z])(sin|cos|tan|cot|ln|log|exp) ?(?= [\da-z]\b|\\|\d)", r"\\\1 "),
     ("sqrt", r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     ("(", rf"(?<![\\a-zA-Z_])({'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})(?=\s*\()", r"\\\1"),
-    ("", r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
+    ("", r"(?<![\\a-zA-Z])(?:(pi|infinity|inf)(?![a-zA-Z])|(sin|cos|tan|cot|ln|log|exp) ?(?= [\da-z]\b|\\|\d))",
+     lambda m: rf"\{m[2]} " if m[2] else r"\pi " if m[1] == "pi" else r"\infty "),
     ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
     ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
     ("", r",?\s*\\text\{\s*,?\s*(and|or|[和与或且])\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?"

@@ -159,7 +159,12 @@ def _item(text: str, depth: int) -> Answer:
     sides, operators = split_relation(s)
     if operators:
         return _read_relation(s, sides, operators, depth)
-    if (label := _LABEL.fullmatch(s)) and not is_prose(label[1], OPERATIONS) and not NEGATION.search(label[1]):
+    if (
+        (s[:1].isalpha() or s.startswith("\\text"))
+        and (label := _LABEL.fullmatch(s))
+        and not is_prose(label[1], OPERATIONS)
+        and not NEGATION.search(label[1])
+    ):
         return _read_relation(s, [rf"\text{{{label[1]}}}", label[2]], ["="], depth)
     return _region(s, depth) or _leaf(s)
 
