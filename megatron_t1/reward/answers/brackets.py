@@ -8,7 +8,9 @@ import re
 JOINT = re.compile(r"^\s*\\(?:land|lor)(?![a-zA-Z])\s*")
 """What `normalize` leaves, after a comma, of an "and" or an "or"."""
 _OPEN, _CLOSE = "([{", ")]}"
-OPERATOR = re.compile(r"\\(?:le|ge|ne|approx|in|equiv|simeq|sim|notin|subset|to|Rightarrow)(?![a-zA-Z])|[<>=]")
+OPERATOR = re.compile(
+    r"\\(?:le|ge|ne|approx|in|equiv|simeq|sim|notin|subset|to|Rightarrow|parallel|perp)(?![a-zA-Z])|[<>=]"
+)
 CUP = re.compile(r"\\cup(?![a-zA-Z])")
 MAX_LAYERS = 32
 """Brackets around brackets beyond this are no answer; each layer is walked."""

@@ -8,7 +8,7 @@ from megatron_t1.reward.answers.extract import last_part, phrase
 
 _LETTER = r"[(\[*$\s\"']*(?:\\text\{\s*\(?|\\mathrm\{|\\mathbf\{|\\textbf\{\s*\(?)?([A-J])(?![A-Za-z'’])\)?\}?"
 _MC_ANCHOR = re.compile(
-    r"(?:(?:therefore|thus|hence|actually|conclude|think|believe)[,:\s]+"
+    r"(?:(?:therefore|thus|hence|actually|conclude|think|believe|\bit (?:has to|must) be)[,:\s]+"
     r"(?:(?:it|it's|that|that's|this|the|is|must|be|would|say|i|think|go|with|choose|answer|option|choice)\s+)*"
     r"|(?:answer|option|choice|choose|correct|select|r[ée]ponse|答案|选择|选)(?-i:[^.\n。A-J]){0,60}?"
     r"(?:\bis\b|\bare\b|\bbe\b|\best\b|[:：]|\b(?:answer|option|choice|choose|select)\b|是|为|选)[*\s]*"
@@ -17,7 +17,7 @@ _MC_ANCHOR = re.compile(
     re.I,
 )
 _HEDGE_AFTER = re.compile(
-    r"^[)*\s.}$]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?(?:(?:maybe|perhaps|possibly)\s+)?"
+    r"^[)*\s.}$?]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?(?:(?:maybe|perhaps|possibly)\s+)?"
     r"[(*]*([A-J])(?![A-Za-z'’])"
 )
 

@@ -128,11 +128,12 @@ def _renamed(a: Any, b: Any) -> Iterator[Any]:
     """`b` with its parameters named as those of `a`: k for n in families of angles, constants of integration."""
     only_a, only_b = (sorted(x.free_symbols - y.free_symbols, key=str) for x, y in ((a, b), (b, a)))
     numbered = [sorted((s for s in x.free_symbols if _NUMBERED.fullmatch(s.name)), key=str) for x in (a, b)]
-    if numbered[0]:  # C_1 and C_2, A and B
-        only_a, only_b = numbered[0], numbered[1] or [s for s in only_b if s.name in ("A", "B", "C", "D")]
+    if any(numbered):  # C_1 and C_2, A and B
+        lettered = [[s for s in own if s.name in ("A", "B", "C", "D")] for own in (only_a, only_b)]
+        only_a, only_b = (own or others for own, others in zip(numbered, lettered, strict=True))
     angles = sympy.pi in a.atoms() and {s.name for s in (*only_a, *only_b)} <= _INTEGER_NAMES and len(only_a) == 1
     added = all(s.name in ("C", "c", "K") and s in x.args for x, own in ((a, only_a), (b, only_b)) for s in own)
-    if len(only_a) != len(only_b) or len(only_a) > MAX_PARAMETERS or not (numbered[0] or angles or added):
+    if len(only_a) != len(only_b) or len(only_a) > MAX_PARAMETERS or not (any(numbered) or angles or added):
         yield b
         return
     for order in itertools.permutations(only_a):

@@ -158,6 +158,10 @@ class Comparison(Leaves):
             return self.labelled_equal(gold.items, answer.items)
         g_items, a_items = (_members(each) for each in (gold, answer))
         match _value(gold), _value(answer):
+            case (Tuple(opening="[", items=(_, _, _, *_)), _) | (_, Tuple(opening="[", items=(_, _, _, *_))):
+                return self.in_order(g_items, a_items)
+            case (Matrix(), _) | (_, Matrix()):
+                return self.in_order(g_items, a_items)
             case (Tuple(opening="(", closing=")"), _) | (_, Tuple(opening="(", closing=")")):
                 return self.in_order(g_items, a_items)
             case (Set(), _) | (_, Set()):
@@ -168,13 +172,18 @@ class Comparison(Leaves):
     def labelled_equal(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         """Items in any order, each with its own name or noun; where only the gold names them, in its order."""
         g_labels, a_labels = _labels(gold), _labels(answer)
+        g_names, a_names = _names(gold), _names(answer)
+        if len(a_names) == 1 and {name.split("_")[0] for name in g_names} == a_names:  # x_1 = 1, x_2 = 3 as x = 1, 3
+            gold, answer = [[_unlabelled(item) for item in items] for items in (gold, answer)]
         if len(gold) == len(_once(gold)):
             answer = _once(answer)
         if len(gold) != len(answer):
             return False
         if g_labels and not a_labels:
             return self.in_order([_unlabelled(item) for item in gold], [_unlabelled(item) for item in answer])
-        if g_labels and a_labels and sorted(g_labels) == sorted(a_labels):
+        if g_labels and a_labels:
+            if sorted(g_labels) != sorted(a_labels):
+                return self.in_order(gold, answer)
             by_label = dict(zip(a_labels, answer, strict=True))
             return all(self.equal(item, by_label[label]) for label, item in zip(g_labels, gold, strict=True))
         return self.in_any_order(gold, answer)
@@ -277,10 +286,15 @@ def _labels(items: Sequence[Answer]) -> list[str]:
     for item in items:
         match item:
             case Relation(name=name, value=Answer()):
-                labels.append(compact(name).split("_")[0])
+                label = re.sub(r"\\(?:text|(?=m[ai][xn]))|[{}]", "", compact(name)).split("_")[0]
+                labels.append(label.casefold().removesuffix("imum") if len(label) > 2 else label)
             case Quantity(unit=Unit(kind=(), noun=noun)):
                 labels.append(noun)
     return labels if len(set(labels)) == len(items) > 1 else []
+
+
+def _names(items: Sequence[Answer]) -> set[str]:
+    return {compact(item.name) for item in items if isinstance(item, Relation) and item.value}
 
 
 def _unlabelled(item: Answer) -> Answer:
@@ -349,6 +363,8 @@ def _members(answer: Answer) -> Sequence[Answer]:
     match _value(answer):
         case List(items=items) | Set(items=items) | Tuple(items=items):
             return items
+        case Matrix(rows=rows) if all(len(row) == 1 for row in rows):
+            return [row[0] for row in rows]
     return [answer]
 
 
@@ -357,7 +373,7 @@ def _names_clash(gold: Relation, answer: Relation) -> bool:
     an argument that their value leaves open, as in P(A) = p."""
     g, a = compact(gold.name), compact(answer.name)
     if g == a or all(re.fullmatch(SYMBOL, name) for name in (g, a)):
-        return g != a
+        return g != a and not (g == a.split("_")[0] and a.rstrip("}")[-1].isdecimal())  # x for x_1
     arguments = [name.partition("(")[2].rstrip(")") for name in (g, a)]
     is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
     return is_open and not all(argument in "nstuxyz" for argument in arguments)

@@ -149,7 +149,9 @@ def _bound(meter: Meter, name: str, body: Any, variable: Any, bounds: list[Any],
             if magnitude(total) > MAX_MAGNITUDE:
                 raise UndecidableError("series too large")
         return total
-    parts = [evaluate(body, {**values, variable.name: _made_up("bound variable")}, meter)]
+    counts = name in ("sum", "prod") and body.has(sympy.factorial, sympy.factorial2, sympy.binomial)
+    at = map(mpmath.mpf, range(1, 9)) if counts else [_made_up("bound variable")]
+    parts = [evaluate(body, {**values, variable.name: point}, meter) for point in at]
     parts += [evaluate(b, values, meter) for b in bounds]
     return _made_up_value(name, parts, values)
 

@@ -11,7 +11,7 @@ from megatron_t1.reward.answers.kinds import Answer, Clock, Interval, List, Quan
 from megatron_t1.reward.answers.normalize import compact
 from megatron_t1.reward.answers.numbers import exact_number
 from megatron_t1.reward.answers.policy import EqualityConfig
-from megatron_t1.reward.answers.read import read
+from megatron_t1.reward.answers.read import read_both
 from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
 from megatron_t1.reward.answers.values import equal_cheaply
 
@@ -93,13 +93,14 @@ def explain(gold: str, answer: str, policy: EqualityConfig) -> str:
         return f"both are spelled {_short(gold)}"
     said = "unread"
     try:
-        said = f"gold: {described(read(gold))}; answer: {described(read(answer))}"
+        reads, spelled = read_both(gold, answer)
+        said = f"gold: {described(reads)}; answer: {described(spelled)}"
         if (same := equal_cheaply(gold, answer, policy.rounding)) is not None:
             numbers = " and ".join(str(number.value) for text in (gold, answer) if (number := exact_number(text)))
             steps = [f"exact numbers {numbers}: {'equal, or one the other rounded' if same else 'not equal'}"]
             return "; ".join([said, *steps, *_hangs_on(gold, answer, policy, same)])
         told = _Told(policy)
-        same = told.equal(read(gold), read(answer))
+        same = told.equal(reads, spelled)
     except NO_MATHEMATICS as error:
         return f"{said}; cannot be compared: {error or type(error).__name__}"
     steps = told.steps[-MAX_STEPS:] or ["kinds that have no rule in common" if not same else "the same text inside"]
@@ -119,6 +120,6 @@ def _is_equal(gold: str, answer: str, policy: EqualityConfig) -> bool:
     if cheap is not None:
         return cheap
     try:
-        return equal(read(gold), read(answer), policy)
+        return equal(*read_both(gold, answer), policy)
     except NO_MATHEMATICS:
         return False

@@ -17,22 +17,27 @@ MAX_ANSWER_CHARS = 4000
 TAIL_CHARS = 20_000
 """Only this much of a response's end is read: whatever counts stands there, and time stays bounded."""
 
-THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>|<\|end_of_thought\|>", re.I)
-_THINK_OPEN = re.compile(r"<(?:think|thinking|thought)>|<\|begin_of_thought\|>", re.I)
+THINK_CLOSE = re.compile(r"</(?:think|thinking|thought)>|<\|end_of_thought\|>|<\|channel\|>final<\|message\|>", re.I)
+_THINK_OPEN = re.compile(r"<(?:think|thinking|thought)>|<\|begin_of_thought\|>|<\|channel\|>analysis", re.I)
 _BOX_TAGS = re.compile(r"<\|begin_of_box\|>((?:(?!<\|b).)*?)<\|end_of_box\|>|<answer>((?:(?!<a).)*?)</answer>", re.S)
-_END_TOKENS = re.compile(r"<\|[a-z_]{1,20}\|>|</?(?:answer|s)>|<end_of_turn>", re.I)
+_END_TOKENS = re.compile(r"<[|｜][^\s<>|｜]{1,30}[|｜]>|</?(?:answer|s)>|<end_of_turn>", re.I)
 BOX = re.compile(r"\\(?:f?boxed|fbox)(?![a-zA-Z])")
 _JOINT = re.compile(
     r"[A-Za-z](?:_\{?\w+\}?)?\s*=|[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*"
 )
 _ANCHOR = re.compile(
-    r"(?<!\{)(?:final answer|answer|result|solution|r[ée]ponse|答案)(?:\s+(?:is|are|est))?"
-    r"(?:\s*[:：]|\s*(?:是|为)|(?<=is)|(?<=are)|(?<=est))\s*"
+    r"(?<!\{)(?:answer|result|solution|r[ée]ponse|答案?|\bans)\"?(?:\s+(?:is|are|est|equals))?"
+    r"(?:\s*[:：]|(?<=答案)[是为]|(?<=ns)\.|(?<=is)|(?<=are)|(?<=est)|(?<=equals))\s*"
+    r"|^[#* ]{0,9}(?:final )?answer[* ]{0,9}\n"
     r"|####\s*(?=\S[^\n]{0,60}\s*\Z)",
-    re.I,
+    re.I | re.M,
 )
 _COPULA = re.compile(r"\b(?:is|are|equals|be)\b|[是为=]")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+_ALONE = re.compile(
+    r"\n[*`]*(?:\$\$?([^$\n]{1,200})\$\$?|\\[(\[]([^\n]{1,200})\\[)\]]|(-?\d[\d.,/]{0,40}%?))[*`]*[.。]?\Z", re.ASCII
+)
+"""A last line that is nothing but a formula or a number."""
 _NUMBER = re.compile(
     r"(?<![a-zA-Z0-9_.])-?\$?(?:\\frac\{-?\d+\}\{\d+\}|\d[\d,]{0,30}\s*/\s*\d+|\d{1,3}(?:,\d{3}){1,12}(?:\.\d+)?|\d+(?:[.,]\d+)?|\.\d+)"
     r"(?:\s*(?:%|\\%|percent\b|pct\b))?",
@@ -104,8 +109,8 @@ def phrase(text: str) -> str | None:
     anchors = list(_ANCHOR.finditer(text))
     if not anchors:
         return None
-    rest = text[anchors[-1].end() :].strip()
-    math = re.match(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", rest, re.S)
+    rest = text[anchors[-1].end() :].lstrip(" \n*").rstrip()
+    math = re.match(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\"([^\"\n]+)\"", rest, re.S)
     if math:
         return next(g for g in math.groups() if g is not None).strip() or None
     sentence = re.split(r"\n|。|(?<!\d)\.(?:\s|$)|\.\s*$|\.(?=\s+[A-Z])", rest, maxsplit=1)[0]
@@ -154,6 +159,8 @@ def response_answer(text: str) -> tuple[str | None, str]:
     bare = tail.strip()
     if bare and len(bare) <= 200 and "\n" not in bare:
         return bare, "whole response"
+    if alone := _ALONE.search(bare):
+        return next(group for group in alone.groups() if group is not None).strip(), "last line"
     return None, "no box and no final phrase"
 
 

@@ -12,10 +12,23 @@ _MATRIX = re.compile(
 )
 
 
+_COLUMN = re.compile(r"((?:^|[-+\d})\s]|(?<![\\A-Za-z])[a-eik-z])\s*)\(([^(),]+(?:,[^(),]+)+)\)")
+_COMBINATION = re.compile(r"(?:\\(?:frac|sqrt|cdot|pi)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-z](?![a-z])|[-+\d\s/{}])*")
+"""What may stand around (1,0,2) + t(3,1,-1)."""
+
+
 def matrix_cells(s: str) -> _Cells | None:
     """The cells of the matrix that a text is; None when it is none, or too large."""
     if "\\begin" not in s:
-        return None
+        if s.startswith("[") and ";" in s and (m := re.fullmatch(r"\[([^\[\]]*)\]", s)):  # [1, 2; 3, 4]
+            rows = [row.split(",") for row in m[1].split(";")]
+            return rows if 1 < len(rows[0]) == len(rows[-1]) else None
+        if "(" not in s or "," not in s or (s[0] == "(" and s.find(")") == len(s) - 1):
+            return None
+        s = _COLUMN.sub(lambda m: rf"{m[1]}\begin{{matrix}}{m[2].replace(',', chr(92) * 2)}\end{{matrix}}", s)
+        around = _MATRIX.sub("", s)
+        if around == s or not around.strip() or not _COMBINATION.fullmatch(around):
+            return None
     total: _Cells | None = None
     product: _Cells | None = None
     start = 0

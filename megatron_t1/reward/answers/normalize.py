@@ -23,7 +23,7 @@ _UNICODE = {
     "°": r"^\circ ", "º": r"^\circ ", "≈": r"\approx ", "≡": r"\equiv ", "∆": r"\Delta ", "∠": r"\angle ",
     "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "∂": r"\partial ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
     "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "″": "''", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-    "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "∶": ":", "⁄": "/",
+    "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "✓": " ", "✔": " ", "✅": " ", "∶": ":", "⁄": "/",
 }  # fmt: skip
 """Characters that their compatible form (NFKC) does not spell as LaTeX does."""
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
@@ -38,30 +38,57 @@ _COMMANDS = {
     "degree": "^\\circ", "textdegree": "^\\circ", "dots": "\\ldots", "cdots": "\\ldots", "dotsm": "\\ldots",
     "dotsb": "\\ldots", "varepsilon": "\\epsilon", "varphi": "\\phi", "colon": ":", "langle": "(", "rangle": ")",
     "mod": "\\bmod", "arcctg": "\\arccot", "tg": "\\tan", "ctg": "\\cot", "mid": "|", "cupdot": "\\cup",
-    "sqcup": "\\cup", "bar": "\\overline",
+    "sqcup": "\\cup", "bar": "\\overline", "imath": "i", "jmath": "j", "checkmark": "",
 }  # fmt: skip
 _PHRASES = {
-    r"all real(?: number)?s|\\mathbb\s*\{?r\}?": r"(-\infty,\infty)",
-    r"no(?: real)? (?:solutions?|roots)(?: exists?)?|none|empty set|\\\{ ?\\\}|空集"
+    r"(?:all )?real(?: number)?s|\\mathbb\s*\{?r\}?": r"(-\infty,\infty)",
+    r"(?:all )?positive (?:real numbers|reals)|\\mathbb\{r\}(?:\^\{?\+\}?|_\{\s*>\s*0\s*\}|_\+)": r"(0,\infty)",
+    r"(?:there (?:is|are) )?no(?: real)? (?:solutions?|roots)(?: exists?)?|none|empty set|\\\{ ?\\\}|空集"
     r"|(?:方程)?(?:无|没有)(?:实数?)?[解根]": r"\emptyset ",
     r"infinity|\\infty": r"\infty ",
     r"does(?: not|n't) exist|undefined|不存在": r"\text{DNE}",
 }  # fmt: skip
 _PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
 _SPELLINGS = tuple(_PHRASES.values())
+_YES_OR_NO = re.compile(
+    r"(yes|no)\s*[,.;]\s*(?!.*(?<![a-z])(?:yes|no|but|or|maybe|if|when|unless|because|since|lor)(?![a-z])).*", re.S
+)
 _FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh",
     "arctanh", "sinh", "cosh", "tanh", "log", "cis",
     "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
 }  # fmt: skip
 _ALSO_UNITS = {"min", "max", "sec", "inf", "sup", "det"}
-_CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan"}
-_MONEY = re.compile(r"\s*(-?)(?:US)?(\\?\$|[£€¥￥])\s*(-?\d[\d,]*(?:\.\d+)?(?:\s*(?:thousand|[mb]illion))?)\.?\s*")
+_MARK = re.compile(r"(?:\\text\{\s*|(?<![A-Za-z\d]))(?:\((\d|[a-h]|i{1,3}|iv|v)\)|([①-⑧]))\s*:?\s*\}?\s*")
+_MARKS = ("abcdefgh", "12345678", ("i", "ii", "iii", "iv", "v"))
+
+
+def _parts(text: str) -> str:
+    """(a) 3 (b) 5: each part as the value of a name."""
+    marks = list(_MARK.finditer(text)) if _MARK.match(text) else []
+    names = [m[1] or str(ord(m[2]) - ord("①") + 1) for m in marks]
+    if len(marks) < 2 or not any(names == list(known)[: len(names)] for known in _MARKS):
+        return text
+    ends = [*(m.start() for m in marks[1:]), len(text)]
+    values = [text[m.end() : end].strip(" ,;.$\n\\") for m, end in zip(marks, ends, strict=True)]
+    if not all(values) or any(re.search(r"[,;]", re.sub(r"[(\[{].*[)\]}]", "", value)) for value in values):
+        return text
+    return ", ".join(rf"\text{{part {name}}}={value}" for name, value in zip("abcdefgh", values, strict=False))
+
+
+_CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
+_MONEY = re.compile(
+    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\s*(thousand|[mb]illion|(?-i:[MB])\b))?\.?\s*",
+    re.I,
+)
+_SHORT = {"M": "million", "B": "billion"}
 
 
 def _font(match: re.Match[str]) -> str:
     raw = match[1] if match[1] is not None else match[2]
     inner, before = raw.strip(), match.string[max(match.start() - 8, 0) : match.start()].rstrip()
+    if "\\" in inner and before[-1:].isdecimal() and re.fullmatch(r"(?:[A-Za-z]+|\^\{?-?\d\}?|\\cdot|[\s/~])+", inner):
+        return rf"\text{{ {re.sub('[{}]', '', inner).replace(chr(92) + 'cdot', ' ')}}}"  # J\cdot s
     if "\\" in inner or re.match(r"\\math(?:bf|it)\s*\{?[a-z]\}?$", match[0]):
         return f"{{{inner}}}" if before.endswith(("^", "_")) else f" {inner} "
     inner = re.sub("[{}]", "", inner)  # m s^{-2}
@@ -72,7 +99,11 @@ def _font(match: re.Match[str]) -> str:
         return f"\\{inner} "
     if re.fullmatch(r"[A-Za-z]+", inner) and a_unit:
         return rf"\text{{{inner}}}"
-    return inner if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner) else rf"\text{{{inner}}}"
+    return f" {inner}" if re.fullmatch(r"[A-Zeid]|\d*|[^a-zA-Z]*", inner) else rf"\text{{{inner}}}"
+
+
+def _sign_of_unit(match: re.Match[str]) -> str:
+    return rf"\text{{ {'μ' + match[3] if match[3] else (match[1] or match[2] or '') + 'ohm'}}}"
 
 
 def _text(match: re.Match[str]) -> str:
@@ -129,7 +160,7 @@ def _rules(*rules: tuple[str, str, _Replacement]) -> tuple[tuple[str, re.Pattern
     return tuple((sign, re.compile(pattern), replacement) for sign, pattern, replacement in rules)
 
 
-_JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor"}
+_JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor", "且": "\\land"}
 _LETTER_END = r"(?![a-zA-Z])"
 _RULES = _rules(
     # what only decorates
@@ -154,10 +185,13 @@ _RULES = _rules(
     ("", r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots "),
     ("", rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
     # words and fonts
+    ("\\mathrm", r"\\mathrm\s*\{?\s*C\s*\}?\s*_\s*\{?(\w+)\}?\s*\^\s*\{?(\w)\}?", r"\\binom{\1}{\2}"),
     ("\\", r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
-    ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal)\s*"
+    ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal|mathcal)\s*"
      r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z]))", _font),
     ("\\", r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    ("\\", r"(?<=[\d}])(?:\s*\\text\{\s*([kmM]?)\s*\}|\s*([kmM]))?\s*\\(?:Omega|text\{\s*Omega\s*\})\s*$"
+     r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN])\}?\s*$", _sign_of_unit),
     ("p", r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
     ("\\text", r"\\text\{\s*\}", " "),
@@ -171,7 +205,14 @@ _RULES = _rules(
     ("^", r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
      lambda m: rf"\text{{{m[1] or m[2]}}}"),
     ("百", r"百分之\s*(\d[\d.]*)", r"\1%"),
-    ("负", r"负\s*(?=[\d\\])", "-"),
+    ("负", r"负\s*(?=[\d\\零一二三四五六七八九十百两])", "-"),
+    ("except", r"(?:\\text\{)?\s*(?:all )?real(?: number)?s (?:except|other than)(?: for)?\s*\}?\s*(.+)$",
+     r"(-\\infty,\\infty)\\setminus \\{\1\\}"),
+    ("周", r"周(?=[一二三四五六日天]$)", "星期"),
+    ("else", r"\belse(?:where)?\b", "otherwise"),
+    ("//", r"//", r"\\parallel "),
+    ("const", r"\\text\{\s*const(?:ant)?\.?\s*\}", "C"),
+    ("|", r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{[A-Z]\})?\s*\|\s*\1\s*=\s*([^|,]+),\s*", r"\\{\2| "),
     ("\\equiv", r"(?s).+", _congruence),
     ("_", r"(?:\{\s*\})?_\s*\{?(\d+)\}?\s*([CP])\s*_\s*\{?(\d+)\}?", r"\2_{\1}^{\3}"),  # {}_5C_2
     # arguments in braces
@@ -195,15 +236,18 @@ _RULES = _rules(
     # plain text spellings
     ("sqrt", r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     ("(", rf"(?<![\\a-zA-Z_])({'|'.join(sorted(_FUNCTIONS, key=len, reverse=True))})(?=\s*\()", r"\\\1"),
-    ("", r"(?<![\\a-zA-Z])(pi|infinity|inf)(?![a-zA-Z])", lambda m: r"\pi " if m[1] == "pi" else r"\infty "),
+    ("", r"(?<![\\a-zA-Z])(?:(pi|infinity|inf)(?![a-zA-Z])|(sin|cos|tan|cot|ln|log|exp) ?(?= [\da-z]\b|\\|\d))",
+     lambda m: rf"\{m[2]} " if m[2] else r"\pi " if m[1] == "pi" else r"\infty "),
     ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
     ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
-    ("", r",?\s*\\text\{\s*,?\s*(and|or|和|与|或)\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?|,?(和|与|或)",
+    ("", r",?\s*\\text\{\s*,?\s*(and|or|[和与或且])\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?"
+     r"|,?([和与或且])",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
     ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]{0,80}[,;][^\[\]]{0,80})([\[\]])"
      r"(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
      lambda m: m[1] + "[("[m[2] == "]"] + m[3] + "])"[m[4] == "["]),
     ("\\infty", r"\+\s*\\infty", r"\\infty"),
+    ("\\ne", r"(?<=[\d}\s])\(([^(),]*\\ne [^()]*)\)\s*$", r", \1"),
     ("", r"\s+", " "),
     (".", r"(?<=[}\s])\.(?=\s*[\])])", ""),
 )  # fmt: skip
@@ -243,8 +287,9 @@ def normalize(text: str) -> str:
     if _DECIMAL.fullmatch(text):
         return text
     if money := _MONEY.fullmatch(text):
-        text = rf"{money[1]}{money[3]}\text{{ {_CURRENCIES[money[2]]}}}"
-    s = re.sub(r"^\s*(\*\*|`+)([^*`]+)\1\s*$", r"\2", _unicode(text))
+        code = re.sub(r"\\text|[{}.\s]", "", money[2])
+        text = rf"{money[1]}{money[3]}\text{{ {_SHORT.get(money[4], money[4]) or ''} {_CURRENCIES.get(code, code)}}}"
+    s = re.sub(r"^\s*(\*\*|`+)([^*`]+)\1\s*$", r"\2", _unicode(_parts(text.strip())))
     if "\\begin" in s:
         s = _CASES.sub(_rows_of_cases, s)
     if "\\begin" not in s:  # a doubled backslash of an escaped source, not a row end
@@ -260,7 +305,9 @@ def normalize(text: str) -> str:
     if s.endswith("}") and not s.endswith("\\}") and s.count("}") == s.count("{") + 1:
         s = s[:-1]
     s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :").casefold()
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :.").casefold()
+    if agreed := _YES_OR_NO.fullmatch(bare):
+        return agreed[1]
     said = _PHRASE.fullmatch(bare)
     return _SPELLINGS[(said.lastindex or 0) - 1] if said else s
 

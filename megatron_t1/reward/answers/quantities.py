@@ -8,7 +8,7 @@ What follows a number is a unit when it is in the table below (units of one kind
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_t1.reward.answers.brackets import split_top
@@ -24,32 +24,34 @@ class Unit:
     kind: tuple[tuple[str, int], ...] = ()
     """Powers of basic units; () for a noun."""
     noun: str = ""
+    """What is counted, or behind a unit its direction."""
 
 
 PERCENT, DEGREES, NO_UNIT = Unit(kind=(("%", 1),)), Unit(kind=(("deg", 1),)), Unit()
 RADIANS = Unit(kind=(("rad", 1),))
 _TEMPERATURES = {("celsius", 1), ("fahrenheit", 1)}
-_TABLE = """
-s sec secs second seconds 秒 = 1 s; min mins minute minutes 分钟 = 60 s; h hr hrs hour hours 小时 = 3600 s;
-day days 天 日 = 86400 s; week weeks 周 星期 = 604800 s;
-month months 月 个月 = 1 month; year years yr yrs 年 = 12 month;
-m meter meters metre metres 米 = 1 m; mm millimeter millimeters millimetre millimetres 毫米 = 1/1000 m;
-cm centimeter centimeters centimetre centimetres 厘米 = 1/100 m; dm decimeter decimeters 分米 = 1/10 m;
-km kilometer kilometers kilometre kilometres 千米 公里 = 1000 m; nm nanometer nanometers = 1/1000000000 m;
-in inch inches 英寸 = 254/10000 m; ft foot feet 英尺 = 3048/10000 m; yd yard yards = 9144/10000 m;
-mi mile miles 英里 = 1609344/1000 m; kg kilogram kilograms 千克 公斤 = 1 kg; g gram grams 克 = 1/1000 kg;
-mg milligram milligrams 毫克 = 1/1000000 kg; ton tons tonne tonnes 吨 = 1000 kg;
-lb lbs pound pounds = 45359237/100000000 kg; oz ounce ounces = 45359237/1600000000 kg;
-l L liter liters litre litres 升 = 1/1000 m^3;
-ml mL milliliter milliliters millilitre millilitres 毫升 = 1/1000000 m^3;
-gal gallon gallons = 3785411784/1000000000000 m^3; acre acres = 40468564224/10000000 m^2;
-hectare hectares ha 公顷 = 10000 m^2; dollar dollars usd bucks buck 美元 = 1 dollar; cent cents 美分 = 1/100 dollar;
-yuan rmb 元 块 = 1 yuan; jiao 角 = 1/10 yuan; euro euros = 1 euro; gbp = 1 gbp; mph = 1609344/3600000 m s^-1;
-kmh kph = 1000/3600 m s^-1; rad radian radians = 1 rad; N newton newtons 牛 = 1 kg m s^-2;
-J joule joules 焦耳 = 1 kg m^2 s^-2; kJ kilojoule kilojoules = 1000 kg m^2 s^-2; W watt watts = 1 kg m^2 s^-3;
-kW kilowatt kilowatts = 1000 kg m^2 s^-3; Pa pascal pascals = 1 kg m^-1 s^-2; Hz hertz = 1 s^-1; kHz = 1000 s^-1;
-K kelvin kelvins = 1 kelvin; C celsius 摄氏度 = 1 celsius; F fahrenheit 华氏度 = 1 fahrenheit; mol mole moles = 1 mol;
-V volt volts = 1 volt; A amp amps ampere amperes = 1 ampere
+_PREFIXES = {"f": -15, "p": -12, "n": -9, "μ": -6, "m": -3, "c": -2, "d": -1, "": 0, "k": 3, "M": 6, "G": 9, "T": 12}
+_PREFIX_NAMES = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9, "": 0}
+_PREFIXED = """
+m meter metre = 1 m; g gram = 1/1000 kg; s sec second = 1 s; l L liter litre = 1/1000 m^3; mol mole = 1 mol;
+N newton = 1 kg m s^-2; J joule = 1 kg m^2 s^-2; W watt = 1 kg m^2 s^-3; Pa pascal = 1 kg m^-1 s^-2; Hz hertz = 1 s^-1;
+A ampere = 1 A; V volt = 1 kg m^2 s^-3 A^-1; ohm = 1 kg m^2 s^-3 A^-2; T tesla = 1 kg s^-2 A^-1; K kelvin = 1 kelvin;
+coulomb C = 1 A s; farad F = 1 A^2 s^4 kg^-1 m^-2; cal calorie = 4184/1000 kg m^2 s^-2; bar = 100000 kg m^-1 s^-2;
+eV = 1602176634/10000000000000000000000000000 kg m^2 s^-2; Wh = 3600 kg m^2 s^-2
+"""
+"""Units that take the prefixes of the SI: before a sign, those of a letter."""
+_OTHERS = """
+秒 = 1 s; min minute 分钟 = 60 s; h hr hour 小时 = 3600 s; day 天 日 = 86400 s; week 周 星期 = 604800 s;
+month 月 个月 = 1 month; year 年 yr = 12 month; 米 = 1 m; 毫米 = 1/1000 m; 厘米 = 1/100 m; 分米 = 1/10 m;
+千米 公里 = 1000 m; micron 微米 = 1/1000000 m; 纳米 = 1/1000000000 m; in inch inches 英寸 = 254/10000 m;
+ft foot feet 英尺 = 3048/10000 m; yd yard = 9144/10000 m; mi mile 英里 = 1609344/1000 m; 千克 公斤 = 1 kg;
+克 = 1/1000 kg; 毫克 = 1/1000000 kg; ton tonne 吨 = 1000 kg; lb pound = 45359237/100000000 kg;
+oz ounce = 45359237/1600000000 kg; 升 = 1/1000 m^3; 毫升 = 1/1000000 m^3; gal gallon = 3785411784/1000000000000 m^3;
+acre = 40468564224/10000000 m^2; hectare ha 公顷 = 10000 m^2; dollar usd buck 美元 = 1 dollar; yen jpy = 1 yen;
+cent 美分 = 1/100 dollar; yuan rmb cny 元 块 = 1 yuan; jiao 角 = 1/10 yuan; euro eur = 1 euro; gbp = 1 gbp;
+rupee rs inr = 1 rupee; mph = 1609344/3600000 m s^-1; kmh kph = 1000/3600 m s^-1; rad radian = 1 rad;
+牛 = 1 kg m s^-2; 焦耳 = 1 kg m^2 s^-2; atm = 101325 kg m^-1 s^-2; amp = 1 A; C celsius 摄氏度 = 1 celsius;
+F fahrenheit 华氏度 = 1 fahrenheit
 """
 
 
@@ -58,9 +60,14 @@ def _powers(text: str) -> dict[str, int]:
 
 
 _UNITS: dict[str, tuple[Fraction, dict[str, int]]] = {}
-for _words, _meaning in (entry.split(" = ") for entry in _TABLE.split(";")):
+for _entry in f"{_PREFIXED};{_OTHERS}".split(";"):
+    _words, _meaning = _entry.split(" = ")
     _factor, _, _kind = _meaning.partition(" ")
-    _UNITS |= dict.fromkeys(_words.split(), (Fraction(_factor), _powers(_kind)))
+    for _word in _words.split():
+        _known_prefixes = {"": 0} if _entry not in _PREFIXED else _PREFIXES if len(_word) < 4 else _PREFIX_NAMES
+        for _prefix, _power in _known_prefixes.items():
+            _unit = Fraction(_factor) * Fraction(10) ** _power, _powers(_kind)
+            _UNITS |= dict.fromkeys((_prefix + _word, _prefix + _word + "s" * (len(_word) > 1)), _unit)
 _SCALES: dict[str, Fraction | int] = {
     "ten": 10, "tens": 10, "dozen": 12, "dozens": 12, "hundred": 100, "hundreds": 100, "thousand": 1000,
     "thousands": 1000, "million": 10**6, "millions": 10**6, "billion": 10**9, "billions": 10**9, "trillion": 10**12,
@@ -70,22 +77,48 @@ _SCALES: dict[str, Fraction | int] = {
 _SCALED = re.compile(rf"(?:{'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z])", re.I)
 _NOT_COUNTED_CJK = re.compile(r"[不没非无或以约多少上下负点倍分之又和与是的错对]")
 _NAMELESS = {"unit", "units"}
+_DIRECTION = re.compile(
+    r"[\s,]+(?:due |to the )?(north|south|east|west|up|down|left|right|(?:in|out)ward|(?:counter|anti-?)?clockwise)"
+    r"(?:wards?)?$",
+    re.I,
+)
 _POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
 _WORD = r"(?:\\text\{[^{}]*\}|[A-Za-z]+)"
 _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
     re.compile(rf"(.*?[\d}})!|\w])\s*(\\text\{{[^{{}}]*\}}{_POWER}(?:\s*(?:/|\\cdot)?\s*{_WORD}{_POWER})*)", re.S),
-    re.compile(rf"(.*[\d}})])\s*((?<![A-Za-z\\{{])[A-Za-z]+{_POWER}(?:\s*[/ ]\s*[A-Za-z]+{_POWER})*)", re.S),
+    re.compile(rf"(.*[\d}})])\s*((?<![A-Za-z\\{{])[A-Za-z]+{_POWER}(?:\s*(?:[/ ]|\\cdot)\s*[A-Za-z]+{_POWER})*)", re.S),
     re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{CJK}\s*\}}?{_POWER})", re.S),
 )
 _TAIL_CHARS = 120
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
 _HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
+_NOON = re.compile(r"(?:12(?::00)?\s*)?(noon|midnight)", re.I)
+_MONTHS = "january february march april may june july august september october november december"
+_DATE = re.compile(
+    r"(?:\w+day,? )?(?:(?P<month>[a-z]{3,9})\.? (?P<day>\d{1,2})|(?P<day2>\d{1,2}) (?:of )?(?P<month2>[a-z]{3,9})\.?)"
+    r"(?:,? (?P<year>\d{4}))?|(?:(?P<year2>\d{4})年)?(?P<month3>\d{1,2})月(?P<day3>\d{1,2})[日号]?"
+)
+
+
+def date(s: str) -> str | None:
+    """The one spelling of a day of the year."""
+    m = _DATE.fullmatch(re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", re.sub(r"\\text|[{}]", "", s).strip().casefold()))
+    if m is None:
+        return None
+    name = m["month"] or m["month2"] or ""
+    month = next(
+        (n for n, known in enumerate(_MONTHS.split(), 1) if name and known.startswith(name)), int(m["month3"] or 0)
+    )
+    return f"{m['year'] or m['year2'] or ''}-{month}-{int(m['day'] or m['day2'] or m['day3'])}" if month else None
 
 
 def clock(s: str) -> tuple[int, str] | None:
     """(seconds after midnight or noon, "a", "p" or "" when that is not said) of a time of the day."""
-    m = _CLOCK.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip())
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip()
+    if named := _NOON.fullmatch(bare):
+        return 0, "a" if named[1].casefold() == "midnight" else "p"
+    m = _CLOCK.fullmatch(bare)
     if not m or not (m[2] or m[4]) or int(m[1]) > 24 or int(m[2] or 0) > 59 or int(m[3] or 0) > 59:
         return None
     hour, half = int(m[1]), (m[4] or "").casefold()
@@ -104,6 +137,7 @@ def compound(s: str) -> tuple[Fraction, Unit] | None:
     total, units, at = Fraction(0), list[Unit](), 0
     while m := _PART.match(s, at):
         name = re.sub(r"\\text\{([^{}]*)\}", r"\1", m[2]).strip(" ,")
+        name = "min" if name == "m" and units and units[0].kind == (("s", 1),) else name  # 1h30m
         unit = Unit(_ANGLES[name], DEGREES.kind) if name in _ANGLES else _known([(name, 1)])
         if unit is None or (units and (unit.kind != units[0].kind or unit.factor >= units[-1].factor)):
             return None
@@ -143,7 +177,8 @@ def _times(value: str, scale: Fraction | int) -> str:
 
 def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Unit] | None:
     r"""(what it multiplies by, unit) of the words behind a value; `named` in \text or CJK, `apart` behind a space."""
-    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ").strip(" .()")
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\cdot", " ")
+    text = re.sub(r"/\s*\(([^()]*)\)", lambda m: "/" + "/".join(m[1].split()), text).strip(" .()")
     text = re.sub(r"\b(?:st|nd|rd|th)\b", " ", text).strip() if re.match(r"(?:st|nd|rd|th)\b", text) else text
     scale: Fraction | int = 1
     while first := _SCALED.match(text):
@@ -151,6 +186,7 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
     if text in ("", *_NAMELESS):
         return scale, NO_UNIT
+    direction = _DIRECTION.search(text)
     text = re.sub(r"(?:\b(?:square|sq)\s+|平方)(\w+)", r"\1^2", text, flags=re.I)
     text = re.sub(r"(?:\bcubic\s+|立方)(\w+)", r"\1^3", text, flags=re.I)
     text = re.sub(r"(\w+)\s+squared\b", r"\1^2", re.sub(r"(\w+)\s+cubed\b", r"\1^3", text))
@@ -158,6 +194,8 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
         (name, (-1 if mark else 1) * int(power or 1))
         for mark, name, power in re.findall(rf"\s*(/|per\b)?\s*([^\W\d_]+(?:'s)?){_POWER}", text)
     ]
+    if direction and (found := _read_unit(text[: direction.start()], named, apart)) and found[1].kind:
+        return scale * found[0], replace(found[1], noun=direction[1].casefold())
     if unit := _known(parts):
         return scale, unit
     names = [name for name, _ in parts if name not in _NAMELESS]
@@ -189,18 +227,30 @@ def units_clash(gold: Unit, answer: Unit) -> bool:
     """Whether two units cannot be meant for one value; one that is left out can, and so can two nouns."""
     if NO_UNIT in (gold, answer) or (DEGREES in (gold, answer) and _TEMPERATURES & {*gold.kind, *answer.kind}):
         return False
-    return gold.kind != answer.kind
+    return gold.kind != answer.kind or (bool(gold.kind) and gold.noun != answer.noun)
+
+
+_BASES = {"hex": "16", "0x": "16", "binary": "2", "0b": "2"}
 
 
 def in_base(s: str) -> str | None:
     """The one spelling of a number in a named base."""
-    m = re.fullmatch(r"(-?)([0-9A-Fa-f.]+)(?:_|_?base)(\d{1,2}|[a-z]{3,})", re.sub(r"\\text|[(){}\s]", "", s))
-    if not m or (m[2].isalpha() and len(m[2]) < 2) or (m[3].isalpha() and m[3] not in NUMBER_WORDS):
+    if not ("_" in s or "base" in s or s.lstrip("-")[:2] in _BASES):
         return None
-    return f"{m[1]}{m[2].upper()}_{NUMBER_WORDS.get(m[3], m[3])}"
+    bare = re.sub(r"^(-?)(0[xb])(?=\w)(.*)", r"\1\3_\2", re.sub(r"\\text|[(){}\s]", "", s))
+    m = re.fullmatch(r"(-?)([0-9A-Fa-f.]+)(?:_|_?(?:in)?base)(\d{1,2}|0[xb]|[a-z]{3,})", bare)
+    if (
+        not m
+        or (m[2].isalpha() and len(m[2]) < 2)
+        or not (base := _BASES.get(m[3], NUMBER_WORDS.get(m[3], m[3]))).isdecimal()
+    ):
+        return None
+    return f"{m[1]}{m[2].upper()}_{base}"
 
 
 def ratio(s: str) -> list[str]:
     """Parts of a:b:c and of "a to b"; [] of everything else."""
+    if not (":" in s or "to" in s):
+        return []
     parts = split_top(re.sub(r"^(\d+)\s*(?:\\text\{ *to *\}|to)\s*(\d+)$", r"\1:\2", s), ":")
     return parts if len(parts) > 1 else []

@@ -30,9 +30,9 @@ from megatron_t1.reward.answers.kinds import (
 )
 from megatron_t1.reward.answers.matrices import matrix_cells
 from megatron_t1.reward.answers.numbers import Exact, exact_number
-from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, in_base, ratio, split_unit
-from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation
-from megatron_t1.reward.answers.words import NEGATION, is_prose, is_text
+from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, date, in_base, ratio, split_unit
+from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation, whole_numbers
+from megatron_t1.reward.answers.words import NEGATION, OPERATIONS, in_digits, is_prose, is_text
 
 MAX_ITEMS = 64
 """Longest list compared item by item."""
@@ -40,15 +40,16 @@ MAX_NESTING = 8
 """Deepest structure read: tuples of sets of tuples ..."""
 
 _TRAILING_CLAUSE = re.compile(
-    r"(?:[,(]\s*|\s+)[a-zA-Z]\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:[_^+*{}>0\s]*)\)?$"
-    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each)|where)\b[^{}]*\}"
-    r"|(?<![a-z])for (?:all|any|every|each)\b).*$",
+    r"(?:[,(]\s*|\s+)[a-zA-Z](?:\s*,\s*[a-zA-Z]){0,3}\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
+    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}"
+    r"|(?<![a-z])for (?:all|any|every|each|some)\b).*$"
+    r"|,\s*(?:\\text\{\s*)?not\b[^,]*$",
     re.S,
 )
 _HARMLESS_LEAD = re.compile(
     r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
     r"|[a-z ]{1,40}(?=:))\s*:?\s*\}"
-    r"|^(?:\\text\{\s*)?(?:[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
+    r"|^(?:\\text\{\s*)?(?:[A-Za-z]?[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
     r"|^(?:the|answer)\b[a-z ]{0,40}(?-i:[A-Z]+ )?[a-z ]{0,40}\b(?:is|are|equals|=)(?=\W)",
     re.I,
 )
@@ -65,17 +66,38 @@ _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F(x,y)
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
 _THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+_DECLARED = re.compile(r"(?<![\\a-zA-Z])([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]")
+_LABEL = re.compile(
+    r"(?:\\text\{\s*)?([A-Za-z]{2,}(?: [A-Za-z]+){0,2}(?<=\w{3}))(?=[\s:}])\s?:?\s?\}?\s?:?\s?([-(\[\d\\].*)", re.S
+)
+"""radius: 3, \text{vertex }(2,-3)"""
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""
 
 
+def read_both(gold: str, answer: str) -> tuple[Answer, Answer]:
+    r"""Gold and answer; a parameter that both declare (k \in \mathbb{Z}) is named as in the gold."""
+    g, a = _DECLARED.search(gold), _DECLARED.search(answer)
+    if g and a and g[1] != a[1] and renamed(answer, g[1], "") == answer:
+        answer = renamed(answer, a[1], g[1])
+    return read(gold), read(answer)
+
+
+def renamed(text: str, letter: str, name: str) -> str:
+    """With a variable named otherwise."""
+    letters = re.compile(rf"\\text\{{[^{{}}]*\}}|\\[a-zA-Z]+|{letter}")
+    return letters.sub(lambda m: m[0] if len(m[0]) > 1 else name, text)
+
+
 @functools.lru_cache(maxsize=1024)
 def read(text: str) -> Answer:
     """The answer that a normalised text is. Bounded work, whatever the text is."""
-    s = unwrap(_TRAILING_CLAUSE.sub("", text))
+    s = in_digits(unwrap(_TRAILING_CLAUSE.sub("", text)))
     if len(s) < len(text) and (names := _NAME_IN_CLAUSE.findall(text[len(s) :])) and not any(n in s for n in names):
         return Literal(text, "a value with a clause on something else")
+    if named := _day_or_time(s):
+        return named
     if exact_number(s) is None and is_text(s.replace(",", " ")):
         return Words(s)
     if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
@@ -110,7 +132,7 @@ def _items(texts: list[str], depth: int) -> tuple[Answer, ...]:
 @functools.lru_cache(maxsize=4096)  # a text may be a side, a value and a bound
 def _item(text: str, depth: int) -> Answer:
     """The answer that a text within `depth` others is; no list."""
-    s, depth = unwrap(text), depth + 1
+    s, depth = in_digits(unwrap(text)), depth + 1
     if (number := exact_number(s)) is not None:
         return Number(s, number)
     if depth > MAX_NESTING:
@@ -125,7 +147,7 @@ def _item(text: str, depth: int) -> Answer:
         return _item(cells[0][0], depth)
     if cells is not None:
         return Matrix(s, tuple(_items(row, depth) for row in cells))
-    bracketed, members = bracketed_items(s), set_items(s)
+    bracketed, members = bracketed_items(s), set_items(s) or whole_numbers(s)
     if len(bracketed) > MAX_ITEMS or len(members or ()) > MAX_ITEMS:
         return Literal(s, "too many items")
     if (point := _POINT.fullmatch(s)) and len(bracketed_items(point[2])) > 1:
@@ -137,16 +159,23 @@ def _item(text: str, depth: int) -> Answer:
     sides, operators = split_relation(s)
     if operators:
         return _read_relation(s, sides, operators, depth)
+    if (
+        (s[:1].isalpha() or s.startswith("\\text"))
+        and (label := _LABEL.fullmatch(s))
+        and not is_prose(label[1], OPERATIONS)
+        and not NEGATION.search(label[1])
+    ):
+        return _read_relation(s, [rf"\text{{{label[1]}}}", label[2]], ["="], depth)
     return _region(s, depth) or _leaf(s)
 
 
 def _leaf(s: str) -> Answer:
     if "\\infty" in s and not _BINDER.search(s):
         return Literal(s)
+    if named := _day_or_time(s):
+        return named
     if based := in_base(s):
         return Literal(based)
-    if time := clock(s):
-        return Clock(s, *time)
     if is_text(s):
         return Words(s)
     if parts := ratio(s):
@@ -155,6 +184,18 @@ def _leaf(s: str) -> Answer:
         return Words(s)
     value = plain(split[0])
     return value if split[1] == NO_UNIT else Quantity(s, value, split[1])
+
+
+_PERHAPS_NAMED = re.compile(r"(?:\\text\{|[\w\s:,.}])+")
+
+
+def _day_or_time(s: str) -> Answer | None:
+    if not _PERHAPS_NAMED.fullmatch(s):
+        return None
+    if day := date(s):
+        return Literal(day)
+    time = clock(s)
+    return Clock(s, *time) if time else None
 
 
 def plain(s: str) -> Number | Expression:
@@ -185,8 +226,7 @@ def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -
         named = False
     value = value_of_x = _item(text, depth) if named else None
     if named and (argument := _FUNCTION_NAME.fullmatch(sides[0])):
-        letters = re.compile(rf"\\text\{{[^{{}}]*\}}|\\[a-zA-Z]+|{argument[1]}")
-        value_of_x = _item(letters.sub(lambda m: m[0] if len(m[0]) > 1 else _ARGUMENT, text), depth)
+        value_of_x = _item(renamed(text, argument[1], _ARGUMENT), depth)
     name = sides[0] if named else ""
     return Relation(s, _items(sides, depth), tuple(operators), name, value, value_of_x, _region(s, depth))
 
@@ -200,6 +240,3 @@ def _region(s: str, depth: int) -> Region | None:
         for low, low_in, high, high_in in found[0]
     )
     return Region(s, intervals, found[1])
-
-
-# --- brackets and lists ----------------------------------------------------------------------------------------------

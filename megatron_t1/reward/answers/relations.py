@@ -5,8 +5,9 @@ Helpers that take a text apart give None, or nothing, for a text that is not of 
 
 from __future__ import annotations
 
-import itertools
+import math
 import re
+from typing import Any
 
 from megatron_t1.reward.answers.brackets import (
     CUP,
@@ -21,6 +22,8 @@ from megatron_t1.reward.answers.normalize import GREEK, compact
 from megatron_t1.reward.answers.numbers import exact_number
 from megatron_t1.reward.answers.words import NEGATION
 
+MAX_WHOLE_NUMBERS = 64
+"""Longest run of whole numbers written out."""
 MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 """Operators between exchanged sides."""
 SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\\?[A-Za-z0-9]+))"
@@ -29,9 +32,10 @@ _NAME = re.compile(
     rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
     rf"|\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})+\s*\)"  # (x, y)
     r"|(?:\\(?:angle|triangle|vec|overline|overrightarrow|hat))?\s*\{?[A-Z]{1,4}\}?"  # AB, \angle ABC
-    rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Z]{SUBSCRIPT}?(?:\s*:\s*[A-Z]{SUBSCRIPT}?)+"  # |AB|, A:B
+    rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Za-z]+{SUBSCRIPT}?(?:\s*:\s*[A-Za-z]+{SUBSCRIPT}?)+"  # |AB|, A:B
     r"|(?:[A-Z]|\\Pr|\\mathbb\{[EP]\})\s*[(\[](?=[^()\[\]]*[A-Za-z])[^()\[\]]+[)\]]"  # P(X = 2)
-    r"|\\text\{[^{}0-9]*\}\s*[A-Za-z]?|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"  # words
+    r"|(?:\\text\{[^{}0-9]*\}|\\det|\\max|\\min)\s*(?:[A-Za-z]|\((?=[^()]*[A-Za-z])[^()]*\))?"  # words, rank(A)
+    r"|[A-Z]\^\{(?:-1|T)\}|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"
 )
 _BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")
 _Bounds = tuple[str, bool, str, bool]
@@ -41,6 +45,8 @@ _Bounds = tuple[str, bool, str, bool]
 def split_relation(s: str) -> tuple[list[str], list[str]]:
     """(sides, operators) of a relation; no operators when it is none."""
     sides, operators = split_at(s, OPERATOR)
+    if len(operators) > 1 and set(operators) <= {">", "\\ge"}:
+        return sides[::-1], [MIRRORED[o] for o in reversed(operators)]
     return sides, ["\\approx" if o in ("\\sim", "\\simeq") else o for o in operators]
 
 
@@ -52,32 +58,95 @@ def is_name(s: str) -> bool:
 def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     """A union of intervals, written as intervals, inequalities or a set of x with a condition; and whose values."""
     sides, operators = split_relation(s)
-    variable = ""
     if operators == ["\\in"] and is_name(sides[0]):
-        variable, s = sides
-    if m := re.fullmatch(r"\\\{([^|:]*)[|:](.*)\\\}", s, re.S):
-        variable, s = split_relation(m[1])[0][0], m[2].strip()
-    if excluded := _excluded(s):
-        ends = ["-\\infty", *excluded, "\\infty"]
-        variable = sides[0] if operators[:1] == ["\\ne"] else variable
-        return [(low, False, high, False) for low, high in itertools.pairwise(ends)], variable
+        return _joined([bounds_of_region(sides[1])], sides[0])
     pieces = split_at(s, CUP)[0]
-    listed = len(pieces) == 1 and bool(split_relation(s)[1])
-    if listed:
-        pieces = split_top(s, ",;")
+    if len(pieces) > 1:  # [1, 2] \cup {5}
+        points = [[(point, True, point, True) for point in set_items(piece) or ()] for piece in pieces]
+        return _joined([(p, "") if p else bounds_of_region(piece) for p, piece in zip(points, pieces, strict=True)])
+    if m := _SET_BUILDER.fullmatch(s):
+        (name, *_), _ = split_relation(m[1])
+        return None if _WHOLE_NUMBERS.search(m[1]) else _joined([bounds_of_region(m[2].strip())], name)
+    if s.endswith("}") and (m := re.fullmatch(r"(.*\S)\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S)):
+        return _without(([*_LINE], "") if m[1] == "\\mathbb{R}" else bounds_of_region(m[1]), set_items(m[2]) or [])
+    excluded: list[str] = []
+    named, found = "", []
+    for piece in split_top(s, ",;") if operators else [s]:
+        sides, operators = split_relation(piece)
+        if operators == ["\\ne"] and is_name(sides[0]):
+            named, excluded = sides[0], [*excluded, *list_items(sides[1])]
+        elif named and not operators:  # x \ne 1, 2
+            excluded += list_items(piece)
+        else:
+            found.append(_bounds_of_interval(piece))
+    if named and "\\lor" in s:
+        return None
+    region = _joined(found, named) if found or not named else ([*_LINE], named)
+    if region and len(found) > 1 and "\\lor" not in s:
+        region = _intersection(region[0], "\\land" in s), region[1]
+    return _without(region, excluded) if excluded else region
+
+
+_SET_BUILDER = re.compile(r"\\\{([^|:{}]*(?:\{[^{}]*\}[^|:{}]*)?)[|:](.*)\\\}", re.S)
+_WHOLE_NUMBERS = re.compile(r"\\in\s*(?:\\mathbb)?\s*\{?[ZN]")
+_LINE: list[_Bounds] = [("-\\infty", False, "\\infty", False)]
+
+
+def _joined(regions: list[tuple[list[_Bounds], str] | None], variable: str = "") -> tuple[list[_Bounds], str] | None:
+    """All of them, when they are regions of one variable."""
     bounds: list[_Bounds] = []
-    for piece in pieces:
-        if len(pieces) > 1 and (points := set_items(piece)):  # [1, 2] \cup {5}
-            bounds += [(point, True, point, True) for point in points]
-            continue
-        interval = _bounds_of_interval(piece)
-        if interval is None or (variable and interval[1] and compact(interval[1]) != compact(variable)):
+    for region in regions:
+        if region is None or (variable and region[1] and compact(region[1]) != compact(variable)):
             return None
-        bounds += interval[0]
-        variable = interval[1] or variable
-    if listed and "\\lor" not in s:
-        return _intersection(bounds, "\\land" in s), variable
+        bounds, variable = bounds + region[0], region[1] or variable
     return bounds, variable
+
+
+def _without(region: tuple[list[_Bounds], str] | None, values: list[str]) -> tuple[list[_Bounds], str] | None:
+    """A region but for some points; None when it is unclear where they lie."""
+    if region is None or not values:
+        return None
+    bounds, variable = region
+    for value in values:
+        at = _position(value)
+        if bounds == _LINE:
+            bounds = [("-\\infty", False, value, False), (value, False, "\\infty", False)]
+            continue
+        left = []
+        for low, low_in, high, high_in in bounds:
+            ends = _position(low), _position(high)
+            if at is None or None in ends:
+                return None
+            if low == value or high == value or not ends[0] < at < ends[1]:
+                left.append((low, low_in and low != value, high, high_in and high != value))
+            else:
+                left += [(low, low_in, value, False), (value, False, high, high_in)]
+        bounds = left
+    return bounds, variable
+
+
+def _position(end: str) -> Any:
+    if end in ("\\infty", "-\\infty"):
+        return math.inf if end == "\\infty" else -math.inf
+    number = exact_number(end)
+    return number and number.value
+
+
+def whole_numbers(s: str) -> list[str] | None:
+    r"""Members of \{x \in \mathbb{Z} \mid -2 \le x \le 2\}; None of everything else, and when they are too many."""
+    m = _SET_BUILDER.fullmatch(s) if "|" in s else None
+    found = bounds_of_region(m[2].strip()) if m and _WHOLE_NUMBERS.search(m[1]) else None
+    if not found or len(found[0]) != 1:
+        return None
+    low_text, low_in, high_text, high_in = found[0][0]
+    low, high = _position(low_text), _position(high_text)
+    if low is None or high is None or not high - low < MAX_WHOLE_NUMBERS or ("Z" not in str(m and m[1]) and low < 1):
+        return None
+    return [
+        str(n)
+        for n in range(math.ceil(low), math.floor(high) + 1)
+        if low < n < high or (n == low and low_in) or (n == high and high_in)
+    ]
 
 
 def _intersection(bounds: list[_Bounds], certainly: bool) -> list[_Bounds]:
@@ -122,22 +191,3 @@ def _bounds_of_interval(s: str) -> tuple[list[_Bounds], str] | None:
 
 def _shifted(bound: str, offset: str | None) -> str:
     return f"{bound}-({offset})" if offset else bound
-
-
-def _excluded(s: str) -> list[str]:
-    r"""Values, rising, that "x \ne 1, x \ne 2" or "\mathbb{R} \setminus \{1, 2\}" leave out; [] when unclear."""
-    if m := re.fullmatch(r"(?:\\mathbb\{R\}|\(-\\infty,\s*\\infty\))\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S):
-        values = set_items(m[1]) or []
-    else:
-        values, named = [], False
-        for piece in split_top(s, ",;"):
-            sides, operators = split_relation(piece)
-            if operators == ["\\ne"] and is_name(sides[0]):
-                named = True
-            elif operators or not named:
-                return []
-            values += list_items(sides[-1])
-    numbers = [(exact_number(value), value) for value in values]
-    if len(values) > 1 and any(number is None for number, _ in numbers):
-        return []
-    return [value for _, value in sorted(numbers, key=lambda pair: pair[0].value if pair[0] else 0)]

@@ -150,6 +150,8 @@ def _out_of_clock(gold: Answer, answer: Answer) -> Iterator[tuple[Answer, Answer
 def same_words(gold: Answer, answer: Answer) -> bool:
     """The same words; what "and", "or" or commas join may stand in any order."""
     (g_parts, g_or), (a_parts, a_or) = _joined_words(gold), _joined_words(answer)
+    if len(g_parts) == 1 < len(a_parts) and not a_or and all(len(part) == 1 for part in a_parts):
+        return gold.text.isupper() and g_parts == ["".join(a_parts)]  # A, C, D for ACD
     if g_parts != a_parts or (len(g_parts) > 1 and g_or != a_or) or not any(g_parts):
         return False
     return gold.text.startswith("-") == answer.text.startswith("-")
@@ -158,7 +160,6 @@ def same_words(gold: Answer, answer: Answer) -> bool:
 def _joined_words(answer: Answer) -> tuple[list[str], bool]:
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer.text)
     parts = [words(part) for part in re.split(r"[,;]", text)]
-    parts = [re.sub(r"(?<=[一二三四五六七八九十两])[个种次天人位条张]$", "", part) for part in parts]
     return sorted(NUMBER_WORDS.get(part, part) for part in parts if part), "\\lor" in answer.text
 
 

@@ -17,7 +17,7 @@ from megatron_t1.reward.answers.explain import explain
 from megatron_t1.reward.answers.normalize import normalize
 from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
 from megatron_t1.reward.answers.question import asks_for_percent, is_copied
-from megatron_t1.reward.answers.read import read
+from megatron_t1.reward.answers.read import read_both
 from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
 from megatron_t1.reward.answers.values import equal_cheaply
 from megatron_t1.types import AnswerMode, Verdict
@@ -88,7 +88,7 @@ def verify_fully(
     if _names_option(normalized_gold(gold, mode), answer):
         return Verdict("correct", answer, _OPTION)
     try:
-        reads, spelled = read(normalized_gold(gold, mode)), read(normalize(answer))
+        reads, spelled = read_both(normalized_gold(gold, mode), normalize(answer))
         same = equal(reads, spelled, _for_question(equality, question))
         copied = same and refuse_copies and is_copied(reads, spelled, question)
     except NO_MATHEMATICS as error:
@@ -102,8 +102,8 @@ def verify_fully(
 
 def _names_option(gold: str, answer: str) -> bool:
     """(A) 12, where the gold is the letter alone."""
-    named = re.match(r"\W*(?:\\text\w*\s*\{)?[\s(]*([A-J])\s*[.):]", answer)
-    return named is not None and named[1] == letters.gold_letter(gold, ()) == letters.chosen_letter(answer)[0]
+    named = re.match(r"\W*(?:\\text\w*\s*\{)?[\s(]*[A-J]\s*[.):]|.*\b(?:option|choice)\b", answer, re.I)
+    return named is not None and letters.gold_letter(gold, ()) in letters.chosen_letter(answer)[:1] != (None,)
 
 
 def _for_question(equality: EqualityConfig, question: str) -> EqualityConfig:

@@ -3,6 +3,7 @@ r"""Words in answers, English and Chinese: which are text, numbers, negations, o
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 
 CJK = r"[\u3040-\u30ff\u4e00-\u9fff]+"
 _OTHER_WORDS = """
@@ -18,6 +19,9 @@ because since instead rather actually wait unknown undefined
 """
 NOT_COUNTED = set(_OTHER_WORDS.split())
 """Words that are not counted: no nouns."""
+_OPERATIONS = "sin cos tan cot sec csc log ln exp lim sqrt abs floor ceil gcd lcm square cube every each all"
+OPERATIONS = set(_OPERATIONS.split())
+"""Words that do something to the value behind them."""
 NEGATION = re.compile(
     r"(?<![a-z])(?:not|never|no|none|neither|nor|except|cannot|isn't|non)(?![a-z])|[不没非未无]|至少|至多", re.I
 )
@@ -27,10 +31,43 @@ seventeen eighteen nineteen"""
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _UP_TO_9 = ("", *_SMALL.split()[1:10])
 _ENGLISH = [*_SMALL.split(), *(f"{ten} {one}".strip() for ten in _TENS.split() for one in _UP_TO_9)]
+_ENGLISH += [f"{n} hundred {rest}".strip() for n in _UP_TO_9[1:] for rest in ("", *_ENGLISH[1:])]
 _DIGITS = "零一二三四五六七八九"
 _CHINESE = [*_DIGITS, *(f"{ten}十{one}" for ten in ("", *_DIGITS[2:]) for one in ("", *_DIGITS[1:]))]
+_AFTER_100 = ["", *(f"零{n}" for n in _DIGITS[1:]), *("一" * (n < 20) + _CHINESE[n] for n in range(10, 100))]
+_CHINESE += [f"{n}百{rest}" for n in _DIGITS[1:] for rest in _AFTER_100]
 NUMBER_WORDS = {word: str(n) for names in (_ENGLISH, _CHINESE) for n, word in enumerate(names)} | {"两": "2"}
-"""Words of the numbers below 100."""
+"""Words of the numbers below 1000."""
+_PARTS = {"half": 2, "halve": 2, "quarter": 4}
+_ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth"
+_PARTS |= {word: n for n, word in enumerate(_ORDINALS.split(), 3)}
+_FIRST_WORD = re.compile(r"-?\s*(?:\\text\{\s*)?(?:a |[A-Za-z]{3,})|-?[零一二三四五六七八九十百两]")
+_CHINESE_NUMBER = re.compile(rf"(-?)([{_DIGITS}十百两]+)(?:分之([{_DIGITS}十百两]+)|([个种次天人位条张元岁]?))")
+
+
+def in_digits(s: str) -> str:
+    """A number in words, and what it counts, with digits: 21 for twenty-one, 2/3 for two thirds, 3/8 for 八分之三."""
+    if not _FIRST_WORD.match(s):
+        return s
+    bare = re.sub(r"^(-?)\s*\\text\{([^{}]*)\}$", r"\1\2", s).strip()
+    if m := _CHINESE_NUMBER.fullmatch(bare):
+        number, above = NUMBER_WORDS.get(m[2]), NUMBER_WORDS.get(m[3])
+        if number is None or (m[3] and above is None):
+            return s
+        return m[1] + (f"{above}/{number}" if above else number + m[4])
+    bare = re.sub(r"(?<=hundred) ?, \\land ", " ", bare, flags=re.I)
+    tokens = bare.removeprefix("-").split()
+    for k in range(min(len(tokens), 5), 0, -1):
+        name = " ".join(tokens[:k]).replace("-", " ").casefold()
+        above, _, part = name.rpartition(" ")
+        number = NUMBER_WORDS.get(name)
+        if number is None and (above in NUMBER_WORDS or above == "a") and part.removesuffix("s") in _PARTS:
+            number = f"{NUMBER_WORDS.get(above, 1)}/{_PARTS[part.removesuffix('s')]}"
+        if number is not None:
+            return " ".join(["-"[: bare.startswith("-")] + number, *tokens[k:]])
+    return s
+
+
 _JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
 _STOP_WORDS = {"the", "a", "an", "is", "are"}
 
@@ -40,6 +77,7 @@ def words(s: str) -> str:
     s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
     s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
     s = re.sub(r"[^\w\s]", " ", s)
+    s = re.sub(r"^\s*(?:it|this|that|the [a-z]+(?: [a-z]+)?) (?:is|are|was|will be) |条件\s*$", "", s)
     return " ".join(w for w in s.split() if w not in _STOP_WORDS) or s.strip()
 
 
@@ -54,6 +92,8 @@ def is_text(s: str) -> bool:
     return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
 
 
-def is_prose(text: str) -> bool:
+def is_prose(text: str, more: Set[str] = frozenset()) -> bool:
     """Whether words are more than names of things: "or more", "is wrong"."""
-    return any(len(word) > 1 and word in NOT_COUNTED for word in re.findall(r"[a-z']+", text.casefold()))
+    return any(
+        len(word) > 1 and (word in NOT_COUNTED or word in more) for word in re.findall(r"[a-z']+", text.casefold())
+    )
