@@ -228,6 +228,9 @@ class Trainer:
             ended = time.monotonic()
             self.trace.span("steps", f"step {self.steps_done}", began, ended)
             metrics |= self._idle_shares(seconds, ended - began)
+            if self.rank0:
+                scorer = self.rank0.scorer
+                metrics |= {"graders/killed": scorer.num_kills, "graders/lost": scorer.num_lost}
             metrics |= {f"seconds/{stage}": value for stage, value in seconds.items()}
             metrics["weight_version"] = self.steps_done
             metrics["train_tokens_per_s"] = metrics["num_response_tokens"] / (seconds["anchor"] + seconds["train"])

@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("T1_TRACEBACK"):
             raise
         if os.environ.get("RANK", "0") != "0":
-            # One rank speaks: mostly all fail of the same cause, and the launcher ends this one while it waits.
+            # One rank speaks: mostly all fail of the same cause, and the launcher ends this one while it waits. Not as
+            # one that was killed: that is what a batch script would start again.
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
             time.sleep(10.0)
         print(f"t1 {command}: error: {error}", file=sys.stderr)
         return 1

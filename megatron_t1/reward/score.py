@@ -73,6 +73,11 @@ class Scorer:
         """Graders killed at their deadline so far."""
         return self._pool.num_kills
 
+    @property
+    def num_lost(self) -> int:
+        """Graders that were stuck, or died by themselves or by another hand, so far."""
+        return self._pool.num_lost
+
     def pids(self) -> list[int]:
         """Its live processes, the zygote's first."""
         return self._pool.pids()
