@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import socket
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.forks import environment
 from tests.test_loop import options
 from tests.tiny import make_tiny_qwen2
 
 
-def test_a_rank_that_fails_beside_others_is_not_taken_for_a_killed_one():
+def test_a_rank_that_fails_beside_others_is_not_taken_for_a_killed_one(start_t1):
     """A launcher ends it while rank 0 speaks; the batch script starts again what was killed, and not what is wrong."""
-    env = {**os.environ, "RANK": "1"}
-    command = [sys.executable, "-m", "megatron_t1", "sft", "--sft.batch_size", "0"]
-    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as rank:
+    with start_t1("sft", "--sft.batch_size", 0, env=environment(RANK="1"), stderr=subprocess.DEVNULL) as rank:
         while not int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{rank.pid}/status").read_text())[1], 16) & 1 << 14:
             time.sleep(0.05)
         rank.terminate()
