@@ -231,13 +231,14 @@ def _data(cfg: Config, command: str, files: dict[str, Path], template: Template,
             beginning.write_text("".join(head), encoding="utf-8")
             try:
                 if name == "sft":
-                    longest[name] = max(sequence.num_tokens for sequence in load_sft(beginning, template, cfg.data))
+                    tokens = max(sequence.num_tokens for sequence in load_sft(beginning, template, cfg.data))
                 else:
-                    longest[name] = max(len(p.token_ids) for p in load_prompts(beginning, template, cfg.data))
+                    tokens = max(len(p.token_ids) for p in load_prompts(beginning, template, cfg.data))
             except ValueError as error:
                 found.problems.append(f"data.{name}: {str(error).replace(str(beginning), str(path))}")
                 continue
-        found.facts.append(f"data.{name}: {count} lines; the longest of the first {len(head)}: {longest[name]} tokens")
+        longest[name] = max(tokens, longest.get(name, 0))
+        found.facts.append(f"data.{name}: {count} lines; the longest of the first {len(head)}: {tokens} tokens")
         if name == "sft":
             least = cfg.sft.batch_size
             found.must(count >= least, f"sft.batch_size = {least} is larger than the {count} lines of {path}")

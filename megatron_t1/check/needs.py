@@ -94,7 +94,7 @@ def _memory(
 
 
 def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Findings) -> None:
-    keeps = (cfg.sft if command == "sft" else cfg.rl).checkpoint
+    keeps, own = (cfg.sft if command == "sft" else cfg.rl).checkpoint, Path(cfg.run_dir, command.replace("run", "rl"))
     count = keeps.keep + keeps.keep_best + 1  # and the one that is being written
     disk, what = count * checkpoint, f"{count} checkpoints"
     if command != "sft" and cfg.rl.snapshot_every and (snapshots := cfg.rl.steps // cfg.rl.snapshot_every):
@@ -104,15 +104,16 @@ def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Fin
         path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
     )
     free = shutil.disk_usage(folder).free
-    there = sum(file.stat().st_size for file in Path(cfg.run_dir).rglob("step_*/**/*") if file.is_file())
+    files = (file for kind in ("checkpoints", "snapshots") for file in own.glob(f"{kind}/**/*"))
+    there = sum(file.stat().st_size for file in files if file.is_file())
     found.facts.append(
         f"disk: {what} take {disk / 1e9:.2f} GB{f', {there / 1e9:.2f} are there' if there else ''}, {folder} has "
         f"{free / 1e9:.0f} GB free"
     )
     found.must(
         disk - there <= free,
-        f"{what} take {(disk - there) / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room, or lower "
-        f"checkpoint.keep = {keeps.keep} or keep_best = {keeps.keep_best}",
+        f"{what} take {disk / 1e9:.1f} GB, {there / 1e9:.1f} are there, and {folder} has {free / 1e9:.1f} GB free: "
+        f"make room, or lower checkpoint.keep = {keeps.keep} or keep_best = {keeps.keep_best}",
     )
 
 

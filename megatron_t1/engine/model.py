@@ -39,7 +39,7 @@ class T1GPTModel(GPTModel):
         out = super()._preprocess(
             input_ids, position_ids, decoder_input, inference_context, packed_seq_params, padding_mask
         )
-        if self.config.apply_rope_fusion:
+        if self.config.apply_rope_fusion and not isinstance(packed_seq_params, LocalPackedSeqParams):
             return out
         decoder_input, rotary, *rest = out
         return decoder_input, rotary[position_ids[0]], *rest

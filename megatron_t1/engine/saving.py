@@ -58,7 +58,7 @@ def begin(
     free = from_main(shutil.disk_usage(folder).free if is_main() else None)
     if free < needed:
         if is_main():
-            building.rmdir()
+            _remove(building)
         raise OSError(
             f"a checkpoint needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free; free some "
             f"space or lower checkpoint.keep (now {cfg.keep})"
@@ -119,7 +119,8 @@ class Saving:
         """Rank 0: makes what was written the checkpoint `final`; returns why it could not."""
         building = self._building
         try:
-            digests |= {path.name: digest(path) for path in building.iterdir() if path.name not in digests}
+            written = [path for path in building.iterdir() if not path.name.startswith(".")]  # NFS hides there
+            digests |= {path.name: digest(path) for path in written if path.name not in digests}
             copy_beside(self._model, building)  # config and tokenizer: a model on its own
             write_json(building / "state.json", {**self._contents, "files": digests})
             sync_folder(building)

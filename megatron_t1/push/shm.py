@@ -107,7 +107,8 @@ def remove_unused() -> None:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if os.fstat(fd).st_nlink:  # else the name may be another file's by now
+                    path.unlink()
             finally:
                 os.close(fd)
 

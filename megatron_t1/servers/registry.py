@@ -34,8 +34,8 @@ class Registry:
 
     def announce(self, name: str, url: str, log: Path | None) -> None:
         """Write or replace the entry of the server `name` (unique over all hosts); a start of it is over."""
-        (self.folder / f"{name}.starting").unlink(missing_ok=True)
         write_json(self.folder / f"{name}.json", asdict(Entry(url=url, start=secrets.token_hex(8), log=str(log))))
+        (self.folder / f"{name}.starting").unlink(missing_ok=True)  # after it: who waits for this looks for that
 
     def withdraw(self, name: str) -> None:
         (self.folder / f"{name}.json").unlink(missing_ok=True)

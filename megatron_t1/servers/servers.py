@@ -171,7 +171,8 @@ class Servers:
     def sleep(self) -> None:
         """Has all that are alive give their GPU memory back, weights included, also those that `t1 serve` has started
         again or is just starting: they would take the trainer's. Which fails is lost: the room is needed."""
-        self._source.await_restarts(self.cfg.startup_timeout_s)
+        # The other ranks wait for four times the second.
+        self._source.await_restarts(min(self.cfg.startup_timeout_s, 2 * self.cfg.sync_timeout_s))
         try:
             self.poll()
         except ServerError as error:

@@ -151,6 +151,8 @@ class AnnouncedServers(Source):
         self._registry = Registry(cfg.registry_folder(run_dir))
         self._key_path = Path(cfg.key_file) if cfg.key_file else run_dir / KEY_FILE
         self._known: dict[str, Entry] = {}
+        self._in_vain: set[str] = set()
+        """Restarts that were waited for and did not end: somebody who was killed left their files."""
         self.awaited = cfg.await_servers
 
     def look(self, servers: list[Server]) -> list[Server]:
@@ -171,8 +173,11 @@ class AnnouncedServers(Source):
 
     def await_restarts(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        under_way = self._registry.restarts()
-        while under_way & self._registry.restarts() and time.monotonic() < deadline:
+        under_way = self._registry.restarts() - self._in_vain
+        while under_way & self._registry.restarts():
+            if time.monotonic() > deadline:
+                self._in_vain |= under_way
+                return
             time.sleep(0.2)
 
 

@@ -88,9 +88,9 @@ class Engine(WeightTransferEngine[Init, Update]):
         self._forget_copy()
         if init_info.path is not None:
             self.buffer = map_shared(init_info.path, layout.num_bytes)
+            remove_unused()  # what an earlier trainer's death left to this server alone
         elif init_info.copy:
             self.copy, self.buffer = _host_copy(init_info.copy, layout.num_bytes)
-        remove_unused()  # what an earlier trainer's death left to this server alone
         self.layout, self.timeout_s = layout, init_info.timeout_s
 
     def start_weight_update(self) -> None:

@@ -50,9 +50,9 @@ _PHRASES = {
 }  # fmt: skip
 _PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
 _SPELLINGS = tuple(_PHRASES.values())
-_YES_OR_NO = re.compile(
-    r"(yes|no)\s*[,.;]\s*(?!.*(?<![a-z])(?:yes|no|but|or|maybe|if|when|unless|because|since|lor)(?![a-z])).*", re.S
-)
+_SO = r"\s*[,.;]\s*(?:it|they|this|that|there|he|she|we|you|i) (?:is|are|was|were|does|do|did|can|could|will|has|have)"
+_YES_OR_NO = re.compile(rf"(yes){_SO}(?: one| so)?|(no){_SO}(?: ?n[o']t(?: one| any| so)?| none)")
+"""A sentence that says nothing else: `Yes, n=5` is another answer."""
 _FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "arccot", "arcsinh", "arccosh",
     "arctanh", "sinh", "cosh", "tanh", "log", "cis",
@@ -87,7 +87,7 @@ _SHORT = {"M": "million", "B": "billion"}
 def _font(match: re.Match[str]) -> str:
     raw = match[1] if match[1] is not None else match[2]
     inner, before = raw.strip(), match.string[max(match.start() - 8, 0) : match.start()].rstrip()
-    if "\\" in inner and before[-1:].isdecimal() and re.fullmatch(r"(?:[A-Za-z]+|\^\{?-?\d\}?|\\cdot|[\s/~])+", inner):
+    if "\\" in inner and before[-1:].isdecimal() and re.fullmatch(r"(?:[A-Za-z]|\^\{?-?\d\}?|\\cdot|[\s/~])+", inner):
         return rf"\text{{ {re.sub('[{}]', '', inner).replace(chr(92) + 'cdot', ' ')}}}"  # J\cdot s
     if "\\" in inner or re.match(r"\\math(?:bf|it)\s*\{?[a-z]\}?$", match[0]):
         return f"{{{inner}}}" if before.endswith(("^", "_")) else f" {inner} "
@@ -307,7 +307,7 @@ def normalize(text: str) -> str:
     s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :.").casefold()
     if agreed := _YES_OR_NO.fullmatch(bare):
-        return agreed[1]
+        return agreed[1] or agreed[2]
     said = _PHRASE.fullmatch(bare)
     return _SPELLINGS[(said.lastindex or 0) - 1] if said else s
 
