@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from megatron_t1.engine.writers import Writers, digest, results_in_this_process
 from megatron_t1.files import sync_folder, write_json
 from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import copy_beside
+
+_REMOVER = ThreadPoolExecutor(1, thread_name_prefix="old checkpoints")
+"""Hundreds of gigabytes take a file system a while, and the training need not wait for it. The process's end does."""
 
 
 def begin(
@@ -52,6 +56,7 @@ def begin(
     needed = num_bytes(engine, anchor)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
+        _REMOVER.submit(lambda: None).result()  # what it still has to remove counts as free below
         for stale in folder.glob("*.tmp"):
             _remove(stale)
         building.mkdir(exist_ok=True)
@@ -119,7 +124,7 @@ class Saving:
         """Rank 0: makes what was written the checkpoint `final`; returns why it could not."""
         building = self._building
         try:
-            written = [path for path in building.iterdir() if not path.name.startswith(".")]  # NFS hides there
+            written = [path for path in building.iterdir() if not path.name.startswith(".nfs")]  # removed, but open
             digests |= {path.name: digest(path) for path in written if path.name not in digests}
             copy_beside(self._model, building)  # config and tokenizer: a model on its own
             write_json(building / "state.json", {**self._contents, "files": digests})
@@ -166,9 +171,9 @@ def _rotate(folder: Path, newest: Path, cfg: CheckpointConfig) -> None:
         if path not in staying:
             # Renamed first: what a kill leaves of it must not look finished.
             os.rename(path, path.with_suffix(".tmp"))
-            _remove(path.with_suffix(".tmp"))
+            _REMOVER.submit(_remove, path.with_suffix(".tmp"))
     for replaced in folder.glob("*.replaced.tmp"):
-        _remove(replaced)
+        _REMOVER.submit(_remove, replaced)
 
 
 def _remove(folder: Path) -> None:
