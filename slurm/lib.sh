@@ -167,8 +167,9 @@ prepare() { # COMMAND CONFIG OPTIONS...: all of `find_nodes`, and options; refus
   shift 2
   find_nodes "$command"
   [[ $config = /* ]] || config=$T1_HOME/$config
-  VLLM_TP=${VLLM_TP:-$(rollout tp --config "$config" "$@")}
-  SHARES=$(rollout share_gpus --config "$config" "$@")
+  local tp
+  read -r tp SHARES < <(rollout "tp share_gpus" --config "$config" "$@")
+  VLLM_TP=${VLLM_TP:-$tp}
   [ "$SHARES" = true ] && VLLM_GPUS=${VLLM_GPUS:-$GPUS}
   VLLM_GPUS=${VLLM_GPUS:-$((GPUS / 2))}
   OPTIONS=(--config "$config" --run_dir "$RUN_DIR" --model.hf_path "$MODEL" "$@" --resume)
@@ -321,12 +322,12 @@ end_steps() {
   rm -rf "${REGISTRY:-}"
 }
 
-rollout() { # NAME OPTIONS...: what the options make of a setting of `rollout`; of wrong ones `t1 check` tells
+rollout() { # NAMES OPTIONS...: what the options make of settings of `rollout`; of wrong ones `t1 check` tells
   python -c 'import sys
 from megatron_t1.cli.options import parse
 from megatron_t1.config import Config
 cfg, _ = parse(Config, sys.argv[2:])
-print(str(getattr((cfg or Config()).rollout, sys.argv[1])).lower())' "$@"
+print(*(str(getattr((cfg or Config()).rollout, name)).lower() for name in sys.argv[1].split()))' "$@"
 }
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }

@@ -208,6 +208,12 @@ def checkpoint_memory(sizes: Sizes, layout: Layout, stage: int) -> tuple[float, 
     return gpu, host
 
 
+def most_of_checkpoint(sizes: Sizes, layout: Layout) -> tuple[float, float]:
+    """`checkpoint_memory`, each of the pipeline stage that takes most."""
+    gpu, host = zip(*(checkpoint_memory(sizes, layout, stage) for stage in range(layout.pipeline)), strict=True)
+    return max(gpu), max(host)
+
+
 def kept_bytes(parts: Mapping[str, float], offload: str) -> float:
     """Of `stage_memory`'s parts, what a trainer that gives memory away keeps while servers generate."""
     kept = {"none": ("weights", "gradients", "optimizer", "anchor"), "optimizer": ("weights",), "all": ()}[offload]
@@ -239,7 +245,7 @@ def stop_seconds(
         nodes: that train.
         awaits_batch: the next batch is being made and has to be finished.
     """
-    collected = max(checkpoint_memory(sizes, layout, stage)[1] for stage in range(layout.pipeline))
+    collected = most_of_checkpoint(sizes, layout)[1]
     disk = checkpoint / (nodes * _DISK_BYTES_PER_S)
     finished = {"train": step["train"] * layout.pipeline / (layout.microbatches + layout.pipeline - 1)}
     if "push" in step:

@@ -145,11 +145,3 @@ def fullest(sizes: estimate.Sizes, layout: estimate.Layout) -> dict[str, float]:
     """`stage_memory` of the pipeline stage that takes most."""
     stages = (estimate.stage_memory(sizes, layout, number) for number in range(layout.pipeline))
     return max(stages, key=lambda parts: sum(parts.values()))
-
-
-def most_of_checkpoint(sizes: estimate.Sizes, layout: estimate.Layout) -> tuple[float, float]:
-    """`checkpoint_memory`, each of the pipeline stage that takes most."""
-    gpu, host = zip(
-        *(estimate.checkpoint_memory(sizes, layout, stage) for stage in range(layout.pipeline)), strict=True
-    )
-    return max(gpu), max(host)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from megatron_t1.check import estimate
 from megatron_t1.check.findings import Findings
-from megatron_t1.check.machines import Machines, fullest, layout_of, most_of_checkpoint, seconds_of
+from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
 from megatron_t1.check.suggest import SHARE
 from megatron_t1.config import UNCORRECTED, Config
+from megatron_t1.engine.config import CheckpointConfig
 from megatron_t1.models.sizes import Sizes
 from megatron_t1.models.spec import ModelSpec
 
@@ -80,7 +81,7 @@ def _memory(
         f"the trainer needs about {total / 1e9:.0f} GB on a GPU of {gpu.memory_bytes / 1e9:.0f} GB: more nodes, more "
         "parallel.pipeline, fewer parallel.max_tokens_per_microbatch (more parallel.context) or full recomputation",
     )
-    gpu_bytes, host_bytes = most_of_checkpoint(sizes, layout)
+    gpu_bytes, host_bytes = estimate.most_of_checkpoint(sizes, layout)
     ranks = machines.ranks(command) // machines.trainer_nodes(command)
     found.facts.append(
         f"a checkpoint takes {gpu_bytes / 1e9:.3g} GB of a trainer GPU and {ranks * host_bytes / 1e9:.3g} GB of a "
@@ -94,7 +95,8 @@ def _memory(
 
 
 def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Findings) -> None:
-    keeps, own = (cfg.sft if command == "sft" else cfg.rl).checkpoint, Path(cfg.run_dir, command.replace("run", "rl"))
+    stage = "sft" if command == "sft" else "rl"
+    keeps: CheckpointConfig = getattr(cfg, stage).checkpoint
     count = keeps.keep + keeps.keep_best + 1  # and the one that is being written
     disk, what = count * checkpoint, f"{count} checkpoints"
     if command != "sft" and cfg.rl.snapshot_every and (snapshots := cfg.rl.steps // cfg.rl.snapshot_every):
@@ -104,7 +106,7 @@ def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Fin
         path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
     )
     free = shutil.disk_usage(folder).free
-    files = (file for kind in ("checkpoints", "snapshots") for file in own.glob(f"{kind}/**/*"))
+    files = (file for kind in ("checkpoints", "snapshots") for file in Path(cfg.run_dir, stage).glob(f"{kind}/**/*"))
     there = sum(file.stat().st_size for file in files if file.is_file())
     found.facts.append(
         f"disk: {what} take {disk / 1e9:.2f} GB{f', {there / 1e9:.2f} are there' if there else ''}, {folder} has "
@@ -150,7 +152,7 @@ def _shared(
 ) -> None:
     """Trainer and server on one GPU: what each takes of it in whose turn."""
     parts, asked, total = fullest(sizes, layout), cfg.rollout.gpu_memory_utilization, _SHARED * gpu.memory_bytes
-    step, saving = sum(parts.values()), most_of_checkpoint(sizes, layout)[0]
+    step, saving = sum(parts.values()), estimate.most_of_checkpoint(sizes, layout)[0]
     dtype = cfg.server_dtype
     length = cfg.rollout.max_model_len or spec.max_position_embeddings
     offload, sleep = cfg.parallel.offload, cfg.rollout.sleep

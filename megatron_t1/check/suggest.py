@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_t1.check import estimate
-from megatron_t1.check.machines import Machines, fullest, layout_of, most_of_checkpoint
+from megatron_t1.check.machines import Machines, fullest, layout_of
 from megatron_t1.config import Config
 from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.models.sizes import Sizes
@@ -41,7 +41,7 @@ def suggest(
     sizes, memory = Sizes.of(spec), SHARE * estimate.GPUS[machines.gpu].memory_bytes
     for candidate in _candidates(cfg, spec, machines.ranks(command), machines.gpus_per_node, num_tokens):
         layout = layout_of(candidate, spec, command, machines, longest)
-        worst = max(sum(fullest(sizes, layout).values()), most_of_checkpoint(sizes, layout)[0])
+        worst = max(sum(fullest(sizes, layout).values()), estimate.most_of_checkpoint(sizes, layout)[0])
         if worst < memory:
             return candidate, worst
     return None
