@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -70,11 +72,24 @@ def begin(
         )
     results_in_this_process()
     tensors = checkpoint.sharded_state(engine, anchor, is_loading=False)
+    apply_factories(tensors)
+    for entry in nested_values(tensors):
+        if isinstance(entry, ShardedTensor):
+            entry.data = _uncut(entry.data)
     request = dist_checkpointing.save(tensors, str(building), async_sharded_save=True)
     assert request is not None
     kept = {"experts_apart": engine.parallel.expert > 1, "anchor": anchor is not None}
     contents = {**state, "step": step, "score": score, **kept}
     return Saving(building, request, contents, cfg, model=Path(engine.model_config.hf_path))
+
+
+def _uncut(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own: of a view into a larger one (a weight in DDP's buffer) Megatron takes a
+    copy, lest the whole be pickled, which held the training up for longer than all else here."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return tensor
+    as_bytes = tensor.detach().flatten().view(torch.uint8).numpy()  # numpy has no bfloat16
+    return torch.from_numpy(as_bytes).view(tensor.dtype).view(tensor.shape)
 
 
 class Saving:
