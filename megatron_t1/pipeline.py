@@ -22,7 +22,7 @@ from tqdm import trange
 from megatron_t1 import curate, rl, sft
 from megatron_t1.check.context import context_needs, too_long
 from megatron_t1.config import Config, SyncCheckConfig, keep
-from megatron_t1.data.dedup import words
+from megatron_t1.data.dedup import refuse_shared
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.parallel import from_main, initialize, is_main
@@ -84,7 +84,7 @@ def run_rl(cfg: Config) -> None:
         longest = {"train": _longest(prompts)}
         if cfg.data.heldout:
             heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
-            _refuse_overlap(prompts, heldout)
+            refuse_shared((prompt.text for prompt in prompts), (prompt.text for prompt in heldout))
             longest["heldout"] = _longest(heldout)
         if cfg.rl.measure_every and is_main():
             question_sets(cfg, cfg.evaluate.sets)  # there, or refused now
@@ -246,7 +246,7 @@ def run_all(cfg: Config) -> None:
         train = load_prompts(cfg.data.need("train"), template, cfg.data)
         questions = load_questions(cfg.data.need("heldout"), cfg.data.system_prompt)
         heldout = [question.prompt(template) for question in questions]
-        _refuse_overlap(train, heldout)
+        refuse_shared((prompt.text for prompt in train), (prompt.text for prompt in heldout))
         rl.check(cfg, train)
         longest = {"train": _longest(train), "heldout": _longest(heldout)}
         _check_context(cfg, context_needs(cfg, "run", longest, template))
@@ -356,15 +356,6 @@ def _serve_folder(cfg: Config, rank0: Rank0) -> None:
     if cfg.rollout.urls:
         with WeightSync(folder_pieces(Path(cfg.model.hf_path)), cfg.rollout, rank0.servers) as sync:
             sync.push(version=sync.next_version())
-
-
-def _refuse_overlap(train: list[Any], heldout: list[Any]) -> None:
-    trained = {words(prompt.text) for prompt in train}
-    if shared := [prompt.text for prompt in heldout if words(prompt.text) in trained]:
-        raise ValueError(
-            f"{len(shared)} held-out questions are in data.train too, for example {min(shared)!r}: take them out of "
-            "one of the two (t1 curate does, given data.heldout as curate.evaluation)"
-        )
 
 
 def _check_context(cfg: Config, needs: dict[str, int]) -> None:

@@ -17,7 +17,8 @@ from megatron_t1.check.machines import Machines
 from megatron_t1.check.needs import needs
 from megatron_t1.check.suggest import as_options, suggest
 from megatron_t1.config import Config
-from megatron_t1.data.prompts import load_prompts, load_sft
+from megatron_t1.data.dedup import refuse_shared
+from megatron_t1.data.prompts import load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.evaluation.questions import question_sets
@@ -206,9 +207,32 @@ def _files(cfg: Config, command: str, found: Findings) -> dict[str, Path]:
 
 
 def _data(cfg: Config, command: str, files: dict[str, Path], template: Template, found: Findings) -> dict[str, int]:
-    """Reads the first lines of each file that the command needs; the longest prompt (or example) in tokens."""
+    """Reads what the command reads, questions whole, tokens of the first ones; the longest prompt (or example)."""
     longest: dict[str, int] = {}
-    measures = command in ("rl", "run") and cfg.rl.measure_every
+    if "sft" in files:
+        _examples(cfg, files["sft"], template, longest, found)
+    read = {}
+    for name, path in ((name, path) for name, path in files.items() if name != "sft"):
+        try:
+            questions = load_questions(path, cfg.data.system_prompt)
+            beginning = questions[:_LINES_READ]
+            longest[name] = max(len(question.prompt(template).token_ids) for question in beginning)
+        except (ValueError, OSError) as error:
+            found.problems.append(f"data.{name}: {error}")
+            continue
+        read[name] = questions
+        found.facts.append(
+            f"data.{name}: {len(questions)} questions; "
+            f"the longest of the first {len(beginning)}: {longest[name]} tokens"
+        )
+    try:
+        if "train" in read:
+            cfg.rl.check_draws_from(len(read["train"]))
+        if len(read) == 2:
+            refuse_shared(*([question.text for question in read[name]] for name in ("train", "heldout")))
+    except ValueError as error:
+        found.problems.append(str(error))
+    measures = command in ("rl", "run") and cfg.rl.measure_every and any(cfg.evaluate.sets)
     if command in ("evaluate", "scaling") or measures:
         try:
             named = [cfg.scaling.set] if command == "scaling" else cfg.evaluate.sets
@@ -218,36 +242,28 @@ def _data(cfg: Config, command: str, files: dict[str, Path], template: Template,
                 found.facts.append(f"set {name}: {len(questions)} questions; the longest: {tokens} tokens")
         except (ValueError, OSError) as error:
             found.problems.append(str(error))
-    for name, path in files.items():
-        try:
-            with path.open(encoding=ENCODING) as file:
-                head = list(itertools.islice((line for line in file if line.strip()), _LINES_READ))
-                count = len(head) + sum(1 for line in file if line.strip())
-        except (ValueError, OSError) as error:
-            found.problems.append(f"data.{name}: {error}")
-            continue
+    return longest
+
+
+def _examples(cfg: Config, path: Path, template: Template, longest: dict[str, int], found: Findings) -> None:
+    """Only the first are read: tokenising all of them takes minutes."""
+    try:
+        with path.open(encoding=ENCODING) as file:
+            head = list(itertools.islice((line for line in file if line.strip()), _LINES_READ))
+            count = len(head) + sum(1 for line in file if line.strip())
         with tempfile.TemporaryDirectory() as folder:
             beginning = Path(folder) / path.name
             beginning.write_text("".join(head), encoding="utf-8")
             try:
-                if name == "sft":
-                    tokens = max(sequence.num_tokens for sequence in load_sft(beginning, template, cfg.data))
-                else:
-                    tokens = max(len(p.token_ids) for p in load_prompts(beginning, template, cfg.data))
+                longest["sft"] = max(sequence.num_tokens for sequence in load_sft(beginning, template, cfg.data))
             except ValueError as error:
-                found.problems.append(f"data.{name}: {str(error).replace(str(beginning), str(path))}")
-                continue
-        longest[name] = max(tokens, longest.get(name, 0))
-        found.facts.append(f"data.{name}: {count} lines; the longest of the first {len(head)}: {tokens} tokens")
-        if name == "sft":
-            least = cfg.sft.batch_size
-            found.must(count >= least, f"sft.batch_size = {least} is larger than the {count} lines of {path}")
-        if name == "train":
-            try:
-                cfg.rl.check_draws_from(count)
-            except ValueError as error:
-                found.problems.append(str(error))
-    return longest
+                raise ValueError(str(error).replace(str(beginning), str(path))) from error
+    except (ValueError, OSError) as error:
+        found.problems.append(f"data.sft: {error}")
+        return
+    found.facts.append(f"data.sft: {count} lines; the longest of the first {len(head)}: {longest['sft']} tokens")
+    least = cfg.sft.batch_size
+    found.must(count >= least, f"sft.batch_size = {least} is larger than the {count} lines of {path}")
 
 
 def _lengths(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from datasketch import MinHash, MinHashLSH
 
@@ -51,6 +52,19 @@ def words(question: str) -> tuple[str, ...]:
     for start in reversed(opened):  # never closed
         del tokens[start]
     return tuple(tokens)
+
+
+def refuse_shared(train: Iterable[str], heldout: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a held-out question is trained on, as far as `words` tells.
+    """
+    trained = {words(question) for question in train}
+    if shared := [question for question in heldout if words(question) in trained]:
+        raise ValueError(
+            f"{len(shared)} held-out questions are in data.train too, for example {min(shared)!r}: take them out of "
+            "one of the two (t1 curate does, given data.heldout as curate.evaluation)"
+        )
 
 
 def ngrams(tokens: tuple[str, ...], n: int) -> set[tuple[str, ...]]:

@@ -23,8 +23,8 @@ from tests.tiny import make_tiny_qwen2
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     make_tiny_qwen2(folder / "model")
-    questions = [{"id": str(i), "prompt": "1+1?", "answer": "2"} for i in range(40)]
-    for name in ("rl", "heldout"):
+    for name, asked in (("rl", "1+1?"), ("heldout", "1+2?")):
+        questions = [{"id": str(i), "prompt": asked, "answer": "2"} for i in range(40)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     (folder / "sft.jsonl").write_text(json.dumps({"prompt": "1+1?", "response": "\\boxed{2}"}) + "\n")
     return folder
@@ -47,7 +47,7 @@ def test_a_good_configuration_has_no_problem(task: Path) -> None:
     facts = "\n".join(found.facts)
     for fact in (
         "responses end with token 258",
-        "data.train: 40 lines",
+        "data.train: 40 questions",
         "memory of the fullest trainer GPU",
         "time of a step",
     ):
@@ -185,6 +185,7 @@ def test_what_a_run_has_written_needs_no_room_again(task: Path, tmp_path: Path) 
 def test_rl_is_checked_with_all_that_it_reads(task: Path) -> None:
     for options, problem in (
         (["--data.heldout", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data.heldout", task / "rl.jsonl"], "40 held-out questions are in data.train too"),
         (["--rl.measure_every", 5, "--evaluate.sets", "[math50]"], "set 'math50' is none of"),
         (
             ["--rl.measure_every", 5, "--evaluate.sampling.max_new_tokens", 1020],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, words
+from megatron_t1.data.config import INSTRUCTION
+from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, refuse_shared, words
 
 STORY = "A farmer has 17 sheep and 23 goats. He sells 5 sheep and buys 8 goats at the market. How many has he now?"
 
@@ -84,3 +85,10 @@ def test_training_questions_differ_by_their_numbers() -> None:
     assert reworded is not None
     assert reworded[0] == "a"
     assert 0.7 <= reworded[1] < 1
+
+
+def test_a_held_out_question_is_known_in_any_dress() -> None:
+    train = [f"What is $7+8$?\n\n{INSTRUCTION}", "What is 1+1?"]
+    with pytest.raises(ValueError, match=r"1 held-out .* for example 'what is 7 \+ 8'"):
+        refuse_shared(train, ["what is 7 + 8", "What is 2+2?"])
+    refuse_shared(train, ["What is 7-8?", "What is 1+1+1?"])
