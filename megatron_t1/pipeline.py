@@ -341,7 +341,8 @@ def _rank0_of_training(cfg: Config, template: Template) -> Iterator[Rank0 | None
         rank0 = None
         if is_main():
             trace = Trace(folder / "trace.json")
-            opened = open_rank0(cfg, template, trainer_gpus=gpus.of_trainer(), trace=trace, status_in=folder)
+            pushed = replace(cfg, rollout=replace(cfg.rollout, load_weights=False))
+            opened = open_rank0(pushed, template, trainer_gpus=gpus.of_trainer(), trace=trace, status_in=folder)
             rank0 = stack.enter_context(opened)
         if cfg.rollout.sleep:  # they measure what is free while they start: no rank may take memory before
             if rank0:

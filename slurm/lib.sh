@@ -66,6 +66,7 @@ t1_rl() {
     $SHARES || ranks=$first_gpu
     ((ranks >= 1)) || fail 2 "VLLM_GPUS=$VLLM_GPUS of $GPUS GPUs leaves none to train"
   fi
+  OPTIONS+=(--rollout.load_weights false) # the trainer pushes its own
   start_servers "$first_gpu" "${serve_on[@]}"
   run_trainer rl "${RANKS:-$ranks}" "${NODES[@]:0:train_nodes}"
 }
@@ -124,7 +125,7 @@ ask() { # COMMAND DATA_OPTION CONFIG OPTIONS...
 
 find_nodes() { # COMMAND: nodes, logs, signals, container
   LOGS=$RUN_DIR/logs
-  GPUS=${SLURM_GPUS_PER_NODE:-8}
+  GPUS=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
   GPUS=${GPUS##*:}
   CPUS=${SLURM_CPUS_PER_TASK:-1}
   if [ -n "${T1_DRY_RUN:-}" ]; then

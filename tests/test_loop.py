@@ -22,6 +22,7 @@ from megatron_t1.engine.config import ModelConfig
 from megatron_t1.rl import max_logprob_diff
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.keys import KEY_FILE
 from tests.extended import PACKAGE, PLUGINS, install
 from tests.forks import ROOT, WORKERS
 
@@ -151,13 +152,25 @@ def test_rl_is_the_same_on_every_layout(layout, count, t1, tuned, server, tmp_pa
 _REFERENCE = pytest.StashKey[tuple]()
 
 
-def test_servers_that_compute_another_function_end_the_run_before_a_step(t1, forks, tuned, server, tmp_path):
-    """Found when they got their first weights, or in a step, which is dropped."""
-    arguments = options(tuned, tmp_path, **server, **{"rl.steps": 1, "rl.checkpoint.every_steps": 1})
-    output = t1("rl", *arguments, "--rl.max_logprob_diff", "1e-12", num_ranks=2, expect=1)
+def test_servers_that_compute_another_function_end_the_run_before_a_step(
+    t1, forks, fork_servers, tuned, server, tmp_path
+):
+    """Found when they got their first weights, here all but the packed copy of one, or in a step, which is dropped."""
+    asked = {"rl.steps": 1, "rl.checkpoint.every_steps": 1}
+    forgetful = RolloutConfig(
+        device="cpu",
+        dtype="float32",
+        max_model_len=256,
+        load_weights=False,
+        vllm_args={"worker-extension-cls": "tests.push.forgetful.Forgetful"},
+    )
+    with fork_servers(forgetful, tuned / "model", tmp_path / "serve") as servers:
+        given = {"rollout.urls": json.dumps([servers.all[0].url]), "rollout.key_file": tmp_path / "serve" / KEY_FILE}
+        output = t1("rl", *options(tuned, tmp_path, **given, **asked), num_ranks=2, expect=1)
     assert "on weights 0, before the first step: the mean |trainer - servers| of logprobs is" in output
-    assert "above rl.max_logprob_diff = 1e-12" in output
+    assert "above rl.max_logprob_diff = 0.01" in output
     assert "Traceback" not in output
+    arguments = options(tuned, tmp_path, **server, **asked)
     done = forks.run(WORKERS / "mismatch_worker.py", *arguments, num_ranks=2, timeout_s=600)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "step 1, which is dropped: the mean |trainer - servers|" in done.stderr

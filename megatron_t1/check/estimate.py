@@ -32,7 +32,8 @@ anchor's stage is a forward pass of the anchor, and where sums over samples are 
     generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
                  tokens of the longest sample x (weights + cache) / (tensor-parallel GPUs x bandwidth x _READ_SHARE),
                  repeated when the servers hold fewer samples than there are
-    push         b x parameters / (network of one GPU x _NET_SHARE), whatever the transport
+    push         b x parameters / (network of one GPU x _NET_SHARE) by collective; by tcp or shm, as where GPUs are
+                 shared, / _HOST_BYTES_PER_S: each host fetches the model once
 
     turns        where servers share the GPUs: what parallel.offload moves, there and back, / (PCIe x _PCIE_SHARE), and
                  _SLEEP_S with rollout.sleep
@@ -46,7 +47,7 @@ From a signal to stop to the end, at worst: it comes when the last microbatch of
     generate     with rl.lag and rollout.pause_mode = wait: what is left of the batch that is made meanwhile
     earlier      the checkpoint of the step before, as far as it was not written beside the training
     collect      what a checkpoint takes of a rank's host / _COPY_BYTES_PER_S
-    write        the checkpoint / (nodes x _DISK_BYTES_PER_S)
+    write        the checkpoint / (nodes that hold its first copy x _DISK_BYTES_PER_S)
     digest       the same again: it is read back
 
 The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
@@ -81,6 +82,9 @@ _PCIE_SHARE = 0.75
 """Of the data sheet's, from and to pinned memory: 49 to 52 of 64 GB/s on an H200 (benchmarks/gpu.md)."""
 _DISK_BYTES_PER_S = 1e9
 """Of a node, to and from a shared file system under load: many are faster, few slower."""
+_HOST_BYTES_PER_S = 2e9
+"""Of a push by tcp into one host, which the interface of its address must carry too (GLOO_SOCKET_IFNAME): 2.4 to 2.9
+were measured over loopback (benchmarks/weight_sync.md)."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 
@@ -242,7 +246,7 @@ def stop_seconds(
     Args:
         step: seconds of a step by stage.
         checkpoint: bytes of one.
-        nodes: that train.
+        nodes: that write.
         awaits_batch: the next batch is being made and has to be finished.
     """
     collected = most_of_checkpoint(sizes, layout)[1]
@@ -289,6 +293,7 @@ def step_seconds(
     max_num_seqs: int,
     utilization: float,
     score_passes: int,
+    by_host: bool,
 ) -> dict[str, float]:
     """Seconds of an RL step by stage, for `num_samples` samples of `mean_tokens` tokens, the longest `max_tokens`."""
     b = _BYTES[server_dtype]
@@ -302,12 +307,12 @@ def step_seconds(
     generate = per_token_s * ((rounds - 1) * mean_tokens + max_tokens)
 
     work = num_samples * sequence_work(sizes, prompt_tokens + mean_tokens, prompt_tokens + max_tokens)
-    push = _BYTES[layout.dtype] * sizes.total / (gpu.network_bytes_per_s * _NET_SHARE)
+    push_rate = _HOST_BYTES_PER_S if by_host else gpu.network_bytes_per_s * _NET_SHARE
     return {
         "generate": generate,
         "anchor": score_passes * pass_seconds(sizes, layout, gpu, work),
         "train": train_seconds(sizes, layout, gpu, work),
-        "push": push,
+        "push": _BYTES[layout.dtype] * sizes.total / push_rate,
     }
 
 

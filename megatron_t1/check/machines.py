@@ -134,11 +134,21 @@ def seconds_of(
         max_num_seqs=cfg.rollout.max_num_seqs,
         utilization=cfg.rollout.gpu_memory_utilization,
         score_passes=(cfg.loss.kl_coef > 0) + cfg.loss.scores_policy,
+        by_host=cfg.rollout.share_gpus or cfg.rollout.transport in ("shm", "tcp"),
     )
     if cfg.takes_turns:
         moved = estimate.moved_bytes(fullest(sizes, layout), layout, cfg.parallel.offload)
         seconds["turns"] = estimate.turn_seconds(moved, gpu, sleep=cfg.rollout.sleep)
     return seconds
+
+
+def nodes_that_write(layout: estimate.Layout, ranks_per_node: int) -> int:
+    """Nodes of the ranks that write a checkpoint: of each pipeline stage the first ones, which hold a whole copy of it
+    (Megatron counts ranks along tensor, context or expert, data, then pipeline)."""
+    stage, copy = layout.tensor * layout.context * layout.data, max(layout.tensor, layout.expert)
+    return len(
+        {(first + rank) // ranks_per_node for first in range(0, layout.pipeline * stage, stage) for rank in range(copy)}
+    )
 
 
 def fullest(sizes: estimate.Sizes, layout: estimate.Layout) -> dict[str, float]:

@@ -8,13 +8,16 @@ The formulas are in estimate.py; here are the bounds, and what to change where o
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from megatron_t1.check import estimate
 from megatron_t1.check.findings import Findings
-from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
+from megatron_t1.check.machines import Machines, fullest, layout_of, nodes_that_write, seconds_of
 from megatron_t1.check.suggest import SHARE
 from megatron_t1.config import UNCORRECTED, Config
 from megatron_t1.engine.config import CheckpointConfig
@@ -48,11 +51,12 @@ def needs(
     seconds = seconds_of(cfg, spec, command, machines, longest)
     checkpoint = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)
     samples = command != "sft"
-    _memory(command, machines, sizes, layout, gpu, found)
+    host = {"checkpoint": _memory(command, machines, sizes, layout, gpu, found)}
     if samples and machines.share_gpus:
-        _shared(cfg, spec, machines, sizes, layout, gpu, found)
+        host |= _shared(cfg, spec, machines, sizes, layout, gpu, found)
+    _host(host, found)
     awaits_batch = samples and cfg.awaits_batches
-    nodes = machines.trainer_nodes(command)
+    nodes = nodes_that_write(layout, max(1, machines.ranks(command) // machines.trainer_nodes(command)))
     stopping = estimate.stop_seconds(sizes, layout, seconds, checkpoint, nodes, awaits_batch=awaits_batch)
     _grace(stopping, machines, found)
     _disk(cfg, command, sizes, checkpoint, found)
@@ -66,9 +70,22 @@ def needs(
     found.facts.append(f"time of a step: about {_rounded(step_s)} s ({_listed(seconds)}) on {machines.gpu}s{lengths}")
 
 
+def _host(parts: Mapping[str, float], found: Findings) -> None:
+    """Bytes of a node's memory by part, all at one time when a checkpoint is written while a push arrives."""
+    total, listed = sum(parts.values()), ", ".join(f"{name} {value / 1e9:.3g}" for name, value in parts.items())
+    found.facts.append(f"memory of a node: {total / 1e9:.3g} GB ({listed}), besides what the processes themselves take")
+    here = psutil.virtual_memory().total
+    found.should(
+        total < SHARE * here or "SLURM_JOB_ID" not in os.environ,  # elsewhere this machine is none of the run's
+        f"trainer, checkpoint and push take {total / 1e9:.0f} GB of a node's memory, this one has {here / 1e9:.0f}: "
+        "more nodes or parallel.pipeline, or parallel.offload = none",
+    )
+
+
 def _memory(
     command: str, machines: Machines, sizes: Sizes, layout: estimate.Layout, gpu: estimate.Gpu, found: Findings
-) -> None:
+) -> float:
+    """Adds what is needed of a GPU; returns the bytes of a node's memory that a checkpoint takes."""
     worst = fullest(sizes, layout)
     total = sum(worst.values())
     listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in worst.items() if value)
@@ -82,16 +99,13 @@ def _memory(
         "parallel.pipeline, fewer parallel.max_tokens_per_microbatch (more parallel.context) or full recomputation",
     )
     gpu_bytes, host_bytes = estimate.most_of_checkpoint(sizes, layout)
-    ranks = machines.ranks(command) // machines.trainer_nodes(command)
-    found.facts.append(
-        f"a checkpoint takes {gpu_bytes / 1e9:.3g} GB of a trainer GPU and {ranks * host_bytes / 1e9:.3g} GB of a "
-        "node's memory while it is written"
-    )
+    found.facts.append(f"a checkpoint takes {gpu_bytes / 1e9:.3g} GB of a trainer GPU while it is gathered")
     found.should(
         gpu_bytes < SHARE * gpu.memory_bytes,
         f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
         f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
     )
+    return machines.ranks(command) // machines.trainer_nodes(command) * host_bytes
 
 
 def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Findings) -> None:
@@ -149,8 +163,8 @@ def _shared(
     layout: estimate.Layout,
     gpu: estimate.Gpu,
     found: Findings,
-) -> None:
-    """Trainer and server on one GPU: what each takes of it in whose turn."""
+) -> dict[str, float]:
+    """Trainer and server on one GPU: what each takes of it in whose turn. Returns bytes of a node's memory by part."""
     parts, asked, total = fullest(sizes, layout), cfg.rollout.gpu_memory_utilization, _SHARED * gpu.memory_bytes
     step, saving = sum(parts.values()), estimate.most_of_checkpoint(sizes, layout)[0]
     dtype = cfg.server_dtype
@@ -192,11 +206,10 @@ def _shared(
             f"trainer and sleeping servers need {needed / 1e9:.0f} GB of a GPU of {gpu.memory_bytes / 1e9:.0f} GB: "
             "more nodes or parallel.pipeline, fewer parallel.max_tokens_per_microbatch, or full recomputation",
         )
+    host = {"a push in /dev/shm": estimate.weight_bytes(sizes, cfg.model.dtype)}
     if offload != "none":
-        moved = machines.gpus_per_node * estimate.moved_bytes(parts, layout, offload)
-        found.facts.append(f"parallel.offload = {offload} pins {moved / 1e9:.3g} GB of a node's memory")
-    copy = estimate.weight_bytes(sizes, cfg.model.dtype)
-    found.facts.append(f"a push takes {copy / 1e9:.3g} GB of a node's /dev/shm: the model, once")
+        host[f"parallel.offload = {offload}"] = machines.gpus_per_node * estimate.moved_bytes(parts, layout, offload)
+    return host
 
 
 def _listed(seconds: Mapping[str, float]) -> str:

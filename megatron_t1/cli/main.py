@@ -82,6 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
             time.sleep(10.0)
         print(f"t1 {command}: error: {error}", file=sys.stderr)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            # The destructors of its groups may wait for ranks that are in a collective, and the launcher for this one.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
         return 1
 
 
@@ -254,12 +259,14 @@ def _serve(arguments: list[str]) -> int:
 def _check(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
+    from megatron_t1.check import estimate
     from megatron_t1.check.check import check
     from megatron_t1.check.dry_run import dry_run
     from megatron_t1.check.findings import Findings
     from megatron_t1.check.machines import Machines
     from megatron_t1.cli import options
     from megatron_t1.config import Config
+    from megatron_t1.platform import gpus
 
     parser = ArgumentParser(
         prog="t1 check",
@@ -275,7 +282,7 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--vllm_gpus", type=int, help="of every node for vLLM, when --vllm_nodes is 0 (half of them, "
                         "or all with rollout.share_gpus)")  # fmt: skip
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
-    parser.add_argument("--gpu", default="H100", help="A100, H100 or H200 (H100)")
+    parser.add_argument("--gpu", help="A100, H100 or H200 (this machine's, or H100)")
     parser.add_argument(
         "--grace_s",
         type=float,
@@ -290,6 +297,7 @@ def _check(arguments: list[str]) -> int:
     cfg, problems = options.parse(Config, rest)
     findings = Findings(problems=problems)
     said = {name: getattr(asked, name) for name in Machines.__dataclass_fields__ if name != "share_gpus"}
+    said["gpu"] = asked.gpu or gpus.known(estimate.GPUS) or "H100"
     machines = Machines(**said, share_gpus=cfg is not None and cfg.rollout.share_gpus)
     if cfg is not None:
         check(cfg, asked.command, machines, findings, suggests=asked.suggest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,12 @@ def usable() -> bool:
         f"this host has GPUs ({', '.join(signs)}) that torch {torch.__version__} can't use: {reason} "
         f"Its CUDA {torch.version.cuda} needs a driver as new; to run on the CPU, set CUDA_VISIBLE_DEVICES to nothing"
     )
+
+
+def known(names: Iterable[str]) -> str | None:
+    """Which of `names` ("H100") this host's first GPU is called by, or None."""
+    called = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    return next((name for name in names if name in called), None)
 
 
 def of_trainer() -> int:

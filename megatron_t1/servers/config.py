@@ -81,6 +81,10 @@ class RolloutConfig:
     """Deadline for each phase of a weight push, and for a trainer rank to come to where the others are in it."""
     connect_retries: int = 3
     """Attempts of one request at a server before connection errors make it count as dead."""
+    load_weights: bool = True
+    """false: servers started here begin with random weights and read none from the disk. For a training, which pushes
+    its own before it asks, and whose comparison before the first step then proves that all of them came by the push.
+    `t1 rl` and `t1 run` start theirs so; for `t1 serve` the batch scripts set it."""
     seed: int = 0
     """Seed of the server's engine; samples are seeded one by one by the client."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
@@ -109,6 +113,9 @@ class RolloutConfig:
         if self.await_servers and self.urls:
             raise FieldError("await_servers", self.await_servers, "and rollout.urls exclude each other")
         http_only(self, "urls")
+        for name in ("hf-overrides", "hf_overrides"):
+            if not isinstance(given := self.vllm_args.get(name, {}), dict):
+                raise FieldError(f"vllm_args.{name}", given, "must be a mapping: it is laid over what is set here")
 
     @property
     def on_loopback(self) -> bool:

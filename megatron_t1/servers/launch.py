@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_t1.models.spec import HFConfig
 from megatron_t1.servers.config import BACKEND, RolloutConfig
 from megatron_t1.servers.guard import KEY_ENV
@@ -34,10 +36,11 @@ _CPU_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "34359738368",
 }
-# torchrun's variables would make vLLM join the trainer's process group.
+# torchrun's variables would make vLLM join the trainer's process group; the last two are tuned for training.
 _TRAINER_VARIABLES = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+    *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"),
 }
 
 
@@ -103,11 +106,10 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         # As the trainer computes them; logits rounded to bfloat16 blur every logprob by some 0.03 nats.
         overrides["head_dtype"] = "float32"
         options |= {"enable-sleep-mode": True} if cfg.sleep else {}  # vLLM's CPU build takes the calls and ignores them
-    if not has_weights(model_dir):
-        options["load-format"] = "dummy"  # a Megatron checkpoint: the trainer pushes before it asks
+    if begins_random(cfg, model_dir):
+        options["load-format"] = "dummy"
     given = {name.replace("_", "-"): value for name, value in cfg.vllm_args.items()}
-    if isinstance(given.get("hf-overrides"), dict):
-        given["hf-overrides"] = overrides | given["hf-overrides"]
+    overrides |= given.pop("hf-overrides", {})
     options |= {"hf-overrides": overrides or None} | given
     words = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     for name, value in options.items():
@@ -120,9 +122,9 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
     return words
 
 
-def has_weights(model_dir: Path) -> bool:
-    """Whether vLLM finds weights that it can read."""
-    return any(model_dir.glob("*.safetensors"))
+def begins_random(cfg: RolloutConfig, model_dir: Path) -> bool:
+    """Whether servers have no weights until a trainer pushes: they were asked to, or there are none that vLLM reads."""
+    return not cfg.load_weights or not any(model_dir.glob("*.safetensors"))
 
 
 def environment(cfg: RolloutConfig, *, index: int, key: str, device: str) -> dict[str, str]:
@@ -164,12 +166,17 @@ def gpu_numbers(cfg: RolloutConfig) -> tuple[int, ...]:
 
 
 def public_address() -> str:
-    """This host's IPv4 address as other hosts see it: of its name, or, where that is an alias of loopback, of its
-    default route."""
+    """This host's IPv4 address as other hosts see it: of the interface that GLOO_SOCKET_IFNAME names, as torch takes
+    it; else of its name, or, where that is an alias of loopback, of its default route."""
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
+        for address in psutil.net_if_addrs().get(interface, ()):
+            if address.family == socket.AF_INET:
+                return str(address.address)
+        raise ServerError(f"GLOO_SOCKET_IFNAME = {interface}: this host has no such interface with an IPv4 address")
     with contextlib.suppress(OSError):
-        address = socket.gethostbyname(socket.gethostname())
-        if not address.startswith("127."):
-            return address
+        named = socket.gethostbyname(socket.gethostname())
+        if not named.startswith("127."):
+            return named
     try:
         return own_address(towards="192.0.2.1")  # reserved for documentation
     except OSError:

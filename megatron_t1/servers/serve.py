@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import KEY_FILE
-from megatron_t1.servers.launch import has_weights
+from megatron_t1.servers.launch import begins_random
 from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
@@ -46,8 +46,8 @@ def serve(cfg: RolloutConfig, model_dir: Path, run_dir: Path, say: Callable[[str
             for name, server in zip(names, servers.all, strict=True):
                 registry.announce(name, server.url, server.log_path)
         urls = [server.url for server in servers.all]
-        if not has_weights(model_dir):
-            say(f"{model_dir} has no safetensors: the servers hold random weights until a trainer pushes its own")
+        if begins_random(cfg, model_dir):
+            say("the servers hold random weights until a trainer pushes its own")
         say(f"rollout.urls: {urls}\nrollout.key_file: {cfg.key_file or run_dir / KEY_FILE}\nCtrl-C ends them")
         failed_starts: Counter[str] = Counter()
         pool = stack.enter_context(ThreadPoolExecutor(len(names)))

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from megatron.core.parallel_state import RankGenerator
 from transformers import AutoModelForCausalLM
 
 from benchmarks.published import CONFIGS, write_config
 from megatron_t1.check import estimate
 from megatron_t1.check.dry_run import dry_run
 from megatron_t1.check.findings import Findings
-from megatron_t1.check.machines import Machines, fullest, layout_of, seconds_of
+from megatron_t1.check.machines import Machines, fullest, layout_of, nodes_that_write, seconds_of
 from megatron_t1.check.needs import SCRIPTS_GRACE_S, _grace, needs
 from megatron_t1.check.suggest import as_options, suggest
 from megatron_t1.cli.options import read
@@ -197,6 +198,24 @@ def test_responses_have_the_papers_length_and_fit_with_their_prompts(example: st
     assert cfg.scaling.sampling.max_new_tokens == cfg.scaling.budgets[-1] == new_tokens
     assert cfg.rollout.max_model_len == new_tokens + 2048
     cfg.parallel.check_fits(cfg.rollout.max_model_len)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(8, 1, 1, 2, 1), (8, 1, 2, 2, 1), (2, 1, 4, 1, 4), (4, 2, 2, 2, 1), (1, 1, 16, 2, 8)]
+)
+def test_a_checkpoint_is_written_where_its_first_copy_lies(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """By Megatron's own order of ranks."""
+    tensor, context, data, pipeline, expert = sizes
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    layout = layout_of(cfg, spec_of(tmp_path), "rl", machines, {"train": 200})
+    layout = replace(layout, tensor=tensor, context=context, data=data, pipeline=pipeline, expert=expert)
+    dense = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=context, order="tp-cp-ep-dp-pp")
+    experts = RankGenerator(
+        tp=1, ep=expert, dp=tensor * context * data // expert, pp=pipeline, cp=1, order="tp-cp-ep-dp-pp"
+    )
+    writers = {group[0] for group in dense.get_ranks("cp-dp") + (experts.get_ranks("dp") if expert > 1 else [])}
+    for on_node in (1, 4, 8):
+        assert nodes_that_write(layout, on_node) == len({rank // on_node for rank in writers})
 
 
 def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:

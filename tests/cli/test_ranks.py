@@ -18,9 +18,11 @@ def test_ranks_of_one_machine_meet_on_its_loopback_address() -> None:
 
 def test_ranks_and_servers_import_installed_modules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     for device in ("cpu", "cuda"):
         env = launch.environment(RolloutConfig(), index=0, key="", device=device)
         assert env["PYTHONSAFEPATH"] == "1"
+        assert "CUDA_DEVICE_MAX_CONNECTIONS" not in env, "it is the trainer's"
     seen: list[str | None] = []
 
     def elastic_launch(*_: Any) -> Any:

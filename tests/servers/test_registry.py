@@ -14,7 +14,7 @@ import pytest
 from megatron_t1.fields import FieldError
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import shared_key
-from megatron_t1.servers.launch import command, gpus
+from megatron_t1.servers.launch import command, gpus, public_address
 from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.serve import _lost
 from megatron_t1.servers.server import Server, ServerError
@@ -202,6 +202,26 @@ def test_the_head_is_float32_on_gpus(device, given, expected, tiny_dir: Path) ->
     words = command(cfg, tiny_dir, host="localhost", port=1, device=device)
     values = [json.loads(value) for word, value in pairwise(words) if word == "--hf-overrides"]
     assert values == ([] if expected is None else [expected])
+
+
+def test_what_would_hide_the_overrides_is_refused() -> None:
+    with pytest.raises(FieldError, match=r"vllm_args.hf-overrides = .* must be a mapping"):
+        RolloutConfig(vllm_args={"hf-overrides": '{"rope_theta": 1e6}'})
+
+
+def test_weights_that_a_trainer_pushes_are_not_read_from_the_disk(tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_dir / "config.json").read_bytes())
+    for folder, asked, expected in ((tiny_dir, True, None), (tiny_dir, False, "dummy"), (tmp_path, True, "dummy")):
+        words = command(RolloutConfig(load_weights=asked), folder, host="localhost", port=1, device="cpu")
+        assert dict(pairwise(words)).get("--load-format") == expected
+
+
+def test_the_address_for_other_hosts_is_that_of_the_interface_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert public_address() == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    with pytest.raises(ServerError, match="GLOO_SOCKET_IFNAME = ib7: this host has no such interface"):
+        public_address()
 
 
 def test_servers_take_as_many_positions_as_yarn_makes(tiny_dir: Path, tmp_path: Path) -> None:
