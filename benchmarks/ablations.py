@@ -6,7 +6,8 @@
     data, fine-tuned model, servers: once; then, seed by seed, every row by `t1 rl`, measured by the servers
 
 What is finished is not run again, and a run that was cut goes on: the same command completes the table, which is
-written after every run. A row that sets `data.sft` gets a fine-tuning of its own.
+written after every run. Runs of other settings (each one's config.yaml has them) are refused, not shown as these;
+--steps alone may grow. A row that sets `data.sft` gets a fine-tuning of its own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from scipy import stats
+
+from megatron_t1.cli.options import read
+from megatron_t1.config import Config
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "examples/ablations"
@@ -32,6 +37,9 @@ SIZE = {
     "rl.prompts_per_step": 8,
     "sampling.num_samples": 32,
 }
+OWN = {"run_dir", "resume", "model.hf_path", "data.train", "data.heldout", "rollout.urls", "rollout.key_file"}
+"""Settings that follow from --out."""
+GROWS = {"rl.steps", "rl.measure_every"}
 LAST = 10
 """Steps at the end whose mean stands for a run's lengths, penalties and entropy."""
 COLUMNS = {
@@ -54,6 +62,13 @@ def main() -> int:
     args = parser.parse_args()
     out, rows = args.out, ["base", *(name for name in args.rows if name != "base")]
     data = out / "data"
+    files = {name: sft_file(name) for name in rows}
+    others = [line for file in {*files.values()} for line in differences(*sft_options(out, file, args.sft_steps))]
+    for name in rows:
+        for seed in args.seeds:
+            others += differences(*rl_options(out, name, seed, args.steps, files[name]))
+    if others:
+        sys.exit("\n".join([f"{out} holds runs of other settings; take another --out, or remove them:", *others]))
     if not (data / "sft_right_only.jsonl").exists():
         t1("quickstart-data", {"out": data})
         write_right_only(data)
@@ -62,21 +77,13 @@ def main() -> int:
     ]
     failed = []
     if missing:
-        starts = {name: fine_tuned(out, sft_file(name), args.sft_steps) for name in rows}
-        with served(out, starts["base"]) as servers:
+        for file in sorted({*files.values()}):
+            if not start(out, file).exists():
+                t1("sft", *sft_options(out, file, args.sft_steps))
+        with served(out, start(out, files["base"])) as servers:
             for seed, name in missing:
-                asked = {
-                    "run_dir": out / name / f"seed_{seed}",
-                    "seed": seed,
-                    "model.hf_path": starts[name],
-                    "data.train": data / "rl.jsonl",
-                    "data.heldout": data / "heldout.jsonl",
-                    "rl.steps": args.steps,
-                    "rl.measure_every": args.steps,
-                    "resume": "true",
-                }
                 try:
-                    t1("rl", {"config": BASE}, SIZE, {"config": ROWS / f"{name}.yaml"}, asked, servers)
+                    t1("rl", *rl_options(out, name, seed, args.steps, files[name]), servers)
                 except subprocess.CalledProcessError:
                     failed.append(f"{name}, seed {seed}")
                 write_table(out, rows, args.steps)
@@ -90,9 +97,12 @@ def write_table(out: Path, rows: list[str], steps: int) -> str:
     return text
 
 
+def words(*options: dict[str, Any]) -> list[str]:
+    return [part for each in options for option, value in each.items() for part in (f"--{option}", str(value))]
+
+
 def command(name: str, *options: dict[str, Any]) -> list[str]:
-    words = [part for each in options for option, value in each.items() for part in (f"--{option}", str(value))]
-    return [sys.executable, "-m", "megatron_t1", name, *words]
+    return [sys.executable, "-m", "megatron_t1", name, *words(*options)]
 
 
 def t1(name: str, *options: dict[str, Any]) -> None:
@@ -113,13 +123,50 @@ def write_right_only(data: Path) -> None:
                 file.write(line)
 
 
-def fine_tuned(out: Path, file: str, steps: int) -> Path:
-    folder = out / Path(file).stem
-    if not (folder / "sft/hf").exists():
-        own = {"run_dir": folder, "model.hf_path": out / "data/model", "data.sft": out / "data" / file}
-        # By steps and not by epochs, which would give a smaller file fewer of them.
-        t1("sft", {"config": BASE}, own, {"sft.max_steps": steps, "sft.epochs": 100, "resume": "true"})
-    return folder / "sft/hf"
+def start(out: Path, file: str) -> Path:
+    return out / Path(file).stem / "sft/hf"
+
+
+def sft_options(out: Path, file: str, steps: int) -> list[dict[str, Any]]:
+    own = {"run_dir": out / Path(file).stem, "model.hf_path": out / "data/model", "data.sft": out / "data" / file}
+    # By steps and not by epochs, which would give a smaller file fewer of them.
+    return [{"config": BASE}, own, {"sft.max_steps": steps, "sft.epochs": 100, "resume": "true"}]
+
+
+def rl_options(out: Path, row: str, seed: int, steps: int, file: str) -> list[dict[str, Any]]:
+    asked = {
+        "run_dir": out / row / f"seed_{seed}",
+        "seed": seed,
+        "model.hf_path": start(out, file),
+        "data.train": out / "data/rl.jsonl",
+        "data.heldout": out / "data/heldout.jsonl",
+        "rl.steps": steps,
+        "rl.measure_every": steps,
+        "resume": "true",
+    }
+    return [{"config": BASE}, SIZE, {"config": ROWS / f"{row}.yaml"}, asked]
+
+
+def differences(*options: dict[str, Any]) -> list[str]:
+    """What the run that lies where these options would put theirs was made with instead."""
+    asked = read(Config, words(*options))
+    file = Path(asked.run_dir) / "config.yaml"
+    if not file.exists():
+        return []
+    was, new = (dict(flat(asdict(each))) for each in (read(Config, ["--config", str(file)]), asked))
+    return [
+        f"  {asked.run_dir}: {name} was {was.get(name)}, and is {new.get(name)}"
+        for name in sorted((was.keys() | new.keys()) - OWN - GROWS)
+        if was.get(name) != new.get(name)
+    ]
+
+
+def flat(settings: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{name}.")
+        else:
+            yield path + name, Path(value).name if path + name == "data.sft" and value else value
 
 
 @contextmanager
@@ -146,7 +193,7 @@ def results(out: Path, row: str, steps: int) -> dict[int, dict[str, float]]:
         seed = int(run_dir.name.removeprefix("seed_"))
         if (path := result_file(out, row, seed, steps)).exists():
             lines = (run_dir / "rl/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            last = [json.loads(line) for line in lines][-LAST:]
+            last = [line for line in map(json.loads, lines) if line["step"] <= steps][-LAST:]
             figures = {title: float(np.mean([row[name] for row in last])) for title, name in COLUMNS.items()}
             figures["tokens of equal groups"] /= float(np.mean([row["num_response_tokens"] for row in last]))
             figures["start"] = json.loads(result_file(out, row, seed, 0).read_text(encoding="utf-8"))["pass_at_1"]

@@ -46,14 +46,11 @@ from tests.tiny import make_tiny_tokenizer
 SIZES = (16_384, 131_072)
 REWARD = Reward(value=1.0, correct=True, outcome="correct", extracted="42", reason="equal")
 PROMPT = Prompt(id="q", text="Find x.", token_ids=np.arange(20), gold="42")
-_WORDS = [word for words in reasoning.HABITS.values() for word in words] + [
-    "sum",
-    "prime",
-    "number",
-    "of",
-    "holds",
-    "x",
-]
+_WORDS = (
+    *("wait", "hold on", "perhaps", "maybe", "might", "alternatively", "another way", "different approach", "check"),
+    *("verify", "confirm", "mistake", "error", "wrong", "incorrect", "actually"),
+    *("sum", "prime", "number", "of", "holds", "x"),
+)
 
 
 def honest(rng: random.Random, num_chars: int, signs: str = "") -> str:

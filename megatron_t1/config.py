@@ -14,9 +14,9 @@ from typing import Any, Literal
 import yaml
 
 from megatron_t1.algo.config import LossConfig
-from megatron_t1.data.config import INSTRUCTION, DataConfig
+from megatron_t1.data.config import INSTRUCTION, DataConfig, set_name
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, Dtype, ModelConfig, OptimConfig, ParallelConfig
-from megatron_t1.evaluation.config import EvaluateConfig, ScalingConfig
+from megatron_t1.evaluation.config import NUM_SAMPLES, EvaluateConfig, ScalingConfig
 from megatron_t1.fields import FieldError, at_least, within
 from megatron_t1.files import write_text
 from megatron_t1.reward.config import RewardConfig
@@ -200,6 +200,11 @@ class Config:
             raise FieldError("resume_with_changes", True, "needs --resume too")
         if self.rl.measure_every and not (self.evaluate.sets or self.data.heldout):
             raise FieldError("rl.measure_every", self.rl.measure_every, "needs data.heldout or evaluate.sets")
+        measured = {set_name(name) for name in (*self.evaluate.sets, self.data.heldout) if name}
+        for name, usual in (("num_samples", NUM_SAMPLES), ("sampling_by_set", {})):
+            if measured and (others := sorted(getattr(self.evaluate, name).keys() - measured - usual.keys())):
+                known = ", ".join(sorted(measured))
+                raise FieldError(f"evaluate.{name}", others, f"must be of evaluate.sets or data.heldout: {known}")
         if self.takes_turns and not self.rollout.share_gpus:
             raise FieldError(
                 "parallel.offload", self.parallel.offload, "needs rollout.share_gpus: nobody else would use the memory"

@@ -33,24 +33,14 @@ class Milestones:
     def __init__(self, cfg: Config, engine: Engine, rank0: Rank0 | None) -> None:
         """
         Raises:
-            ValueError: measurements are asked for, and there are no questions, or the servers' context can't hold them.
+            ValueError: measurements are asked for, and there are no questions.
         """
         self._cfg, self._engine = cfg, engine
         self._start = Path(cfg.model.hf_path)
         if not cfg.rl.measure_every or rank0 is None:
             return
-        template = Template(self._start, cfg.data.chat_template)
-        self._sampler = ServerSampler(rank0, template)
+        self._sampler = ServerSampler(rank0, Template(self._start, cfg.data.chat_template))
         self._sets = question_sets(cfg, cfg.evaluate.sets)
-        limit = cfg.rollout.max_model_len or engine.spec.max_position_embeddings
-        for name, questions in self._sets.items():
-            longest = max(len(question.prompt(template).token_ids) for question in questions)
-            needed = longest + cfg.evaluate.sampling_of(name).max_new_tokens
-            if needed > limit:
-                raise ValueError(
-                    f"evaluate.sampling.max_new_tokens needs {needed} tokens of context for the set {name}, the "
-                    f"servers have {limit}: lower it, raise rollout.max_model_len, or set rl.measure_every to 0"
-                )
 
     def due(self, step: int) -> bool:
         every = self._cfg.rl.measure_every

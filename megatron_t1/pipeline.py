@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,15 +81,13 @@ def run_rl(cfg: Config) -> None:
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
         template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
-        longest = {"train": _longest(prompts)}
         if cfg.data.heldout:
             heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
             refuse_shared((prompt.text for prompt in prompts), (prompt.text for prompt in heldout))
-            longest["heldout"] = _longest(heldout)
-        if cfg.rl.measure_every and is_main():
-            question_sets(cfg, cfg.evaluate.sets)  # there, or refused now
+        asks = cfg.rl.measure_every and is_main()
+        measured = _longest_of(question_sets(cfg, cfg.evaluate.sets), template) if asks else {}
         rl.check(cfg, prompts)
-        _check_context(cfg, context_needs(cfg, "rl", longest, template))
+        _check_context(cfg, context_needs(cfg, "rl", template, train=_longest(prompts), measured=measured))
         rank0 = stack.enter_context(_rank0_of_training(cfg, template))
         trainer = stack.enter_context(rl.Trainer(cfg, platform, prompts, rank0))
         if rank0:
@@ -109,7 +107,7 @@ def run_rollout(cfg: Config) -> None:
     prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
     HFFolder(cfg.model.folder())  # whole, or refused before the servers start
     rl.check(cfg, prompts)
-    _check_context(cfg, context_needs(cfg, "rl", {"train": _longest(prompts)}, template))
+    _check_context(cfg, context_needs(cfg, "rl", template, train=_longest(prompts)))
     weights = weights_digest(cfg.model.folder())
     with ExitStack() as stack:
         rank0 = stack.enter_context(open_rank0(cfg, template))
@@ -149,7 +147,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
             path = Path(own.responses)
             sampler = stored = StoredSampler(path, stack.enter_context(Scorer(cfg.reward)))
             counts = {name: stored.num_samples(questions) for name, questions in sets.items()}
-            own = replace(own, num_samples=counts, sampling=SamplingConfig())
+            own = replace(own, num_samples=counts, sampling=SamplingConfig(), sampling_by_set={})
             settings = {"responses": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
         elif own.endpoint.urls:
             own.endpoint.key()  # refused now, not in the middle
@@ -165,8 +163,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
             folder = cfg.model.folder()
             template = Template(folder, cfg.data.chat_template)
             HFFolder(folder)  # whole, or refused before the servers start
-            longest = _longest(question.prompt(template) for questions in sets.values() for question in questions)
-            _check_context(cfg, context_needs(cfg, "evaluate", {"heldout": longest}, template))
+            _check_context(cfg, context_needs(cfg, "evaluate", template, measured=_longest_of(sets, template)))
             settings = {"weights": weights_digest(folder)}
             rank0 = stack.enter_context(open_rank0(cfg, template))
             _serve_folder(cfg, rank0)
@@ -182,9 +179,9 @@ def run_scaling(cfg: Config, label: str) -> None:
     template = Template(folder, cfg.data.chat_template)
     HFFolder(folder)  # whole, or refused before the servers start
     answerer = Template(Path(other), cfg.data.chat_template) if other else template
-    (questions,) = question_sets(cfg, [cfg.scaling.set]).values()
-    longest = _longest(question.prompt(template) for question in questions)
-    _check_context(cfg, context_needs(cfg, "scaling", {"heldout": longest}, template))
+    sets = question_sets(cfg, [cfg.scaling.set])
+    (questions,) = sets.values()
+    _check_context(cfg, context_needs(cfg, "scaling", template, measured=_longest_of(sets, template)))
     curve = Scaling(
         cfg.scaling,
         questions,
@@ -248,8 +245,8 @@ def run_all(cfg: Config) -> None:
         heldout = [question.prompt(template) for question in questions]
         refuse_shared((prompt.text for prompt in train), (prompt.text for prompt in heldout))
         rl.check(cfg, train)
-        longest = {"train": _longest(train), "heldout": _longest(heldout)}
-        _check_context(cfg, context_needs(cfg, "run", longest, template))
+        measured = {cfg.data.need("heldout").stem: _longest(heldout)}
+        _check_context(cfg, context_needs(cfg, "run", template, train=_longest(train), measured=measured))
         rank0 = stack.enter_context(_rank0_of_training(cfg, template))
         watch.add("start", time.perf_counter() - began)
 
@@ -367,6 +364,10 @@ def _check_context(cfg: Config, needs: dict[str, int]) -> None:
 
 def _longest(prompts: Iterable[Prompt]) -> int:
     return max(len(prompt.token_ids) for prompt in prompts)
+
+
+def _longest_of(sets: Mapping[str, Sequence[Question]], template: Template) -> dict[str, int]:
+    return {name: _longest(question.prompt(template) for question in questions) for name, questions in sets.items()}
 
 
 def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float) -> None:

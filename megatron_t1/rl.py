@@ -205,7 +205,8 @@ class Trainer:
         self.learner.follow()
         if self.log:
             self.log.samples(self.steps_done, batch.groups)
-        made = {"generate_tokens_per_s": metrics["num_response_tokens"] / batch.seconds}
+        num_generated = metrics["num_response_tokens"] + batch.metrics.get("refill/tokens", 0)
+        made = {"generate_tokens_per_s": num_generated / batch.seconds}
         return metrics | batch.metrics | made | measured | pushed
 
     def train(self) -> Path:

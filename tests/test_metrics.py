@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_t1 import reasoning
 from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
 from megatron_t1.trackers import TensorBoard
 from megatron_t1.types import Group, Prompt, Reward, Sample
@@ -94,6 +95,21 @@ def test_words_of_reasoning_are_counted_by_correctness() -> None:
     ]
     assert (metrics["words_right"], metrics["words_wrong"]) == (5, 0)
     assert "words_wrong" not in rollout_metrics([group("a", right)])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("So, now we take x, note that it is not 3, not 4, nor 5: no two are equal, no matter how.", {}),
+        ("A mighty terror, awaited on the checkerboard of unverified sites", {}),
+        ("Try 4: 36+9=45 mod 8=5, no. Try 6: 63, no! Try 7: 72, yes.", {"mistake": 2}),
+        ("WAIT. Mistakes? Wrong, incorrect, an error, actually.", {"wait": 1, "mistake": 5}),
+        ("Hold on: I checked, verified and confirmed; recheck", {"wait": 1, "check": 4}),
+        ("Maybe, perhaps, it might. Alternatively another way", {"perhaps": 3, "alternatively": 2}),
+    ],
+)
+def test_words_of_reasoning_are_whole_words(text: str, expected: dict[str, int]) -> None:
+    assert {name: count for name, count in reasoning.count(text).items() if count} == expected
 
 
 def test_stopwatch_keeps_laps_and_totals_apart() -> None:

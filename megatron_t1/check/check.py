@@ -59,10 +59,10 @@ def check(cfg: Config, command: str, machines: Machines, found: Findings, *, sug
         _layout(cfg, spec, command, machines, found)
     if samples:
         _sampling(cfg, spec, command, found)
-    longest = {}
+    longest: dict[str, int] = {}
     if template:
-        longest = _data(cfg, command, files, template, found)
-        _lengths(cfg, spec, command, longest, template, found)
+        longest, measured = _data(cfg, command, files, template, found)
+        _lengths(cfg, spec, command, longest, measured, template, found)
     if trains:
         needs(cfg, spec, command, machines, longest, found)
         if suggests and machines.share_gpus and command != "sft":
@@ -206,8 +206,11 @@ def _files(cfg: Config, command: str, found: Findings) -> dict[str, Path]:
     return files
 
 
-def _data(cfg: Config, command: str, files: dict[str, Path], template: Template, found: Findings) -> dict[str, int]:
-    """Reads what the command reads, questions whole, tokens of the first ones; the longest prompt (or example)."""
+def _data(
+    cfg: Config, command: str, files: dict[str, Path], template: Template, found: Findings
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Reads what the command reads, questions whole, tokens of the first ones; the longest prompt (or example) of each
+    file, and of each set that is measured."""
     longest: dict[str, int] = {}
     if "sft" in files:
         _examples(cfg, files["sft"], template, longest, found)
@@ -232,17 +235,20 @@ def _data(cfg: Config, command: str, files: dict[str, Path], template: Template,
             refuse_shared(*([question.text for question in read[name]] for name in ("train", "heldout")))
     except ValueError as error:
         found.problems.append(str(error))
-    measures = command in ("rl", "run") and cfg.rl.measure_every and any(cfg.evaluate.sets)
-    if command in ("evaluate", "scaling") or measures:
+    measured: dict[str, int] = {}
+    measures, sets = command == "run" or (command == "rl" and cfg.rl.measure_every), any(cfg.evaluate.sets)
+    if measures and not sets and "heldout" in longest:
+        measured[files["heldout"].stem] = longest["heldout"]
+    if command in ("evaluate", "scaling") or (measures and sets):
         try:
             named = [cfg.scaling.set] if command == "scaling" else cfg.evaluate.sets
             for name, questions in question_sets(cfg, named).items():
                 tokens = max(len(question.prompt(template).token_ids) for question in questions)
-                longest["heldout"] = max(tokens, longest.get("heldout", 0))
+                measured[name] = tokens
                 found.facts.append(f"set {name}: {len(questions)} questions; the longest: {tokens} tokens")
         except (ValueError, OSError) as error:
             found.problems.append(str(error))
-    return longest
+    return longest, measured
 
 
 def _examples(cfg: Config, path: Path, template: Template, longest: dict[str, int], found: Findings) -> None:
@@ -267,7 +273,13 @@ def _examples(cfg: Config, path: Path, template: Template, longest: dict[str, in
 
 
 def _lengths(
-    cfg: Config, spec: ModelSpec, command: str, longest: dict[str, int], template: Template, found: Findings
+    cfg: Config,
+    spec: ModelSpec,
+    command: str,
+    longest: dict[str, int],
+    measured: dict[str, int],
+    template: Template,
+    found: Findings,
 ) -> None:
     limit = cfg.rollout.max_model_len
     found.must(
@@ -275,7 +287,8 @@ def _lengths(
         f"rollout.max_model_len = {limit} is more than the model's {spec.max_position_embeddings} positions: lower it, "
         "or stretch them by YaRN (docs/checkpoints.md)",
     )
-    if problem := too_long(cfg, spec, context_needs(cfg, command, longest, template)):
+    needed = context_needs(cfg, command, template, train=longest.get("train", 0), measured=measured)
+    if problem := too_long(cfg, spec, needed):
         found.problems.append(problem)
     trained = []
     if command in ("rl", "run"):

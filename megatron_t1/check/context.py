@@ -9,27 +9,33 @@ from megatron_t1.data.template import Template
 from megatron_t1.models.spec import ModelSpec
 
 
-def context_needs(cfg: Config, command: str, longest: Mapping[str, int], template: Template) -> dict[str, int]:
+def context_needs(
+    cfg: Config, command: str, template: Template, *, train: int = 0, measured: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Tokens of context by the setting that asks for them.
 
     Args:
-        longest: tokens of the longest prompt of `train` and of `heldout`, as far as `command` reads them.
+        train: tokens of the longest prompt of data.train.
+        measured: tokens of the longest prompt of every set that `command` measures, by the set's name.
     """
-    train, heldout = longest.get("train", 0), longest.get("heldout", 0)
-    needs = {}
+    measured, needs = measured or {}, {}
     if command in ("rl", "run"):
         needs["sampling.max_new_tokens"] = train + cfg.sampling.max_new_tokens
-    if command in ("evaluate", "run") or (command == "rl" and cfg.rl.measure_every):
-        needs["evaluate.sampling.max_new_tokens"] = heldout + cfg.evaluate.sampling.max_new_tokens
+    if command in ("evaluate", "rl", "run"):
+        for name, tokens in measured.items():
+            section = f"sampling_by_set.{name}" if "max_new_tokens" in cfg.evaluate.given_for(name) else "sampling"
+            setting = f"evaluate.{section}.max_new_tokens"
+            tokens += cfg.evaluate.sampling_of(name).max_new_tokens
+            needs[setting] = max(tokens, needs.get(setting, 0))
     if command in ("scaling", "run"):
-        own = cfg.scaling
+        own, longest = cfg.scaling, max(measured.values(), default=0)
         forced = len(template.ids(own.answer_opening)) + own.max_answer_tokens
-        needs["scaling.sampling.max_new_tokens"] = heldout + own.sampling.max_new_tokens
+        needs["scaling.sampling.max_new_tokens"] = longest + own.sampling.max_new_tokens
         longest_cut = min(own.budgets[-1], own.sampling.max_new_tokens)
-        needs["scaling.budgets"] = heldout + longest_cut + forced
+        needs["scaling.budgets"] = longest + longest_cut + forced
         if own.summary and not own.summary_endpoint.urls:
             around = len(template.ids(own.summary_prompt)) + own.summary_sampling.max_new_tokens
-            needs["scaling.summary_sampling.max_new_tokens"] = heldout + longest_cut + around
+            needs["scaling.summary_sampling.max_new_tokens"] = longest + longest_cut + around
     return needs
 
 

@@ -17,6 +17,11 @@ QUESTION_SETS: Registry[Callable[[Path | None], Iterable[dict[str, Any]]]] = Reg
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
+def set_name(name: str) -> str:
+    """What a set's results are filed under: its name, or the stem of its file."""
+    return name if name in QUESTION_SETS else Path(name).stem
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Files of questions and examples, JSON lines."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_t1.data.config import INSTRUCTION, QUESTION_SETS
+from megatron_t1.data.config import INSTRUCTION, QUESTION_SETS, set_name
 from megatron_t1.data.prompts import Question, gold_of, is_missing, parse_rows, question_of
 from megatron_t1.files import ENCODING, read_json
 
@@ -143,11 +143,6 @@ def _check_size(name: str, path: Path, count: int) -> None:
             f"{path} has {count} questions, the set {name} has {named.size}: this is another set; give the file's path "
             "in place of the name"
         )
-
-
-def set_name(name: str) -> str:
-    """What a set's results are filed under: its name, or the stem of its file."""
-    return name if name in NAMED or name in QUESTION_SETS else Path(name).stem
 
 
 def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:

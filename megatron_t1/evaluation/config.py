@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from megatron_t1.data.config import INSTRUCTION
+from megatron_t1.data.config import INSTRUCTION, set_name
 from megatron_t1.fields import FieldError, at_least
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 
-_NUM_SAMPLES = {"aime2024": 32}
+NUM_SAMPLES = {"aime2024": 32}
 """As the paper measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSampling:
+    """How a single set is sampled; null: as the others."""
+
+    temperature: float | None = None
+    """0 is greedy."""
+    top_p: float | None = None
+    """Cuts the tail of the distribution."""
+    min_p: float | None = None
+    """Cuts tokens below min_p x the most likely one's probability."""
+    max_new_tokens: int | None = None
+    """Longest response, tokens."""
+    stop: tuple[str, ...] | None = None
+    """Strings that end a response."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Token ids that end a response."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +41,9 @@ class EvaluateConfig:
     """Sets by name (math500, aime2024, omni_math_500, gpqa, gsm8k) or question files; empty: data.heldout."""
     sets_dir: str | None = None
     """Folder with local copies of the named sets; what it lacks is fetched from the Hugging Face hub."""
-    num_samples: dict[str, int] = field(default_factory=lambda: dict(_NUM_SAMPLES))
+    num_samples: dict[str, int] = field(default_factory=lambda: dict(NUM_SAMPLES))
     """Samples a question for single sets, in place of sampling.num_samples."""
-    sampling_by_set: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sampling_by_set: dict[str, SetSampling] = field(default_factory=dict)
     """Other fields of `sampling` for single sets: {aime2024: {temperature: 0.6, top_p: 0.95}} beside a greedy one."""
     instruction: str = INSTRUCTION
     """Put under every question of the named sets (files with "prompt" or "messages" are asked as they are)."""
@@ -36,22 +53,23 @@ class EvaluateConfig:
     """Grade the responses of this JSON lines file ({"id", "response"}) instead of asking a model."""
 
     def __post_init__(self) -> None:
-        for name, own in self.sampling_by_set.items():
-            known = {each.name for each in fields(SamplingConfig)} - {"num_samples"}
-            if unknown := sorted(set(own) - known):
-                rule = f"sets {unknown}; it may set {', '.join(sorted(known))} (and evaluate.num_samples the number)"
-                raise FieldError("sampling_by_set", {name: own}, rule)
-        for name in {Path(name).stem for name in self.sets} & (set(self.num_samples) | set(self.sampling_by_set)):
+        for name in sorted({*map(set_name, self.sets), *self.sampling_by_set}):
             try:
                 self.sampling_of(name)
             except FieldError as error:
+                given = {name: self.given_for(name) for name in self.sampling_by_set}
                 rule = f"leaves {name} with {error}; give {{{name}: {{temperature: 0.6, top_p: 0.95}}}}, say"
-                raise FieldError("sampling_by_set", self.sampling_by_set, rule) from None
+                raise FieldError("sampling_by_set", given, rule) from None
 
     def sampling_of(self, name: str) -> SamplingConfig:
         """The sampling of one set."""
         own: dict[str, Any] = {"num_samples": self.num_samples.get(name, self.sampling.num_samples)}
-        return replace(self.sampling, **own, **self.sampling_by_set.get(name, {}))
+        return replace(self.sampling, **own, **self.given_for(name))
+
+    def given_for(self, name: str) -> dict[str, Any]:
+        """What a set has of its own, by field."""
+        own = asdict(self.sampling_by_set.get(name, SetSampling()))
+        return {field: value for field, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +93,7 @@ class ScalingConfig:
     """Limit of a forced answer."""
     answer_model: str | None = None
     """Hugging Face folder of another model that gives the forced answers; null: the model that thought."""
-    num_samples: dict[str, int] = field(default_factory=lambda: dict(_NUM_SAMPLES))
+    num_samples: dict[str, int] = field(default_factory=lambda: dict(NUM_SAMPLES))
     """Thinkings a question for single sets, in place of sampling.num_samples."""
     summary: bool = False
     """Let a model also write the answer from the question and the cut thinking, as T1's paper does: a second curve. It
@@ -101,3 +119,12 @@ class ScalingConfig:
             raise FieldError("summary_prompt", self.summary_prompt, f"must hold {' and '.join(missing)}")
         if self.summary_sampling.num_samples != 1:
             raise FieldError("summary_sampling.num_samples", self.summary_sampling.num_samples, "must be 1")
+        try:
+            self.sampling_of_set()
+        except FieldError as error:
+            rule = f"leaves {set_name(self.set)} with {error}; give --scaling.sampling.temperature 0.6, say"
+            raise FieldError("num_samples", self.num_samples, rule) from None
+
+    def sampling_of_set(self) -> SamplingConfig:
+        """The sampling of the thinkings."""
+        return replace(self.sampling, num_samples=self.num_samples.get(set_name(self.set), self.sampling.num_samples))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_t1.config import Config
+from megatron_t1.data.config import set_name
 from megatron_t1.data.prompts import Question
-from megatron_t1.data.sets import load_set, set_name
+from megatron_t1.data.sets import load_set
 
 
 def question_sets(cfg: Config, named: Sequence[str]) -> dict[str, list[Question]]:

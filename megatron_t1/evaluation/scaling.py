@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
+from megatron_t1.data.config import set_name
 from megatron_t1.data.prompts import Question
-from megatron_t1.data.sets import set_name
 from megatron_t1.data.template import Template, opened_thinking
 from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
@@ -118,8 +118,7 @@ class Scaling:
         Raises:
             ValueError: the folder holds another curve, or this one and `resume` is not given.
         """
-        count = cfg.num_samples.get(set_name(cfg.set), cfg.sampling.num_samples)
-        cfg = replace(cfg, sampling=replace(cfg.sampling, num_samples=count))
+        cfg = replace(cfg, sampling=cfg.sampling_of_set())
         self.cfg, self.questions, self.folder, self.seed = cfg, questions, folder, seed
         own = {name: getattr(cfg, name) for name in ("end_of_thinking", "answer_opening", "max_answer_tokens")}
         own["sampling"] = asdict(cfg.sampling)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from math import comb
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 
 def wilson_interval(num_correct: float, num_samples: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -62,33 +63,45 @@ def majority_at_k(answers: Sequence[Hashable | None], right: Hashable, k: int) -
     """Probability that the most frequent answer of k samples, drawn without replacement, is `right`.
 
     Ties are drawn for: m answers that tie count 1/m each. None is a sample without an answer, which does not vote.
-    Exact, by counting: for c votes for `right`, the draws of the other answers with at most c votes each are the
-    coefficients of a polynomial in x (samples drawn) and y (answers that tie). C(count, drawn) is weighted by
-    p^drawn (1-p)^(count-drawn) with p = k/n, which all draws of k have in common and no number overflows with.
+    Exact, by counting: for c votes for `right`, the draws of its rivals, at most c votes each, are the coefficients of
+    a polynomial in x (samples drawn) and y (rivals that tie), of which one power of x is needed. It is read off from
+    the polynomial's values on the unit circle, where rivals with equally many samples are one power, and answers with
+    fewer than c one binomial; 1/(1 + ties) is the integral of y^ties over [0, 1], exact by Gauss and Legendre.
+    C(count, drawn) is weighted by p^drawn (1-p)^(count-drawn) with p = k/n, which all draws of k have in common: no
+    number overflows.
     """
     n = len(answers)
     if not 1 <= k <= n:
         raise ValueError(f"majority of {k} of {n} samples: k must lie in [1, {n}]")
     votes = Counter(answers)
-    silent, num_right = votes.pop(None, 0), votes.pop(right, 0)
-    chances = {count: stats.binom.pmf(np.arange(count + 1), count, k / n) for count in {num_right, *votes.values()}}
-    of_silent = stats.binom.pmf(np.arange(k), silent, k / n)
+    votes.pop(None, None)
+    num_right = votes.pop(right, 0)
+    num_other, alike = n - num_right, Counter(votes.values())  # alike: samples of an answer -> answers with so many
+    chances = {count: stats.binom.pmf(np.arange(count + 1), count, k / n) for count in {num_right, *alike}}
+    size = num_other + 1
+    half = np.arange(size // 2 + 1)  # of the circle: the other one is conjugate
+    x = np.exp(2j * np.pi / size * half)
+    shares = np.where(half == -half % size, 1, 2) / size
+    below = dict.fromkeys(alike, np.zeros_like(x))  # of an answer, the draws of fewer than c
     total = 0.0
     for c in range(1, min(num_right, k) + 1):
-        ways = np.zeros((k - c + 1, k // c + 1))  # [other samples drawn, other answers with exactly c votes]
-        ways[0, 0] = 1.0
-        for count in votes.values():
-            grown = np.zeros_like(ways)
-            for drawn in range(min(count, c, k - c) + 1):
-                part = chances[count][drawn] * ways[: len(ways) - drawn]
-                if drawn == c:
-                    grown[drawn:, 1:] += part[:, :-1]
-                else:
-                    grown[drawn:] += part
-            ways = grown
-        shares = ways @ (1.0 / np.arange(1, ways.shape[1] + 1))  # [other samples drawn]
-        total += chances[num_right][c] * float(shares @ of_silent[k - c :: -1])
-    return min(1.0, total / float(stats.binom.pmf(k, n, k / n)))
+        rivals = {count: number for count, number in alike.items() if count >= c}
+        rest = num_other - sum(count * number for count, number in rivals.items())
+        y, weights = _legendre(min(sum(rivals.values()), k // c - 1) // 2 + 1)
+        values = np.tile((1 - k / n + k / n * x) ** rest, (len(y), 1))  # [y, x]
+        for count, number in rivals.items():
+            below[count] = below[count] + chances[count][c - 1] * x ** (c - 1)
+            values *= (below[count] + chances[count][c] * y[:, None] * x**c) ** number
+        if k - c <= num_other:  # the others can fill the draw
+            total += chances[num_right][c] * float(weights @ (values @ (shares * x ** (c - k))).real)
+    return min(1.0, max(0.0, total / float(stats.binom.pmf(k, n, k / n))))
+
+
+@functools.cache
+def _legendre(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights over [0, 1]."""
+    nodes, weights = special.roots_legendre(num_nodes)
+    return (nodes + 1) / 2, weights / 2
 
 
 class PairedDifference(NamedTuple):

@@ -58,7 +58,10 @@ _PANELS = (
     _Panel("Response tokens, right and wrong ones", ("response_tokens_right", "response_tokens_wrong")),
     _Panel("Words of reasoning (in a response)", ("words/",)),
     _Panel("Words of reasoning, right and wrong ones", ("words_right", "words_wrong")),
-    _Panel("Tokens of a step, and of groups that teach nothing", ("num_response_tokens", "tokens_all_equal")),
+    _Panel(
+        "Tokens of a batch, and of groups that teach nothing: in it, and left out of it",
+        ("num_response_tokens", "tokens_all_equal", "refill/tokens"),
+    ),
     _Panel("Gradient norm", ("grad_norm",)),
     _Panel("Learning rate", ("lr",)),
     _Panel("Shares of samples and groups", ("share_cut", "penalized", "groups_all_equal")),

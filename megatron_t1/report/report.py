@@ -105,11 +105,13 @@ def _idle(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _wasted(rows: list[dict[str, Any]]) -> float | None:
-    """Share of all tokens of RL that went into groups whose samples all got one reward."""
+    """Share of all tokens of RL that went into groups whose samples all got one reward, or that refilling left out."""
     known = [row for row in rows if "tokens_all_equal" in row]
     if not known:
         return None
-    return float(sum(row["tokens_all_equal"] for row in known) / sum(row["num_response_tokens"] for row in known))
+    left_out = sum(row.get("refill/tokens", 0) for row in known)
+    equal, trained = (sum(row[name] for row in known) for name in ("tokens_all_equal", "num_response_tokens"))
+    return float((equal + left_out) / (trained + left_out))
 
 
 def _evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:

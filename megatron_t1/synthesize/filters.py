@@ -24,6 +24,17 @@ GIVE_AWAY = (
 )
 """Phrases of somebody who was told the answer or who reads other people's attempts."""
 
+_FAILS = (
+    r"(?:[^.!?\n]|\.\d){0,100}?"
+    r"(?:\bnot\b|n['’]t\b|≠|\\neq?\b|\btoo\b|\bfails?\b|\bcontradict|\b(?:impossible|invalid)\b)"
+)
+"""The rest of a sentence, which says that something fails."""
+_DENIED = (
+    rf"\b(?:try|test|guess|suppose)(?:ing)?\b[^.!?\n]{{0,12}}ANSWER{_FAILS}"
+    r"|ANSWER[^\w.!?\n]{0,3}(?:fails\b|does(?:n['’]t| not)\b|is (?:too|impossible|not (?:an?|the|valid|allowed))\b"
+    rf"|(?:\w{{1,20}} ?\w{{0,20}})?[.,;!?\n]\s{{0,3}}(?:but|yet|however|which|that|this)\b{_FAILS})"
+)
+"""An answer that is tried, or stated at the end of a clause, and fails in that sentence or the next."""
 NO_CORRECTION = "holds no failure and its correction"
 
 
@@ -59,8 +70,10 @@ def chain_is_unfit(cfg: FilterConfig, response: str, reward: Reward, question: s
 
 
 def corrects(response: str, wrong_answers: Sequence[str | None]) -> bool:
-    """Whether the thinking of a finished chain still shows a failure that it corrects: a word of revision, or the
-    answer of a wrong attempt that it was made of."""
+    """Whether the thinking of a finished chain still shows a failure that it corrects: words of somebody who takes
+    something back, or the answer of a wrong attempt that it was made of, stated and denied in the next breath. That
+    answer alone says nothing: a 2 stands in most chains."""
     thinking = response.rpartition("</think>")[0] or response
-    tried = any(re.search(rf"(?<![\w.]){re.escape(answer)}(?![\w.])", thinking) for answer in wrong_answers if answer)
-    return tried or REVISION.search(thinking) is not None
+    stated = "|".join(re.escape(answer) for answer in wrong_answers if answer)
+    denied = _DENIED.replace("ANSWER", rf"(?<![\w.])(?:{stated})(?!\w|\.\d)")
+    return REVISION.search(thinking) is not None or bool(stated and re.search(denied, thinking, re.I))

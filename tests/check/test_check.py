@@ -142,6 +142,28 @@ def test_the_named_set_is_looked_for_in_place_of_held_out_questions(task: Path) 
     assert any("nowhere.jsonl" in problem for problem in found.problems)
 
 
+@pytest.mark.parametrize("command", ["rl", "evaluate"])
+def test_the_context_holds_every_sets_own_sampling(task: Path, tmp_path: Path, command: str) -> None:
+    """Each with its own longest prompt; a set that is not asked counts for nothing."""
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"id": "0", "prompt": "1+2?" + " 1" * 200, "answer": "3"}) + "\n")
+    asks = ["--rl.measure_every", 1, "--rollout.max_model_len", 700, "--evaluate.sets"]
+    own = ["--evaluate.sampling_by_set", "{short: {max_new_tokens: 640}}"]
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"id": "0", "prompt": "1+3?", "answer": "4"}) + "\n")
+    assert found_in(task, *asks, f"[{long}, {short}]", *own, command=command).problems == []
+    (problem,) = found_in(task, *asks, f"[{long}, {short}]", *own[:1], "{short: {max_new_tokens: 700}}",
+                          command=command).problems  # fmt: skip
+    assert "evaluate.sampling_by_set.short.max_new_tokens needs 7" in problem
+    (problem,) = found_in(task, *asks, f"[{long}, {short}]", *own[:1], "{long: {max_new_tokens: 640}}",
+                          command=command).problems  # fmt: skip
+    assert "evaluate.sampling_by_set.long.max_new_tokens needs" in problem
+    asks += [f"[{short}]", *own, "--data.heldout", long]
+    assert found_in(task, *asks, command=command).problems == []
+    unasked = ["--rollout.max_model_len", 300, "--data.heldout", long]
+    assert found_in(task, *unasked).problems == []
+
+
 def test_biased_sampling_and_mixed_precision_are_warned_of(task: Path) -> None:
     found = found_in(task, "--sampling.top_p", 0.9, "--sampling.min_p", 0.1, "--rollout.dtype", "bfloat16")
     assert found.problems == []

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from megatron_t1.cli.options import parse, read
+from megatron_t1.config import Config
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
 from megatron_t1.data.template import Template
-from megatron_t1.evaluation.config import EvaluateConfig
+from megatron_t1.evaluation.config import EvaluateConfig, ScalingConfig, SetSampling
 from megatron_t1.evaluation.evaluate import evaluate
 from megatron_t1.evaluation.figures import EvalResult, summarize
 from megatron_t1.evaluation.results import compare, read_summaries, table
@@ -281,9 +283,51 @@ def test_greedy_and_sampled_sets_are_one_command() -> None:
     greedy = SamplingConfig(temperature=0, num_samples=1)
     with pytest.raises(FieldError, match=r"sampling_by_set = \{\} leaves aime2024 with num_samples = 32 must be 1"):
         EvaluateConfig(sampling=greedy, sets=("math500", "aime2024"))
-    own = {"aime2024": {"temperature": 0.6, "top_p": 0.95}}
+    own = {"aime2024": SetSampling(temperature=0.6, top_p=0.95)}
     cfg = EvaluateConfig(sampling=greedy, sets=("math500", "aime2024"), sampling_by_set=own)
     assert cfg.sampling_of("math500") == greedy
     assert cfg.sampling_of("aime2024") == replace(greedy, temperature=0.6, top_p=0.95, num_samples=32)
-    with pytest.raises(FieldError, match=r"sets \['heat'\]; it may set"):
-        EvaluateConfig(sampling_by_set={"math500": {"heat": 1}})
+    with pytest.raises(
+        FieldError, match=r"num_samples = \{'aime2024': 32\} leaves aime2024 with num_samples = 32 must"
+    ):
+        ScalingConfig(sampling=greedy, set="aime2024")
+    assert ScalingConfig(sampling=greedy, set="math500").sampling_of_set() == greedy
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (
+            "{math500: {temperature: high}}",
+            "evaluate.sampling_by_set.math500.temperature = 'high' must be a number or null",
+        ),
+        ("{math500: {top_p: [1]}}", "evaluate.sampling_by_set.math500.top_p = [1] must be a number or null"),
+        ("{math500: {stop: foo}}", "evaluate.sampling_by_set.math500.stop = 'foo' must be a list: [foo] or null"),
+        (
+            "{math500: {max_new_tokens: 1.5}}",
+            "evaluate.sampling_by_set.math500.max_new_tokens = 1.5 must be a whole number",
+        ),
+        ("{math500: {heat: 1}}", "evaluate.sampling_by_set.math500.heat is not a setting"),
+        ("{math500: hot}", "evaluate.sampling_by_set.math500 = 'hot' must be a section"),
+        ("{math500: {min_p: 1}}", "leaves math500 with min_p = 1.0 must lie in [0, 1)"),
+        (
+            "{aime24: {top_p: 0.9}}",
+            "evaluate.sampling_by_set = ['aime24'] must be of evaluate.sets or data.heldout: own, q",
+        ),
+    ],
+)
+def test_a_sets_own_sampling_is_read_as_other_settings_are(own: str, told: str) -> None:
+    fixed = ["--evaluate.sets", "[math500]"] if "aime24" not in own else ["--evaluate.sets", "[x/own.jsonl]"]
+    _, problems = parse(Config, [*fixed, "--data.heldout", "d/q.jsonl", "--evaluate.sampling_by_set", own])
+    assert len(problems) == 1
+    assert told in problems[0]
+
+
+def test_own_samplings_are_of_sets_that_are_measured() -> None:
+    own = ["--evaluate.sampling_by_set", "{aime2024: {temperature: '0.7', stop: [a]}}"]
+    read_back = read(Config, [*own, "--evaluate.sets", "[math500, aime2024]"]).evaluate.sampling_of("aime2024")
+    assert (read_back.temperature, read_back.stop, read_back.num_samples) == (0.7, ("a",), 32)
+    assert read(Config, [*own, "--data.heldout", "d/aime2024.jsonl"])
+    assert read(Config, own), "nothing is measured: `t1 serve`, say"
+    _, problems = parse(Config, ["--evaluate.num_samples", "{aime24: 8}", "--evaluate.sets", "[aime2024]"])
+    assert problems == ["evaluate.num_samples = ['aime24'] must be of evaluate.sets or data.heldout: aime2024"]

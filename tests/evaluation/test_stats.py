@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from fractions import Fraction
 from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
@@ -129,6 +131,40 @@ def test_majority_at_k_of_64_by_simulation() -> None:
         best = [answer for answer, count in votes.items() if count == max(votes.values())]
         won += (1 in best) / len(best)
     assert stats.majority_at_k(answers, 1, 16) == pytest.approx(won / 4000, abs=0.025)
+
+
+def test_majority_at_k_among_many_answers_is_counted_to_the_last_draw() -> None:
+    """Whole numbers of draws by (others drawn, votes of the best of them, how many have so many)."""
+    rng = random.Random(0)
+
+    def counted(answers: list[int | None], k: int) -> float:
+        votes = Counter(answers)
+        silent, num_right = votes.pop(None, 0), votes.pop(0, 0)
+        ways = Counter({(drawn, 0, 0): comb(silent, drawn) for drawn in range(silent + 1)})
+        for count in votes.values():
+            grown: Counter[tuple[int, int, int]] = Counter()
+            for (drawn, best, ties), number in ways.items():
+                for own in range(count + 1):
+                    tied = 1 if own > best else ties + (own == best > 0)
+                    grown[drawn + own, max(best, own), tied] += number * comb(count, own)
+            ways = grown
+        won = Fraction()
+        for (drawn, best, ties), number in ways.items():
+            if 1 <= k - drawn <= num_right and k - drawn >= best:
+                won += Fraction(number * comb(num_right, k - drawn), ties + 1 if k - drawn == best else 1)
+        return float(won / comb(len(answers), k))
+
+    for num_answers in (1, 5, 20, 40):
+        answers = [rng.choice([0, None, *rng.choices(range(num_answers), k=5)]) for _ in range(60)]
+        for k in (1, 2, 7, 31, 59, 60):
+            assert stats.majority_at_k(answers, 0, k) == pytest.approx(counted(answers, k), abs=1e-12), (answers, k)
+
+
+def test_majority_among_answers_that_were_given_once() -> None:
+    """Two of the three right samples win; one ties with everything else that was drawn."""
+    votes = hypergeom(1500, 3, 512)
+    majority = stats.majority_at_k([1] * 3 + list(range(10, 1507)), 1, 512)
+    assert majority == pytest.approx(votes.sf(1) + votes.pmf(1) / 512, rel=1e-9)
 
 
 def test_majority_of_many_samples_does_not_overflow() -> None:

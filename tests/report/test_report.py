@@ -74,6 +74,7 @@ def run_dir(tmp_path: Path) -> Path:
         [
             {"step": i, "reward": i / 9, "logprob_diff": 1e-5 * i, "penalty/repetition": 0.1, "other$": None}
             | {"num_response_tokens": 40, "tokens_all_equal": 10}
+            | ({"refill/tokens": 20} if i == 8 else {})
             | ({"kl_start": i / 3, "heldout/set": 0.5} if i % 2 else {})
             for i in range(1, 9)
         ],
@@ -122,7 +123,7 @@ def test_every_part_is_there(run_dir: Path) -> None:
     for text in ("20.0%", "80.0%", "+60.0 points", "1 min 15 s", "rollout 29", "steps: 60 # <b>", "2.13.0", "other$"):
         assert text in page.text or any(text == attrs.get("alt") for _, attrs in page.tags), text
     assert "(5 more characters)" in page.text
-    for text in ("25.0% of all generated tokens", "sft, by summary", "45.6%"):
+    for text in ("29.4% of all generated tokens", "sft, by summary", "45.6%"):
         assert text in page.text
     alts = [attrs.get("alt") for _, attrs in page.tags]
     assert {"Reward against KL to the starting policy", "Held-out accuracy"} <= set(alts)
