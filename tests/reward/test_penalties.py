@@ -60,6 +60,15 @@ def test_a_paragraph_said_twice_is_no_loop() -> None:
     assert "repetition" in find_penalties(CONFIG, Response(text=" ".join(words * 4)))
 
 
+@pytest.mark.parametrize("lengths", [(24, 54), (54, 24), (34, 44)])
+def test_a_loop_that_says_one_thing_at_uneven_distances_is_found(lengths: tuple[int, int]) -> None:
+    """X Y X Z X Y X Z ...: what comes next after X is not where it comes again at the same distance."""
+    generator = random.Random(0)
+    same = "".join("".join(generator.choices("abcdefg", k=9)) + "," for _ in range(56))
+    unit = "".join(same + "".join(generator.choices("abcdefg", k=length)) + "," for length in lengths)
+    assert "repetition" in find_penalties(CONFIG, Response(text=unit * 6))
+
+
 def test_ngrams_of_tokens_are_off_until_asked_for() -> None:
     tokens = list(range(12)) * 4
     assert not find_penalties(CONFIG, Response(text="short", token_ids=tokens))
