@@ -4,7 +4,9 @@
     python tools/t1_sft_data.py runs/t1_sft.jsonl --source ~/data/T1     # a local copy: a folder, or a file of it
 
 The files' layout is documented nowhere that we know of, so the usual ones are read: a conversation under "messages" or
-"conversations", or a question and an answer under their usual names. A row of none of them is an error that names it.
+"conversations", or a question and an answer under their usual names ("instruction" with its "input"), and "system"
+before either. A row of none of them is an error that names it, as is a file of no rows but for those that describe a
+dataset (dataset_infos.json).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from megatron_t1.files import write_jsonl
 
 REPO = "THUDM/T1"
 SUFFIXES = (".jsonl", ".json", ".parquet")
+DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "croissant.json")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "problem", "question", "instruction", "query", "input")
 ANSWERS = ("response", "solution", "output", "completion", "answer")
@@ -46,7 +49,9 @@ def fetched() -> Path:
 
 
 def files_of(source: Path) -> list[Path]:
-    found = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES)
+    if source.is_file():
+        return [source]
+    found = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.name not in DESCRIPTIONS)
     if not found:
         raise ValueError(f"{source} holds no file ending in {', '.join(SUFFIXES)}")
     return found
@@ -55,15 +60,24 @@ def files_of(source: Path) -> list[Path]:
 def sft_row(row: dict[str, Any], number: int) -> dict[str, Any]:
     """{"id", "messages", "response"}; the response has the thinking and the answer."""
     identity = str(row.get("id") or number)
+    if row.get("history"):
+        raise ValueError('earlier turns under "history", which is not read: make "messages" of them')
     if (turns := first(row, CONVERSATIONS)) is not None:
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError("the conversation is no list of turns with a role and a text")
         messages = [{"role": role_of(turn), "content": text_of(turn)} for turn in turns]
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError("the conversation does not end with an answer of the assistant")
-        return {"id": identity, "messages": messages[:-1], "response": messages[-1]["content"]}
-    question, answer = first(row, QUESTIONS), first(row, ANSWERS)
-    if not isinstance(question, str) or not isinstance(answer, str):
-        raise ValueError(f"no question or no answer under a known name; the row has {sorted(row)}")
-    return {"id": identity, "messages": [{"role": "user", "content": question}], "response": answer}
+    else:
+        question, answer = first(row, QUESTIONS), first(row, ANSWERS)
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise ValueError(f"no question or no answer under a known name; the row has {sorted(row)}")
+        if question == row.get("instruction") and row.get("input"):
+            question += "\n\n" + text_of({"content": row["input"]})
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if row.get("system"):
+        messages = [{"role": "system", "content": text_of({"content": row["system"]})}, *messages]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("the conversation does not end with an answer of the assistant")
+    return {"id": identity, "messages": messages[:-1], "response": messages[-1]["content"]}
 
 
 def first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -72,7 +86,7 @@ def first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def role_of(turn: dict[str, Any]) -> str:
     said = turn.get("role") or turn.get("from")
-    if said not in ROLES:
+    if not isinstance(said, str) or said not in ROLES:
         raise ValueError(f"a turn of {said!r:.40}, which is none of {', '.join(ROLES)}")
     return ROLES[said]
 

@@ -17,38 +17,81 @@ from datasketch import MinHash, MinHashLSH
 
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{([^{}]*)\}")
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|[$~]")
-_TOKEN = re.compile(r"\\[{}]|\\?[^\W\d_]+|\d+(?:\.\d+)?|[^\s\w.,;:?!'\"]")
-_INSTRUCTION = re.compile(
-    r"(?:^|(?<=[.?!\n]))\s*"
-    r"(?:(?:please |let'?s |let us )?(?:reason|think) step by step|[^.?!\n]*\\boxed\s*\{\})[^\n]*\Z",
-    re.I,
+_TYPOGRAPHY = str.maketrans(
+    dict(zip("’‘′“”！", "'''\"\"!", strict=True)) | {"？": "? ", "。": ". ", "，": ", ", "：": ": ", "…": "..."}
 )
-"""What asks for the form of an answer: the last line of a question, or what follows its last sentence."""
+_TOKEN = re.compile(
+    r"\\[{}]|\\?[^\W\d_]+|\d+(?:\.\d+)?|(?<![\w.)}])\.\d+|\.{3}|:(?=\s*(?:[\d\\]|[^\W\d_](?![^\W\d_])))"
+    r"|(?<=[\w)}'])(?<!\W'\w)'(?!(?:s|m|d|t|ll|re|ve)\b)|[^\s\w.,:;?'\"]"
+)
+_SIGNS = ("!", "'", ":", "...")
+"""Mathematics behind a number, a variable or a parenthesis; punctuation behind a word."""
+_WORD = re.compile(r"(?![A-Z]{2,3}\Z)[^\W\d_]{2,}")
+_SENTENCE = re.compile(r"(?<=[.?!:])\s+|(?<=[.?!:][\"')\]$*])\s+|\n+")
+_CLAUSE = re.compile(r"(?=[,;]\s)|\s(?=(?:and|then)\s|\()")
+_LETTERS = re.compile(r"[a-z]+|[^\W_]")
+_FORM = set(
+    _LETTERS.findall(
+        "a above after an and as at be before below box boxed by carefully choice correct decimal each enclose "
+        "enclosed ensure exact exercise explain express final finally following for form format fraction give given "
+        "here in inside integer into is it its last latex let letter line logically make math mathematical must "
+        "notation now number numerical of on only option output own place please present problem provide put question "
+        "quotes read reason reasoning remember report response result return right s should show simplest simplified "
+        "single solution solve state step steps sure task that the then think thinking this to units us using value "
+        "where with within without work wrap write you your answer "
+        "请你您我们通过一逐步地推理思考来解答回问题并且把将最终后的案结果放置在写于中内里用给出"
+    )
+)
+"""The words that ask for the form of an answer and say nothing of what is asked; Chinese by its characters."""
+_ASKS_FORM = set(_LETTERS.findall("answer boxed carefully exercise problem question solution step steps 案步题"))
+"""A sentence of `_FORM` without one of these ("As in the last line.") is left alone."""
 _NUM_PERM = 64
 INDEX_WORDS = 8
 """Length of the n-grams that find candidates; shorter evaluation questions are only compared exactly."""
 
 
 def words(question: str) -> tuple[str, ...]:
-    """Its words, numbers and operators, without case, punctuation, layout and the instruction at its end.
+    """Its words, numbers and operators, without case, punctuation, layout and what asks for the form of the answer.
 
     Parentheses and braces count, as one, where they hold more than one of these: 2^{n+1} is not 2^n+1, 2^{10} is 2^10.
+    So do the factorial, the prime and the ratio, which don't follow words: 5!, f'(3) and 3:4, not "How many!".
     """
-    text = _TEXT.sub(r" \1 ", (_INSTRUCTION.sub("", question.rstrip()) or question).casefold())
+    plain = question.translate(_TYPOGRAPHY)
+    return _tokens(" ".join(map(_without_form, _SENTENCE.split(plain)))) or _tokens(plain)
+
+
+def _without_form(sentence: str) -> str:
+    """Without its last clauses, when they hold only words of `_FORM` and a box, or are the whole of an instruction."""
+    clauses = _CLAUSE.split(sentence)
+    said = [{*_LETTERS.findall(clause.casefold())} for clause in clauses]
+    kept = len(clauses)
+    while kept and said[kept - 1] <= _FORM:
+        kept -= 1
+    dropped = set().union(*said[kept:])
+    is_instruction = not kept and dropped & _ASKS_FORM and "?" not in sentence
+    return " ".join(clauses[:kept]) if "boxed" in dropped or is_instruction else sentence
+
+
+def _tokens(text: str) -> tuple[str, ...]:
+    text = _LAYOUT.sub(lambda m: r"\frac" if "frac" in m.group() else " ", _TEXT.sub(r" \1 ", text))
     tokens: list[str] = []
     opened: list[int] = []
-    for token in _TOKEN.findall(_LAYOUT.sub(lambda m: r"\frac" if "frac" in m.group() else " ", text)):
+    before = ""
+    for token in _TOKEN.findall(text):
+        if token in _SIGNS and (not before or _WORD.fullmatch(before)):
+            continue
         if token in "({":
             opened.append(len(tokens))
             tokens.append("(")
         elif token not in ")}":
-            tokens.append(token)
+            tokens.append(token.casefold())
         elif opened:
             start = opened.pop()
             if len(tokens) - start > 2:
                 tokens.append(")")
             else:
                 del tokens[start]
+        before = token
     for start in reversed(opened):  # never closed
         del tokens[start]
     return tuple(tokens)

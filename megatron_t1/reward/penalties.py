@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_t1.fields import above, at_least, known, within
+from megatron_t1.fields import FieldError, above, at_least, known, within
 from megatron_t1.plugins import Registry
 from megatron_t1.reward.answers import extract
 from megatron_t1.types import FinishReason
@@ -53,7 +53,8 @@ class PenaltyConfig:
     max_letters_without_space: int = 300
     """Garbled: longest run of Latin letters without anything between them."""
     max_foreign_share: float = 0.02
-    """Language: share of letters in scripts that the prompt does not use (Latin is always allowed: names, code)."""
+    """Language: share of letters, marks and emoji in scripts that the prompt does not use (Latin is always allowed:
+    names, code)."""
     min_foreign_letters: int = 10
     """Language: fewer foreign letters than this never count (a quoted word)."""
     max_foreign_letters: int = 30
@@ -71,7 +72,10 @@ class PenaltyConfig:
             known(self, "enabled", PENALTIES, name)
         at_least(self, 1, "max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size")
         at_least(self, 1, "nll_window")
-        at_least(self, 0, "max_ngram_repeats", "max_foreign_letters")
+        at_least(self, 0, "max_ngram_repeats", "min_foreign_letters")
+        if self.min_foreign_letters > self.max_foreign_letters:
+            rule = f"must be at most max_foreign_letters = {self.max_foreign_letters}: raise both"
+            raise FieldError("min_foreign_letters", self.min_foreign_letters, rule)
         above(self, 0, "max_nll", "max_nll_window")
         within(self, 0, 1, "max_foreign_share")
 
@@ -141,12 +145,15 @@ def longest_periodic_run(ids: np.ndarray, max_period: int) -> tuple[int, int, in
 
 def _may_loop(text: str, stride: int = 100, probe: int = 40, window: int = 8000) -> bool:
     """Whether some probe comes again twice, at equal distances within a window: true of every run that can be flagged
-    (500 characters and three periods at least), false of nearly all honest texts, at a fraction of the cost."""
+    (500 characters and three periods at least) with a period that fits into the window, false of nearly all honest
+    texts, at a fraction of the cost. Spaces, which are no pieces, don't count."""
+    text = "".join(text.split())
     for start in range(0, len(text) - probe, stride):
         piece = text[start : start + probe]
-        again = text.find(piece, start + 1, start + window)
-        if again >= 0 and text.startswith(piece, 2 * again - start):
-            return True
+        again = start
+        while (again := text.find(piece, again + 1, start + window)) >= 0:
+            if text.startswith(piece, 2 * again - start):
+                return True
     return False
 
 
@@ -202,8 +209,10 @@ def _without_math(text: str) -> str:
     while begin := _MATH_BEGINS.search(text, position):
         end, position = _MATH_ENDS[begin[0]], begin.end()
         if last[end] >= position:
-            kept += [text[at : begin.start()], " "]
-            at = position = text.index(end, position) + len(end)
+            stop = text.index(end, position)
+            if end != "$" or "\n" not in text[position:stop]:  # two amounts of money are no formula
+                kept += [text[at : begin.start()], " "]
+                at = position = stop + len(end)
     text = "".join([*kept, text[at:]])
     return re.sub(r"\\[a-zA-Z]+(?:\{[^{}]*\})?", " ", text)
 
@@ -242,17 +251,29 @@ def garbled(cfg: PenaltyConfig, response: Response) -> str | None:
 
 
 _ONE_SCRIPT = {"IDEOGRAPHIC": "CJK", "HIRAGANA": "KANA", "KATAKANA": "KANA", "KATAKANA-HIRAGANA": "KANA"}
-_GREEK_WORD = 4
-"""Greek letters in a row that are a word; fewer are mathematics."""
+_GREEK, _MARKS = r"\u0370-\u03ff\u1f00-\u1fff", r"\u02b0-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe2f"
+_GREEK_SIGNS = re.compile(  # begins with its first letter, which is faster than with what must not stand before it
+    rf"[{_GREEK}](?<![{_GREEK}][{_GREEK}])(?:[{_GREEK}]?|(?<![{_GREEK}]\s[{_GREEK}])[{_GREEK}]{{2,3}}(?!\s+[{_GREEK}])"
+    rf"|(?<=[\u0391-\u03a9])[\u0391-\u03a9]{{2,7}}|(?<=[_^{{][{_GREEK}])[{_GREEK}]{{2,7}})(?![{_GREEK}])"
+)
+"""Greek that is no word: one or two letters, four between other signs, a figure of eight, eight indices."""
+_FEW_MARKS = re.compile(rf"[{_MARKS}](?<![{_MARKS}][{_MARKS}])[{_MARKS}]?(?![{_MARKS}])")
+"""Accents, apostrophes, arrows over vectors."""
+_SIGNS = re.compile(
+    r"[\u2605\u2606\u2610-\u2612\u2640\u2642\u2654-\u2667\u266d-\u266f\u2680-\u2685\u26aa\u26ab\u2705\u2713-\u2718"
+    r"\u274c\u274e\u2794-\u27bf\u2b00-\u2b1c\u2b50\u2b55\u3000-\u33ff]"
+)
+"""Emoji and dingbats that count things: ticks and crosses, stars, cards, chessmen, dice, arrows, squares, CJK units."""
 
 
 @functools.lru_cache(maxsize=4096)
 def script_of(char: str) -> str:
-    """The script of a letter by its Unicode name ("CYRILLIC", "CJK", ...), "EMOJI" for those of the higher planes, and
-    "" for all that belongs to no language: digits, signs, letters that are styled for mathematics."""
-    if char >= "\U0001f000" and unicodedata.category(char) == "So":
+    """The script of a letter or mark by its Unicode name ("CYRILLIC", "CJK", ...), "EMOJI" for these, dingbats and
+    Braille, and "" for all that belongs to no language: digits, signs, letters that are styled for mathematics."""
+    category = unicodedata.category(char)
+    if category == "So" and char >= "\u2600" and not _SIGNS.match(char):
         return "EMOJI"
-    if not char.isalpha():
+    if category[0] not in "LM":
         return ""
     styled, _, plain = unicodedata.decomposition(char).partition("> ")
     if styled in ("<font", "<compat", "<super", "<sub"):
@@ -263,13 +284,19 @@ def script_of(char: str) -> str:
 
 
 def letters_by_script(text: str) -> Counter[str]:
-    """Number of letters of each script ("LATIN", "CJK", ...) outside mathematics."""
-    prose = _without_math(text)
-    if not prose.isascii():
-        prose = unicodedata.normalize("NFC", prose)  # the sign of the ohm is an omega
-        prose = re.sub(rf"(?<![\u0370-\u03ff])[\u0370-\u03ff]{{1,{_GREEK_WORD - 1}}}(?![\u0370-\u03ff])", " ", prose)
+    """Number of letters of each script ("LATIN", "CJK", ...) but for those of mathematics: Latin in formulas and Greek
+    that is no word."""
+    counts = _by_script(text)
+    counts["LATIN"] = _by_script(_without_math(text))["LATIN"]
+    return counts
+
+
+def _by_script(text: str) -> Counter[str]:
     counts = Counter({"LATIN": 0})
-    for char, count in _characters(prose):
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)  # the sign of the ohm is an omega
+        text = _FEW_MARKS.sub(" ", _GREEK_SIGNS.sub(" ", text))
+    for char, count in _characters(text):
         if script := script_of(char):
             counts[script] += count
     return counts

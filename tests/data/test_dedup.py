@@ -31,6 +31,24 @@ def test_layout_case_and_punctuation_do_not_count(other: str) -> None:
         (r"\frac{a+b}{c}", r"\frac{a}{c}+b"),
         (r"Find $f(x+1)$.", r"Find $f(x)+1$."),
         ("He walks. Then he thinks step by step. How far?", "He walks."),
+        (r"Compute $7.5+1$ and give your answer in \boxed{}.", r"Compute $7.9-3$ and give your answer in \boxed{}."),
+        (r"Let $f(x)=x^2$. Compute $f(3)$ in \boxed{}.", r"Let $f(x)=x^2$. Compute $f(4)$ in \boxed{}."),
+        ("Think step by step and find the sum of 3 and 4.", "Think step by step and find the sum of 5 and 4."),
+        ("He solved 5 problems. Is the answer a fraction?", "He solved 5 problems. Is the answer an integer?"),
+        ("Compute $5!$", "Compute $5$"),
+        ("$7!-6!$", "$7-6$"),
+        ("$(ab)!$", "$(ab)$"),
+        ("Is $n ! > 9$?", "Is $n>9$?"),
+        ("Is x != 3?", "Is x = 3?"),
+        ("$5!!$", "$5!$"),
+        ("Find f'(3).", "Find f(3)."),
+        ("Find $y''$.", "Find $y'$."),
+        ("Find $(fg)'(1)$.", "Find $(fg)(1)$."),
+        ("Find $A'B'$.", "Find $A'B$."),
+        ("as 3:4", "as 3 4"),
+        ("as $a : b$", "as $a b$"),
+        ("Compute $.5+1$.", "Compute $5+1$."),
+        ("The sum of 1, 2, ..., 10", "The sum of 1, 2, 10"),
     ],
 )
 def test_what_changes_the_formula_makes_another_question(one: str, other: str) -> None:
@@ -48,6 +66,22 @@ def test_what_changes_the_formula_makes_another_question(one: str, other: str) -
         ("What is $2+2$?", "What is 2+2? Let's think step by step and output the final answer within \\boxed{}.\n"),
         ("What is $2+2$?", "What is 2+2? Put the letter of the right option within \\boxed{}."),
         ("Please reason step by step.", "please reason step by step"),
+        ("What is $2+2$?", r"Solve the problem. Put your final answer within \boxed{}. What is $2+2$?"),
+        ("What is $2+2$?", "Read carefully. Think step by step. What is $2+2$?"),
+        ("What is $x=2.$", r"What is $x=2.$ Please reason step by step, and put the answer in \boxed{your answer}."),
+        ("Compute $7.5+1$.", r"Compute $7.5+1$, and then give your answer, as a fraction, in \boxed{}."),
+        ("求2+2的值？", r"求2+2的值？请逐步推理，并将最终答案放在\boxed{}中。"),
+        ("What is $2+2$?", "Question: What is $2+2$?\n\nAnswer:"),
+        (
+            "What is $2+2$?",
+            "Solve the following math problem step by step. The last line of your response should be of the form "
+            "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is $2+2$?\n\n"
+            'Remember to put your answer on its own line after "Answer:".',
+        ),
+        ("How many!", "how many"),
+        ("He cries. How many (of us) are Tom's 'best' 'a'?", 'He cries... How many (of us!) are Tom’s "best" "a"?'),
+        ("Compute $5!$ as $3:4$", "compute {5} ! as $3$ : $4$"),
+        ("Two numbers: 3 and 4", "two numbers, 3 and 4"),
     ],
 )
 def test_what_does_not_change_the_formula_makes_none(one: str, other: str) -> None:

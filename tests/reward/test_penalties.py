@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from fractions import Fraction
 
 import pytest
@@ -57,6 +58,15 @@ def test_a_paragraph_said_twice_is_no_loop() -> None:
     words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300)]
     assert not find_penalties(CONFIG, Response(text=" ".join(words * 2)))
     assert "repetition" in find_penalties(CONFIG, Response(text=" ".join(words * 4)))
+
+
+@pytest.mark.parametrize("lengths", [(24, 54), (54, 24), (34, 44)])
+def test_a_loop_that_says_one_thing_at_uneven_distances_is_found(lengths: tuple[int, int]) -> None:
+    """X Y X Z X Y X Z ...: what comes next after X is not where it comes again at the same distance."""
+    generator = random.Random(0)
+    same = "".join("".join(generator.choices("abcdefg", k=9)) + "," for _ in range(56))
+    unit = "".join(same + "".join(generator.choices("abcdefg", k=length)) + "," for length in lengths)
+    assert "repetition" in find_penalties(CONFIG, Response(text=unit * 6))
 
 
 def test_ngrams_of_tokens_are_off_until_asked_for() -> None:
@@ -114,9 +124,76 @@ def test_malformed_is_optional() -> None:
     assert not find_penalties(CONFIG, Response(text="no box"))
 
 
+def _drawn(*spans: tuple[int, int], count: int, category: str = "") -> str:
+    chars = [chr(code) for first, last in spans for code in range(first, last + 1)]
+    return "".join(
+        random.Random(count).choices([c for c in chars if unicodedata.category(c).startswith(category)], k=count)
+    )
+
+
+HAN = _drawn((0x4E00, 0x9FA5), count=300)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"He has $5 and {HAN} and then $6.",
+        rf"\text{{{HAN}}}",
+        rf"\[{HAN}\] $${HAN}$$",
+        rf"$x = \mathrm{{{HAN[:40]}}}$",
+        "$" + _drawn((0x3B1, 0x3C9), count=300) + "$",
+        "η λύση δεν είναι αυτή και το άθροισμα είναι δύο",
+        _drawn((0x2600, 0x27BF), count=3000, category="So"),
+        _drawn((0x2800, 0x28FF), count=800),
+        _drawn((0x4DC0, 0x4DFF), (0x1D100, 0x1D126), count=400),
+        _drawn((0x300, 0x36F), count=3000),
+        "".join(letter + _drawn((0x300, 0x36F), (0x20D0, 0x20DC), count=9) for letter in "noise" * 9),
+        "\u0915" + _drawn((0x900, 0x94D), count=500, category="M"),
+        _drawn((0x2B9, 0x2FF), count=400),
+    ],
+    ids=lambda text: text[:12].encode("unicode_escape").decode(),
+)
+def test_no_dress_hides_foreign_letters_signs_and_marks(text: str) -> None:
+    prompt = "A man pays $5 for $x$ apples."
+    assert set(find_penalties(CONFIG, Response(text=text, prompt=prompt))) == {"language"}
+    assert "language" in find_penalties(CONFIG, Response(text="So he goes on and on. " * 50 + text, prompt=prompt))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "R_{αβγδ} = g^{μνρσ} T_{αβ} ε^{κλμνρ} {}",
+        "In the square ΑΒΓΔ and the hexagon ΑΒΓΔΕΖ, ΑΒΓ = {}, αβγδ = κλ",
+        "α β γ δ ε ζ η θ = {}",
+        "it\u02bcs {}° 18\u02b9 of O\u02bbahu",
+        "v\u20d7 = x\u0302 + y\u0304\u0307 = {}, fac\u0327ade",
+        "n = {}: ✓ ✅, not ✗ ❌ ➜",
+        "{}: ♠♥♦♣ A♥, ♜♞♝♛♚, ⚀⚅, ★★|★★★, ⬛⬜⚫⚪ in ㎡, 1\ufe0f\u20e3",
+    ],
+)
+def test_signs_of_mathematics_are_no_language(line: str) -> None:
+    text = "\n".join(line.replace("{}", str(number * 37 % 101)) for number in range(140))
+    assert not find_penalties(CONFIG, Response(text=text, prompt="What is it?"))
+
+
+def test_fewer_foreign_letters_than_the_least_never_count() -> None:
+    with pytest.raises(ValueError, match="min_foreign_letters = 31 must be at most max_foreign_letters = 30"):
+        PenaltyConfig(min_foreign_letters=31)
+    for least in (0, 50):
+        cfg = PenaltyConfig(min_foreign_letters=least, max_foreign_letters=50)
+        hits = [bool(language(cfg, Response(text=HAN[:count], prompt="What?"))) for count in range(1, 60)]
+        assert hits == [count >= least for count in range(1, 60)]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("enabled", ("repetitoin",)), ("max_periodic_run", 0), ("max_ngram_repeats", -1), ("max_foreign_share", 2.0)],
+    [
+        ("enabled", ("repetitoin",)),
+        ("min_foreign_letters", -1),
+        ("max_periodic_run", 0),
+        ("max_ngram_repeats", -1),
+        ("max_foreign_share", 2.0),
+    ],
 )
 def test_config_errors_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
