@@ -16,7 +16,9 @@ from collections.abc import Iterable
 from datasketch import MinHash, MinHashLSH
 
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{([^{}]*)\}")
-_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|[$~]")
+_LAYOUT = re.compile(
+    r"\\(?:left|right|displaystyle|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|\\[()\[\]]|\\(?=[$%])|[$~]"
+)
 _TYPOGRAPHY = str.maketrans(
     dict(zip("’‘′“”！", "'''\"\"!", strict=True)) | {"？": "? ", "。": ". ", "，": ", ", "：": ": ", "…": "..."}
 )
