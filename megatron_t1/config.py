@@ -116,7 +116,8 @@ class CurateConfig:
     id_field: str = "id"
     """Field of a question's name; where it is missing, file and line are its name."""
     question_field: str = "problem"
-    """Field of the question in `inputs` and `evaluation`; the usual names are tried next."""
+    """Field of the question in `inputs`, where the usual names are tried next, and in `evaluation`, where all that a
+    row asks counts: this field, the usual ones, every message of the user."""
     answer_field: str = "answer"
     """Field of the answer; where it is missing or empty, the last box of the solution is the answer."""
     solution_field: str = "solution"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from megatron_t1 import plugins
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.config import QUESTION_SETS
-from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions
+from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, words
 from megatron_t1.data.prompts import is_missing, parse_rows
 from megatron_t1.data.sets import file_of, load_question_texts
 from megatron_t1.evaluation.resume import check_settings
@@ -97,8 +97,16 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
             "training; name their sets or files"
         )
     for name in cfg.evaluation:
-        for row_name, text in load_question_texts(name, sets_dir=sets_dir, field=cfg.question_field):
-            evaluation.add(row_name, text)
+        rows = load_question_texts(name, sets_dir=sets_dir, field=cfg.question_field)
+        for row_name, texts in rows:
+            for text in texts:
+                evaluation.add(row_name, text)
+        different = len({tuple(map(words, texts)) for _, texts in rows})
+        if 2 * different < len(rows):
+            warn(
+                f"curate.evaluation: {name} has {len(rows)} rows and {different} different questions: "
+                f"does it ask them in curate.question_field = {cfg.question_field}?"
+            )
     seen = TrainingQuestions(cfg.min_duplicate_similarity)
     questions: list[_Question] = []
     dropped: list[dict[str, Any]] = []

@@ -63,7 +63,11 @@ RAW = [
     ("in_evaluation", {"problem": "what is 40+2", "answer": "42"}),
     ("near_evaluation", {"problem": "Think. How many of the first ten even numbers are prime? Say it.", "answer": "1"}),
 ]  # fmt: skip
-EVALUATION = [{"prompt": "What is $40+2$?"}, {"prompt": "How many of the first ten even numbers are prime?"}]
+EVALUATION = [
+    {"problem": "What is $40+2$?", "prompt": "Do the exercise that now comes, and mind its units: What is $40+2$?"},
+    {"messages": [{"role": "user", "content": "How many of the first ten even numbers are prime?"},
+                  {"role": "assistant", "content": "1"}, {"role": "user", "content": "And how many of the next ten?"}]},
+]  # fmt: skip
 
 
 def _write(path: Path, rows: list[dict]) -> str:
@@ -168,6 +172,14 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
     cfg = CurateConfig(inputs=(str(tmp_path / "raw.jsonl"),))
     with pytest.raises(ValueError, match=message):
         curate.prepare(cfg, REWARD, tmp_path, resume=False)
+
+
+def test_a_file_whose_rows_all_ask_the_same_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"problem": "Solve the exercise.", "exercise": f"What is {number}+2?"} for number in range(3)]
+    cfg = CurateConfig(inputs=(_write(tmp_path / "raw.jsonl", [{}]),), evaluation=(_write(tmp_path / "e.jsonl", rows),))
+    for each in (cfg, replace(cfg, question_field="exercise")):
+        curate.prepare(each, REWARD, tmp_path / each.question_field, resume=False)
+    assert capsys.readouterr().err.count("e.jsonl has 3 rows and 1 different questions") == 1
 
 
 def test_config_errors_name_the_field(tmp_path: Path) -> None:

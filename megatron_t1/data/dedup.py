@@ -10,13 +10,15 @@ Jaccard similarity of their trigrams decides, and the answers must be the same.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 
 from datasketch import MinHash, MinHashLSH
 
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{([^{}]*)\}")
-_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|[$~]")
+_LAYOUT = re.compile(
+    r"\\(?:left|right|displaystyle|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|\\[()\[\]]|\\(?=[$%])|[$~]"
+)
 _TYPOGRAPHY = str.maketrans(
     dict(zip("’‘′“”！", "'''\"\"!", strict=True)) | {"？": "? ", "。": ". ", "，": ", ", "：": ": ", "…": "..."}
 )
@@ -121,36 +123,40 @@ class EvaluationQuestions:
     def __init__(self, min_share: float):
         """`min_share`: share of an evaluation question's trigrams from which on it counts as contained."""
         self._min_share = min_share
-        self._trigrams: dict[str, set[tuple[str, ...]]] = {}
-        self._exact: dict[tuple[str, ...], str] = {}
-        self._index: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
+        self._names: dict[tuple[str, ...], str] = {}
+        self._trigrams: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+        self._index: defaultdict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
 
     def add(self, name: str, question: str) -> None:
-        """
+        """One more question; those of one row may share its name.
+
         Raises:
             ValueError: a question without a word, which none could be compared with.
         """
         tokens = words(question)
         if not tokens:
             raise ValueError(f"{name} holds no question: {question!r}")
-        self._exact.setdefault(tokens, name)
-        self._trigrams[name] = ngrams(tokens, 3)
+        self._names.setdefault(tokens, name)
+        self._trigrams[tokens] = ngrams(tokens, 3)
         if len(tokens) >= INDEX_WORDS:
             for gram in ngrams(tokens, INDEX_WORDS):
-                self._index[gram].add(name)
+                self._index[gram].add(tokens)
 
     def find(self, question: str) -> tuple[str, float] | None:
         """(name, share) of the evaluation question that is in this one most; share 1 when it is the same."""
         tokens = words(question)
-        if tokens in self._exact:
-            return self._exact[tokens], 1.0
-        candidates = Counter(name for gram in ngrams(tokens, INDEX_WORDS) for name in self._index.get(gram, ()))
+        if tokens in self._names:
+            return self._names[tokens], 1.0
+        candidates = {each for gram in ngrams(tokens, INDEX_WORDS) for each in self._index.get(gram, ())}
         trigrams = ngrams(tokens, 3)
-        best = max(
-            ((len(self._trigrams[name] & trigrams) / len(self._trigrams[name]), name) for name in candidates),
+        best, name = max(
+            (
+                (len(self._trigrams[each] & trigrams) / len(self._trigrams[each]), self._names[each])
+                for each in candidates
+            ),
             default=(0.0, ""),
         )
-        return (best[1], min(best[0], 0.99)) if best[0] >= self._min_share else None
+        return (name, min(best, 0.99)) if best >= self._min_share else None
 
 
 class TrainingQuestions:

@@ -21,6 +21,7 @@ from megatron_t1.data.prompts import Question, gold_of, is_missing, parse_rows, 
 from megatron_t1.files import ENCODING, read_json
 
 T = TypeVar("T")
+_PROBLEM = ("problem", "Problem", "question", "Question")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -82,8 +83,11 @@ def load_set(
     return questions
 
 
-def load_question_texts(name: str, *, sets_dir: Path | None = None, field: str = "problem") -> list[tuple[str, str]]:
-    """(name of the row, question) of every row of a set or file, as its author wrote it and whatever its answer is.
+def load_question_texts(
+    name: str, *, sets_dir: Path | None = None, field: str = "problem"
+) -> list[tuple[str, tuple[str, ...]]]:
+    """(name of the row, all that it asks) of every row of a set or file, whatever its answer is: the question as its
+    author wrote it, the prompt that was made of it, each message of the user.
 
     Args:
         field: the question's, where a layout of its own has another.
@@ -92,12 +96,14 @@ def load_question_texts(name: str, *, sets_dir: Path | None = None, field: str =
         ValueError: as `load_set` does, or a row without a question.
     """
 
-    def parse(row: dict[str, Any], number: int) -> tuple[str, str]:
+    def parse(row: dict[str, Any], number: int) -> tuple[str, tuple[str, ...]]:
         if "prompt" in row or "messages" in row:
-            text = question_of({**row, "id": number, "answer": "-", "mode": "response", "choices": []}).text
+            asked = question_of({**row, "id": number, "answer": "-", "mode": "response", "choices": []})
+            texts = [message["content"] for message in asked.messages if message["role"] == "user"]
         else:
-            text = _problem_of(row, field)
-        return f"{name}:{number}", text
+            texts = [_problem_of(row, field)]
+        texts += [row[other] for other in (field, *_PROBLEM) if isinstance(row.get(other), str)]
+        return f"{name}:{number}", tuple(dict.fromkeys(text for text in texts if not is_missing(text)))
 
     path, rows = _read(name, sets_dir)
     texts = parse_rows(path, parse, rows)
@@ -258,7 +264,7 @@ def _question(
 
 
 def _problem_of(row: dict[str, Any], *fields: str) -> str:
-    problem = _first(row, *fields, "problem", "Problem", "question", "Question")
+    problem = _first(row, *fields, *_PROBLEM)
     if not isinstance(problem, str):
         raise ValueError('no question: one of "prompt", "messages", "problem", "question" must hold its text')
     return problem

@@ -82,6 +82,7 @@ def test_what_changes_the_formula_makes_another_question(one: str, other: str) -
         ("He cries. How many (of us) are Tom's 'best' 'a'?", 'He cries... How many (of us!) are Tom’s "best" "a"?'),
         ("Compute $5!$ as $3:4$", "compute {5} ! as $3$ : $4$"),
         ("Two numbers: 3 and 4", "two numbers, 3 and 4"),
+        (r"Is $n!>2$ or \[f(x)=1\] for \$5 and 5\%?", r"is \(n!>2\) or $f(x)=1$ for $5 and 5%"),
     ],
 )
 def test_what_does_not_change_the_formula_makes_none(one: str, other: str) -> None:
