@@ -92,7 +92,6 @@ def run_rl(cfg: Config) -> None:
         trainer = stack.enter_context(rl.Trainer(cfg, platform, prompts, rank0))
         if rank0:
             keep(cfg)
-            rank0.servers.wait_ready()
         trainer.push()
         hf_dir = trainer.train()
         if rank0:
@@ -263,7 +262,6 @@ def run_all(cfg: Config) -> None:
             trainer = stack.enter_context(rl.Trainer(tuned, platform, train, rank0))
             if rank0:
                 keep(cfg)
-                rank0.servers.wait_ready()
             trainer.push()
 
         set_of = cfg.data.need("heldout").stem

@@ -137,6 +137,8 @@ class Trainer:
         Raises:
             MismatchError: a server answers with other logprobs than the trainer's.
         """
+        if self.rank0:  # those that sleep were awaited before any rank took memory; who is missing is let in later
+            self.rank0.servers.wait_ready(minimum=1 if self.cfg.rollout.sleep else None)
         self._wake_for_push()
         self.sync.push(version=self.steps_done)
         self._to_servers()
@@ -358,11 +360,13 @@ class Trainer:
         raise ServerError(f"all servers were lost {_MAX_OUTAGES} times in step {self.steps_done + 1}; see their logs")
 
     def _bring_up(self) -> list[str]:
-        """As `WeightSync.bring_up`; who comes is awake, and the weights may be away: it is the trainer's turn then."""
-        if self.cfg.takes_turns and self.sync.any_late():
+        """As `WeightSync.bring_up`; the weights may be away, and who came is awake: it is the trainer's turn then."""
+
+        def before() -> None:
             self._to_trainer()
             self._wake_for_push()
-        names = self.sync.bring_up()
+
+        names = self.sync.bring_up(before if self.cfg.takes_turns else lambda: None)
         self._to_servers()
         return names
 

@@ -12,6 +12,7 @@ for the servers. What lies between runs beside the servers' loading.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -138,25 +139,23 @@ class WeightSync:
             failed=outcome["failed"],
         )
 
-    def bring_up(self) -> list[str]:
+    def bring_up(self, before: Callable[[], None] = lambda: None) -> list[str]:
         """Pushes the last version into servers that came since; returns the names of those that now hold it.
 
-        The weights must still be those of the last push; had they changed, the digests would not agree and the servers
+        `before` is called, on every rank, when there are some: it may bring the weights back, and cost other servers
+        theirs. They must be those of the last push; had they changed, the digests would not agree and the servers
         refuse. Never raises for a server that fails: it stays left out.
         """
-        late = self._late()
-        if not self.ranks.from_0("late servers", bool(late)):
+        if not self.ranks.from_0("late servers", bool(self._late())):
             return []
+        before()
+        late = self._late()
         assert self._version is not None
         try:
             self._deliver(self._version, late).result()
         except SyncError as error:
             warn(str(error))
         return [server.name for server in late if server.version == self._version and not server.unusable]
-
-    def any_late(self) -> bool:
-        """Whether `bring_up` has somebody to bring up."""
-        return bool(self.ranks.from_0("any late", bool(self._late())))
 
     def _late(self) -> list[Server]:
         return [s for s in self._live_servers() if s.version != self._version] if self._version is not None else []

@@ -1,6 +1,7 @@
 """`t1 serve`: keeps this host's servers up, and tells other hosts of them.
 
-    loop: a server ended or hangs -> withdrawn, started again; a server became healthy -> announced
+    loop: a server ended, hangs, or the trainer gave it up -> ended, withdrawn; it is the servers' turn -> started
+    (again); a server became healthy -> announced
 
 Servers on loopback are for this host alone and are not announced: their URLs are printed.
 """
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import KEY_FILE
@@ -31,47 +34,63 @@ def serve(cfg: RolloutConfig, model_dir: Path, run_dir: Path, say: Callable[[str
     """Blocks until interrupted.
 
     Raises:
-        ServerError: a server did not come up at first, or `_MAX_FAILED_STARTS` times after it was lost. Of servers that
-            sleep by turns only the former: they find no room on the GPU while the trainer has it.
+        ServerError: a server did not come up `_MAX_FAILED_STARTS` times; or at first, unless something killed it, or it
+            shares its GPUs by turns and may have found no room.
     """
-    registry = None if cfg.on_loopback else Registry(cfg.registry_folder(run_dir))
     with Servers(cfg, model_dir, run_dir) as servers, contextlib.ExitStack() as stack:
-        servers.start()
-        names = [f"{socket.gethostname()}_{index}" for index in range(len(servers.all))]
-        if registry:
-            for name in names:
-                stack.callback(registry.withdraw, name)
-        servers.wait_ready()
-        if registry:
-            for name, server in zip(names, servers.all, strict=True):
-                registry.announce(name, server.url, server.log_path)
-        urls = [server.url for server in servers.all]
-        if begins_random(cfg, model_dir):
-            say("the servers hold random weights until a trainer pushes its own")
-        say(f"rollout.urls: {urls}\nrollout.key_file: {cfg.key_file or run_dir / KEY_FILE}\nCtrl-C ends them")
-        failed_starts: Counter[str] = Counter()
+        nowhere = Path(stack.enter_context(TemporaryDirectory()))
+        registry = Registry(nowhere if cfg.on_loopback else cfg.registry_folder(run_dir))
+        names = [f"{socket.gethostname()}_{index}" for index in range(cfg.num_servers)]
         pool = stack.enter_context(ThreadPoolExecutor(len(names)))
+        for name in names:
+            registry.withdraw(name)  # of a `t1 serve` that was killed
+            stack.callback(registry.withdraw, name)
+        if not registry.begin_starts(names):
+            say(f"it is the trainer's turn ({registry.folder}): the servers start when the trainer lets them")
+            while not registry.begin_starts(names):
+                time.sleep(_LOOK_INTERVAL_S)
+        print(f"starting {', '.join(names)}: logs in {run_dir / 'logs'}", file=sys.stderr, flush=True)
+        servers.start()
+        announced: set[Server] = set()
+        came_up: set[str] = set()
+        failed_starts: Counter[str] = Counter()
         while True:
-            for index, why in enumerate(pool.map(lambda server: _lost(server, cfg), list(servers.all))):
-                name, server = names[index], servers.all[index]
-                if why is None:
+            given_up = registry.given_up()
+            found = list(pool.map(lambda server: _lost(server, cfg), servers.all))
+            for name, server, why in zip(names, servers.all, found, strict=True):
+                if name in given_up:
+                    why = "was given up by the trainer"
+                if why is None or server.unusable:
                     continue
-                if registry:
-                    registry.withdraw_to_restart(name)
-                failed_starts[name] += not server.ready and not cfg.sleep  # else it may be the trainer's turn
-                if failed_starts[name] >= _MAX_FAILED_STARTS:
-                    raise ServerError(f"server {name} does not come up again: it {why}\n{server.log_tail()}")
+                failed = not server.ready and name not in given_up
+                failed_starts[name] += failed
+                hopeless = name not in came_up and not server.was_killed() and not cfg.sleep
+                if failed and (hopeless or failed_starts[name] >= _MAX_FAILED_STARTS):
+                    raise ServerError(f"server {name} does not come up: it {why}. Its log ends:\n{server.log_tail()}")
                 say(f"server {server.name} {why} and is started again")
                 server.unusable = why
-            servers.revive()
-            waiting = [i for i, server in enumerate(servers.all) if not server.ready]
+                servers.end([server])
+                registry.withdraw(name)
+            lost = [name for name, server in zip(names, servers.all, strict=True) if server.unusable]
+            if lost and registry.begin_starts(lost):
+                servers.revive()
             servers.poll()
-            for index in waiting:
-                if (server := servers.all[index]).ready:
-                    failed_starts[names[index]] = 0
+            for name, server in zip(names, servers.all, strict=True):
+                if not server.ready or server in announced:
+                    continue
+                registry.announce(name, server.url, server.log_path)
+                announced.add(server)
+                failed_starts[name] = 0
+                if name in came_up:
                     say(f"server {server.name} is back")
-                    if registry:
-                        registry.announce(names[index], server.url, server.log_path)
+                    continue
+                came_up.add(name)
+                if len(came_up) == len(names):
+                    if begins_random(cfg, model_dir):
+                        say("the servers hold random weights until a trainer pushes its own")
+                    urls = [one.url for one in servers.all]
+                    key_file = cfg.key_file or run_dir / KEY_FILE
+                    say(f"rollout.urls: {urls}\nrollout.key_file: {key_file}\nCtrl-C ends them")
             time.sleep(_LOOK_INTERVAL_S)
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from megatron_t1.fields import FieldError
 from megatron_t1.servers.config import RolloutConfig, Transport
-from megatron_t1.servers.launch import end_group, gpu_numbers
+from megatron_t1.servers.launch import gpu_numbers
 from megatron_t1.servers.server import ASLEEP, Server, ServerError
 from megatron_t1.servers.sources import LocalServers, all_on_this_host, source_of
 from megatron_t1.warn import warn
@@ -71,8 +71,8 @@ class Servers:
         return self
 
     def revive(self) -> list[Server]:
-        """Starts the dead and unusable servers of this host anew, on the weights of `model_dir`, and looks at others
-        again; returns these servers at once, not ready.
+        """Starts the dead and unusable servers of this host anew, on the weights of `model_dir`, has `t1 serve` do so
+        with its own, and looks at others again; returns these servers, not ready.
 
         None is asked for samples before a push has brought it to the current version.
         """
@@ -82,10 +82,12 @@ class Servers:
             left_behind = server.ready and self.required_version not in (None, server.version)
             if left_behind and not server.exited() and not server.healthy():
                 server.unusable = "it does not answer /health"
-        for index, server in enumerate(self.all):
-            if server.exited() or server.unusable:
-                self.all[index] = self._source.again(index, server)
-                revived.append(self.all[index])
+        lost = [server for server in self.all if server.exited() or server.unusable]
+        self._source.end(lost)
+        for server in lost:
+            index = self.all.index(server)
+            self.all[index] = self._source.again(index, server)
+            revived.append(self.all[index])
         return revived
 
     def poll(self) -> None:
@@ -104,6 +106,8 @@ class Servers:
                     refused = error
         if refused:
             raise refused
+        if len(self.alive()) >= len(self.all):
+            self._source.settled()
 
     def alive(self) -> list[Server]:
         """Servers that answered and have not been lost since, whatever weights they hold."""
@@ -137,6 +141,8 @@ class Servers:
                 deadline = min(deadline, began + took + max(took, _MIN_PATIENCE_S))
             if len(self.alive()) >= wanted:
                 break
+            if not self.alive():
+                self._source.servers_turn()  # nobody would come in the trainer's
             for index, server in enumerate(self.all):
                 if server.was_killed() and killed[index] < _MAX_KILLED_STARTS:
                     killed[index] += 1
@@ -156,8 +162,6 @@ class Servers:
                 missing = ", ".join(s.name for s in self.all if not s.ready) or f"{wanted - len(self.alive())} servers"
                 print(f"waiting for vLLM: {missing} ({now - began:.0f} s)", file=sys.stderr, flush=True)
             time.sleep(0.1)
-        if len(self.alive()) >= len(self.all):
-            self._source.settled()
         return self
 
     def usable(self) -> list[Server]:
@@ -169,10 +173,10 @@ class Servers:
         return [server for server in alive if server.version == required]
 
     def sleep(self) -> None:
-        """Has all that are alive give their GPU memory back, weights included, also those that `t1 serve` has started
-        again or is just starting: they would take the trainer's. Which fails is lost: the room is needed."""
+        """Has them give their GPU memory back, weights included, also those that `t1 serve` is just starting; none is
+        started until they get keys and values again. Which fails or can't be asked is ended: the room is needed."""
         # The other ranks wait for four times the second.
-        self._source.await_restarts(min(self.cfg.startup_timeout_s, 2 * self.cfg.sync_timeout_s))
+        self._source.trainers_turn(min(self.cfg.startup_timeout_s, 2 * self.cfg.sync_timeout_s))
         try:
             self.poll()
         except ServerError as error:
@@ -184,10 +188,16 @@ class Servers:
     def wake(self, tag: Literal["weights", "kv_cache"]) -> None:
         """Has them take memory again: for weights before a push, then for keys and values. One that is awake stays as
         it is."""
+        if tag == "kv_cache":
+            self._source.servers_turn()
         self._post(f"/wake_up?tags={tag}")
 
+    def end(self, lost: list[Server]) -> None:
+        """Ends them, where they were started here or by `t1 serve`, without waiting for what they are at."""
+        self._source.end(lost)
+
     def _post(self, path: str) -> None:
-        """To all that are alive, at once."""
+        """To all that are alive, at once; then ends those that are not."""
 
         def post(server: Server) -> None:
             try:
@@ -195,11 +205,11 @@ class Servers:
             except ServerError as error:
                 warn(f"server {server.name} is given up: {error}")
                 server.unusable = str(error)
-                if server.process is not None:
-                    end_group(server.process)
 
         with ThreadPoolExecutor(len(self.all) or 1) as pool:
             list(pool.map(post, self.alive()))
+        alive = self.alive()
+        self.end([server for server in self.all if server not in alive and not server.exited()])
 
     def describe_failures(self) -> str:
         """One paragraph for every server that is not usable, with the end of its log."""

@@ -11,14 +11,20 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.keys import KEY_FILE, REMOTE_KEY_ENV, new_key, read_key, shared_key
 from megatron_t1.servers.launch import end_group, launch, public_address, reserve_port, signal_group
-from megatron_t1.servers.registry import Entry, Registry
+from megatron_t1.servers.registry import Entry, Orders, Registry
 from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.stop import STOP
+from megatron_t1.warn import warn
+
+_LOOK_INTERVAL_S = 0.2
 
 
 class Source:
@@ -42,8 +48,14 @@ class Source:
     def settled(self) -> None:
         """All servers listen."""
 
-    def await_restarts(self, timeout_s: float) -> None:
-        """Waits until the restarts that somebody else has begun are over, well or not."""
+    def end(self, lost: list[Server]) -> None:
+        """Ends servers that can't be used any more, where somebody can; the room that they take is free then."""
+
+    def trainers_turn(self, patience_s: float) -> None:
+        """From now on nobody starts a server; returns when no start is under way."""
+
+    def servers_turn(self) -> None:
+        """Servers may start."""
 
     def close(self, servers: list[Server]) -> None:
         """Ends the processes that were started here."""
@@ -77,8 +89,7 @@ class LocalServers(Source):
         return servers
 
     def again(self, index: int, lost: Server) -> Server:
-        assert lost.process is not None
-        end_group(lost.process)
+        self.end([lost])
         port = int(lost.url.rsplit(":", 1)[1])
         with contextlib.suppress(OSError):
             reserve_port(self._host, port).close()
@@ -89,6 +100,11 @@ class LocalServers(Source):
         for holder in self._reserved:
             holder.close()
         self._reserved.clear()
+
+    def end(self, lost: list[Server]) -> None:
+        for server in lost:
+            assert server.process is not None
+            end_group(server.process)
 
     def close(self, servers: list[Server]) -> None:
         """Ends every process, orderly first, then by force."""
@@ -151,15 +167,20 @@ class AnnouncedServers(Source):
         self._registry = Registry(cfg.registry_folder(run_dir))
         self._key_path = Path(cfg.key_file) if cfg.key_file else run_dir / KEY_FILE
         self._known: dict[str, Entry] = {}
-        self._in_vain: set[str] = set()
-        """Restarts that were waited for and did not end: somebody who was killed left their files."""
+        self._orders = Orders()
+        # What `t1 serve` takes to see an order while others of its servers hang. The other ranks wait meanwhile.
+        self._patience_s = min(2 * cfg.health_timeout_s, cfg.sync_timeout_s / 2)
         self.awaited = cfg.await_servers
+
+    def open(self) -> list[Server]:
+        self._registry.order(self._orders)  # the turn of a trainer that was killed is over
+        return []
 
     def look(self, servers: list[Server]) -> list[Server]:
         fresh = []
         for name, entry in self._registry.entries().items():
             before = self._known.get(name)
-            if entry == before:
+            if not entry.url or entry == before:
                 continue
             server = Server(url=entry.url, key=read_key(self._key_path), log_path=Path(entry.log))
             replaced = next((i for i, old in enumerate(servers) if before and old.url == before.url), None)
@@ -171,14 +192,46 @@ class AnnouncedServers(Source):
             fresh.append(server)
         return fresh
 
-    def await_restarts(self, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        under_way = self._registry.restarts() - self._in_vain
-        while under_way & self._registry.restarts():
+    def end(self, lost: list[Server]) -> None:
+        urls = {server.url for server in lost}
+        self._give_up({entry.start for entry in self._known.values() if entry.url in urls})
+
+    def trainers_turn(self, patience_s: float) -> None:
+        """Starts that take longer, or are under way when the run is asked to stop, are given up."""
+        self._order(trainers_turn=True)
+        deadline = time.monotonic() + patience_s
+        while (starts := self._starts_under_way()) and time.monotonic() < deadline and not STOP.asked:
+            time.sleep(_LOOK_INTERVAL_S)
+        self._give_up(starts)
+
+    def servers_turn(self) -> None:
+        self._order(trainers_turn=False)
+
+    def close(self, servers: list[Server]) -> None:
+        self._registry.order(None)
+
+    def _starts_under_way(self) -> set[str]:
+        """But those that were given up: nobody is left who would end them, and their files."""
+        under_way = {entry.start for entry in self._registry.entries().values() if not entry.url}
+        return under_way - {*self._orders.given_up}
+
+    def _give_up(self, starts: set[str]) -> None:
+        """Has them ended by their `t1 serve`, and waits for it; in vain only once."""
+        if not (asked := starts - {*self._orders.given_up}):
+            return
+        self._order(given_up=(*self._orders.given_up, *asked))
+        deadline = time.monotonic() + self._patience_s
+        while left := [name for name, entry in self._registry.entries().items() if entry.start in asked]:
             if time.monotonic() > deadline:
-                self._in_vain |= under_way
+                warn(f"servers {', '.join(left)} were not ended by their `t1 serve` within {self._patience_s:g} s")
                 return
-            time.sleep(0.2)
+            time.sleep(_LOOK_INTERVAL_S)
+
+    def _order(self, **changed: Any) -> None:
+        orders = replace(self._orders, **changed)
+        if orders != self._orders:
+            self._registry.order(orders)
+        self._orders = orders
 
 
 def source_of(cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str) -> Source:

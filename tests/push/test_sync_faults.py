@@ -192,11 +192,15 @@ def test_a_server_announced_in_the_middle_is_brought_up_before_it_is_asked(
     with WeightSync(folder_pieces(other), cfg, joined) as sync:
         with pytest.raises(NoServerError, match="no server is alive"):
             sync.push(401)
+        held: list[int] = []
+        assert sync.bring_up(lambda: held.append(0)) == [], "the trainer's weights may be away: they are not asked for"
         registry.announce("late", server.all[0].url, server.all[0].log_path)
         joined.poll()
         assert [one.url for one in joined.alive()] == [server.all[0].url]
         assert joined.usable() == []
-        assert sync.bring_up() == [server.all[0].name]
+        assert sync.bring_up(lambda: held.append(joined.all[0].version)) == [server.all[0].name]
+        assert len(held) == 1
+        assert held[0] != 401, "nothing is pushed before"
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).eval()
     with RolloutClient(joined, NoText(), vocab_size=320) as client:
         ((sample,),) = client.complete_tokens(PROMPTS[:1], dataclasses.replace(SAMPLING, num_samples=1), seed=0)

@@ -56,33 +56,30 @@ def test_a_server_that_came_back_elsewhere_replaces_itself(tmp_path: Path) -> No
         assert servers.revive() == []
 
 
-def test_one_that_is_just_started_again_falls_asleep_with_the_others(tmp_path: Path) -> None:
-    """It would take the memory of the GPU's other user; a start that fails is not waited for a second time."""
+def test_one_that_is_just_being_started_falls_asleep_with_the_others(tmp_path: Path, monkeypatch) -> None:
+    """It would take the memory of the GPU's other user, who did not wait for all; and then none is started."""
+    monkeypatch.setattr("megatron_t1.servers.servers._MIN_PATIENCE_S", 0.2)
     registry = Registry(tmp_path / "servers")
-    with serving(good_reply) as first, serving(good_reply) as second, awaiting(tmp_path, 2) as servers:
-        for name, url in (("a_0", first), ("b_0", second)):
-            registry.announce(name, url, tmp_path / "a.log")
-        servers.start().wait_ready()
-        for name in ("a_0", "b_0"):
-            registry.withdraw_to_restart(name)
-        turns = [
-            threading.Timer(0.3, registry.announce, ("a_0", first, tmp_path / "a.log")),
-            threading.Timer(0.5, registry.withdraw_to_restart, ("b_0",)),
-        ]
-        before = servers.all[0]
-        for turn in turns:
-            turn.start()
+    options = {"share_gpus": True, "sleep": True, "health_timeout_s": 0.1}
+    with serving(good_reply) as first, serving(good_reply) as second, awaiting(tmp_path, 2, **options) as servers:
+        servers.start()
+        registry.announce("a_0", first, tmp_path / "a.log")
+        assert registry.begin_starts(["b_0"])
+        assert len(servers.wait_ready().all) == 1
+        threading.Timer(0.5, registry.announce, ("b_0", second, tmp_path / "b.log")).start()
         servers.sleep()
-        assert servers.all[0] is not before
-        assert "/sleep" in servers.all[0].unusable, "it was asked, which this stand-in does not understand"
-        assert len(registry.restarts()) == 1
-        registry.withdraw("b_0")
-        assert registry.restarts() == set()
+        for server in servers.all:
+            assert "/sleep" in server.unusable, "it was asked, which this stand-in does not understand"
+        assert registry.given_up() == {"a_0", "b_0"}
+        assert not registry.begin_starts(["c_0"])
+        assert len(registry.entries()) == 2
+        servers.wake("kv_cache")
+        assert registry.begin_starts(["c_0"])
 
 
 def test_a_server_that_a_push_left_behind_and_that_is_gone_is_awaited_anew(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "servers")
-    with awaiting(tmp_path, 1, startup_timeout_s=5) as servers:
+    with awaiting(tmp_path, 1, startup_timeout_s=5, health_timeout_s=0.1) as servers:
         with serving(good_reply) as url:
             registry.announce("a_0", url, tmp_path / "a.log")
             servers.start().wait_ready()
@@ -142,6 +139,9 @@ def test_a_file_that_announces_nothing_is_named(tmp_path: Path) -> None:
     assert list(Registry(tmp_path / "other").entries()) == ["a_0"]
     with pytest.raises(ServerError, match=r"x.json does not announce a server"):
         Registry(tmp_path).entries()
+    (tmp_path / "orders").write_text('{"trainers_turn": 1}')
+    with pytest.raises(ServerError, match=r"orders is not the trainer's .*trainers_turn"):
+        Registry(tmp_path).orders()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.files import read_jsonl
 from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.keys import read_key
-from megatron_t1.servers.registry import Entry, Registry
+from megatron_t1.servers.registry import Entry, Orders, Registry
 from megatron_t1.servers.server import ServerError
 from megatron_t1.types import Sample
 from tests.fuzz.reader import (
@@ -53,6 +53,7 @@ def state_readers(tmp: Path) -> list[Reader]:
         "settings": {"step": 3}, "label": "rl", "set": "x", "num_samples": 4, "pass_at_1": 0.5, "interval": [0.4, 0.6],
     }  # fmt: skip
     entry = {"url": "http://host:8000", "start": "ab", "log": "/logs/x"}
+    orders = {"trainers_turn": True, "given_up": ["ab", "cd"]}
     key = b"abcdefghijklmnopqrstuvwxyz_-012345"
     owner = {
         "host": "h",
@@ -93,8 +94,11 @@ def state_readers(tmp: Path) -> list[Reader]:
 
     def check_entries(found: dict[str, Entry]) -> None:
         for entry in found.values():
-            must(type(entry) is Entry and entry.url.startswith("http://"), entry)
+            must(type(entry) is Entry and (not entry.url or entry.url.startswith("http://")), entry)
             is_text(entry.url), is_text(entry.log), is_text(entry.start)
+
+    def check_orders(found: Orders) -> None:
+        must(type(found.trainers_turn) is bool and all(type(start) is str for start in found.given_up), found)
 
     def check_key(found: str) -> None:
         assert re.fullmatch(r"[!-~]+", found), found
@@ -160,6 +164,8 @@ def state_readers(tmp: Path) -> list[Reader]:
                says=r"step_00000001\.jsonl(:\d+: | holds damaged samples)"),
         reader("registry", json_damage(entry), tmp / "registry" / "s.json",
                lambda path: Registry(path.parent).entries(), check_entries, dumped(entry), errors=(ServerError,)),
+        reader("orders", json_damage(orders), tmp / "registry" / "orders",
+               lambda path: Registry(path.parent).orders(), check_orders, dumped(orders), errors=(ServerError,)),
         reader("key", bytes_damage(key), tmp / "server_key", read_key, check_key, key, errors=(ServerError,)),
         reader("lock", json_damage(owner), tmp / "lock.json", read_lock, check_lock, dumped(owner)),
     ]  # fmt: skip
