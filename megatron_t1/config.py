@@ -48,13 +48,15 @@ class RLConfig:
     max_logprob_diff: float | None = None
     """Largest mean |trainer - servers| of logprobs; beyond it the run ends: when the servers got their first weights,
     or in a step, which is dropped. Rounding makes 3e-7 in float32 and 0.01 to 0.05 in bfloat16, more with FP8. null:
-    0.01 where trainer and servers are set to float32 and sampling cuts nothing off, else 0.2; 1 in the steps of a run
-    with rl.lag, whose samples are not of the policy that trains. 0: no bound."""
+    0.01 where trainer and servers are set to float32, else 0.2; in the steps of a run with rl.lag, whose samples are
+    not of the policy that trains, 1; in those with sampling.top_p or min_p, which part the two by what they cut, none.
+    0: no bound."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     measure_every: int = 0
     """Steps between measurements by the servers that are there: accuracy on evaluate.sets, or else data.heldout, and
-    the KL to the starting policy, which is read from model.hf_path again each time. 0: none."""
+    the KL to the starting policy, which is read from model.hf_path again each time (with rl.lag biased: the samples are
+    of older weights). 0: none."""
     snapshot_every: int = 0
     """Steps between copies of the policy in Hugging Face format (2 bytes a parameter in bfloat16, where a checkpoint
     has 18) in run_dir/rl/snapshots: for scaling curves along the training. 0: none."""
@@ -206,6 +208,7 @@ class Config:
             if measured and (others := sorted(getattr(self.evaluate, name).keys() - measured - usual.keys())):
                 known = ", ".join(sorted(measured))
                 raise FieldError(f"evaluate.{name}", others, f"must be of evaluate.sets or data.heldout: {known}")
+        self.evaluate.check_samplings(measured if not self.evaluate.sets else (), "evaluate.")
         if self.takes_turns and not self.rollout.share_gpus:
             raise FieldError(
                 "parallel.offload", self.parallel.offload, "needs rollout.share_gpus: nobody else would use the memory"

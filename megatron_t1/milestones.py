@@ -72,6 +72,7 @@ class Milestones:
         """KL(policy || starting policy) in nats a sample, from the first sample of every prompt; {} when none is due.
 
         On policy those are its own samples, so that the mean of their log-ratios is unbiased (top_p and min_p aside).
+        With rl.lag they are of weights some steps older: the mean is biased.
         """
         if not self.due(step):
             return {}

@@ -53,15 +53,16 @@ class MismatchError(RuntimeError):
     """What the servers sample is not the policy that the trainer computes."""
 
 
-def max_logprob_diff(cfg: Config, lag: int = 0) -> float:
-    """Bound of the mean |trainer - servers| of logprobs, for samples of `lag` steps before; inf: none. `RLConfig` has
-    the figures behind it."""
+def max_logprob_diff(cfg: Config, *, of_step: bool = False) -> float:
+    """Bound of the mean |trainer - servers| of logprobs, when a server is asked for the check, or in the samples of a
+    step; inf: none. `RLConfig` has the figures behind it."""
     if cfg.rl.max_logprob_diff is not None:
         return cfg.rl.max_logprob_diff or math.inf
-    if lag:
+    if of_step and (cfg.sampling.top_p < 1 or cfg.sampling.min_p > 0):
+        return math.inf  # the servers' logprobs are of what is left, and more by -log of its mass
+    if of_step and cfg.rl.lag:
         return 1.0
-    whole = cfg.sampling.top_p == 1 and cfg.sampling.min_p == 0  # else the servers' logprobs are of what is left
-    return 0.01 if whole and cfg.model.dtype == cfg.rollout.dtype == "float32" else 0.2
+    return 0.01 if cfg.model.dtype == cfg.rollout.dtype == "float32" else 0.2
 
 
 def _hold(logprob_diff: float, bound: float, where: str) -> None:
@@ -189,7 +190,7 @@ class Trainer:
         metrics = self.learner.learn(batch.groups)
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
         try:
-            bound = max_logprob_diff(self.cfg, self.cfg.rl.lag)
+            bound = max_logprob_diff(self.cfg, of_step=True)
             _hold(metrics["logprob_diff"], bound, f"step {self.steps_done}, which is dropped")
         except MismatchError:
             if self.queue:

@@ -179,21 +179,25 @@ def test_servers_that_compute_another_function_end_the_run_before_a_step(
 
 
 def test_the_bound_is_of_the_precision_that_is_set():
-    def bound(dtype="float32", servers="float32", asked=None, **sampling):
+    def bound(dtype="float32", servers="float32", asked=None, lag=0, of_step=False, **sampling):
         return max_logprob_diff(
             Config(
                 model=ModelConfig(dtype=dtype),
                 rollout=RolloutConfig(dtype=servers),
                 sampling=SamplingConfig(**sampling),
-                rl=RLConfig(max_logprob_diff=asked),
-            )
+                rl=RLConfig(max_logprob_diff=asked, lag=lag),
+            ),
+            of_step=of_step,
         )
 
     assert bound() == 0.01
-    assert bound("bfloat16", "bfloat16") == bound(servers="auto") == bound(min_p=0.05) == 0.2
+    assert bound("bfloat16", "bfloat16") == bound(servers="auto") == 0.2
     assert bound(asked=0.5) == 0.5
     assert bound(asked=0) == float("inf")
-    assert max_logprob_diff(Config(), lag=1) == 1
+    assert (bound(lag=1), bound(lag=1, of_step=True)) == (0.01, 1)
+    for cut in ({"min_p": 0.05}, {"top_p": 0.99}):  # the check is asked without them
+        assert (bound(**cut), bound(**cut, of_step=True)) == (0.01, float("inf"))
+        assert bound(**cut, asked=0.3, of_step=True) == 0.3
 
 
 MEASURED = {

@@ -69,6 +69,9 @@ class LossConfig:
         for name, choices in literals.items():
             if getattr(self, name) not in get_args(choices):
                 raise FieldError(name, getattr(self, name), f"must be one of {', '.join(get_args(choices))}")
+        for name, usual in (("kl_estimator", "centered"), ("kl_baseline", "prompt")):
+            if self.kl_coef == 0 and getattr(self, name) != usual:
+                raise FieldError(name, getattr(self, name), "is not read with loss.kl_coef = 0; leave it out")
         if self.kl_baseline != "prompt" and self.kl_estimator != "centered":
             raise FieldError("kl_baseline", self.kl_baseline, "needs loss.kl_estimator = centered; leave it out")
         clips = self.importance in ("ppo", "gspo")

@@ -90,9 +90,10 @@ def _collect(cls: type, arguments: Sequence[str], problems: list[str]) -> dict[s
         except ValueError as error:
             problems.append(f"{name} = {text!r} is not YAML: {error}")
             continue
-        for part in reversed(name.split(".")):
+        parts = name.split(".")
+        for part in reversed(parts):
             value = {part: value}
-        _merge(settings, value, cls)
+        _merge(settings, value, cls, len(parts))
     return settings
 
 
@@ -116,12 +117,17 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _merge(into: dict[str, Any], new: dict[str, Any], cls: Any) -> None:
-    """Sections are merged; a dict that is a setting's value replaces the one before."""
-    hints = get_type_hints(cls)
+def _merge(into: dict[str, Any], new: dict[str, Any], cls: Any, depth: int = 0) -> None:
+    """Sections are merged; a dict that is a setting's value replaces the one before.
+
+    Args:
+        depth: how many names an option gives one after the other: what lies between them is merged, whatever it is.
+    """
     for name, value in new.items():
-        if isinstance(value, dict) and isinstance(into.get(name), dict) and is_dataclass(hints.get(name)):
-            _merge(into[name], value, hints[name])
+        hint = _hint_of(cls, str(name))
+        inside = depth > 1 or is_dataclass(hint)
+        if isinstance(value, dict) and isinstance(into.get(name), dict) and inside:
+            _merge(into[name], value, hint, depth - 1)
         else:
             into[name] = value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -53,13 +54,17 @@ class EvaluateConfig:
     """Grade the responses of this JSON lines file ({"id", "response"}) instead of asking a model."""
 
     def __post_init__(self) -> None:
-        for name in sorted({*map(set_name, self.sets), *self.sampling_by_set}):
+        self.check_samplings({*map(set_name, self.sets), *self.sampling_by_set})
+
+    def check_samplings(self, sets: Iterable[str], section: str = "") -> None:
+        """Refuse what would leave one of these sets with a sampling that can't be."""
+        for name in sorted(sets):
             try:
                 self.sampling_of(name)
             except FieldError as error:
                 given = {name: self.given_for(name) for name in self.sampling_by_set}
                 rule = f"leaves {name} with {error}; give {{{name}: {{temperature: 0.6, top_p: 0.95}}}}, say"
-                raise FieldError("sampling_by_set", given, rule) from None
+                raise FieldError(f"{section}sampling_by_set", given, rule) from None
 
     def sampling_of(self, name: str) -> SamplingConfig:
         """The sampling of one set."""

@@ -5,6 +5,7 @@ run_dir/evaluate/<label>/<set>/{summary.json,responses.jsonl}
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -54,9 +55,10 @@ class _Response(TypedDict):
 
 
 def read_summaries(run_dir: Path) -> list[dict[str, Any]]:
-    """Summaries of all finished evaluations: those of earlier training steps first, then by label and set."""
+    """Summaries of all finished evaluations: those of earlier training steps first and those of unknown ones last, then
+    by label and set."""
     found = [read_json(path, _Summary) for path in run_dir.glob("evaluate/*/*/summary.json")]
-    return sorted(found, key=lambda s: (s["settings"].get("step", 0), s["label"], s["set"]))
+    return sorted(found, key=lambda s: (s["settings"].get("step", math.inf), s["label"], s["set"]))
 
 
 def table(summaries: list[dict[str, Any]]) -> str:

@@ -122,10 +122,13 @@ def _evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _comparisons(evals: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Of every set, the first evaluation against the last, paired by question."""
+    """Of every set, the first evaluation against the last, paired by question: of those along the training, where there
+    are two."""
     found = []
     for name in dict.fromkeys(summary["set"] for summary in evals.values()):
-        labels = [summary["label"] for summary in evals.values() if summary["set"] == name]
+        of_set = [summary for summary in evals.values() if summary["set"] == name]
+        along = [summary for summary in of_set if "step" in summary["settings"]]
+        labels = [summary["label"] for summary in (along if len(along) > 1 else of_set)]
         if len(labels) < 2:
             continue
         with contextlib.suppress(ValueError):  # they share no questions

@@ -61,7 +61,8 @@ class PenaltyConfig:
     """Language: more than this always count, however long the response."""
     max_nll: float = 3.5
     """Perplexity: mean -logprob of a response's tokens (nats, under the policy that sampled them, at its temperature)
-    from which on it is soup. See benchmarks/penalties.md for what honest texts have."""
+    from which on it is soup. See benchmarks/penalties.md for what honest texts have. With sampling.top_p or min_p the
+    logprobs are of what those leave, and higher: the same bounds let more pass."""
     nll_window: int = 64
     """Perplexity: tokens of the window whose mean -logprob counts too."""
     max_nll_window: float = 5.0

@@ -121,6 +121,8 @@ def test_full_kl_needs_the_heads_kl():
         ({"kl_estimator": "k4"}, "kl_estimator"),
         ({"kl_baseline": "group"}, "kl_baseline"),
         ({"kl_baseline": "none", "kl_estimator": "k3"}, "kl_baseline"),
+        ({"kl_baseline": "batch", "kl_coef": 0}, "kl_baseline = 'batch' is not read with loss.kl_coef = 0"),
+        ({"kl_estimator": "full", "kl_coef": 0}, "kl_estimator = 'full' is not read with loss.kl_coef = 0"),
     ],
 )
 def test_config_errors_name_the_field(given, name):

