@@ -42,20 +42,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [make_tiny_qwen3_moe(tmp_path_factory.mktemp(f"moe{seed}"), seed=seed) for seed in (1, 2)]
 
 
+CONFIG = RolloutConfig(
+    device="cpu",
+    num_servers=2,
+    dtype="float32",
+    max_model_len=512,
+    samples_per_request=2,
+    sync_timeout_s=30,
+    health_timeout_s=3,
+    connect_retries=2,
+    vllm_args={"logprobs-mode": "raw_logprobs"},
+)
+
+
 @pytest.fixture(scope="module")
 def pair(fork_servers, folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    cfg = RolloutConfig(
-        device="cpu",
-        num_servers=2,
-        dtype="float32",
-        max_model_len=512,
-        samples_per_request=2,
-        sync_timeout_s=30,
-        health_timeout_s=3,
-        connect_retries=2,
-        vllm_args={"logprobs-mode": "raw_logprobs"},
-    )
-    with fork_servers(cfg, folders[0], tmp_path_factory.mktemp("pair")) as servers:
+    with fork_servers(CONFIG, folders[0], tmp_path_factory.mktemp("pair")) as servers:
         yield servers
 
 
@@ -179,6 +181,31 @@ def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutC
                 running.result()
         with pytest.raises(NoServerError, match=r"push of version 7(?s:.*)whole log: "):
             sync.push(7)
+
+
+_PHASES = {
+    "collective": ("init", "pause", "start", "workers", "meet", "stream", "finish", "cache", "check", "resume"),
+    "shm": (own := ("init", "start", "receive", "pause", "load", "finish", "cache", "check", "resume")),
+    "tcp": own,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("transport", "phase"), [(name, phase) for name in _PHASES for phase in _PHASES[name]])
+def test_a_server_killed_in_any_phase_is_left_out(
+    transport: str, phase: str, fork_servers, folders: list[Path], tmp_path: Path
+) -> None:
+    cfg = dataclasses.replace(CONFIG, transport=transport)
+    with fork_servers(cfg, folders[0], tmp_path) as servers:
+        first, second = servers.all
+        with WeightSync(folder_pieces(folders[1]), cfg, servers) as sync:
+            with before(phase, sync, lambda: group_signal(second, signal.SIGKILL)):
+                report = sync.push(1)
+            assert list(report.failed) == [second.name]
+            assert f"phase {phase}" in report.failed[second.name]
+            assert sync.push(2).failed == {}
+        with RolloutClient(servers, NoText(), vocab_size=320) as client:
+            assert_serve(client, folders[1], 2, [first])
 
 
 def test_a_server_announced_in_the_middle_is_brought_up_before_it_is_asked(
