@@ -28,6 +28,7 @@ from scipy import stats
 
 from megatron_t1.cli.options import read
 from megatron_t1.config import Config
+from megatron_t1.trackers import flat
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "examples/ablations"
@@ -154,19 +155,13 @@ def differences(*options: dict[str, Any]) -> list[str]:
     if not file.exists():
         return []
     was, new = (dict(flat(asdict(each))) for each in (read(Config, ["--config", str(file)]), asked))
+    for each in (was, new):
+        each["data.sft"] = each["data.sft"] and Path(each["data.sft"]).name
     return [
         f"  {asked.run_dir}: {name} was {was.get(name)}, and is {new.get(name)}"
         for name in sorted((was.keys() | new.keys()) - OWN - GROWS)
         if was.get(name) != new.get(name)
     ]
-
-
-def flat(settings: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{path}{name}.")
-        else:
-            yield path + name, Path(value).name if path + name == "data.sft" and value else value
 
 
 @contextmanager

@@ -241,10 +241,9 @@ def run_all(cfg: Config) -> None:
         template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         train = load_prompts(cfg.data.need("train"), template, cfg.data)
         questions = load_questions(cfg.data.need("heldout"), cfg.data.system_prompt)
-        heldout = [question.prompt(template) for question in questions]
-        refuse_shared((prompt.text for prompt in train), (prompt.text for prompt in heldout))
+        refuse_shared((prompt.text for prompt in train), (question.text for question in questions))
         rl.check(cfg, train)
-        measured = {cfg.data.need("heldout").stem: _longest(heldout)}
+        measured = _longest_of({cfg.data.need("heldout").stem: questions}, template)
         _check_context(cfg, context_needs(cfg, "run", template, train=_longest(train), measured=measured))
         rank0 = stack.enter_context(_rank0_of_training(cfg, template))
         watch.add("start", time.perf_counter() - began)

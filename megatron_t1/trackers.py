@@ -111,7 +111,7 @@ class MLflow:
             self._client.update_run(self._run, status="RUNNING")
         else:
             self._run = self._client.create_run(number, tags={"t1_id": identity}, run_name=name).info.run_id
-            params = [Param(key, str(value)[:500]) for key, value in _flat(config)]
+            params = [Param(key, str(value)[:500]) for key, value in flat(config)]
             for start in range(0, len(params), 100):  # as many as a call may have
                 self._client.log_batch(self._run, params=params[start : start + 100])
 
@@ -227,9 +227,10 @@ def _cells(rows: Rows) -> tuple[list[str], list[list[Any]]]:
     return names, [[cell(row[name]) for name in names] for row in rows]
 
 
-def _flat(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values."""
     for name, value in config.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{path}{name}.")
+            yield from flat(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value

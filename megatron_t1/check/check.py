@@ -141,7 +141,7 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, foun
         check_world(parallel, world)
     except ValueError as error:
         found.problems.append(str(error))
-    on_node = world // machines.trainer_nodes(command)
+    on_node = machines.ranks_on_node(command)
     found.should(
         parallel.tensor <= on_node,
         f"parallel.tensor = {parallel.tensor} reaches over nodes of {on_node} trainer processes: slow; lower it and "
@@ -253,20 +253,17 @@ def _data(
 
 def _examples(cfg: Config, path: Path, template: Template, longest: dict[str, int], found: Findings) -> None:
     """Only the first are read: tokenising all of them takes minutes."""
-    try:
-        with path.open(encoding=ENCODING) as file:
-            head = list(itertools.islice((line for line in file if line.strip()), _LINES_READ))
-            count = len(head) + sum(1 for line in file if line.strip())
-        with tempfile.TemporaryDirectory() as folder:
-            beginning = Path(folder) / path.name
+    with tempfile.TemporaryDirectory() as folder:
+        beginning = Path(folder) / path.name
+        try:
+            with path.open(encoding=ENCODING) as file:
+                head = list(itertools.islice((line for line in file if line.strip()), _LINES_READ))
+                count = len(head) + sum(1 for line in file if line.strip())
             beginning.write_text("".join(head), encoding="utf-8")
-            try:
-                longest["sft"] = max(sequence.num_tokens for sequence in load_sft(beginning, template, cfg.data))
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(beginning), str(path))) from error
-    except (ValueError, OSError) as error:
-        found.problems.append(f"data.sft: {error}")
-        return
+            longest["sft"] = max(sequence.num_tokens for sequence in load_sft(beginning, template, cfg.data))
+        except (ValueError, OSError) as error:
+            found.problems.append(f"data.sft: {str(error).replace(str(beginning), str(path))}")
+            return
     found.facts.append(f"data.sft: {count} lines; the longest of the first {len(head)}: {longest['sft']} tokens")
     least = cfg.sft.batch_size
     found.must(count >= least, f"sft.batch_size = {least} is larger than the {count} lines of {path}")

@@ -61,6 +61,9 @@ class Machines:
     def trainer_nodes(self, command: str) -> int:
         return self.nodes - (self.vllm_nodes if command == "rl" else 0)
 
+    def ranks_on_node(self, command: str) -> int:
+        return self.ranks(command) // self.trainer_nodes(command)
+
     def splits_nodes(self, command: str) -> bool:
         """Whether some GPUs of every node train and the others serve."""
         return command in ("rl", "run") and self.vllm_nodes == 0 and not self.share_gpus and not self.ranks_per_node

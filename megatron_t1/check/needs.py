@@ -56,7 +56,7 @@ def needs(
         host |= _shared(cfg, spec, machines, sizes, layout, gpu, found)
     _host(host, found)
     awaits_batch = samples and cfg.awaits_batches
-    nodes = nodes_that_write(layout, max(1, machines.ranks(command) // machines.trainer_nodes(command)))
+    nodes = nodes_that_write(layout, max(1, machines.ranks_on_node(command)))
     stopping = estimate.stop_seconds(sizes, layout, seconds, checkpoint, nodes, awaits_batch=awaits_batch)
     _grace(stopping, machines, found)
     _disk(cfg, command, sizes, checkpoint, found)
@@ -105,7 +105,7 @@ def _memory(
         f"a checkpoint gathers the optimizer's state: about {gpu_bytes / 1e9:.0f} GB on a GPU of "
         f"{gpu.memory_bytes / 1e9:.0f} GB; more parallel.pipeline or parallel.tensor",
     )
-    return machines.ranks(command) // machines.trainer_nodes(command) * host_bytes
+    return machines.ranks_on_node(command) * host_bytes
 
 
 def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Findings) -> None:

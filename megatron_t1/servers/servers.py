@@ -82,10 +82,9 @@ class Servers:
             left_behind = server.ready and self.required_version not in (None, server.version)
             if left_behind and not server.exited() and not server.healthy():
                 server.unusable = "it does not answer /health"
-        lost = [server for server in self.all if server.exited() or server.unusable]
-        self._source.end(lost)
-        for server in lost:
-            index = self.all.index(server)
+        lost = {index: server for index, server in enumerate(self.all) if server.exited() or server.unusable}
+        self._source.end([*lost.values()])
+        for index, server in lost.items():
             self.all[index] = self._source.again(index, server)
             revived.append(self.all[index])
         return revived
@@ -147,6 +146,7 @@ class Servers:
                 if server.was_killed() and killed[index] < _MAX_KILLED_STARTS:
                     killed[index] += 1
                     warn(f"server {server.name} was killed and is started again")
+                    self._source.end([server])  # what is left of its group
                     self.all[index] = self._source.again(index, server)
             ended = [server for server in self.all if server.exited()]
             if ended and len(self.all) - len(ended) < wanted:

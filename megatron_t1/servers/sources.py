@@ -42,7 +42,7 @@ class Source:
         return []
 
     def again(self, index: int, lost: Server) -> Server:
-        """The successor of a lost server, not ready; of one elsewhere, another look at it."""
+        """The successor of a lost server that was ended (`end`), not ready; of one elsewhere, another look at it."""
         return Server(url=lost.url, key=lost.key, log_path=lost.log_path)
 
     def settled(self) -> None:
@@ -89,7 +89,6 @@ class LocalServers(Source):
         return servers
 
     def again(self, index: int, lost: Server) -> Server:
-        self.end([lost])
         port = int(lost.url.rsplit(":", 1)[1])
         with contextlib.suppress(OSError):
             reserve_port(self._host, port).close()
