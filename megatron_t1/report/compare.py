@@ -45,6 +45,7 @@ def write_comparison(run_dirs: list[Path]) -> Path:
         names=list(names),
         folders=[str(folder) for folder in names.values()],
         stages={stage: _overlaid(runs) for stage, runs in steps.items() if runs},
+        kl_plot=plots.reward_against_kl(steps["rl"]),
         means={stage: _means(runs) for stage, runs in steps.items() if runs},
         evaluations=_evaluations(summaries),
         pairs=list(_pairs(names, summaries)),

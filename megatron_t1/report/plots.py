@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -98,18 +98,24 @@ def learning_curves(rows: Sequence[dict[str, float]]) -> dict[str, list[Plot]]:
 
 
 @matplotlib.rc_context(_STYLE)
-def reward_against_kl(rows: Sequence[dict[str, float]]) -> Plot | None:
-    """What the reward cost in distance from the starting policy: the paper's figure; None where that is not known."""
-    known = [row for row in rows if "kl_start" in row]
-    if len(known) < 2:
+def reward_against_kl(runs: Mapping[str, Sequence[dict[str, float]]]) -> Plot | None:
+    """What the reward cost in distance from the starting policy, a line a run: the paper's figure; None where that is
+    not known."""
+    known = {label: [row for row in rows if "kl_start" in row and "reward" in row] for label, rows in runs.items()}
+    known = {label: rows for label, rows in known.items() if len(rows) > 1}
+    if not known:
         return None
     title = "Reward against KL to the starting policy"
     figure, axes = _figure(title)
-    axes.plot([row["kl_start"] for row in known], [row["reward"] for row in known], "o-", markersize=4)
-    for row in (known[0], known[-1]):
-        at = (row["kl_start"], row["reward"])
-        axes.annotate(f"step {row['step']}", at, xytext=(4, 4), textcoords="offset points")
+    for label, rows in known.items():
+        kl, reward = ([row[name] for row in rows] for name in ("kl_start", "reward"))
+        axes.plot(kl, reward, "o-", markersize=4, label=_literal(label))
+        for row in (rows[0], rows[-1]):
+            at = (row["kl_start"], row["reward"])
+            axes.annotate(f"step {row['step']}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("nats a sample")
+    if len(runs) > 1:
+        _legend(figure)
     return _plot(title, figure)
 
 
@@ -147,34 +153,48 @@ def groups(name: str, kind: str, found: dict[str, dict[str, Any]]) -> Plot:
     return _plot(title, figure)
 
 
+_INSTRUMENTS = {
+    "forced": ("mean_thinking_tokens", "o-", "answer forced from the cut"),
+    "summary": ("mean_thinking_tokens", "^:", "answer by summary"),
+    "majority": ("mean_tokens", "s--", "majority of n"),
+}
+"""How a curve of `scaling` was measured -> the tokens of a point, its style, its name."""
+
+
 @matplotlib.rc_context(_STYLE)
-def scaling(curves: dict[str, list[dict[str, Any]]], majorities: dict[str, list[dict[str, Any]]]) -> Plot:
-    """Accuracy against the tokens that were used, with 95% bands: one thinking cut at budgets, and majorities."""
+def scaling(models: dict[str, dict[str, list[dict[str, Any]]]]) -> Plot:
+    """Accuracy against the tokens that were used, with 95% bands. {model: {instrument: points}}: a colour a model, a
+    style an instrument."""
     title = "Accuracy against tokens"
-    figure, axes = _figure(title, height=3.6)
-    sets = {label: points[0]["set"] for label, points in curves.items()}
-    for place, (label, points) in enumerate(curves.items()):
+    figure, axes = _figure(title, width=8.2, height=4.4)
+    sets = {label: next(iter(curves.values()))[0]["set"] for label, curves in models.items()}
+    drawn = [name for name in _INSTRUMENTS if any(len(curves.get(name, ())) > 1 for curves in models.values())]
+    for place, (label, curves) in enumerate(models.items()):
         color = f"C{place % 10}"
         name = f"{label} · {sets[label]}" if len(set(sets.values())) > 1 else label
-        _band(axes, points, "mean_thinking_tokens", color, "o-", name)
-        if len(majorities.get(label, ())) > 1:
-            _band(axes, majorities[label], "mean_tokens", color, "s--", "")
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.plot([], [], color=color, linewidth=3, label=_literal(name))
+        for instrument, points in curves.items():
+            x, style, _ = _INSTRUMENTS[instrument]
+            if instrument != "majority" or len(points) > 1:
+                _band(axes, points, x, color, style)
+    if "majority" in drawn:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+    if len(drawn) > 1:
+        for instrument in drawn:
+            _, style, said = _INSTRUMENTS[instrument]
+            axes.plot([], [], style, markersize=4, color="gray", label=said)
     axes.set_xlabel("mean tokens used for a question")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(bottom=0)
-    if any(len(points) > 1 for points in majorities.values()):
-        axes.plot([], [], "s--", markersize=4, color="gray", label="majority of n")
     _legend(figure)
     return _plot(title, figure)
 
 
-def _band(axes: Axes, points: list[dict[str, Any]], x: str, color: str, style: str, label: str) -> None:
+def _band(axes: Axes, points: list[dict[str, Any]], x: str, color: str, style: str) -> None:
     used = [point[x] for point in points]
     low, high = zip(*(point["interval"] for point in points), strict=True)
-    accuracy = [point["accuracy"] for point in points]
-    axes.plot(used, accuracy, style, markersize=4, color=color, label=_literal(label))
+    axes.plot(used, [point["accuracy"] for point in points], style, markersize=4, color=color)
     axes.fill_between(used, low, high, color=color, alpha=0.12, linewidth=0)
 
 
@@ -216,8 +236,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else float("nan")
 
 
-def _figure(title: str, height: float = 2.6) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, height), layout="constrained")
+def _figure(title: str, *, width: float = 4.6, height: float = 2.6) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(_literal(title))
     return figure, axes

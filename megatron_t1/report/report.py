@@ -53,12 +53,9 @@ def write_report(run_dir: Path) -> Path:
     """
     evals = _evaluations(run_dir)
     responses = {name: run_dir / "evaluate" / s["label"] / s["set"] / "responses.jsonl" for name, s in evals.items()}
-    curves = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/points.json"))}
-    for path in sorted(run_dir.glob("scaling/*/summary_points.json")):
-        curves[f"{path.parent.name}, by summary"] = _read_json(path)
-    majorities = {path.parent.name: _read_json(path) for path in sorted(run_dir.glob("scaling/*/majority.json"))}
+    scaling = {path.parent.name: _scaling(path.parent) for path in sorted(run_dir.glob("scaling/*/points.json"))}
     metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl", _Step) for stage in ("sft", "rl")}
-    if not (evals or curves or any(metrics.values())):
+    if not (evals or scaling or any(metrics.values())):
         raise ValueError(
             f"{run_dir} holds no results of a run: none of sft/metrics.jsonl, rl/metrics.jsonl, "
             "evaluate/*/*/summary.json, scaling/*/points.json is there; give a run's run_dir"
@@ -77,13 +74,12 @@ def write_report(run_dir: Path) -> Path:
             for kind in s["by"]
             if len(s["by"][kind]) > 1
         ],
-        curves=curves,
-        majorities=majorities,
-        scaling_plot=plots.scaling(curves, majorities) if curves else None,
+        scaling=scaling,
+        scaling_plot=plots.scaling(scaling) if scaling else None,
         grid=grid(list(evals.values())),
         published=published(list(evals.values())),
         stages={stage: plots.learning_curves(rows) for stage, rows in metrics.items() if rows},
-        kl_plot=plots.reward_against_kl(metrics["rl"]),
+        kl_plot=plots.reward_against_kl({"": metrics["rl"]}),
         samples=samples,
         penalties=sorted({name for row in samples for name in row["reward"].get("penalties") or ()}),
         seconds=summary.get("seconds", {}),
@@ -96,6 +92,12 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_text(path, html)
     return path
+
+
+def _scaling(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Instrument -> its points (`plots.scaling`)."""
+    files = {"forced": "points.json", "summary": "summary_points.json", "majority": "majority.json"}
+    return {name: points for name, file in files.items() if (points := _read_json(folder / file))}
 
 
 def _idle(rows: list[dict[str, Any]]) -> dict[str, float]:
