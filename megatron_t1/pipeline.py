@@ -7,6 +7,7 @@ scaling and curation are one process without Megatron.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -256,6 +257,7 @@ def run_all(cfg: Config) -> None:
                 sft.check_finished(cfg, examples)
             else:
                 hf_dir = sft.train(cfg, platform, examples)
+                gc.collect()  # its engine lies in cycles, and RL needs the memory
         tuned = replace(cfg, model=replace(cfg.model, hf_path=str(hf_dir)))
         with watch("start"):
             trainer = stack.enter_context(rl.Trainer(tuned, platform, train, rank0))
@@ -269,6 +271,7 @@ def run_all(cfg: Config) -> None:
         with watch("evaluate"):
             if sampler and trainer.steps_done == 0:
                 _evaluate(cfg, sampler, questions, "sft", set_of, {**settings, "step": 0}, replace_other=True)
+            from_main(None)  # a push would not wait as long, and NCCL would keep GPUs busy that servers share
         with watch("rl"):
             final = trainer.train()
         with watch("evaluate"):
@@ -285,6 +288,7 @@ def run_all(cfg: Config) -> None:
                 curve.think(rank0, template)
                 curve.answer(rank0, template, template)
                 curve.curve()
+            from_main(None)
         with watch("stop"):
             stack.close()
         if is_main():

@@ -35,13 +35,13 @@ LANES = (
     ("collective",),
 )
 """Checks of one lane run one after the other, lanes side by side."""
-ALONE = ("step", "head", "memory", "memory_local", "share", "turns")
+ALONE = ("turns", "step", "head", "memory", "memory_local", "share")
 MODULES = {
     "machine": "machine", "families_bf16": "families", "families_local": "families", "kernels": "kernels",
     "resume": "resume", "packing": "families", "push": "commands", "push_graphs": "commands", "loop": "commands",
     "convert": "commands", "step": "step", "head": "head", "memory": "step", "memory_local": "step",
     "ranks_bf16": "ranks", "ranks_fp32": "ranks", "collective": "ranks",
-    "share": "share", "turns": "commands",
+    "share": "share", "turns": "turns",
 }  # fmt: skip
 LIMIT_S = 600
 

@@ -74,7 +74,7 @@ def _push(check: Check, vllm_args: dict[str, object], transports: tuple[str, ...
 def loop(check: Check) -> None:
     """The quickstart as docs/cluster.md has it for one GPU, cut short, and resumed for one more step."""
     sft_steps, rl_steps = (20, 2) if check.smoke else (200, 6)
-    base, options = _quickstart(check)
+    base, options = quickstart(check)
     options += ["--sft.max_steps", sft_steps, "--sft.optim.warmup_steps", 10]
     options += ["--rl.steps", rl_steps, "--rl.checkpoint.every_steps", rl_steps // 2]
     rc, _ = t1("run", *options, timeout_s=1500 if check.smoke else 300)
@@ -97,33 +97,7 @@ def loop(check: Check) -> None:
         check.report("resume", rc == 0 and steps == list(range(1, rl_steps + 2)), exit_code=rc, steps=steps)
 
 
-def turns(check: Check) -> None:
-    """RL of the quickstart's model by turns: the server sleeps while the trainer trains."""
-    steps = 2 if check.smoke else 6
-    base, options = _quickstart(check)
-    options += ["--rollout.sleep", "true", "--parallel.offload", "all", "--rl.steps", steps]
-    options += ["--rl.checkpoint.every_steps", steps]
-    with _memory_used() as used:
-        rc, _ = t1("rl", *options, timeout_s=1500 if check.smoke else 300)
-    rows = metrics_of(base / "run")
-    differences = [row["logprob_diff"] for row in rows]
-    log = base / "run" / "logs" / "server_0.log"
-    said = re.findall(r"Sleep mode freed .*", log.read_text()) if log.exists() else []
-    stages = ("seconds/generate", "seconds/train", "seconds/turns", "push_seconds")
-    fine = rc == 0 and len(rows) == steps and all(d < 0.05 for d in differences)
-    check.report(
-        "t1 rl",
-        fine and (check.smoke or len(said) >= steps),
-        exit_code=rc,
-        logprob_diff=differences,
-        seconds={stage: [round(row[stage], 3) for row in rows] for stage in stages if rows},
-        sleeps=len(said),
-        slept=said[-1:],
-        gpu_mib_by_quarter_second=used,
-    )
-
-
-def _quickstart(check: Check) -> tuple[Path, list[object]]:
+def quickstart(check: Check) -> tuple[Path, list[object]]:
     """The folder with the task's data, and options to run it on one GPU."""
     base = emptied(check.work / "quickstart")
     rc, _ = t1("quickstart-data", "--out", base / "data", "--seed", 0)
@@ -140,27 +114,6 @@ def _quickstart(check: Check) -> tuple[Path, list[object]]:
     if check.smoke:
         options += ["--model.dtype", "float32", "--rollout.dtype", "float32"]
     return base, options
-
-
-@contextlib.contextmanager
-def _memory_used() -> Iterator[list[int]]:
-    """MiB of the GPU that are taken, at most every quarter of a second, equal ones in a row once; the last 200."""
-    taken: list[int] = []
-    over = threading.Event()
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-
-    def look() -> None:
-        while shutil.which("nvidia-smi") and not over.wait(0.25):
-            used = int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0])
-            if taken[-1:] != [used]:
-                taken.append(used)
-                del taken[:-200]
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    yield taken
-    over.set()
-    thread.join()
 
 
 def _compare_logprobs(check: Check, case: str, model: Path, against: str, base: Path, *more: object) -> None:

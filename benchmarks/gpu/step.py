@@ -81,8 +81,7 @@ def step(check: Check) -> None:
                 losses=[round(value, 4) for value in losses],
                 grad_norms=[round(row["grad_norm"], 4) for row in rows],
             )
-            if not fields:
-                _compare_memory(check, engine, num_tokens, len(microbatches), peak, with_anchor=False)
+            _compare_memory(check, f"memory, {name}", engine, num_tokens, len(microbatches), peak, with_anchor=False)
             del engine, microbatches
 
 
@@ -120,23 +119,22 @@ def _memory(check: Check, layers: str) -> None:
                 anchor.update()
         seconds = {phase: round(value, 4) for phase, value in phases.medians().items()}
         check.report("seconds", None, **seconds, tokens=sum(s.num_tokens for s in sequences))
-        _compare_memory(check, engine, num_tokens, len(microbatches), peak_bytes(), with_anchor=True)
+        _compare_memory(check, "memory", engine, num_tokens, len(microbatches), peak_bytes(), with_anchor=True)
 
 
 def _compare_memory(
-    check: Check, engine: Engine, num_tokens: int, num_microbatches: int, peak: int, *, with_anchor: bool
+    check: Check, case: str, engine: Engine, num_tokens: int, num_microbatches: int, peak: int, *, with_anchor: bool
 ) -> None:
     layout = Layout(
         tensor=1, pipeline=1, data=1, sequence_parallel=False, distributed_optimizer=True, recompute=False,
         dtype=engine.model_config.dtype, local_layers=engine.local_layers, tokens=num_tokens,
         microbatches=num_microbatches, chunk_logits=CHUNK_LOGITS[engine.platform.device.type],
+        fp8=bool(engine.config.fp8), anchor="moving" if with_anchor else "none",
     )  # fmt: skip
     parts = stage_memory(Sizes.of(engine.spec), layout, 0)
-    if not with_anchor:
-        parts.pop("anchor")
     ratio = peak / sum(parts.values())
     check.report(
-        "memory",
+        case,
         check.smoke or 0.85 < ratio < 1.15,
         measured_gb=round(peak / 1e9, 2),
         measured_to_estimate=round(ratio, 3),

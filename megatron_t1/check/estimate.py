@@ -10,6 +10,8 @@ a stage, t the tensor-parallel size, and u = t under sequence parallelism, else 
     optimizer    12 P / D in bfloat16      float32 weights and two moments; 8 P / D in float32, where the weights serve
     anchor       6 P in bfloat16           its float32 average and a copy in bfloat16; 4 P in float32; b P when it
                                            does not move (anchor.decay = 1), nothing at loss.kl_coef = 0 and in SFT
+    fp8          2 M, with anchor 3 M      in FP8: the copies that Transformer Engine keeps of the layers' matrices, M
+                                           parameters, with transposes, and of the anchor's
     activations  s L c m                   m = min(microbatches, stages left): what 1F1B keeps on the first stage
                  c, bytes a token and layer: with Transformer Engine b (4 h / u + (3 q + 2 k + 3 f) / t); with the
                  local layers (8 + b) 2 h / u + b (3 q + 2 k + 5 f) / t, whose norms keep float32; b h / u when all is
@@ -17,7 +19,7 @@ a stage, t the tensor-parallel size, and u = t under sequence parallelism, else 
     head         4 s_c V / t + 12 s h      the logits of one chunk of s_c tokens, hidden states and their gradients
     update       the largest tensor in float32, while the optimizer changes it, if that is more than the two above
 
-A checkpoint needs no activations, and besides the first four, where D > 1,
+A checkpoint needs no activations, and besides the first five, where D > 1,
 
     gather       4 P + 4 P / D on the GPU  one of the optimizer's three parts, sent and received
     host         (12 + b + 4) P            all that a rank writes; 8 P + 12 P / D more while it gathers
@@ -54,7 +56,7 @@ The shares are what well-tuned systems reach, not what was measured here; the me
 peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, and what CUDA and NCCL take for themselves; where
 servers share the GPUs it counts (`CONTEXT_BYTES`).
 
-A shared GPU. While servers that sleep otherwise generate, the trainer keeps the first four parts, with
+A shared GPU. While servers that sleep otherwise generate, the trainer keeps the first five parts, with
 parallel.offload = optimizer the weights alone, with all nothing. It moves optimizer and anchor average (12 P / D + 4 P
 in bfloat16), with all the weights too. While it trains, the servers keep what they had, or asleep ASLEEP_BYTES.
 """
@@ -86,6 +88,8 @@ _HOST_BYTES_PER_S = 2e9
 """Of a push by tcp into one host, which the interface of its address must carry too (GLOO_SOCKET_IFNAME): 2.4 to 2.9
 were measured over loopback (benchmarks/weight_sync.md)."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+_BETWEEN_STEPS = ("weights", "gradients", "optimizer", "anchor", "fp8")
+"""Of `stage_memory`'s parts, those that stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,7 @@ class Layout:
     distributed_optimizer: bool
     dtype: str
     recompute: bool
+    fp8: bool = False
     local_layers: bool
     """Megatron's local layers with our norm and attention, not Transformer Engine's."""
     tokens: int
@@ -152,12 +157,21 @@ def layers_of(sizes: Sizes, layout: Layout, stage: int) -> int:
     return layout.stage_layers[stage] if layout.stage_layers else math.ceil(sizes.num_layers / layout.pipeline)
 
 
+def _own_layers(sizes: Sizes, layout: Layout, stage: int) -> slice:
+    first = sum(layers_of(sizes, layout, before) for before in range(stage))
+    return slice(first, first + layers_of(sizes, layout, stage))
+
+
+def _matrices(sizes: Sizes, layout: Layout, stage: int) -> int:
+    """Parameters of the layers' matrices on one rank of a pipeline stage."""
+    own = _own_layers(sizes, layout, stage)
+    return sum(sizes.split[own]) // layout.tensor + sum(sizes.experts[own]) // layout.expert
+
+
 def parameters(sizes: Sizes, layout: Layout, stage: int) -> int:
     """Parameters on one rank of a pipeline stage."""
-    first = sum(layers_of(sizes, layout, before) for before in range(stage))
-    own = slice(first, first + layers_of(sizes, layout, stage))
     vocabulary = -(-sizes.vocab // layout.tensor) * sizes.hidden
-    count = sum(sizes.split[own]) // layout.tensor + sum(sizes.whole[own]) + sum(sizes.experts[own]) // layout.expert
+    count = _matrices(sizes, layout, stage) + sum(sizes.whole[_own_layers(sizes, layout, stage)])
     last = stage == layout.pipeline - 1
     if stage == 0:
         count += vocabulary
@@ -194,6 +208,7 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
         "gradients": 4.0 * p,
         "optimizer": (12 if narrow else 8) * p / shards,
         "anchor": {"moving": 6.0 if narrow else 4.0, "fixed": b, "none": 0.0}[layout.anchor] * p,
+        "fp8": layout.fp8 * (2.0 if layout.anchor == "none" else 3.0) * _matrices(sizes, layout, stage),
         "activations": activations,
         "head": head,
         "update": max(0.0, 4.0 * largest - activations - head),
@@ -204,7 +219,7 @@ def checkpoint_memory(sizes: Sizes, layout: Layout, stage: int) -> tuple[float, 
     """Bytes on the GPU and on the host of one rank of a pipeline stage while a checkpoint is written."""
     b, p = _BYTES[layout.dtype], parameters(sizes, layout, stage)
     parts = stage_memory(sizes, layout, stage)
-    gpu: float = sum(parts[name] for name in ("weights", "gradients", "optimizer", "anchor"))
+    gpu: float = sum(parts[name] for name in _BETWEEN_STEPS)
     host: float = (12 + b + 4) * p
     if layout.copies > 1 and layout.distributed_optimizer:
         gpu += 4 * p + 4 * p / layout.copies
@@ -220,7 +235,7 @@ def most_of_checkpoint(sizes: Sizes, layout: Layout) -> tuple[float, float]:
 
 def kept_bytes(parts: Mapping[str, float], offload: str) -> float:
     """Of `stage_memory`'s parts, what a trainer that gives memory away keeps while servers generate."""
-    kept = {"none": ("weights", "gradients", "optimizer", "anchor"), "optimizer": ("weights",), "all": ()}[offload]
+    kept = {"none": _BETWEEN_STEPS, "optimizer": ("weights",), "all": ()}[offload]
     return sum(parts[name] for name in kept)
 
 

@@ -105,6 +105,7 @@ def layout_of(
         distributed_optimizer=cfg.parallel.distributed_optimizer,
         dtype=cfg.model.dtype,
         recompute=cfg.model.transformer.get("recompute_granularity") == "full",
+        fp8=bool(cfg.model.transformer.get("fp8")),
         local_layers=cfg.model.layers == "local" or cfg.model.dtype == "float32",
         tokens=min(room, math.ceil(of_rank)),
         microbatches=max(1, math.ceil(of_rank / room)),

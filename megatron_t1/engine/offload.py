@@ -2,8 +2,9 @@
 
 Storages are emptied in place, so that every view of them, Megatron's buckets and our pieces among them, is whole again
 when they are filled. What nothing else tells waits in one pinned buffer on the host; gradients, which a step begins by
-zeroing, and the anchor's copy, which is its average rounded, are dropped. Megatron-Core 0.16's own helpers rebind
-tensors, which parts views from their buffers, and pin nothing of the optimizer's.
+zeroing, the anchor's copy, which is its average rounded, and Transformer Engine's FP8 copies of all weights, which the
+first microbatch makes anew, are dropped. Megatron-Core 0.16's own helpers rebind tensors, which parts views from their
+buffers, and pin nothing of the optimizer's.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Offload:
             _wait()
             for storage in (*kept, *dropped):
                 storage.resize_(0)
+            self._drop_fp8()
         free_cache()
 
     @torch.no_grad()
@@ -77,6 +79,12 @@ class Offload:
         else:  # in float32 they are the optimizer's too
             kept = {key: storage for key, storage in kept.items() if key not in weights}
         return list(kept.values()), [storage for key, storage in dropped.items() if key not in kept]
+
+    def _drop_fp8(self) -> None:
+        """What the layers keep from microbatch to microbatch: TransformerEngineBaseModule.get_weight_workspace."""
+        for chunk in (*self._engine.chunks, *(self._anchor.chunks if self._anchor else ())):
+            for module in chunk.modules():
+                getattr(module, "_fp8_workspaces", {}).clear()
 
     def _places(self, storages: list[torch.UntypedStorage]) -> Iterator[torch.Tensor]:
         """For each storage as many bytes of the pinned buffer, which grows when the optimizer has made its moments."""

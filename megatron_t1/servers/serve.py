@@ -34,7 +34,7 @@ def serve(cfg: RolloutConfig, model_dir: Path, run_dir: Path, say: Callable[[str
     """Blocks until interrupted.
 
     Raises:
-        ServerError: a server did not come up `_MAX_FAILED_STARTS` times; or at first, unless something killed it, or it
+        ServerError: a server did not come up `_MAX_FAILED_STARTS` times; or at first, unless it was a mishap, or it
             shares its GPUs by turns and may have found no room.
     """
     with Servers(cfg, model_dir, run_dir) as servers, contextlib.ExitStack() as stack:
@@ -64,7 +64,7 @@ def serve(cfg: RolloutConfig, model_dir: Path, run_dir: Path, say: Callable[[str
                     continue
                 failed = not server.ready and name not in given_up
                 failed_starts[name] += failed
-                hopeless = name not in came_up and not server.was_killed() and not cfg.sleep
+                hopeless = name not in came_up and not server.mishap() and not cfg.sleep
                 if failed and (hopeless or failed_starts[name] >= _MAX_FAILED_STARTS):
                     raise ServerError(f"server {name} does not come up: it {why}. Its log ends:\n{server.log_tail()}")
                 say(f"server {server.name} {why} and is started again")

@@ -24,6 +24,8 @@ _LOG_TAIL_BYTES = 65536
 _VERSION = re.compile(r"[0-9]{1,18}")
 _METRICS_BYTES = 1 << 20
 _CACHE_USAGE = re.compile(rb"^vllm:kv_cache_usage_perc\{[^}]*\} ([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)$", re.M)
+_DISTURBED = "Error in memory profiling"
+"""What vLLM says where other processes free memory of its GPU while it starts and measures what is free."""
 _ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
 
 
@@ -62,9 +64,14 @@ class Server:
     def exited(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
-    def was_killed(self) -> bool:
-        """It exited, and not by itself: starting it again may help."""
-        return self.exited() and not (self._log_lines() or [""])[-1].startswith(ENDED_BY_ITSELF)
+    def mishap(self) -> str | None:
+        """What it exited of, where that is none of its own faults and another start may go well; else None."""
+        if not self.exited():
+            return None
+        lines = self._log_lines() or [""]
+        if not lines[-1].startswith(ENDED_BY_ITSELF):
+            return "was killed"
+        return "found its GPU's memory being freed by others" if any(_DISTURBED in line for line in lines) else None
 
     def log_tail(self) -> str:
         """Where its log is, the errors in it and its last lines, indented: mostly the last one is the cause."""

@@ -25,8 +25,9 @@ from megatron_t1.warn import warn
 
 _MIN_PATIENCE_S = 120.0
 """For the other servers, once one is there."""
-_MAX_KILLED_STARTS = 3
-"""Times that one server is started again in one wait when something killed it, as a host short of memory would."""
+_MAX_MISHAPS = 3
+"""Times that one server is started again in one wait when something killed it, as a host short of memory would, or
+disturbed its start."""
 
 
 class Servers:
@@ -131,7 +132,7 @@ class Servers:
         began = announced = time.monotonic()
         deadline = began + self.cfg.startup_timeout_s
         some_alive = False
-        killed: Counter[int] = Counter()
+        mishaps: Counter[int] = Counter()
         while True:
             self.poll()
             if self.cfg.await_servers and self.alive() and not some_alive:
@@ -143,9 +144,9 @@ class Servers:
             if not self.alive():
                 self._source.servers_turn()  # nobody would come in the trainer's
             for index, server in enumerate(self.all):
-                if server.was_killed() and killed[index] < _MAX_KILLED_STARTS:
-                    killed[index] += 1
-                    warn(f"server {server.name} was killed and is started again")
+                if (mishap := server.mishap()) and mishaps[index] < _MAX_MISHAPS:
+                    mishaps[index] += 1
+                    warn(f"server {server.name} {mishap} and is started again")
                     self._source.end([server])  # what is left of its group
                     self.all[index] = self._source.again(index, server)
             ended = [server for server in self.all if server.exited()]

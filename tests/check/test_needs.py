@@ -78,6 +78,20 @@ def test_the_published_model_fits_where_the_example_puts_it(tmp_path: Path) -> N
             assert other == pytest.approx(bytes_each * on_rank)
 
 
+def test_fp8_copies_of_the_matrices_are_planned_for(tmp_path: Path) -> None:
+    """The policy's, its transposes and the anchor's, a byte a number; none is kept where memory is given to servers."""
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    fp8 = replace(cfg, model=replace(cfg.model, transformer={**cfg.model.transformer, "fp8": "hybrid"}))
+    spec, longest = spec_of(tmp_path), {"train": 200}
+    plain, parts = (
+        estimate.stage_memory(Sizes.of(spec), layout_of(each, spec, "rl", machines, longest), 0) for each in (cfg, fp8)
+    )
+    matrices = 32 * (5120 * (5120 + 2 * 1024) + 5120 * 5120 + 3 * 5120 * 27648) / 8
+    assert parts == plain | {"fp8": pytest.approx(3 * matrices, rel=1e-3)}
+    assert estimate.kept_bytes(parts, "none") == estimate.kept_bytes(plain, "none") + parts["fp8"]
+    assert estimate.kept_bytes(parts, "optimizer") == parts["weights"]
+
+
 @pytest.mark.parametrize("num_tokens", [16_384, 131_072])
 def test_the_smallest_layout_that_fits_is_suggested(num_tokens: int, tmp_path: Path) -> None:
     cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)

@@ -32,7 +32,8 @@ def test_bit_equal_with_its_memory_given(case, run_ranks, tmp_path):
         # Bytes a parameter: gradients, moments and float32 weights (of two ranks, or one), anchor, weights with `all`.
         shards = 2 if case == "DP2, all" else 1
         per_parameter = 4 + 8 + 4 if dtype == "float32" else 4 + 12 / shards + 6 + 2 * (layout["offload"] == "all")
+        fp8 = 1  # the copy
         if family != "Qwen3MoeForCausalLM":  # its experts are not replicated, the rest is
-            assert found["freed"] == pytest.approx(per_parameter * found["parameters"], rel=0.02)
+            assert found["freed"] == pytest.approx((per_parameter + fp8) * found["parameters"], rel=0.02)
         else:
-            assert found["freed"] > 16 * found["parameters"]
+            assert found["freed"] > (16 + fp8) * found["parameters"]

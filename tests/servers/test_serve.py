@@ -28,6 +28,9 @@ from pathlib import Path
 folder, port = Path(sys.argv[1]), int(sys.argv[2])
 if (folder / "broken").exists():
     sys.exit("no such model")
+if (folder / "disturbed").exists():
+    (folder / "disturbed").unlink()
+    sys.exit("AssertionError: Error in memory profiling. Initial free memory 9.0 GiB, current free memory 12.0 GiB.")
 while (folder / "slow").exists():
     time.sleep(0.02)
 class Handler(BaseHTTPRequestHandler):
@@ -48,7 +51,7 @@ SHARED = {"device": "cpu", "share_gpus": True, "sleep": True, "startup_timeout_s
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch) -> Iterator[Callable[[list[str]], Future[None]]]:
     """Starts a host's `t1 serve`, which says things into a list; a file in tmp_path of that name makes its servers
-    `slow`, `broken`, or one that `refuses`."""
+    `slow`, `broken`, one that `refuses`, or one whose first start is `disturbed`."""
 
     def command(cfg: RolloutConfig, model_dir: Path, *, port: int, **_: Any) -> list[str]:
         return [sys.executable, "-c", SERVER, str(tmp_path), str(port)]
@@ -124,3 +127,12 @@ def test_a_server_that_can_not_start_ends_t1_serve(host, tmp_path: Path) -> None
     with pytest.raises(ServerError, match=r"(?s)does not come up: it ended\. Its log ends:.*no such model"):
         host(said := []).result(timeout=120)
     assert [words.endswith("ended and is started again") for words in said] == [True, True], "it may be for the room"
+
+
+def test_a_start_is_tried_again_that_others_disturbed_by_freeing_the_gpu(host, tmp_path: Path, capfd) -> None:
+    """vLLM gives up where others free memory of its GPU while it measures it (its `determine_available_memory`)."""
+    (tmp_path / "servers").mkdir()
+    (tmp_path / "disturbed").touch()
+    with Servers(RolloutConfig(device="cpu", startup_timeout_s=100), tmp_path, tmp_path) as servers:
+        assert servers.start().wait_ready().alive()
+    assert "found its GPU's memory being freed by others and is started again" in capfd.readouterr().err

@@ -81,6 +81,9 @@ def main() -> None:
 
     plain, given = build(replace(parallel, offload="none")), build(parallel)
     metrics = [[step(*one) for _ in range(2)] for one in (plain, given)]
+    numbers = [param.numel() for chunk in plain[0].chunks for param in chunk.parameters()]
+    # Where Transformer Engine's layers keep FP8 copies of their weights.
+    given[0].chunks[0].decoder._fp8_workspaces = {"weight": torch.zeros(sum(numbers), dtype=torch.int8)}
     before = held()
     given[2].give()
     freed = before - held()
@@ -101,7 +104,6 @@ def main() -> None:
     metrics = [[*steps, step(*one)] for steps, one in zip(metrics, (plain, given), strict=True)]
     metrics.append([*metrics[0][:2], step(*resumed)])
     expected = state(*plain)
-    numbers = [param.numel() for chunk in plain[0].chunks for param in chunk.parameters()]
     mine = {
         "freed": freed,
         "parameters": sum(numbers),
