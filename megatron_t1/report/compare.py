@@ -81,12 +81,8 @@ def _overlaid(runs: dict[str, list[dict[str, Any]]]) -> list[plots.Plot]:
 def _figure(name: str, runs: dict[str, list[dict[str, Any]]]) -> plots.Plot:
     figure, axes = plots._figure(name)
     for label, rows in runs.items():
-        steps = np.array([row["step"] for row in rows])
         values = np.array([plots._number(row.get(name)) for row in rows])
-        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-        window = max(1, len(steps) // 20)
-        smooth = [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
-        axes.plot(steps, smooth, label=plots._literal(label), linewidth=1.6, marker="o" if len(steps) == 1 else "")
+        plots.smoothed(axes, np.array([row["step"] for row in rows]), values, label)
     plots._legend(figure)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
