@@ -67,14 +67,18 @@ def _names(run_dirs: list[Path]) -> dict[str, Path]:
 
 
 def _overlaid(runs: dict[str, list[dict[str, Any]]]) -> list[plots.Plot]:
-    """A figure a metric, a line a run: the mean of the last twentieth of its steps. Those of the table come first."""
+    """A figure a metric, a line a run: the mean of the last twentieth of its steps. What is measured along the training
+    comes first, then what is in the table."""
     names = dict.fromkeys(key for rows in runs.values() for row in rows for key in row if key != "step")
-    ordered = [name for name in _MEANS if name in names]
+    ordered = [name for name in names if name.startswith("heldout/")]
+    ordered += [name for name in _MEANS if name in names]
     ordered += [name for name in names if name not in ordered and "/" not in name]
-    return [
+    figures = [
         _figure(name, {label: rows for label, rows in runs.items() if any(name in row for row in rows)})
         for name in ordered
     ]
+    kl_plot = plots.reward_against_kl(runs)
+    return [kl_plot, *figures] if kl_plot else figures
 
 
 @matplotlib.rc_context(plots._STYLE)

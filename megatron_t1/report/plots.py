@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -99,17 +99,21 @@ def learning_curves(rows: Sequence[dict[str, float]]) -> dict[str, list[Plot]]:
 
 
 @matplotlib.rc_context(_STYLE)
-def reward_against_kl(rows: Sequence[dict[str, float]]) -> Plot | None:
-    """What the reward cost in distance from the starting policy: the paper's figure; None where that is not known."""
-    known = [row for row in rows if "kl_start" in row]
-    if len(known) < 2:
+def reward_against_kl(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Plot | None:
+    """What the reward cost in distance from the starting policy, a line a run: the paper's figure; None where that is
+    not known of any."""
+    measured = {name: [row for row in rows if "kl_start" in row] for name, rows in runs.items()}
+    known = {name: rows for name, rows in measured.items() if len(rows) > 1}
+    if not known:
         return None
     title = "Reward against KL to the starting policy"
     figure, axes = _figure(title)
-    axes.plot([row["kl_start"] for row in known], [row["reward"] for row in known], "o-", markersize=4)
-    for row in (known[0], known[-1]):
-        at = (row["kl_start"], row["reward"])
-        axes.annotate(f"step {row['step']}", at, xytext=(4, 4), textcoords="offset points")
+    for name, rows in known.items():
+        kl, reward = [row["kl_start"] for row in rows], [row["reward"] for row in rows]
+        axes.plot(kl, reward, "o-", markersize=4, label=_literal(name))
+        axes.annotate(f"step {rows[-1]['step']}", (kl[-1], reward[-1]), xytext=(4, 4), textcoords="offset points")
+    if len(runs) > 1:
+        _legend(figure)
     axes.set_xlabel("nats a sample")
     return _plot(title, figure)
 

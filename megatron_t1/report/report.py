@@ -83,7 +83,7 @@ def write_report(run_dir: Path) -> Path:
         grid=grid(list(evals.values())),
         published=published(list(evals.values())),
         stages={stage: plots.learning_curves(rows) for stage, rows in metrics.items() if rows},
-        kl_plot=plots.reward_against_kl(metrics["rl"]),
+        kl_plot=plots.reward_against_kl({"": metrics["rl"]}),
         samples=samples,
         penalties=sorted({name for row in samples for name in row["reward"].get("penalties") or ()}),
         seconds=summary.get("seconds", {}),

@@ -16,7 +16,10 @@ from tests.report.test_report import Page, row
 
 def a_run(folder: Path, rate: float, right: int) -> Path:
     write_text(folder / "config.yaml", f"run_dir: {folder}\nrl: {{steps: 60, optim: {{lr: {rate}}}}}\nseed: 0\n")
-    write_jsonl(folder / "rl/metrics.jsonl", [{"step": i, "reward": rate * i, "entropy": 1.0} for i in range(1, 61)])
+    steps = [{"step": i, "reward": rate * i, "entropy": 1.0, "penalty/overlong": 0.1} for i in range(1, 61)]
+    for i in (0, 20, 40):
+        steps[i] |= {"kl_start": i / 10, "heldout/set": 0.5}
+    write_jsonl(folder / "rl/metrics.jsonl", steps)
     rows = [row(str(i), "<b>text</b>", i < right) for i in range(40)]
     write_jsonl(folder / "evaluate/after/heldout/responses.jsonl", rows)
     summary = summarize("after", "heldout", rows, {"step": 60})
@@ -35,7 +38,8 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     assert "run_dir" not in page.text
     assert "+50.0 points" in page.text
     plots = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
-    assert plots == ["reward", "entropy"]
+    measured = ["Reward against KL to the starting policy", "heldout/set"]
+    assert plots == [*measured, "reward", "entropy", "kl_start"]
     assert "reward0.036 ±\N{NO-BREAK SPACE}0.014" in page.text
 
 
