@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
 from megatron_t1.evaluation.results import compare, read_summaries
 from megatron_t1.files import parse_yaml, read_jsonl, read_text, write_text
@@ -108,13 +109,13 @@ def _means(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
 
 
 def _interval(values: np.ndarray) -> str:
-    """Mean ± 1.96 standard errors of five blocks: neighbouring steps are alike, and would make it too narrow. Both with
-    the decimals that two digits of the second take."""
+    """Mean ± Student's t, 95%, of the means of five blocks: neighbouring steps are alike, and would make it too
+    narrow. Both with the decimals that two digits of the second take."""
     mean = values.mean()
     if len(values) < _FEWEST:
         return f"{mean:.4g}"
     blocks = [block.mean() for block in np.array_split(values, 5)]
-    half = 1.96 * float(np.std(blocks, ddof=1)) / math.sqrt(5)
+    half = float(stats.t.ppf(0.975, 4) * stats.sem(blocks))
     decimals = 1 - math.floor(math.log10(half)) if half else 4
     if decimals > 6:
         return f"{mean:.3g} ±\N{NO-BREAK SPACE}{half:.2g}"

@@ -40,7 +40,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     plots = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
     measured = ["Reward against KL to the starting policy", "heldout/set"]
     assert plots == [*measured, "reward", "entropy", "kl_start"]
-    assert "reward0.036 ±\N{NO-BREAK SPACE}0.014" in page.text
+    assert "reward0.036 ±\N{NO-BREAK SPACE}0.020" in page.text
 
 
 def test_an_interval_is_that_of_blocks() -> None:
@@ -49,7 +49,7 @@ def test_an_interval_is_that_of_blocks() -> None:
     for values in noise:
         mean, _, half = _interval(values).partition(" ±")
         inside += abs(float(mean)) <= float(half)
-    assert 0.83 < inside / 400 < 0.95, "five blocks and 1.96: 88% of the time"
+    assert 0.92 < inside / 400 < 0.98
     assert _interval(np.ones(3)) == "1"
 
 
