@@ -265,15 +265,15 @@ def run_all(cfg: Config) -> None:
 
         set_of = cfg.data.need("heldout").stem
         sampler = ServerSampler(rank0, template) if rank0 else None
-        settings: dict[str, Any] = {"weights": weights_digest(hf_dir)}
+        settings: dict[str, Any] = {"weights": weights_digest(hf_dir), "step": 0}
         with watch("evaluate"):
             if sampler and trainer.steps_done == 0:
-                _evaluate(cfg, sampler, questions, "sft", set_of, {**settings, "step": 0}, replace_other=True)
+                _evaluate(cfg, sampler, questions, "sft", set_of, settings, replace_other=True)
         with watch("rl"):
             final = trainer.train()
+        settings = {"weights": weights_digest(final), "step": trainer.steps_done}
         with watch("evaluate"):
             if sampler:
-                settings |= {"step": trainer.steps_done}
                 _evaluate(cfg, sampler, questions, "rl", set_of, settings, replace_other=True)
         with watch("scaling"):
             if rank0:
