@@ -15,6 +15,7 @@ from megatron_t1.evaluation.results import compare, read_summaries
 from megatron_t1.files import parse_yaml, read_jsonl, read_text, write_text
 from megatron_t1.report import plots
 from megatron_t1.report.html import render
+from megatron_t1.trackers import flat
 
 LAST_STEPS = 50
 """Of a run, over which its means in the table are taken."""
@@ -142,15 +143,8 @@ def _pairs(names: dict[str, Path], summaries: dict[str, list[dict[str, Any]]]) -
 
 def _settings(folder: Path) -> dict[str, str]:
     path = folder / "config.yaml"
-    return dict(_flat(parse_yaml(read_text(path)) or {})) if path.exists() else {}
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in section.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", "null" if value is None else str(value)
+    settings = flat(parse_yaml(read_text(path)) or {}) if path.exists() else ()
+    return {name: "null" if value is None else str(value) for name, value in settings}
 
 
 def _differences(settings: dict[str, dict[str, str]]) -> dict[str, list[str]]:
