@@ -256,6 +256,8 @@ def run_all(cfg: Config) -> None:
                 sft.check_finished(cfg, examples)
             else:
                 hf_dir = sft.train(cfg, platform, examples)
+        if is_main():
+            template.keep_in(hf_dir)
         tuned = replace(cfg, model=replace(cfg.model, hf_path=str(hf_dir)))
         with watch("start"):
             trainer = stack.enter_context(rl.Trainer(tuned, platform, train, rank0))
