@@ -263,7 +263,7 @@ class _Sampled(TypedDict):
 
 def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
     """Measure the pass rate of every prompt that sampled.jsonl does not have yet; None for those that are too long.
-    Beside it stands the share of its samples that were cut at `max_new_tokens`: they have no answer.
+    Beside it stands the share of its samples that were cut at `max_new_tokens`: few of them have an answer.
 
     Raises:
         ValueError: sampled.jsonl is of another model, sampling or seed.
@@ -327,5 +327,5 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
     lines += [f"- {name:<14} {fates[name]:>9,}  {why}" for name, why in REASONS.items() if fates[name]]
     lines.append(f"{'kept':<16} {fates['kept']:>9,}  {path}")
     if share_cut is not None:
-        lines.append(f"{share_cut:.1%} of the samples were cut at sampling.max_new_tokens and count as not solved")
+        lines.append(f"{share_cut:.1%} of the samples were cut at sampling.max_new_tokens: not solved if unanswered")
     return path, "\n".join(lines)

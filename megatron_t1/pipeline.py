@@ -258,6 +258,8 @@ def run_all(cfg: Config) -> None:
             else:
                 hf_dir = sft.train(cfg, platform, examples)
                 gc.collect()  # its engine lies in cycles, and RL needs the memory
+        if is_main():
+            template.keep_in(hf_dir)
         tuned = replace(cfg, model=replace(cfg.model, hf_path=str(hf_dir)))
         with watch("start"):
             trainer = stack.enter_context(rl.Trainer(tuned, platform, train, rank0))
@@ -267,16 +269,16 @@ def run_all(cfg: Config) -> None:
 
         set_of = cfg.data.need("heldout").stem
         sampler = ServerSampler(rank0, template) if rank0 else None
-        settings: dict[str, Any] = {"weights": weights_digest(hf_dir)}
+        settings: dict[str, Any] = {"weights": weights_digest(hf_dir), "step": 0}
         with watch("evaluate"):
             if sampler and trainer.steps_done == 0:
-                _evaluate(cfg, sampler, questions, "sft", set_of, {**settings, "step": 0}, replace_other=True)
+                _evaluate(cfg, sampler, questions, "sft", set_of, settings, replace_other=True)
             from_main(None)  # a push would not wait as long, and NCCL would keep GPUs busy that servers share
         with watch("rl"):
             final = trainer.train()
         with watch("evaluate"):
             if sampler:
-                settings |= {"step": trainer.steps_done}
+                settings = {"weights": weights_digest(final), "step": trainer.steps_done}
                 _evaluate(cfg, sampler, questions, "rl", set_of, settings, replace_other=True)
         with watch("scaling"):
             if rank0:

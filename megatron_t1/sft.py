@@ -118,7 +118,8 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
                 saver.finish()
                 raise
             losses.append(metrics["loss"])
-            metrics["tokens_per_s"] = sum(sequence.num_tokens for sequence in batch) / watch.lap()["train"]
+            metrics["seconds/train"] = watch.lap()["train"]
+            metrics["tokens_per_s"] = sum(sequence.num_tokens for sequence in batch) / metrics["seconds/train"]
             if log:
                 log.log(step, metrics)
                 bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)

@@ -105,7 +105,8 @@ def _tokens(cfg: Config, model_dir: Path, spec: ModelSpec, found: Findings) -> T
     )
     found.facts.append(
         f"{spec.architecture}, {Sizes.of(spec).total / 1e9:.2f}e9 parameters; vocabulary {spec.vocab_size} "
-        f"rows for {size} tokens (more than a few others: garbled); responses end with token {template.eos_token_id}"
+        f"rows for {size} tokens (the others leave no text, which the penalty garbled counts); responses end with "
+        f"token {template.eos_token_id}"
     )
     path = model_dir / "generation_config.json"
     if path.exists():

@@ -36,7 +36,8 @@ class DataConfig:
     """Put before every question that brings no system message of its own."""
 
     chat_template: str | None = None
-    """Chat template of a plugin, in place of the checkpoint's; models that are trained with it bring it along."""
+    """Chat template of a plugin, in place of the checkpoint's. The model that a training ends with brings it along; for
+    its checkpoints and snapshots name it again."""
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:

@@ -90,8 +90,9 @@ def grid(summaries: list[dict[str, Any]]) -> tuple[list[str], dict[str, list[str
     sets = _in_order(summaries)
     titles = []
     for name in sets:
-        most = max(s["num_samples"] for s in summaries if s["set"] == name)
-        titles.append(PAPER_NAMES.get(name, name) + (f" (average of {most})" if most > 1 else ""))
+        counts = sorted({s["num_samples"] for s in summaries if s["set"] == name})
+        of = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        titles.append(PAPER_NAMES.get(name, name) + (f" (average of {of})" if counts[-1] > 1 else ""))
     rows = {}
     for label in dict.fromkeys(s["label"] for s in summaries):
         cells = []

@@ -9,11 +9,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
 from megatron_t1.evaluation.results import compare, read_summaries
 from megatron_t1.files import parse_yaml, read_jsonl, read_text, write_text
 from megatron_t1.report import plots
 from megatron_t1.report.html import render
+from megatron_t1.trackers import flat
 
 LAST_STEPS = 50
 """Of a run, over which its means in the table are taken."""
@@ -45,7 +47,6 @@ def write_comparison(run_dirs: list[Path]) -> Path:
         names=list(names),
         folders=[str(folder) for folder in names.values()],
         stages={stage: _overlaid(runs) for stage, runs in steps.items() if runs},
-        kl_plot=plots.reward_against_kl(steps["rl"]),
         means={stage: _means(runs) for stage, runs in steps.items() if runs},
         evaluations=_evaluations(summaries),
         pairs=list(_pairs(names, summaries)),
@@ -68,26 +69,26 @@ def _names(run_dirs: list[Path]) -> dict[str, Path]:
 
 
 def _overlaid(runs: dict[str, list[dict[str, Any]]]) -> list[plots.Plot]:
-    """A figure a metric, a line a run: the mean of the last twentieth of its steps. Those of the table come first."""
+    """A figure a metric, a line a run: the mean of the last twentieth of its steps. What is measured along the training
+    comes first, then what is in the table."""
     names = dict.fromkeys(key for rows in runs.values() for row in rows for key in row if key != "step")
-    ordered = [name for name in _MEANS if name in names]
+    ordered = [name for name in names if name.startswith("heldout/")]
+    ordered += [name for name in _MEANS if name in names]
     ordered += [name for name in names if name not in ordered and "/" not in name]
-    return [
+    figures = [
         _figure(name, {label: rows for label, rows in runs.items() if any(name in row for row in rows)})
         for name in ordered
     ]
+    kl_plot = plots.reward_against_kl(runs)
+    return [kl_plot, *figures] if kl_plot else figures
 
 
 @matplotlib.rc_context(plots._STYLE)
 def _figure(name: str, runs: dict[str, list[dict[str, Any]]]) -> plots.Plot:
     figure, axes = plots._figure(name)
     for label, rows in runs.items():
-        steps = np.array([row["step"] for row in rows])
         values = np.array([plots._number(row.get(name)) for row in rows])
-        steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-        window = max(1, len(steps) // 20)
-        smooth = [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
-        axes.plot(steps, smooth, label=plots._literal(label), linewidth=1.6, marker="o" if len(steps) == 1 else "")
+        plots.smoothed(axes, np.array([row["step"] for row in rows]), values, label)
     plots._legend(figure)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
@@ -109,13 +110,13 @@ def _means(runs: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
 
 
 def _interval(values: np.ndarray) -> str:
-    """Mean ± 1.96 standard errors of five blocks: neighbouring steps are alike, and would make it too narrow. Both with
-    the decimals that two digits of the second take."""
+    """Mean ± Student's t, 95%, of the means of five blocks: neighbouring steps are alike, and would make it too
+    narrow. Both with the decimals that two digits of the second take."""
     mean = values.mean()
     if len(values) < _FEWEST:
         return f"{mean:.4g}"
     blocks = [block.mean() for block in np.array_split(values, 5)]
-    half = 1.96 * float(np.std(blocks, ddof=1)) / math.sqrt(5)
+    half = float(stats.t.ppf(0.975, 4) * stats.sem(blocks))
     decimals = 1 - math.floor(math.log10(half)) if half else 4
     if decimals > 6:
         return f"{mean:.3g} ±\N{NO-BREAK SPACE}{half:.2g}"
@@ -142,15 +143,8 @@ def _pairs(names: dict[str, Path], summaries: dict[str, list[dict[str, Any]]]) -
 
 def _settings(folder: Path) -> dict[str, str]:
     path = folder / "config.yaml"
-    return dict(_flat(parse_yaml(read_text(path)) or {})) if path.exists() else {}
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in section.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", "null" if value is None else str(value)
+    settings = flat(parse_yaml(read_text(path)) or {}) if path.exists() else ()
+    return {name: "null" if value is None else str(value) for name, value in settings}
 
 
 def _differences(settings: dict[str, dict[str, str]]) -> dict[str, list[str]]:

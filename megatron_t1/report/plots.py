@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from matplotlib.typing import ColorType
 
 _STYLE: Any = {
     "axes.spines.top": False,
@@ -98,24 +99,22 @@ def learning_curves(rows: Sequence[dict[str, float]]) -> dict[str, list[Plot]]:
 
 
 @matplotlib.rc_context(_STYLE)
-def reward_against_kl(runs: Mapping[str, Sequence[dict[str, float]]]) -> Plot | None:
+def reward_against_kl(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Plot | None:
     """What the reward cost in distance from the starting policy, a line a run: the paper's figure; None where that is
-    not known."""
-    known = {label: [row for row in rows if "kl_start" in row and "reward" in row] for label, rows in runs.items()}
-    known = {label: rows for label, rows in known.items() if len(rows) > 1}
+    not known of any."""
+    measured = {name: [row for row in rows if "kl_start" in row] for name, rows in runs.items()}
+    known = {name: rows for name, rows in measured.items() if len(rows) > 1}
     if not known:
         return None
     title = "Reward against KL to the starting policy"
     figure, axes = _figure(title)
-    for label, rows in known.items():
-        kl, reward = ([row[name] for row in rows] for name in ("kl_start", "reward"))
-        axes.plot(kl, reward, "o-", markersize=4, label=_literal(label))
-        for row in (rows[0], rows[-1]):
-            at = (row["kl_start"], row["reward"])
-            axes.annotate(f"step {row['step']}", at, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("nats a sample")
+    for name, rows in known.items():
+        kl, reward = [row["kl_start"] for row in rows], [row["reward"] for row in rows]
+        axes.plot(kl, reward, "o-", markersize=4, label=_literal(name))
+        axes.annotate(f"step {rows[-1]['step']}", (kl[-1], reward[-1]), xytext=(4, 4), textcoords="offset points")
     if len(runs) > 1:
         _legend(figure)
+    axes.set_xlabel("nats a sample")
     return _plot(title, figure)
 
 
@@ -200,14 +199,11 @@ def _band(axes: Axes, points: list[dict[str, Any]], x: str, color: str, style: s
 
 def _curves(title: str, steps: np.ndarray, series: dict[str, np.ndarray], log: bool = False) -> Plot:
     figure, axes = _figure(title)
-    window = max(1, len(steps) // 20)
     prefix = next(iter(series)).partition("/")[0] + "/" if all("/" in name for name in series) else ""
     for name, values in series.items():
-        at, values = steps[np.isfinite(values)], values[np.isfinite(values)]
-        smooth = [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
-        label = _literal(name.removeprefix(prefix))
-        (line,) = axes.plot(at, smooth, label=label, marker="o" if len(at) == 1 else "", linewidth=1.6)
-        axes.plot(at, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        color = smoothed(axes, steps, values, name.removeprefix(prefix))
+        known = np.isfinite(values)
+        axes.plot(steps[known], values[known], color=color, alpha=0.25, linewidth=0.8)
     if log and any((values > 0).any() for values in series.values()):
         axes.set_yscale("log")
     if len(series) > 1:
@@ -215,6 +211,19 @@ def _curves(title: str, steps: np.ndarray, series: dict[str, np.ndarray], log: b
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
     return _plot(title, figure)
+
+
+def smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> ColorType:
+    """Draws the mean of the last twentieth of the run's steps, as far as a value is known there; returns its color.
+
+    steps, values: [num_rows] of the whole run, nan where a step was not measured.
+    """
+    known = np.isfinite(values)
+    at, values = steps[known], values[known]
+    first = np.searchsorted(at, at - max(1, len(steps) // 20), side="right")
+    means = [values[start : end + 1].mean() for end, start in enumerate(first)]
+    (line,) = axes.plot(at, means, label=_literal(label), marker="o" if len(at) == 1 else "", linewidth=1.6)
+    return line.get_color()
 
 
 def _stacked(title: str, steps: np.ndarray, series: dict[str, np.ndarray]) -> Plot:

@@ -125,7 +125,7 @@ class Run:
 
     def step_s(self) -> float | None:
         """Median seconds of a recent step."""
-        times = [sum(_stages(row).values()) or row.get("step_seconds", 0.0) for row in self.recent]
+        times = [sum(_stages(row).values()) for row in self.recent]
         return statistics.median(times) if times and any(times) else None
 
     def says(self) -> str:

@@ -170,7 +170,13 @@ def test_known_responses_to_math500_give_the_known_score(scorer: Scorer, tmp_pat
         assert result.num_samples == 1
         assert sum(group["num_questions"] for group in result.by["level"].values()) == 500
         assert len(result.by["subject"]) == 7
-    assert table(read_summaries(tmp_path)).splitlines()[2:] == ["| better | 94.4 ± 2.0 |", "| paper | 92.4 ± 2.3 |"]
+    summaries = read_summaries(tmp_path)
+    assert table(summaries).splitlines()[2:] == ["| better | 94.4 ± 2.0 |", "| paper | 92.4 ± 2.3 |"]
+    other = [summaries[0], {**summaries[1], "num_samples": 4}]
+    assert [table(rows).splitlines()[0][2:] for rows in (summaries, other)] == [
+        "model | MATH500 |",
+        "model | MATH500 (average of 1 to 4) |",
+    ]
     (difference,) = compare(tmp_path / "evaluate/paper", tmp_path / "evaluate/better")
     assert difference["result"].difference == pytest.approx(0.02)
     assert difference["result"].p_value == pytest.approx(2 / 2**10)  # ten questions changed, all to the better

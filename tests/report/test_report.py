@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_t1.evaluation.figures import summarize
@@ -212,6 +213,17 @@ def test_the_filter_works_under_the_pages_policy_in_a_browser(
         assert len(visible) == len(rows) > 0
     else:
         assert 0 < len(visible) == sum(wanted in row for row in rows) < len(rows)
+
+
+def test_what_is_measured_now_and_then_is_smoothed_over_steps() -> None:
+    """By rows it would be the mean of the whole run: 25 measurements in 500 steps, and a window of 25."""
+    steps, values = np.arange(1, 501), np.full(500, np.nan)
+    values[::20] = np.arange(25)
+    _, axes = plots._figure("")
+    plots.smoothed(axes, steps, values, "")
+    assert list(axes.lines[0].get_ydata()) == [0, *np.arange(24) + 0.5]  # the last 25 steps hold two of them
+    plots.smoothed(axes, steps, steps * 1.0, "")
+    assert axes.lines[1].get_ydata()[-1] == np.mean(steps[-25:])
 
 
 def test_only_a_loss_is_called_one() -> None:
