@@ -53,7 +53,6 @@ _PANELS = (
     _Panel("KL to the anchor (nats a sample)", ("kl_sample", "kl_sample_std")),
     _Panel("Mismatch of trainer and servers (mean)", ("logprob_diff", "prob_diff", "kl_behaviour"), log=True),
     _Panel("Off policy (share of tokens)", ("effective_sample_size", "clip_fraction", "masked")),
-    _Panel("Held-out accuracy", ("heldout/",)),
     _Panel("KL to the starting policy (nats a sample)", ("kl_start",)),
     _Panel("Response tokens", ("response_tokens_mean", "response_tokens_max")),
     _Panel("Response tokens, right and wrong ones", ("response_tokens_right", "response_tokens_wrong")),
@@ -116,6 +115,27 @@ def reward_against_kl(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Plot | No
         _legend(figure)
     axes.set_xlabel("nats a sample")
     return _plot(title, figure)
+
+
+@matplotlib.rc_context(_STYLE)
+def along_training(evals: dict[str, list[dict[str, Any]]]) -> list[Plot]:
+    """{set: its evaluations in the order of the training} -> a plot, or none where there are but ends."""
+    evals = {name: of_set for name, of_set in evals.items() if len(of_set) > 2}
+    if not evals:
+        return []
+    title = "Held-out accuracy along the training with 95% interval"
+    figure, axes = _figure(title)
+    for place, (name, of_set) in enumerate(evals.items()):
+        points = [
+            {"step": s["settings"]["step"], "accuracy": s["pass_at_1"], "interval": s["interval"]} for s in of_set
+        ]
+        _band(axes, points, "step", f"C{place % 10}", "o-", name)
+    axes.set_xlabel("step")
+    axes.locator_params(axis="x", integer=True)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if len(evals) > 1:
+        _legend(figure)
+    return [_plot(title, figure)]
 
 
 @matplotlib.rc_context(_STYLE)
@@ -190,10 +210,10 @@ def scaling(models: dict[str, dict[str, list[dict[str, Any]]]]) -> Plot:
     return _plot(title, figure)
 
 
-def _band(axes: Axes, points: list[dict[str, Any]], x: str, color: str, style: str) -> None:
+def _band(axes: Axes, points: list[dict[str, Any]], x: str, color: str, style: str, label: str = "") -> None:
     used = [point[x] for point in points]
     low, high = zip(*(point["interval"] for point in points), strict=True)
-    axes.plot(used, [point["accuracy"] for point in points], style, markersize=4, color=color)
+    axes.plot(used, [point["accuracy"] for point in points], style, markersize=4, color=color, label=_literal(label))
     axes.fill_between(used, low, high, color=color, alpha=0.12, linewidth=0)
 
 

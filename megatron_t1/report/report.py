@@ -51,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         ValueError: nothing that a report is made of is there.
     """
-    evals = _evaluations(run_dir)
+    along, evals = _evaluations(run_dir)
     responses = {name: run_dir / "evaluate" / s["label"] / s["set"] / "responses.jsonl" for name, s in evals.items()}
     scaling = {path.parent.name: _scaling(path.parent) for path in sorted(run_dir.glob("scaling/*/points.json"))}
     metrics = {stage: read_jsonl(run_dir / stage / "metrics.jsonl", _Step) for stage in ("sft", "rl")}
@@ -67,7 +67,7 @@ def write_report(run_dir: Path) -> Path:
         name=run_dir.resolve().name,
         evals=evals,
         comparisons=_comparisons(evals, run_dir / "evaluate"),
-        accuracy_plot=plots.accuracy(evals) if evals else None,
+        accuracy_plots=[*plots.along_training(along), *([plots.accuracy(evals)] if evals else [])],
         group_plots=[
             plots.groups(name, kind, s["by"][kind])
             for name, s in evals.items()
@@ -116,11 +116,17 @@ def _wasted(rows: list[dict[str, Any]]) -> float | None:
     return float((equal + left_out) / (trained + left_out))
 
 
-def _evaluations(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Summaries by name, those of earlier training steps first; the set is in the name when there are several."""
+def _evaluations(run_dir: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, Any]]]:
+    """Those along the training, by set, in its order; and all but those between its first and its last, by name (the
+    set is in it when there are several)."""
     found = read_summaries(run_dir)
+    along: dict[str, list[dict[str, Any]]] = {}
+    for summary in found:
+        if "step" in summary["settings"]:
+            along.setdefault(summary["set"], []).append(summary)
+    between = [summary for of_set in along.values() for summary in of_set[1:-1]]
     several = len({summary["set"] for summary in found}) > 1
-    return {f"{s['label']} · {s['set']}" if several else s["label"]: s for s in found}
+    return along, {f"{s['label']} · {s['set']}" if several else s["label"]: s for s in found if s not in between}
 
 
 def _comparisons(evals: dict[str, dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

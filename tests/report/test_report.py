@@ -118,6 +118,20 @@ def test_a_label_of_an_unknown_step_is_not_taken_for_the_first(run_dir: Path) ->
     assert "sft → aaa" in read(run_dir).text
 
 
+def test_evaluations_along_the_training_are_a_curve_and_the_ends_of_it_are_shown(run_dir: Path) -> None:
+    folder, curve = run_dir / "evaluate", "Held-out accuracy along the training with 95% interval"
+    assert curve not in {attrs.get("alt") for _, attrs in read(run_dir).tags}, "the two ends alone"
+    for step in (4, 6):  # sft has 2 steps, rl$ 8
+        shutil.copytree(folder / "sft", folder / f"middle{step}")
+        summary = json.loads((folder / "sft/set<b>/summary.json").read_text())
+        summary |= {"label": f"middle{step}", "settings": {"step": step}}
+        write_json(folder / f"middle{step}/set<b>/summary.json", summary)
+    page = read(run_dir)
+    assert curve in {attrs.get("alt") for _, attrs in page.tags}
+    assert "sft → rl$" in page.text
+    assert "middle" not in page.text
+
+
 def headings(run_dir: Path) -> list[str]:
     return re.findall(r"<h2>(.*?)</h2>", write_report(run_dir).read_text())
 
@@ -139,7 +153,7 @@ def test_every_part_is_there(run_dir: Path) -> None:
     for text in ("29.4% of all generated tokens", "By summary", "45.6%"):
         assert text in page.text
     alts = [attrs.get("alt") for _, attrs in page.tags]
-    assert {"Reward against KL to the starting policy", "Held-out accuracy"} <= set(alts)
+    assert {"Reward against KL to the starting policy", "Held-out accuracy with 95% interval"} <= set(alts)
 
 
 def test_hostile_text_stays_text_and_nothing_is_loaded(run_dir: Path) -> None:
