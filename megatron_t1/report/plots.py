@@ -182,7 +182,7 @@ _INSTRUMENTS = {
 
 @matplotlib.rc_context(_STYLE)
 def scaling(models: dict[str, dict[str, list[dict[str, Any]]]]) -> Plot:
-    """Accuracy against the tokens that were used, with 95% bands. {model: {instrument: points}}: a colour a model, a
+    """Accuracy against the tokens that were used, with 95% bands. {model: {instrument: points}}: a color a model, a
     style an instrument."""
     title = "Accuracy against tokens"
     figure, axes = _figure(title, width=8.2, height=4.4)
