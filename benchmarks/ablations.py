@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="*", default=names, choices=names, metavar="ROW", help=", ".join(names))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--sft_steps", type=int, default=2000)
+    parser.add_argument("--sft_steps", type=int, default=4000)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args()
     out, rows = args.out, ["base", *(name for name in args.rows if name != "base")]

@@ -65,7 +65,6 @@ def options(data: Path, run_dir: Path, **overrides: object) -> list[str]:
         "data.heldout": data / "heldout.jsonl",
         "rollout.num_servers": 1,
         "parallel.nproc_per_node": 1,
-        "sft.batch_size": 16,
         "sft.max_steps": 20,
         "sft.optim.warmup_steps": 2,
         "sft.checkpoint.every_steps": 10,

@@ -226,4 +226,4 @@ def test_the_command_fails_when_there_is_a_problem(task: Path, capsys) -> None:
     assert main([*arguments, "--sft.batch_size", "1", "--run_dir", str(task / "run")]) == 0
     assert "no problem found" in capsys.readouterr().out
     assert main(["check", "--config", *arguments[1:]]) == 1
-    assert "sft.batch_size = 32 is larger than the 1 lines" in capsys.readouterr().out
+    assert "sft.batch_size = 16 is larger than the 1 lines" in capsys.readouterr().out
