@@ -33,8 +33,8 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """It takes a sixth of a tiny model's step. Constructors wrapped one by one would not, but torch.device("meta") as a context
-    knows none but the original ones, and transformers then loads random weights."""
+    """It takes a sixth of a tiny model's step. Constructors wrapped one by one would not, but the context
+    `torch.device("meta")` knows none but the original ones, and transformers then loads random weights."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
