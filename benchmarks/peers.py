@@ -5,7 +5,7 @@
     python -m benchmarks.peers --python /tmp/trl/bin/python [--quickstart runs/quickstart] [--out runs/peers]
 
 Both start from the quickstart's fine-tuned model with the same prompts and samples a step, temperature, length, rewards
-and learning rate, on the same two cores, in two processes (ours: two trainer ranks and two vLLM servers, taking turns),
+and learning rate, on the same two cores, in two processes (ours: two trainer ranks and a vLLM server, taking turns),
 and write a snapshot every ten steps, whose times are the clock. The snapshots of both are measured by the same program.
 A run that is finished is not run again.
 """

@@ -172,7 +172,9 @@ def test_a_chain_that_is_struck_ends_with_the_files_of_one_that_is_not(task: Pat
     assert "asked to stop" in log
     assert re.search(r"job \d+\.0: requeued", log)
     assert "stopped as asked" in said
-    assert "and is started again" in (struck / "logs/serve_n1.log").read_text(), "whoever saw first that it was gone"
+    # Its `t1 serve` or the trainer may see first that it is gone.
+    why = r"(ended|no good answer.*|was given up by the trainer) and is started again"
+    assert re.search(why, (struck / "logs/serve_n1.log").read_text())
     assert "a trainer rank was killed" not in log, "the trainer outlives its only server"
     assert "was lost and is started again" in said
 
