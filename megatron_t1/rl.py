@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from megatron_t1.config import UNCORRECTED, Config
 from megatron_t1.engine import checkpoint
-from megatron_t1.engine.offload import free_cache
 from megatron_t1.engine.parallel import from_main, is_main
 from megatron_t1.learner import Learner
 from megatron_t1.metrics import Stopwatch
@@ -34,10 +33,10 @@ from megatron_t1.rollout.batches import Batch, Batches, BatchQueue
 from megatron_t1.rollout.client import NoServerLeftError
 from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.server import ServerError
-from megatron_t1.servers.servers import Servers
 from megatron_t1.stop import STOP, Stopped
 from megatron_t1.trace import Trace
 from megatron_t1.trackers import open_log
+from megatron_t1.turns import Turns
 from megatron_t1.types import Prompt, TrainSequence
 from megatron_t1.warn import warn
 
@@ -116,13 +115,14 @@ class Trainer:
         self.watch = Stopwatch(self.trace)
         self.learner = Learner(cfg, platform, self.watch)
         self.learner.resume(prompts)
-        self.sync = WeightSync(self.learner.engine.pieces(), cfg.rollout, rank0.servers if rank0 else None)
+        servers = rank0.servers if rank0 else None
+        self.sync = WeightSync(self.learner.engine.pieces(), cfg.rollout, servers)
+        self.turns = Turns(cfg, self.learner.offload, self.sync.ranks, servers, self.watch)
         self.bank = Bank(self.folder / "bank")
         self.queue = self._open_queue(rank0) if rank0 else None
         self.milestones = Milestones(cfg, self.learner.engine, rank0)
         self.log = open_log(cfg, "rl", self.steps_done) if is_main() else None
         self._rewards: list[float] = []  # of the steps since the last checkpoint
-        self._servers_turn = False  # to use the GPUs that are shared
 
     @property
     def steps_done(self) -> int:
@@ -140,9 +140,9 @@ class Trainer:
         """
         if self.rank0:  # those that sleep were awaited before any rank took memory; who is missing is let in later
             self.rank0.servers.wait_ready(minimum=1 if self.cfg.rollout.sleep else None)
-        self._wake_for_push()
+        self.turns.wake_for_push()
         self.sync.push(version=self.steps_done)
-        self._to_servers()
+        self.turns.to_servers()
         if self.rank0:
             self.rank0.client.check_logprob_contract(self.prompts[0].token_ids.tolist())
         bound = max_logprob_diff(self.cfg)
@@ -151,7 +151,7 @@ class Trainer:
         engine = self.learner.engine
 
         def logprobs(sequences: list[TrainSequence]) -> list[np.ndarray]:
-            self._to_trainer()
+            self.turns.to_trainer()
             return engine.logprobs(sequences)
 
         found = mismatch(
@@ -164,7 +164,7 @@ class Trainer:
         )
         for server, value in found.items():
             _hold(value, bound, f"server {server} on weights {self.steps_done}, before the first step")
-        if self.cfg.takes_turns:  # the trainer's answer has cost the servers their weights
+        if self.turns.taken:  # the trainer's answer has cost the servers their weights
             self._bring_up()
 
     def step(self) -> dict[str, float]:
@@ -177,14 +177,14 @@ class Trainer:
         watch = self.watch
         with watch("push"):
             pushed = self._finish_push()
-        self._to_servers()
+        self.turns.to_servers()
         with watch("generate"):  # at a lag, what is left of it
             batch = self._collect()
         with watch("checkpoint"):  # of the step before: written long since, and it would be lost with this step
             self._finish_save(wait=False)
         with watch("measure"):
             measured = self._measure()
-        self._to_trainer()
+        self.turns.to_trainer()
         with watch("measure"):
             measured |= self.milestones.kl_to_start(self.steps_done, batch.groups)
         metrics = self.learner.learn(batch.groups)
@@ -201,9 +201,9 @@ class Trainer:
             with watch("generate"):  # no sample of two weights; and what a checkpoint needs of the past is in the bank
                 self._settle()
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
-            self._wake_for_push()
+            self.turns.wake_for_push()
             self.sync.begin_push(version=self.steps_done)
-            if not self.cfg.takes_turns:
+            if not self.turns.taken:
                 self._ask(self.cfg.rl.lag)
         self.learner.follow()
         if self.log:
@@ -255,9 +255,9 @@ class Trainer:
         bar.close()
         self._finish_save()
         self._finish_push()
-        self._to_trainer()  # a run that is resumed at its end has only pushed
+        self.turns.to_trainer()  # a run that is resumed at its end has only pushed
         self.learner.engine.save_hf(self.folder / "hf")
-        if self.cfg.takes_turns:
+        if self.turns.taken:
             self._bring_up()
         self._measure()
         return self.folder / "hf"
@@ -277,7 +277,7 @@ class Trainer:
         if not self._rewards:
             return
         self._finish_save()
-        self._to_trainer()
+        self.turns.to_trainer()
         self.learner.begin_save(float(np.mean(self._rewards)))
         self._rewards.clear()
 
@@ -364,43 +364,12 @@ class Trainer:
         """As `WeightSync.bring_up`; the weights may be away, and who came is awake: it is the trainer's turn then."""
 
         def before() -> None:
-            self._to_trainer()
-            self._wake_for_push()
+            self.turns.to_trainer()
+            self.turns.wake_for_push()
 
-        names = self.sync.bring_up(before if self.cfg.takes_turns else lambda: None)
-        self._to_servers()
+        names = self.sync.bring_up(before if self.turns.taken else lambda: None)
+        self.turns.to_servers()
         return names
-
-    def _to_servers(self) -> None:
-        """Where turns are taken, the trainer gives its memory away before the servers take theirs."""
-        if self._servers_turn or not self.cfg.takes_turns:
-            return
-        with self.watch("turns"):
-            self.learner.offload.give()
-            self._on_servers(lambda servers: servers.wake("kv_cache"))
-        self._servers_turn = True
-
-    def _to_trainer(self) -> None:
-        """The servers, which nobody asks, give their memory away before the trainer takes its own."""
-        if not self._servers_turn:
-            return
-        with self.watch("turns"):
-            self._on_servers(Servers.sleep)
-            self.learner.offload.take()
-        self._servers_turn = False
-
-    def _wake_for_push(self) -> None:
-        if self.cfg.rollout.sleep:
-            free_cache()
-            self._on_servers(lambda servers: servers.wake("weights"))
-
-    def _on_servers(self, call: Callable[[Servers], None]) -> None:
-        """Of servers that sleep, when every rank is here; none goes on before it is done."""
-        if self.cfg.rollout.sleep:
-            self.sync.ranks.to_0("turns", None)
-            if self.rank0:
-                call(self.rank0.servers)
-            self.sync.ranks.from_0("turns", None)
 
     def _take(self) -> Batch | None:
         """Rank 0: the step's batch; None when all servers were lost."""

@@ -25,7 +25,7 @@ FLOORS = [
     {"weights", "rollout"},
     {"engine", "push"},
     {"config"},
-    {"status", "learner", "convert", "logprobs", "grade", "trackers"},
+    {"status", "learner", "turns", "convert", "logprobs", "grade", "trackers"},
     {"rank0"},
     {"evaluation"},
     {"report", "curate", "sft", "check", "milestones"},
