@@ -9,11 +9,11 @@ False.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from megatron_t1.platform import gloo
 
@@ -24,6 +24,7 @@ _CUDA_TYPE = {
     "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
     "torch.HalfTensor": "torch.cuda.HalfTensor",
 }
+_CONSTRUCTORS = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros")
 
 
 def _is_cuda(device: Any) -> bool:
@@ -32,18 +33,23 @@ def _is_cuda(device: Any) -> bool:
     )
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """It takes a sixth of a tiny model's step. Constructors wrapped one by one would not, but the context
-    `torch.device("meta")` knows none but the original ones, and transformers then loads random weights."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+def _on_cpu(construct: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(construct)
+    def constructed(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": _CPU}
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            spelling = func(*args)
-            return _CUDA_TYPE.get(spelling, spelling)
-        return func(*args, **kwargs)
+            kwargs["device"] = _CPU
+        return construct(*args, **kwargs)
+
+    return constructed
+
+
+def _with_cuda_spelling(type_of: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(type_of)
+    def spelled(*args: Any, **kwargs: Any) -> Any:
+        found = type_of(*args, **kwargs)
+        return _CUDA_TYPE.get(found, found) if len(args) == 1 and not kwargs else found
+
+    return spelled
 
 
 class _NoStream:
@@ -77,7 +83,7 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def install() -> None:
-    """Answer torch.cuda's questions with the CPU's answers, for this process and its main thread."""
+    """Answer torch.cuda's questions with the CPU's answers, for this process."""
     cuda: Any = torch.cuda
     cuda.current_device = _answer(_CPU)
     for name in ("set_device", "synchronize", "empty_cache"):
@@ -93,6 +99,14 @@ def install() -> None:
     gloo.install()
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.type = _with_cuda_spelling(tensor.type)
+    # The context `torch.device(...)` collects the constructors at its first call, and must know the original ones:
+    # transformers builds a model to be loaded in torch.device("meta").
+    with _CPU:
+        torch.empty(0)
+    # One by one: a TorchFunctionMode would see every call, which takes a sixth of a tiny model's step.
+    for name in _CONSTRUCTORS:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
 
     import megatron.core.tensor_parallel.random as megatron_random
 
@@ -100,4 +114,3 @@ def install() -> None:
     patched._get_cuda_rng_state = _get_cpu_rng_state
     patched._set_cuda_rng_state = _set_cpu_rng_state
     patched.device_ctx_manager = lambda device: contextlib.nullcontext()
-    _CudaMeansCpu().__enter__()
