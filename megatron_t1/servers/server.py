@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import subprocess
@@ -17,7 +18,9 @@ import msgspec
 from megatron_t1.files import of_shape, parse_json
 from megatron_t1.servers.die_with_parent import ENDED_BY_ITSELF
 
-ASLEEP = -1
+UNPUSHED = -1
+"""Version of a server that holds what it started with, random numbers where a push is to bring the weights."""
+ASLEEP = -2
 """Version of a server that gave its weights away; the next push brings some."""
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 65536
@@ -26,6 +29,8 @@ _METRICS_BYTES = 1 << 20
 _CACHE_USAGE = re.compile(rb"^vllm:kv_cache_usage_perc\{[^}]*\} ([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)$", re.M)
 _DISTURBED = "Error in memory profiling"
 """What vLLM says where other processes free memory of its GPU while it starts and measures what is free."""
+_BROKEN = (OSError, http.client.HTTPException)
+"""What urllib raises: no connection, none in time, or an answer that is no HTTP or was cut off."""
 _ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
 
 
@@ -42,8 +47,8 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
     """The group's leader when this process started it; None for a server given by URL."""
     log_path: Path | None = None
-    version: int = 0
-    """Weight version it holds, as far as we know; 0: the weights it started with."""
+    version: int = UNPUSHED
+    """Weight version it holds, as far as we know."""
     max_model_len: int = 0
     """Longest prompt + response, tokens; known once it is ready."""
     unusable: str | None = None
@@ -103,14 +108,16 @@ class Server:
         try:
             with _OPENER.open(request, timeout=timeout_s) as response:
                 raw = response.read()
+                if not (response.headers["Content-Length"] or response.headers["Transfer-Encoding"]):
+                    raise http.client.BadStatusLine("it was cut off before it told its length")
         except urllib.error.HTTPError as error:
             text = error.read(4000).decode(errors="replace")
             raise ServerError(f"server {self.name}: {path} answered {error.code}: {text.strip()}") from None
-        except OSError as error:  # URLError is one
+        except _BROKEN as error:  # URLError is one
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise ServerError(f"server {self.name}: {path} did not answer within {timeout_s:g} s") from None
-            raise ServerError(f"server {self.name}: {path}: {reason}\n{self.log_tail()}") from None
+            raise ServerError(f"server {self.name}: {path}: {reason!r:.200}\n{self.log_tail()}") from None
         try:
             return parse_json(raw) if raw else None
         except ValueError as error:
@@ -126,7 +133,7 @@ class Server:
         try:
             with _OPENER.open(self.url + "/health", timeout=timeout_s) as response:
                 return bool(response.status == 200)
-        except OSError:
+        except _BROKEN:
             return False
 
     def cache_usage(self) -> float | None:
@@ -135,7 +142,7 @@ class Server:
         try:
             with _OPENER.open(request, timeout=2.0) as response:
                 found = _CACHE_USAGE.search(response.read(_METRICS_BYTES))
-        except OSError:
+        except _BROKEN:
             return None
         return float(found[1]) if found else None
 
@@ -143,7 +150,7 @@ class Server:
         """Whether it takes connections but answers nothing: stopped or stuck, not ended."""
         try:
             _OPENER.open(self.url + "/health", timeout=timeout_s).close()
-        except OSError as error:
+        except _BROKEN as error:
             return isinstance(getattr(error, "reason", error), TimeoutError)
         return False
 
@@ -180,9 +187,9 @@ class _IsPaused(TypedDict):
 
 
 def parse_version(text: str) -> int:
-    """vLLM's weight version as a number; `default` is what a server starts with. Raises ValueError for other words."""
+    """vLLM's weight version as a number; `default` is UNPUSHED. Raises ValueError for other words."""
     if text == "default":
-        return 0
+        return UNPUSHED
     if not _VERSION.fullmatch(text):
         raise ValueError(f"weight version {text!r:.60}, which is no number")
     return int(text)

@@ -221,7 +221,8 @@ class Servers:
             elif server.unusable:
                 lines.append(f"server {server.name} is unusable: {server.unusable}")
             elif self.required_version not in (None, server.version):
-                lines.append(f"server {server.name} holds weights of version {server.version}, not the current ones")
+                held = f"weights of version {server.version}" if server.version >= 0 else "no weights of a push"
+                lines.append(f"server {server.name} holds {held}, not the current ones")
             elif not server.healthy():
                 lines.append(f"server {server.name} does not answer /health. Its log ends:\n{server.log_tail()}")
         return "\n".join(lines) or "every server answers /health"

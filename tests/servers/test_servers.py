@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +20,7 @@ import pytest
 
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.server import ServerError
+from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
 
 ROUTES = [
@@ -82,6 +84,37 @@ def test_the_key_is_in_no_command_line_and_no_log(server: Servers) -> None:
         except OSError:
             continue
     assert (server.run_dir / "server_key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\n",
+        b'HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{"weight_vers',
+    ],
+    ids=["no HTTP", "headers cut off", "body cut off"],
+)
+def test_a_broken_answer_is_an_error_of_the_server(answer: bytes) -> None:
+    """As of a server that is killed while it answers, or of another program on its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer_all() -> None:
+            with contextlib.suppress(OSError):  # until it is closed
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+
+        threading.Thread(target=answer_all, daemon=True).start()
+        server = Server(url=f"http://127.0.0.1:{listening.getsockname()[1]}", key="k")
+        with pytest.raises(ServerError, match=r"127\.0\.0\.1:\d+: /weight_info: \w+"):
+            server.call("GET", "/weight_info", timeout_s=5)
+        assert not server.hangs(timeout_s=5)
+        assert server.cache_usage() is None
+        with pytest.raises(ServerError):
+            server.introduce()
 
 
 def test_a_port_in_use_is_said_at_once(tiny_dir: Path, tmp_path: Path) -> None:
