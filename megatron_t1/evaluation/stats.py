@@ -18,7 +18,8 @@ def wilson_interval(num_correct: float, num_samples: int, confidence: float = 0.
     centre = share + z2 / (2 * num_samples)
     half = (z2 * (share * (1 - share) / num_samples + z2 / (4 * num_samples**2))) ** 0.5
     scale = 1 + z2 / num_samples
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # Of shares of 0 and 1 a bound is the share itself, which rounding would miss.
+    return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
 
 
 def clustered_interval(means: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -138,14 +138,20 @@ def along_training(evals: dict[str, list[dict[str, Any]]]) -> list[Plot]:
     return [_plot(title, figure)]
 
 
+def _arms(found: Iterable[dict[str, Any]]) -> list[list[float]]:
+    """[below, above] the accuracies, to their intervals' ends; matplotlib refuses what rounding made negative."""
+    ends = [(one["pass_at_1"], *one["interval"]) for one in found]
+    return [[max(0.0, value - low) for value, low, _ in ends], [max(0.0, high - value) for value, _, high in ends]]
+
+
 @matplotlib.rc_context(_STYLE)
 def accuracy(evals: dict[str, dict[str, Any]]) -> Plot:
     """Accuracy of every evaluation with its 95% interval."""
     title = "Held-out accuracy with 95% interval"
     figure, axes = _figure(title, height=1.2 + 0.45 * len(evals))
     for place, result in enumerate(evals.values()):
-        value, (low, high) = result["pass_at_1"], result["interval"]
-        axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color=f"C{place}")
+        value = result["pass_at_1"]
+        axes.errorbar(value, place, xerr=_arms([result]), fmt="o", capsize=4, color=f"C{place}")
         axes.annotate(f"{100 * value:.1f}%", (value, place), xytext=(0, 7), textcoords="offset points", ha="center")
     axes.set_yticks(range(len(evals)), [_literal(label) for label in evals])
     axes.set_ylim(len(evals) - 0.4, -0.6)
@@ -160,10 +166,7 @@ def groups(name: str, kind: str, found: dict[str, dict[str, Any]]) -> Plot:
     title = f"{name}: accuracy by {kind}"
     figure, axes = _figure(title, height=1.0 + 0.3 * len(found))
     values = [group["pass_at_1"] for group in found.values()]
-    low, high = zip(*(group["interval"] for group in found.values()), strict=True)
-    errors = [[max(0.0, v - x) for v, x in zip(values, low, strict=True)],
-              [max(0.0, x - v) for v, x in zip(values, high, strict=True)]]  # fmt: skip
-    axes.barh(range(len(found)), values, xerr=errors, color="C0", alpha=0.75, capsize=3)
+    axes.barh(range(len(found)), values, xerr=_arms(found.values()), color="C0", alpha=0.75, capsize=3)
     labels = [f"{_literal(group)} ({found[group]['num_questions']})" for group in found]
     axes.set_yticks(range(len(found)), labels)
     axes.invert_yaxis()

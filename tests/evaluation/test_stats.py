@@ -24,6 +24,12 @@ def test_wilson_interval_as_published(correct: int, total: int, low: float, high
     assert stats.wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
 
 
+def test_wilson_interval_holds_the_share_where_all_are_wrong_or_right() -> None:
+    for total in range(1, 700):
+        assert stats.wilson_interval(0, total)[0] == 0
+        assert stats.wilson_interval(total, total)[1] == 1
+
+
 @pytest.mark.parametrize(("n", "c"), [(6, 0), (6, 1), (6, 3), (6, 6)])
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(n: int, c: int) -> None:
     samples = [i < c for i in range(n)]

@@ -250,3 +250,12 @@ def test_only_a_loss_is_called_one() -> None:
 def test_published_figures_stand_beside_the_papers_sets_alone() -> None:
     assert published([{"set": "ours"}, {"set": "gpqa"}, {"set": "math500"}])["T1 (Qwen2.5-32B)"] == ["92.4", "56.1", ""]
     assert published([{"set": "ours"}]) == {}
+
+
+def test_intervals_that_rounding_ends_short_of_the_accuracy_are_drawn() -> None:
+    """As files have them that were written by versions before."""
+    found = {
+        "wrong": {"pass_at_1": 0.0, "interval": [6e-18, 0.1]},
+        "right": {"pass_at_1": 1.0, "interval": [0.7, 1 - 1e-16]},
+    }
+    assert plots.accuracy(found).uri
