@@ -91,6 +91,21 @@ def server(start_t1, tuned, tmp_path_factory):
     assert process.wait(30) == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_two_ranks_of_one_command_stop_in_order(number, data, start_t1, tmp_path):
+    arguments = options(data, tmp_path, **{"parallel.nproc_per_node": 2, "sft.max_steps": 4000})
+    process = start_t1("sft", *arguments, stderr=subprocess.PIPE)
+    metrics = tmp_path / "sft/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(rows(metrics)) >= 3):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 75, said[-3000:]
+    assert "stopped as asked" in said
+    (*_, newest) = sorted((tmp_path / "sft/checkpoints").iterdir())
+    assert newest.name == f"step_{len(rows(metrics)):08d}"
+
+
 @pytest.mark.timeout(3000)
 def test_the_whole_pipeline_on_two_ranks(data, start_t1, t1, tmp_path):
     """SFT, evaluation, RL, evaluation, scaling, report; then resumed, when nothing is left to do."""

@@ -36,6 +36,7 @@ def config_of(count: int) -> LaunchConfig:
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
         max_restarts=0,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # which end the ranks; `start` hands on the others
     )
 
 
@@ -51,7 +52,8 @@ def start(count: int, arguments: list[str], *, alone: Callable[[list[str]], int]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["PYTHONSAFEPATH"] = "1"  # `python -m` would put the current folder before the installed modules
     os.environ.setdefault("OMP_NUM_THREADS", "4" if torch.cuda.is_available() else "1")
-    signal.signal(signal.SIGUSR1, lambda *_: _signal_children(signal.SIGUSR1))
+    for number in (signal.SIGUSR1, signal.SIGTERM):  # `stop.py`
+        signal.signal(number, lambda number, _: _signal_children(number))
     try:
         elastic_launch(config_of(count), sys.executable)("-m", "megatron_t1", *arguments)
     except ChildFailedError as error:

@@ -29,10 +29,11 @@ def test_ranks_and_servers_import_installed_modules_alone(monkeypatch: pytest.Mo
         return lambda *_: seen.append(ranks.os.environ.get("PYTHONSAFEPATH"))
 
     monkeypatch.setattr(ranks, "elastic_launch", elastic_launch)
-    before = ranks.signal.getsignal(ranks.signal.SIGUSR1)
+    before = {number: ranks.signal.getsignal(number) for number in (ranks.signal.SIGUSR1, ranks.signal.SIGTERM)}
     monkeypatch.setenv("PYTHONSAFEPATH", "0")
     try:
         ranks.start(2, [], alone=lambda _: 0)
     finally:
-        ranks.signal.signal(ranks.signal.SIGUSR1, before)
+        for number, handler in before.items():
+            ranks.signal.signal(number, handler)
     assert seen == ["1"]
