@@ -185,7 +185,11 @@ prepare() { # COMMAND CONFIG OPTIONS...: all of `find_nodes`, and options; refus
 on_usr1() {
   ASKED_TO_STOP=1
   say "asked to stop: the trainer drops its step and writes a checkpoint"
-  [ -n "$TRAINER" ] && kill -USR1 "$TRAINER" # srun hands it to all ranks
+  [ -n "$TRAINER" ] && stop_trainer
+}
+
+stop_trainer() {
+  kill -USR1 "$TRAINER" # srun hands it to all ranks
   (sleep "$GRACE_S" && kill -KILL "$TRAINER") 2>/dev/null &
 }
 
@@ -260,14 +264,15 @@ run_trainer() { # COMMAND RANKS_PER_NODE NODES...
       step "$LOGS/trainer.log" $# "$ranks" "$nodelist" "${cuda[@]}" bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}"
       return
     fi
-    [ -n "$ASKED_TO_STOP" ] && requeue
     MASTER_PORT=$(free_port)
     export MASTER_PORT
+    [ -n "$ASKED_TO_STOP" ] && requeue
     T1_TURN=$(date +%s%N) # of this job, the ones before have ended: run_dir is not in use by them
     export T1_TURN
     step "$LOGS/trainer.log" $# "$ranks" "$nodelist" \
       "${cuda[@]}" bash -c "$rank" t1 "$T1_PYTHON" -m megatron_t1 "$what" "${OPTIONS[@]}" &
     TRAINER=$!
+    [ -n "$ASKED_TO_STOP" ] && stop_trainer # between the two lines above
     await_trainer
     code=$?
     TRAINER=
