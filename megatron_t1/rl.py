@@ -140,6 +140,7 @@ class Trainer:
         """
         if self.rank0:  # those that sleep were awaited before any rank took memory; who is missing is let in later
             self.rank0.servers.wait_ready(minimum=1 if self.cfg.rollout.sleep else None)
+        from_main(None)  # this wait has its own deadline, that of a push is another
         self.turns.wake_for_push()
         self.sync.push(version=self.steps_done)
         self.turns.to_servers()
@@ -208,9 +209,7 @@ class Trainer:
         self.learner.follow()
         if self.log:
             self.log.samples(self.steps_done, batch.groups)
-        num_generated = metrics["num_response_tokens"] + batch.metrics.get("refill/tokens", 0)
-        made = {"generate_tokens_per_s": num_generated / batch.seconds}
-        return metrics | batch.metrics | made | measured | pushed
+        return metrics | batch.metrics | {"generate_tokens_per_s": batch.tokens_per_s} | measured | pushed
 
     def train(self) -> Path:
         """All steps that are left; returns the exported Hugging Face folder."""
@@ -283,7 +282,7 @@ class Trainer:
 
     def _finish_save(self, *, wait: bool = True) -> None:
         if self.learner.saver.finish(wait=wait) and is_main():  # what is needed to replay a step stays
-            kept = checkpoint.finished(self.learner.checkpoints)[-self.cfg.rl.checkpoint.keep :]
+            kept = checkpoint.finished(self.learner.checkpoints, until=self.steps_done)[-self.cfg.rl.checkpoint.keep :]
             self.bank.drop_before(checkpoint.step_of(kept[0]))
 
     def _finish_push(self) -> dict[str, float]:
@@ -337,7 +336,7 @@ class Trainer:
             if self.rank0:
                 warn("all servers were lost in a batch; it is made whole with the weights that it began with")
                 self._await_servers()
-            from_main(None)  # this wait has no deadline, that of a push has
+            from_main(None)  # as in `push`
             with self.learner.before_last_step():
                 self.sync.bring_up()
             self._ask(self.cfg.rl.lag - 1)
@@ -351,6 +350,7 @@ class Trainer:
             ServerError: the servers were lost `_MAX_OUTAGES` times.
         """
         for _ in range(_MAX_OUTAGES):
+            self._finish_save(wait=False)  # if no server comes back, only what is finished is left of it
             self._on_main(self._await_servers)
             for name in self._bring_up():
                 print(f"server {name} holds weights {self.steps_done} and is asked from now on", flush=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -41,9 +42,11 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 
 
-def finished(folder: Path) -> list[Path]:
-    """The finished checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if _STEP.match(path.name)) if folder.exists() else []
+def finished(folder: Path, until: float = math.inf) -> list[Path]:
+    """The finished checkpoints in `folder`, oldest first, of at most `until` steps: of a run that is there, later ones
+    are damaged and were passed over by `resume`."""
+    found = sorted(path for path in folder.glob("step_*") if _STEP.match(path.name)) if folder.exists() else []
+    return [path for path in found if step_of(path) <= until]
 
 
 def step_of(checkpoint: Path) -> int:

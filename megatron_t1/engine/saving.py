@@ -177,8 +177,7 @@ class Saver:
 
 
 def _rotate(folder: Path, newest: Path, cfg: CheckpointConfig) -> None:
-    # Later ones were damaged and passed over by `resume`: they may not take the place of a good one.
-    checkpoints = [path for path in checkpoint.finished(folder) if path.name <= newest.name]
+    checkpoints = checkpoint.finished(folder, until=checkpoint.step_of(newest))
     scores = {path: checkpoint.state_of(path).get("score", -math.inf) for path in checkpoints}
     by_score = sorted(checkpoints, key=lambda path: (scores[path], path), reverse=True)
     staying = {*checkpoints[-cfg.keep :], *by_score[: cfg.keep_best]}

@@ -31,6 +31,8 @@ class Batch:
     groups: list[Group]
     seconds: float
     """From its asking to its last grade."""
+    tokens_per_s: float
+    """Of what was generated for it in that time; what came from the bank is not."""
     metrics: dict[str, float] = field(default_factory=dict)
     """What its refilling cost; empty when nothing is refilled."""
 
@@ -79,7 +81,7 @@ class Batches:
         seed = self._seed * 1_000_003 + step
         groups = generate(self.prompts_of(step), seed, bank)
         if not self._refill:
-            return Batch(groups=groups, seconds=time.monotonic() - began)
+            return _made(groups, began, bank)
         spare, rounds = self.spare_prompts_of(step), 0
         while spare and (missing := self._size - sum(map(teaches, groups))) > 0:
             rounds += 1
@@ -94,7 +96,12 @@ class Batches:
             "refill/tokens": float(sum(len(sample.token_ids) for group in left_out for sample in group.samples)),
             "refill/pass_rate_asked": float(np.mean([correct for group in groups for correct in _correct(group)])),
         }
-        return Batch(groups=kept, seconds=time.monotonic() - began, metrics=metrics)
+        return _made(kept, began, bank, metrics)
+
+
+def _made(groups: list[Group], began: float, bank: StepBank, metrics: dict[str, float] | None = None) -> Batch:
+    seconds = time.monotonic() - began
+    return Batch(groups=groups, seconds=seconds, tokens_per_s=bank.num_tokens_added / seconds, metrics=metrics or {})
 
 
 class BatchQueue:

@@ -93,6 +93,8 @@ class StepBank:
     def __init__(self, path: Path, weights: str, same: str) -> None:
         self._path, self._weights, self._same = path, weights, same
         self._lock = threading.Lock()
+        self.num_tokens_added = 0
+        """Of responses, by this object."""
         self._rows = {row["key"]: row for row in read_jsonl(path, _Row)}
 
     def find(self, token_ids: Sequence[int], seed: int, count: int) -> list[Sample] | None:
@@ -125,6 +127,7 @@ class StepBank:
         }
         with self._lock:
             append_jsonl(self._path, [row])
+            self.num_tokens_added += sum(len(sample.token_ids) for sample in samples)
 
     def _key(self, token_ids: Sequence[int], seed: int, count: int) -> str:
         what = json.dumps([self._same, list(token_ids), seed, count])

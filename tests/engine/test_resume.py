@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 
 from megatron_t1.convert import to_hf
 from megatron_t1.engine import checkpoint, saving
-from megatron_t1.engine.checkpoint import finished
+from megatron_t1.engine.checkpoint import finished, step_of
 from megatron_t1.engine.config import CheckpointConfig, ParallelConfig
 from tests.forks import WORKERS
 from tests.tiny import make_tiny_qwen2
@@ -223,6 +223,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
         saving._rotate(tmp_path, folder, CheckpointConfig(keep=2, keep_best=1))
     assert [int(path.name[5:]) for path in finished(tmp_path)] == [2, 4, 5]
     # After a resume from step 2 (4 and 5 were damaged) the next one is of step 3; the later ones count for nothing.
+    assert [step_of(path) for path in finished(tmp_path, until=3)] == [2]
     saving._rotate(tmp_path, tmp_path / "step_00000003", CheckpointConfig(keep=1, keep_best=0))
     assert [int(path.name[5:]) for path in finished(tmp_path)] == [2, 4, 5]
     saving._rotate(tmp_path, folder, CheckpointConfig(keep=1, keep_best=0))

@@ -110,6 +110,8 @@ def test_a_stored_batch_is_read_again(tmp_path) -> None:
     read = batches(tmp_path, refill=2.0).make(1, "w", stored(SAMPLING, ROLLOUT))
     assert ids(read) == ids(made)
     assert read.metrics == made.metrics
+    assert made.tokens_per_s > 0
+    assert read.tokens_per_s == 0, "nothing was generated for it"
     for one, other in zip(made.groups, read.groups, strict=True):
         assert [s.token_ids.tolist() for s in one.samples] == [s.token_ids.tolist() for s in other.samples]
         assert [s.reward for s in one.samples] == [s.reward for s in other.samples]
