@@ -1,10 +1,11 @@
 """How many honest texts, and how many samples of a model, the penalties hit: the table of penalties.md.
 
-    python -m benchmarks.penalties MODEL --texts FILE.jsonl --questions FILE.jsonl --temperatures 0.7 1.0 1.2
+    python -m benchmarks.penalties MODEL --texts FILE.jsonl ... --questions FILE.jsonl --temperatures 0.7 1.0 1.2
 
 MODEL is a Hugging Face folder, run by transformers. `--texts` are honest responses ("prediction" or "response", and
-"question") that MODEL only scores, at temperature 1: an upper bound, because a policy expects its own words more than
-another's. `--questions` ("problem" or "prompt") are answered by MODEL itself at every temperature.
+"question"), a row a file, that MODEL only scores, at temperature 1, as far as its context goes: an upper bound, because
+a policy expects its own words more than another's. `--questions` ("problem" or "prompt") are answered by MODEL itself
+at every temperature.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from megatron_t1.data.template import Template
 from megatron_t1.reward.penalties import PenaltyConfig, Response, find_penalties, mean_and_worst_nll
 
 CONFIG = PenaltyConfig()
-MIN_TOKENS, MAX_TOKENS = 16, 2000
+MIN_TOKENS = 16
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--texts", type=Path)
+    parser.add_argument("--texts", type=Path, nargs="*", default=[])
     parser.add_argument("--questions", type=Path)
     parser.add_argument("--num_questions", type=int, default=64)
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.7, 1.0, 1.2])
@@ -42,8 +43,8 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|")
     with torch.no_grad():
-        if args.texts:
-            show("honest, scored", list(scored(model, template, rows(args.texts))))
+        for path in args.texts:
+            show(path.stem, list(scored(model, template, rows(path))))
         if args.questions:
             asked = rows(args.questions)[: args.num_questions]
             for temperature in args.temperatures:
@@ -60,10 +61,11 @@ def asked_in(row: dict[str, Any]) -> str:
 
 
 def scored(model: Any, template: Template, found: list[dict[str, Any]]) -> Iterator[tuple[Response, int]]:
+    context = model.config.max_position_embeddings
     for row in found:
         text = str(row.get("prediction") or row.get("response") or "")
         question = template.prompt_ids([{"role": "user", "content": asked_in(row)}])
-        answer = template.ids(text)[:MAX_TOKENS]
+        answer = template.ids(text)[: context - len(question)]
         if len(answer) >= MIN_TOKENS:
             logits = model(torch.tensor(np.r_[question, answer][None])).logits[0, len(question) - 1 : -1]
             yield response(text, asked_in(row), logits, torch.tensor(answer)), len(answer)
