@@ -86,8 +86,8 @@ class Sample:
     finish_reason: FinishReason
     """`stop`: an end token was sampled; the others cut the response."""
     weight_versions: tuple[tuple[int, int, int], ...]
-    """(version, start, end) spans over token_ids: which weights made which tokens. One span when nothing moved; -1: what
-    the server started with."""
+    """(version, start, end) spans over token_ids: which weights made which tokens. One span when nothing moved. -1:
+    what the server started with."""
     server: str
     """Base URL of the server that made it."""
     reward: Reward | None = None

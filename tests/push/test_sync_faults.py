@@ -150,8 +150,8 @@ def test_pushes_through_kills_stops_and_restarts(pair: Servers, client: RolloutC
         assert "unknown weights" in second.unusable
         assert_serve(client, folders[0], 4, [first])
 
-        # Killed before a push, which goes to the one that is left; started anew, and brought up before it is asked, even
-        # where that was a training's first push, version 0.
+        # Killed before a push, which goes to the one that is left; started anew, and brought up before it is asked,
+        # even where that was a training's first push, version 0.
         group_signal(second, signal.SIGKILL)
         second.process.wait()
         pair.cfg = dataclasses.replace(through_host, transport="collective")
