@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.7, 1.0, 1.2])
     parser.add_argument("--max_new_tokens", type=int, default=512)
     args = parser.parse_args()
-    template, model = Template(args.model), AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    template, model = Template(args.model), AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     print(
         "| texts | number | tokens | nats a token: median, 99%, most | worst window: the same | perplexity | others |"
     )

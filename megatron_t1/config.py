@@ -182,8 +182,8 @@ class Config:
     resume: bool = False
     """Go on from the newest checkpoint in run_dir; without it a run_dir that has one is refused."""
     resume_with_changes: bool = False
-    """Go on although data, seed, batch size, model, optimizer, sampling or loss are not the checkpoint's; what changed
-    is kept in changes.jsonl of the stage."""
+    """Go on although what decides the run (data, seed, batch size, model, optimizer, anchor, sampling, loss, grading,
+    plugins) is not the checkpoint's; what changed is kept in changes.jsonl of the stage."""
     log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -3,7 +3,7 @@ none of an evaluation set, and of those the ones that the model does not solve a
 
     raw files -> clean -> candidates.jsonl -> sample 16 each -> sampled.jsonl -> select -> curate.output
 
-`clean` needs no model: it drops what is listed in `REASONS`, one line a dropped question in dropped.jsonl. `sample`
+`clean` needs no model. What it or `select` drops, for a reason of `REASONS`, is a line of dropped.jsonl. `sample`
 asks the servers as RL will, several questions at a time; a question is written down when its last sample is graded, and
 is never asked again. Its seed is a function of (seed, question), so an interrupted run, resumed, ends in the same file
 as one that was not. Everything lies in run_dir/curate.
@@ -61,6 +61,7 @@ REASONS = {
     "too_easy": "solved more often than curate.max_pass_rate",
     "never_solved": "solved in no sample (curate.drop_never_solved)",
 }
+_OF_SAMPLING = ("too_long", "too_easy", "never_solved")
 _PROOF = re.compile(r"\b(?:prove|show|verify|demonstrate|justify)\s+that\b|^\s*prove\b|证明", re.I)
 _NO_ANSWER = re.compile(r"(?:proof|notfound|not found|none given|n/?a|see (?:the )?(?:solution|proof)|qed)\.?", re.I)
 _PARTS = re.compile(r"(?:^|[\s:.;])\(?(?:a|i|1)\)[.\s](.*?)(?:^|[\s:.;?])\(?(?:b|ii|2)\)[.\s](.*)", re.S | re.I)
@@ -253,6 +254,12 @@ def _digest(path: Path) -> str:
 
 class _Candidate(TypedDict):
     id: str
+    prompt: str
+
+
+class _Dropped(TypedDict):
+    id: str
+    reason: str
 
 
 class _Sampled(TypedDict):
@@ -309,16 +316,22 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
         cuts = [row["share_cut"] for row in sampled if row["pass_rate"] is not None]
         share_cut = sum(cuts) / max(1, len(cuts))
         kept = []
+        # A selection before, by another rate, has left lines of its own.
+        dropped = [row for row in read_jsonl(folder / "dropped.jsonl", _Dropped) if row["reason"] not in _OF_SAMPLING]
         for row in candidates:
             rate = rates[row["id"]]
             if rate is None:
-                fates["too_long"] += 1
+                reason = "too_long"
             elif rate > cfg.max_pass_rate:
-                fates["too_easy"] += 1
+                reason = "too_easy"
             elif rate == 0 and cfg.drop_never_solved:
-                fates["never_solved"] += 1
+                reason = "never_solved"
             else:
                 kept.append({**row, "pass_rate": rate})
+                continue
+            fates[reason] += 1
+            dropped.append({"id": row["id"], "reason": reason, "detail": rate, "question": row["prompt"][: _SHOWN * 5]})
+        write_jsonl(folder / "dropped.jsonl", dropped)
     path = Path(cfg.output or folder / "prompts.jsonl")
     write_jsonl(path, kept)
     fates["kept"] = len(kept)

@@ -138,7 +138,8 @@ def run_replay(cfg: Config, step: int, *, profiled: bool) -> None:
 
 
 def run_evaluate(cfg: Config, label: str) -> None:
-    """Evaluate on `evaluate.sets`, or else on `data.heldout`; one process, no Megatron."""
+    """Evaluate on `evaluate.sets`, or else on `data.heldout`, and list the sets when all are done; one process, no
+    Megatron."""
     own, sets = cfg.evaluate, question_sets(cfg, cfg.evaluate.sets)
     with ExitStack() as stack:
         sampler: Sampler
@@ -168,8 +169,11 @@ def run_evaluate(cfg: Config, label: str) -> None:
             rank0 = stack.enter_context(open_rank0(cfg, template))
             _serve_folder(cfg, rank0)
             sampler = ServerSampler(rank0, template)
+        done = Path(cfg.run_dir) / "evaluate" / label / "sets.json"
+        done.unlink(missing_ok=True)
         for name, questions in sets.items():
             _evaluate(replace(cfg, evaluate=own), sampler, questions, label, name, settings)
+        write_json(done, [*sets])
     print(table(read_summaries(Path(cfg.run_dir))))
 
 
@@ -246,12 +250,12 @@ def run_all(cfg: Config) -> None:
         rl.check(cfg, train)
         measured = _longest_of({cfg.data.need("heldout").stem: questions}, template)
         _check_context(cfg, context_needs(cfg, "run", template, train=_longest(train), measured=measured))
-        rank0 = stack.enter_context(_rank0_of_training(cfg, template))
         watch.add("start", time.perf_counter() - began)
-
-        hf_dir = run_dir / "sft" / "hf"
         with watch("data"):
             examples = load_sft(cfg.data.need("sft"), template, cfg.data)
+        with watch("start"):
+            rank0 = stack.enter_context(_rank0_of_training(cfg, template))
+        hf_dir = run_dir / "sft" / "hf"
         with watch("sft"):
             if cfg.resume and hf_dir.exists():
                 sft.check_finished(cfg, examples)

@@ -106,20 +106,10 @@ t1_convert() {
 
 ask() { # COMMAND DATA_OPTION CONFIG OPTIONS...
   local command=$1 data=$2 config=$3
-  local -a options=() label=()
   VLLM_NODES=0
   shift 3
-  while (($#)); do # the label is the evaluation's own: `t1 check` and `t1 serve` have none
-    case $1 in
-      --label) label=(--label "$2") && shift ;;
-      --label=*) label=("$1") ;;
-      *) options+=("$1") ;;
-    esac
-    shift
-  done
-  prepare "$command" "$config" ${data:+"$data"} ${options[@]+"${options[@]}"}
+  prepare "$command" "$config" ${data:+"$data"} "$@"
   start_servers 0 "${NODES[@]}"
-  OPTIONS+=(${label[@]+"${label[@]}"})
   run_trainer "$command" 1 "${NODES[0]}"
 }
 

@@ -22,7 +22,7 @@ mkdir -p "$RUN_DIR/pipeline"
 JOBS=$RUN_DIR/pipeline/jobs # a line a stage: its name, its job
 declare -A RESULT=(
   [synthesize]=synthesize/sft.jsonl [sft]=sft/hf/config.json [curate]=curate/prompts.jsonl [rl]=rl/hf/config.json
-  [evaluate]='evaluate/rl/*/summary.json' [scaling]=scaling/rl/points.json
+  [evaluate]=evaluate/rl/sets.json [scaling]=scaling/rl/points.json
 )
 
 is_done() { compgen -G "$RUN_DIR/${RESULT[$1]}" >/dev/null; }

@@ -236,6 +236,9 @@ def test_pass_rates_are_those_of_the_samples(real: Rank0, template: Template, tm
     assert load_prompts(path, template, DataConfig())[0].meta["pass_rate"] == next(iter(kept.values()))
     learnable, _ = curate.select(replace(cfg, drop_never_solved=True), tmp_path, {"read": 12})
     assert all(0 < row["pass_rate"] <= 0.25 for row in _read(learnable))
+    dropped = {row["id"]: row["reason"] for row in _read(tmp_path / "dropped.jsonl")}
+    out = {name: rate for name, rate in rates.items() if not 0 < rate <= 0.25}
+    assert dropped == {name: "too_easy" if rate else "never_solved" for name, rate in out.items()}
     assert "kept" in table
     assert f"{sum(map(sum, cut)) / 48:.1%} of the samples were cut" in table
 

@@ -138,7 +138,8 @@ class Run:
             text += f", {_time(each)} a step"
         if self.finished:
             return f"{text}; finished"
-        if self.silent_s > max(SILENT_S, 5 * (each or 0)):
+        # RL says something every few seconds, whatever its steps take.
+        if self.silent_s > max(SILENT_S, 0 if self.stage == "rl" else 5 * (each or 0)):
             return f"{text}; SILENT for {_time(self.silent_s)}: it ended, was killed, or hangs"
         if each and self.total:
             text += f"; {_time(each * (self.total - step))} to the end"

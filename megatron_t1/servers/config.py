@@ -85,8 +85,6 @@ class RolloutConfig:
     """false: servers started here begin with random weights and read none from the disk. For a training, which pushes
     its own before it asks, and whose comparison before the first step then proves that all of them came by the push.
     `t1 rl` and `t1 run` start theirs so; for `t1 serve` the batch scripts set it."""
-    seed: int = 0
-    """Seed of the server's engine; samples are seeded one by one by the client."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
     """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}."""
     vllm_env: dict[str, str] = field(default_factory=dict)

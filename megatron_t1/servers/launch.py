@@ -77,7 +77,6 @@ def command(cfg: RolloutConfig, model_dir: Path, *, host: str, port: int, device
         "host": host,
         "port": port,
         "dtype": cfg.dtype,
-        "seed": cfg.seed,
         "tensor-parallel-size": cfg.tp,
         "max-model-len": cfg.max_model_len,
         "max-num-seqs": cfg.max_num_seqs,

@@ -31,6 +31,7 @@ from megatron_t1.evaluation.samplers import (
     StoredSampler,
 )
 from megatron_t1.fields import FieldError
+from megatron_t1.pipeline import run_evaluate
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
@@ -340,3 +341,28 @@ def test_own_samplings_are_of_sets_that_are_measured() -> None:
     assert "evaluate.sampling_by_set = {} leaves aime2024 with num_samples = 32 must be 1" in problems[0]
     _, problems = parse(Config, ["--evaluate.num_samples", "{aime24: 8}", "--evaluate.sets", "[aime2024]"])
     assert problems == ["evaluate.num_samples = ['aime24'] must be of evaluate.sets or data.heldout: aime2024"]
+
+
+def test_several_sets_are_done_with_the_last_of_them(tmp_path: Path) -> None:
+    """What says so is not there before, as a chain of jobs would take the first set's result for all of it."""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": name, "prompt": f"{name}?", "answer": "7"}) + "\n")
+    asked: list[str] = []
+
+    def answer(body: dict[str, Any]) -> str:
+        asked.append(body["messages"][-1]["content"])
+        return "" if "two?" in asked[-1] and len(asked) < 3 else "\\boxed{7}"
+
+    with serving(ScriptedEndpoint(answer)) as server:
+        endpoint = EndpointConfig(urls=(server.url,), max_retries=0)
+        evaluation = replace(CFG, sets=tuple(str(tmp_path / f"{n}.jsonl") for n in ("one", "two")), endpoint=endpoint)
+        cfg = Config(
+            run_dir=str(tmp_path), resume=True, evaluate=replace(evaluation, sampling=SamplingConfig(num_samples=1))
+        )
+        with pytest.raises(NoAnswerError):
+            run_evaluate(cfg, "rl")
+        assert (tmp_path / "evaluate/rl/one/summary.json").exists()
+        assert not (tmp_path / "evaluate/rl/sets.json").exists()
+        run_evaluate(cfg, "rl")
+    assert json.loads((tmp_path / "evaluate/rl/sets.json").read_text()) == ["one", "two"]
+    assert len(asked) == 3, "the first set is not asked again"
