@@ -57,7 +57,8 @@ def start(count: int, arguments: list[str], *, alone: Callable[[list[str]], int]
     try:
         elastic_launch(config_of(count), sys.executable)("-m", "megatron_t1", *arguments)
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode or 1
+        code = error.get_first_failure()[1].exitcode or 1
+        return code if code > 0 else 128 - code  # of a rank that a signal ended: what a shell makes of it
     except SignalException:  # Ctrl-C, after the ranks were ended
         raise KeyboardInterrupt from None
     return 0

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_t1.data.template import opened_thinking
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.servers.server import Server, ServerError, parse_version
+from megatron_t1.servers.server import Server, ServerError, parse_version, weights_in_words
 from megatron_t1.types import FinishReason, Sample
 
 
@@ -138,10 +138,11 @@ def _versions(server: Server, spans: list[_Span], count: int, held: int) -> tupl
         raise ValueError(f"weight_versions {result} do not cover {count} tokens")
     newest = result[-1][0]
     if newest < held:
-        raise RestartedError(f"it lost version {held} and holds {newest}: it was started again meanwhile")
+        lost, holds = weights_in_words(held), weights_in_words(newest)
+        raise RestartedError(f"it lost {lost} and holds {holds}: it was started again meanwhile")
     if newest > server.version:
         raise ServerError(
-            f"server {server.name} generated with weights of version {newest}, it should hold {server.version}: "
-            "somebody else pushed into it"
+            f"server {server.name} generated with weights of version {newest}, it should hold "
+            f"{weights_in_words(server.version)}: somebody else pushed into it"
         )
     return result

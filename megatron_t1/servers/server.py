@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -108,10 +109,13 @@ class Server:
         try:
             with _OPENER.open(request, timeout=timeout_s) as response:
                 raw = response.read()
-                if not (response.headers["Content-Length"] or response.headers["Transfer-Encoding"]):
+                headers = response.headers
+                if response.version == 11 and not (headers["Content-Length"] or headers["Transfer-Encoding"]):
                     raise http.client.BadStatusLine("it was cut off before it told its length")
         except urllib.error.HTTPError as error:
-            text = error.read(4000).decode(errors="replace")
+            text = ""
+            with contextlib.suppress(*_BROKEN):
+                text = error.read(4000).decode(errors="replace")
             raise ServerError(f"server {self.name}: {path} answered {error.code}: {text.strip()}") from None
         except _BROKEN as error:  # URLError is one
             reason = getattr(error, "reason", error)
@@ -193,6 +197,11 @@ def parse_version(text: str) -> int:
     if not _VERSION.fullmatch(text):
         raise ValueError(f"weight version {text!r:.60}, which is no number")
     return int(text)
+
+
+def weights_in_words(version: int) -> str:
+    """For messages: what a server of this version holds."""
+    return {UNPUSHED: "what it started with", ASLEEP: "no weights"}.get(version, f"version {version}")
 
 
 # Servers are on this host or named by the user: a proxy of the environment must not see their traffic.

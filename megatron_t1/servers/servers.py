@@ -19,7 +19,7 @@ from typing import Literal
 from megatron_t1.fields import FieldError
 from megatron_t1.servers.config import RolloutConfig, Transport
 from megatron_t1.servers.launch import gpu_numbers
-from megatron_t1.servers.server import ASLEEP, Server, ServerError
+from megatron_t1.servers.server import ASLEEP, Server, ServerError, weights_in_words
 from megatron_t1.servers.sources import LocalServers, all_on_this_host, source_of
 from megatron_t1.warn import warn
 
@@ -221,8 +221,8 @@ class Servers:
             elif server.unusable:
                 lines.append(f"server {server.name} is unusable: {server.unusable}")
             elif self.required_version not in (None, server.version):
-                held = f"weights of version {server.version}" if server.version >= 0 else "no weights of a push"
-                lines.append(f"server {server.name} holds {held}, not the current ones")
+                held = weights_in_words(server.version)
+                lines.append(f"server {server.name} holds {held}, not the current weights")
             elif not server.healthy():
                 lines.append(f"server {server.name} does not answer /health. Its log ends:\n{server.log_tail()}")
         return "\n".join(lines) or "every server answers /health"

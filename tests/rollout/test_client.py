@@ -18,7 +18,7 @@ from megatron_t1.rollout.client import NoServerLeftError, RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.server import ServerError
+from megatron_t1.servers.server import UNPUSHED, ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt, Reward, Sample
 from tests.hostile import good_reply, serving
@@ -175,7 +175,7 @@ def _set(path: list, value):
         (_set(["finish_reason"], "error"), "finish_reason"),
         (_set(["weight_versions"], []), "do not cover"),
         (_set(["weight_versions", 0, "end"], 1), "do not cover"),
-        (_set(["weight_versions", 0, "version"], "7"), "version 7, it should hold 0"),
+        (_set(["weight_versions", 0, "version"], "7"), "version 7, it should hold what it started with"),
         (_set(["weight_versions", 0, "version"], "x"), "which is no number"),
         (_set(["index"], "x"), "Expected `int`, got `str`.*index"),
     ],
@@ -236,7 +236,7 @@ def test_finished_samples_are_not_asked_again(tmp_path, monkeypatch) -> None:
             for sample in (sample for group in groups for sample in group.samples):
                 assert sample.token_ids.tolist() == [7, 8]
                 assert sample.logprobs.tolist() == [-1.0, -2.0]
-                assert sample.weight_versions == ((0, 0, 2),)
+                assert sample.weight_versions == ((UNPUSHED, 0, 2),)
                 assert sample.reward.value == 0.5
             client.generate([TINY_PROMPT] * 2, sampling, score, seed=0, bank=Bank(tmp_path).step(3, "weights"))
             assert len(asked) == 2

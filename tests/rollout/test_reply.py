@@ -11,7 +11,7 @@ from megatron_t1.data.template import Template
 from megatron_t1.reward.answers.verify import verify
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.reply import Request, samples_of
-from megatron_t1.servers.server import Server
+from megatron_t1.servers.server import UNPUSHED, Server
 from tests.tiny import make_tiny_tokenizer
 
 
@@ -45,7 +45,7 @@ def test_the_text_of_a_sample_begins_with_the_thinking_that_the_prompt_opened(
     }
     request = Request("q", prompt_ids, 1, 0, SamplingConfig(max_new_tokens=99))
     server = Server(url="http://x", key="")
-    (sample,) = samples_of(json.dumps(reply).encode(), server, request, 0, template.tokenizer, 320)
+    (sample,) = samples_of(json.dumps(reply).encode(), server, request, UNPUSHED, template.tokenizer, 320)
     assert sample.text == opening + response
     assert len(sample.token_ids) == len(ids)
     assert sample.finish_reason == "repetition"  # of vLLM's own detector, where it is switched on

@@ -17,7 +17,7 @@ from megatron_t1.servers.keys import shared_key
 from megatron_t1.servers.launch import command, gpus, public_address
 from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.serve import _lost
-from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.server import UNPUSHED, Server, ServerError
 from megatron_t1.servers.servers import Servers
 from tests.hostile import good_reply, serving
 
@@ -48,7 +48,7 @@ def test_a_server_that_came_back_elsewhere_replaces_itself(tmp_path: Path) -> No
         registry.announce("a_0", new, tmp_path / "a.log")
         (after,) = servers.revive()
         assert servers.all == [after]
-        assert (after.url, after.version, after.ready) == (new, 0, False)
+        assert (after.url, after.version, after.ready) == (new, UNPUSHED, False)
         registry.announce("a_0", new, tmp_path / "a.log")  # at the same place, started again
         (again,) = servers.revive()
         assert again is not after

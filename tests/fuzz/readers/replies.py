@@ -16,7 +16,7 @@ from megatron_t1 import logprobs
 from megatron_t1.rollout import chat_endpoint, reply
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers import server as servers
-from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.server import UNPUSHED, Server, ServerError
 from megatron_t1.types import Sample, TrainSequence
 from tests.fuzz.reader import Reader, check_ids, is_text, json_damage, must
 from tests.hostile import good_reply
@@ -105,7 +105,7 @@ def reply_readers(tmp: Path) -> list[Reader]:
         Reader(
             name="reply",
             damaged=json_damage(generated),
-            read=lambda data: reply.samples_of(data, server, request, 0, Words(), 320),
+            read=lambda data: reply.samples_of(data, server, request, UNPUSHED, Words(), 320),
             check=check_samples,
             errors=(ServerError, reply.AbortedError, reply.RestartedError),
             says=r"server host:1|^$|lost version",
