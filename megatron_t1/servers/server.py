@@ -32,6 +32,8 @@ _DISTURBED = "Error in memory profiling"
 """What vLLM says where other processes free memory of its GPU while it starts and measures what is free."""
 _BROKEN = (OSError, http.client.HTTPException)
 """What urllib raises: no connection, none in time, or an answer that is no HTTP or was cut off."""
+_TELLS_LENGTH = ("Content-Length", "Transfer-Encoding")
+"""Headers of which every answer of vLLM has one."""
 _ERROR_LINE = re.compile(r"\b[A-Z]\w*(Error|Exception): ")
 
 
@@ -109,8 +111,7 @@ class Server:
         try:
             with _OPENER.open(request, timeout=timeout_s) as response:
                 raw = response.read()
-                headers = response.headers
-                if response.version == 11 and not (headers["Content-Length"] or headers["Transfer-Encoding"]):
+                if response.version == 11 and not any(map(response.headers.get, _TELLS_LENGTH)):
                     raise http.client.BadStatusLine("it was cut off before it told its length")
         except urllib.error.HTTPError as error:
             text = ""
