@@ -194,6 +194,16 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(straight, train, tmp_pa
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
+@pytest.mark.parametrize("distributed", [False, True])
+def test_another_learning_rate_is_that_of_the_steps_from_then_on(distributed, train, tmp_path):
+    """Megatron's parameter groups bring back the one of the checkpoint."""
+    layout = {"distributed_optimizer": distributed}
+    before, _ = train(tmp_path, layout, 2, 3)
+    after, _ = train(tmp_path, layout, 2, 6, "slower")
+    assert max(row["lr"] for row in before) == pytest.approx(1e-3)
+    assert all(0 < row["lr"] <= 1e-5 for row in after[3:]), [row["lr"] for row in after]
+
+
 def test_every_kind_of_damage_is_seen(straight, run_ranks, tmp_path):
     whole = straight[0] / "sft/checkpoints/step_00000006"
     kinds = {

@@ -1,4 +1,5 @@
-"""SFT to `total` steps on a given layout, `fresh`, to `resume`, or `stopped` by USR1 to rank 0 in its fourth step."""
+"""SFT to `total` steps on a given layout, `fresh`, to `resume`, also at a `slower` rate, or `stopped` by USR1 to rank 0
+in its fourth step."""
 
 from __future__ import annotations
 
@@ -22,14 +23,16 @@ def main() -> None:
     platform = setup()
     parallel = ParallelConfig(max_tokens_per_microbatch=96, **json.loads(layout))
     initialize(parallel, platform, 0)
+    lr = 1e-5 if resume == "slower" else 1e-3
     cfg = Config(
         model=ModelConfig(hf_path=model_dir, dtype="float32"),
         run_dir=run_dir,
-        resume=resume == "resume",
+        resume=resume in ("resume", "slower"),
+        resume_with_changes=resume == "slower",
         parallel=parallel,
         sft=SFTConfig(
             batch_size=8, epochs=99, max_steps=int(total), checkpoint=CheckpointConfig(every_steps=int(every), keep=9),
-            optim=OptimConfig(lr=1e-3, schedule="cosine" if int(total) > 2 else "constant", warmup_steps=2),
+            optim=OptimConfig(lr=lr, schedule="cosine" if int(total) > 2 else "constant", warmup_steps=2),
         ),
     )  # fmt: skip
     if resume == "stopped":
