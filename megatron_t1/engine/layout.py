@@ -68,9 +68,16 @@ def check_divisible(
     if "num_moe_experts" not in sizes:
         if parallel.expert > 1:
             problems.append(f"it has no experts to spread over parallel.expert = {parallel.expert} ranks")
-    elif tensor > 1 and not parallel.sequence_parallel:
-        problems.append(
-            f"a mixture of experts with parallel.tensor = {tensor} needs parallel.sequence_parallel = true (Megatron)"
-        )
+    else:
+        if tensor > 1 and not parallel.sequence_parallel:
+            problems.append(
+                f"a mixture of experts with parallel.tensor = {tensor} needs parallel.sequence_parallel = true "
+                "(Megatron)"
+            )
+        if parallel.expert == 1 and parallel.expert_tensor not in (0, tensor):
+            problems.append(
+                f"parallel.expert_tensor = {parallel.expert_tensor} beside parallel.tensor = {tensor} needs "
+                "parallel.expert above 1: Megatron would reduce the experts' gradients as those of the other layers"
+            )
     if problems:
         raise ValueError(f"{spec.architecture}: " + "; ".join(problems))

@@ -172,6 +172,7 @@ def test_layouts_that_make_no_sense_are_refused(fields, message):
         ({"tensor": 3, "sequence_parallel": True}, "num_query_groups = 2 neither divides parallel.tensor = 3 nor"),
         ({"tensor": 2}, "a mixture of experts with parallel.tensor = 2 needs parallel.sequence_parallel = true"),
         ({"expert": 3}, "num_moe_experts = 4 does not divide by parallel.expert = 3"),
+        ({"expert_tensor": 2}, "expert_tensor = 2 beside parallel.tensor = 1 needs parallel.expert above 1"),
         ({"expert_tensor": 5}, "moe_ffn_hidden_size = 64 does not divide by parallel.expert_tensor = 5"),
         ({"pipeline": 3}, "2 layers are too few for parallel.pipeline x parallel.virtual_pipeline = 3 x 1"),
         ({"pipeline": 2, "pipeline_layers": (2, 1)}, r"pipeline_layers = \[2, 1\] are 3 layers, the model has 2"),
