@@ -2,8 +2,9 @@
 
 Memory. P parameters lie on a rank: layers / pipeline of them, each split by tensor but for the norms, and on the first
 and last stage their share of the vocabulary. b bytes hold a number in model.dtype, D is the data-parallel size times
-parallel.context (1 when parallel.distributed_optimizer is off), s the tokens of a microbatch on a rank, L the layers of
-a stage, t the tensor-parallel size, and u = t under sequence parallelism, else 1.
+parallel.context, for experts the ranks of a stage with the same ones (1 when parallel.distributed_optimizer is off), s
+the tokens of a microbatch on a rank, L the layers of a stage, t the tensor-parallel size, and u = t under sequence
+parallelism, else 1.
 
     weights      b P
     gradients    4 P                       float32, one buffer
@@ -152,6 +153,11 @@ class Layout:
         """Ranks with the same weights, over which the distributed optimizer spreads its state."""
         return self.data * self.context
 
+    @property
+    def expert_copies(self) -> int:
+        """Ranks of a stage with the same experts."""
+        return max(1, self.tensor * self.copies // self.expert)
+
 
 def layers_of(sizes: Sizes, layout: Layout, stage: int) -> int:
     return layout.stage_layers[stage] if layout.stage_layers else math.ceil(sizes.num_layers / layout.pipeline)
@@ -165,7 +171,20 @@ def _own_layers(sizes: Sizes, layout: Layout, stage: int) -> slice:
 def _matrices(sizes: Sizes, layout: Layout, stage: int) -> int:
     """Parameters of the layers' matrices on one rank of a pipeline stage."""
     own = _own_layers(sizes, layout, stage)
-    return sum(sizes.split[own]) // layout.tensor + sum(sizes.experts[own]) // layout.expert
+    return sum(sizes.split[own]) // layout.tensor + _in_experts(sizes, layout, stage)
+
+
+def _in_experts(sizes: Sizes, layout: Layout, stage: int) -> int:
+    return sum(sizes.experts[_own_layers(sizes, layout, stage)]) // layout.expert
+
+
+def _by_copies(sizes: Sizes, layout: Layout, stage: int) -> list[tuple[int, int]]:
+    """(parameters on one rank of a pipeline stage, D) of its experts, and of all others."""
+    experts = _in_experts(sizes, layout, stage)
+    others = parameters(sizes, layout, stage) - experts
+    if not layout.distributed_optimizer:
+        return [(experts, 1), (others, 1)]
+    return [(experts, layout.expert_copies), (others, layout.copies)]
 
 
 def parameters(sizes: Sizes, layout: Layout, stage: int) -> int:
@@ -186,7 +205,6 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     """Bytes on one rank of a pipeline stage, by part; the formulas are in the module's docstring."""
     b, p = _BYTES[layout.dtype], parameters(sizes, layout, stage)
     narrow = b < 4
-    shards = layout.copies if layout.distributed_optimizer else 1
     t, u = layout.tensor, layout.tensor if layout.sequence_parallel else 1
     h, layers = sizes.hidden, layers_of(sizes, layout, stage)
     attention = b * (3 * sizes.query + 2 * sizes.key) / t
@@ -206,7 +224,7 @@ def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     return {
         "weights": b * p,
         "gradients": 4.0 * p,
-        "optimizer": (12 if narrow else 8) * p / shards,
+        "optimizer": sum((12 if narrow else 8) * n / copies for n, copies in _by_copies(sizes, layout, stage)),
         "anchor": {"moving": 6.0 if narrow else 4.0, "fixed": b, "none": 0.0}[layout.anchor] * p,
         "fp8": layout.fp8 * (2.0 if layout.anchor == "none" else 3.0) * _matrices(sizes, layout, stage),
         "activations": activations,
@@ -221,9 +239,10 @@ def checkpoint_memory(sizes: Sizes, layout: Layout, stage: int) -> tuple[float, 
     parts = stage_memory(sizes, layout, stage)
     gpu: float = sum(parts[name] for name in _BETWEEN_STEPS)
     host: float = (12 + b + 4) * p
-    if layout.copies > 1 and layout.distributed_optimizer:
-        gpu += 4 * p + 4 * p / layout.copies
-        host += 8 * p + 12 * p / layout.copies
+    for n, copies in _by_copies(sizes, layout, stage):
+        if copies > 1:
+            gpu += 4 * n + 4 * n / copies
+            host += 8 * n + 12 * n / copies
     return gpu, host
 
 

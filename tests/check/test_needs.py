@@ -273,6 +273,21 @@ def test_a_checkpoint_gathers_where_the_optimizer_is_spread(tmp_path: Path) -> N
     assert estimate.checkpoint_memory(sizes, spread, 0) == (18 * p + 6 * p, 18 * p + 14 * p)
 
 
+@pytest.mark.parametrize("expert", [1, 4, 8])
+def test_the_state_of_every_expert_is_held_once(expert: int, tmp_path: Path) -> None:
+    """Spread over eight ranks, of which some have the same experts: 12 bytes a parameter on all of them together."""
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    layout = layout_of(cfg, spec_of(tmp_path), "rl", machines, {"train": 200})
+    layout = dataclasses.replace(layout, tensor=1, pipeline=1, stage_layers=(), data=8, expert=expert)
+    dense = Sizes.of(spec_of(tmp_path))
+    sizes = dataclasses.replace(dense, experts=(8_000_000,) * dense.num_layers)
+    assert layout.distributed_optimizer
+    assert layout.dtype == "bfloat16"
+    assert 8 * estimate.stage_memory(sizes, layout, 0)["optimizer"] == pytest.approx(12 * sizes.total)
+    whole = estimate.checkpoint_memory(sizes, dataclasses.replace(layout, expert=8), 0)[0]
+    assert whole < estimate.checkpoint_memory(sizes, layout, 0)[0] or expert == 8, "one copy is not gathered"
+
+
 def test_context_ranks_are_planned_like_data_parallel_ones_for_samples_twice_as_long(tmp_path: Path) -> None:
     cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
     spec, longest = spec_of(tmp_path), {"train": 200}
