@@ -121,7 +121,8 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
         for number, row in tqdm(_rows(path), desc=f"read {path.name}", unit="question"):
             counts["read"] += 1
             name = _name_of(cfg, row, path, number)
-            name = name if name not in names else f"{path.stem}-{number}-{name}"
+            while name in names:  # more than once where several files have one name
+                name = f"{path.stem}-{number}-{name}"
             names.add(name)
             text, gold = _question_of(cfg, row), _answer_of(cfg, row)
             if reason := _unusable(cfg, text, gold):

@@ -138,6 +138,19 @@ def test_no_layout_that_is_evaluated_comes_back(tmp_path: Path, name: str, row: 
     assert fates == {"same": "in_evaluation", "asked": "in_evaluation"}
 
 
+def test_files_of_one_name_without_ids_lose_no_question(tmp_path: Path) -> None:
+    inputs = []
+    for folder, answer in (("a", 11), ("b", 34), ("c", 71), ("d", 90)):
+        (tmp_path / folder).mkdir()
+        row = {"problem": f"A farm of kind {folder * 9} has how many hens?", "answer": answer}
+        inputs.append(_write(tmp_path / folder / "train.jsonl", [row]))
+    cfg = CurateConfig(inputs=tuple(inputs), clean_only=True)
+    assert curate.clean(cfg, REWARD, tmp_path / "out", None)["read"] == 4
+    kept = _read(tmp_path / "out/candidates.jsonl")
+    assert sorted(row["answer"] for row in kept) == ["11", "34", "71", "90"]
+    assert len({row["id"] for row in kept}) == 4
+
+
 def test_a_set_by_name_comes_from_its_local_copy(tmp_path: Path) -> None:
     first = _read(ROOT / "tests/data/grader/math500.jsonl")[0]
     inputs = (_write(tmp_path / "raw.jsonl", [{"id": "same", "problem": first["problem"], "answer": first["answer"]}]),)
