@@ -42,7 +42,8 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
     choices = row.get("choices") or []
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"choices={choices!r:.60} must be a list of option texts")
-    mode, finish_reason = check_mode(row.get("mode", "response")), row.get("finish_reason", "stop")
+    mode = check_mode(row.get("mode") or "response")  # tables write null for what is not there
+    finish_reason: Any = row.get("finish_reason") or "stop"
     if finish_reason not in get_args(FinishReason):
         raise ValueError(f"finish_reason={finish_reason!r} is none of {', '.join(get_args(FinishReason))}")
     prompt = Prompt(

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_t1.cli.main import main
 from megatron_t1.config import GradeConfig
-from megatron_t1.grade import grade
+from megatron_t1.grade import grade, pair_from_row
 from megatron_t1.reward.config import RewardConfig
 from tests.reward.cases import rows
 
@@ -146,3 +146,9 @@ def test_labels_are_compared_by_kind(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "false positive: b (number)\nfalse negative: c (letters)" in said
     with pytest.raises(ValueError, match="jsonl:1: right=None must be true or false"):
         grade(GradeConfig(input=source, output=tmp_path / "out.jsonl", labels="right"))
+
+
+def test_null_is_what_is_not_there() -> None:
+    nulls = {"mode": None, "choices": None, "finish_reason": None, "question": None}
+    prompt, sample = pair_from_row({"id": 1, "gold": "7", "prediction": "7", **nulls})
+    assert (prompt.mode, prompt.choices, prompt.text, sample.finish_reason) == ("response", (), "", "stop")

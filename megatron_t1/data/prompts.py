@@ -85,7 +85,7 @@ def load_questions(path: Path, system_prompt: str | None = None) -> list[Questio
 def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Question:
     """The question of one line; raises ValueError for what is missing or has a value that is not known."""
     messages = _messages(row, system_prompt)
-    choices = row.get("choices", [])
+    choices = row.get("choices") or []  # tables write null for what is not there
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError('"choices" must be a list of strings')
     known = {"id", "prompt", "messages", "answer", "mode", "choices"}
@@ -93,7 +93,7 @@ def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Questi
         id=id_of(row),
         messages=messages,
         gold=gold_of(row.get("answer")),
-        mode=check_mode(row.get("mode", "response")),
+        mode=check_mode(row.get("mode") or "response"),
         choices=tuple(choices),
         meta={name: value for name, value in row.items() if name not in known},
     )
@@ -268,7 +268,7 @@ def _need(row: dict[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
 
 
 def _messages(row: dict[str, Any], system_prompt: str | None) -> list[Message]:
-    if ("prompt" in row) == ("messages" in row):
+    if (row.get("prompt") is None) == (row.get("messages") is None):
         raise ValueError('give either "prompt" or "messages"')
     messages = row.get("messages") or [{"role": "user", "content": _need(row, "prompt", (str,))}]
     well_formed = isinstance(messages, list) and all(

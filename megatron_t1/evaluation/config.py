@@ -55,6 +55,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         self.check_samplings({*map(set_name, self.sets), *self.sampling_by_set})
+        given = [self.sampling.stop_token_ids, *(own.stop_token_ids for own in self.sampling_by_set.values())]
+        if self.endpoint.urls and any(given):
+            rule = "is not asked of an endpoint, whose tokens may be others: give sampling.stop, a text"
+            raise FieldError("sampling.stop_token_ids", [each for each in given if each], rule)
 
     def check_samplings(self, sets: Iterable[str], section: str = "") -> None:
         """Refuse what would leave one of these sets with a sampling that can't be."""

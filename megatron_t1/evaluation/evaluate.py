@@ -80,8 +80,9 @@ def evaluate(
 
 
 def questions_digest(questions: Sequence[Question]) -> str:
-    """What was asked, as a short digest."""
-    return hashlib.sha256(json.dumps([asdict(question) for question in questions]).encode()).hexdigest()[:16]
+    """What was asked, as a short digest; a table's columns may hold dates and the like."""
+    rows = json.dumps([asdict(question) for question in questions], default=str)
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def missing(question: Question, num_samples: int, have: set[tuple[str, int]]) -> Iterable[Ask]:
@@ -96,6 +97,10 @@ def missing(question: Question, num_samples: int, have: set[tuple[str, int]]) ->
             first = None
 
 
+def _group(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
 def response_row(question: Question, number: int, response: Response) -> dict[str, Any]:
     """A line of responses.jsonl. No times in it: an interrupted evaluation ends with the same file."""
     reward = asdict(response.reward)
@@ -105,8 +110,8 @@ def response_row(question: Question, number: int, response: Response) -> dict[st
         "sample": number,
         "prompt": question.text,
         "gold": question.gold,
-        "level": question.meta.get("level"),
-        "subject": question.meta.get("subject"),
+        "level": _group(question.meta.get("level")),
+        "subject": _group(question.meta.get("subject")),
         "response": response.text,
         "num_tokens": response.num_tokens,
         "finish_reason": response.finish_reason,

@@ -51,6 +51,7 @@ class _Verdict(TypedDict):
 
 class _Response(TypedDict):
     id: str
+    gold: str
     reward: _Verdict
 
 
@@ -154,7 +155,7 @@ def describe(rows: list[dict[str, Any]]) -> str:
 
 
 def _by_set(folder: Path) -> dict[str, dict[str, list[bool]]]:
-    """set -> question -> verdicts of its samples."""
+    """set -> question (its id and answer: another file's may have the same ids) -> verdicts of its samples."""
     paths = [folder / "responses.jsonl"] if (folder / "responses.jsonl").exists() else []
     paths = paths or sorted(folder.glob("*/responses.jsonl"))
     if not paths:
@@ -165,5 +166,5 @@ def _by_set(folder: Path) -> dict[str, dict[str, list[bool]]]:
 def _verdicts(path: Path) -> Iterator[tuple[str, list[bool]]]:
     correct: dict[str, list[bool]] = {}
     for row in iter_jsonl(path, _Response):
-        correct.setdefault(row["id"], []).append(row["reward"]["correct"])
+        correct.setdefault(f"{row['id']}: {row['gold']}", []).append(row["reward"]["correct"])
     yield from correct.items()

@@ -7,6 +7,7 @@ shown without its control characters.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections import deque
@@ -226,6 +227,7 @@ def _stages(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _curve(values: list[float]) -> str:
+    values = [value for value in values if math.isfinite(value)] or [0.0]
     low, span = min(values), (max(values) - min(values)) or 1.0
     return "".join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in values)
 

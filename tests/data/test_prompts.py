@@ -57,6 +57,20 @@ def test_questions_go_through_the_chat_template(tmp_path: Path, template: Templa
     assert template.tokenizer.decode(second.token_ids) == "<|user|>Try 1<|assistant|>1<|end|><|user|>Try 2<|assistant|>"
 
 
+def test_null_is_what_is_not_there(tmp_path: Path, template: Template) -> None:
+    """Tables write it in every row that lacks a column of others."""
+    turns = [{"role": "user", "content": "Try 2"}]
+    nulls = {"mode": None, "choices": None}
+    path = file(
+        tmp_path,
+        {**GOOD, **nulls, "messages": None},
+        {"id": "m", "prompt": None, "messages": turns, "answer": 1, **nulls},
+    )
+    first, second = load_prompts(path, template, DataConfig())
+    assert (first.text, first.mode, first.choices) == (GOOD["prompt"], "response", ())
+    assert (second.text, second.mode, second.choices) == ("Try 2", "response", ())
+
+
 def test_system_prompt_comes_first_unless_the_line_has_one(tmp_path: Path, template: Template, monkeypatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(template, "prompt_ids", lambda messages: seen.append(messages))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from megatron_t1.evaluation.samplers import (
     StoredSampler,
 )
 from megatron_t1.fields import FieldError
+from megatron_t1.files import write_jsonl
 from megatron_t1.pipeline import run_evaluate
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
@@ -366,3 +368,29 @@ def test_several_sets_are_done_with_the_last_of_them(tmp_path: Path) -> None:
         run_evaluate(cfg, "rl")
     assert json.loads((tmp_path / "evaluate/rl/sets.json").read_text()) == ["one", "two"]
     assert len(asked) == 3, "the first set is not asked again"
+
+
+def test_questions_with_the_ids_of_others_are_not_paired_with_them(tmp_path: Path) -> None:
+    for name, gold in (("algebra", "1"), ("geometry", "2")):
+        rows = [{"id": str(i), "gold": gold, "reward": {"correct": name == "algebra"}} for i in range(12)]
+        write_jsonl(tmp_path / name / "set" / "responses.jsonl", rows)
+    with pytest.raises(ValueError, match="no set with the same questions"):
+        compare(tmp_path / "algebra", tmp_path / "geometry")
+
+
+def test_a_table_with_dates_is_evaluated(scorer: Scorer, tmp_path: Path) -> None:
+    """As Parquet has them, beside what is read; `level` too."""
+    meta = {"written": datetime.date(2025, 1, 2), "level": datetime.date(2025, 1, 3)}
+    question = replace(QUESTIONS[0], meta=meta)
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": question.id, "response": "\\boxed{7}"}) + "\n")
+    sampling = SamplingConfig(num_samples=1)
+    stored = StoredSampler(tmp_path / "r.jsonl", scorer)
+    result = evaluate(stored, [question], tmp_path / "evaluate/label/set", sampling, {}, 0)
+    assert result.pass_at_1 == 1.0
+    assert list(result.by["level"]) == ["2025-01-03"]
+
+
+def test_what_an_endpoint_is_not_asked_is_refused() -> None:
+    fields = {"endpoint": EndpointConfig(urls=("http://host/v1",)), "sampling": SamplingConfig(stop_token_ids=(7,))}
+    with pytest.raises(FieldError, match=r"stop_token_ids = .*give sampling.stop"):
+        EvaluateConfig(**fields)

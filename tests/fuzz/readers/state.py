@@ -45,8 +45,8 @@ def state_readers(tmp: Path) -> list[Reader]:
     state |= {"settings": {"seed": 1, "rl.optim": {"lr": 1e-6}}}
     metrics = [{"step": 1, "loss": 1.5}, {"step": 2, "loss": float("nan")}]
     responses = [
-        {"id": "a", "sample": 0, "response": "x", "reward": {"correct": True, "outcome": "correct"}},
-        {"id": "a", "sample": 1, "response": "y", "reward": {"correct": False, "outcome": "wrong"}},
+        {"id": "a", "sample": 0, "gold": "7", "response": "x", "reward": {"correct": True, "outcome": "correct"}},
+        {"id": "a", "sample": 1, "gold": "7", "response": "y", "reward": {"correct": False, "outcome": "wrong"}},
     ]
     settings = {"weights": "ab", "sampling": {"temperature": 1.2}, "seed": 1}
     summary = {
