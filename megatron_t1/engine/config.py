@@ -111,7 +111,7 @@ class ParallelConfig:
     """Expert-parallel size: the experts of a layer are spread over so many ranks, which for everything else are
     data-parallel ones (or tensor-parallel ones, as far as expert_tensor < tensor)."""
     expert_tensor: int = 0
-    """Tensor-parallel size inside an expert; 0 is that of the rest."""
+    """Tensor-parallel size inside an expert; 0 is that of the rest. Another one needs expert > 1."""
     sequence_parallel: bool = False
     """Shard norms and residuals over the tensor-parallel group too; needs tensor > 1."""
     distributed_optimizer: bool = True
