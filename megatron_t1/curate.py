@@ -113,7 +113,7 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
     dropped: list[dict[str, Any]] = []
 
     def drop(name: str, reason: str, text: str, detail: Any = None) -> None:
-        dropped.append({"id": name, "reason": reason, "detail": detail, "question": text[: _SHOWN * 5]})
+        dropped.append(_dropped(name, reason, text, detail))
 
     names: set[str] = set()
     counts: Counter[str] = Counter()
@@ -263,6 +263,10 @@ class _Dropped(TypedDict):
     reason: str
 
 
+def _dropped(name: str, reason: str, text: str, detail: Any) -> dict[str, Any]:
+    return {"id": name, "reason": reason, "detail": detail, "question": text[: _SHOWN * 5]}
+
+
 class _Sampled(TypedDict):
     id: str
     pass_rate: float | None
@@ -331,7 +335,7 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
                 kept.append({**row, "pass_rate": rate})
                 continue
             fates[reason] += 1
-            dropped.append({"id": row["id"], "reason": reason, "detail": rate, "question": row["prompt"][: _SHOWN * 5]})
+            dropped.append(_dropped(row["id"], reason, row["prompt"], rate))
         write_jsonl(folder / "dropped.jsonl", dropped)
     path = Path(cfg.output or folder / "prompts.jsonl")
     write_jsonl(path, kept)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_t1.config import GradeConfig
-from megatron_t1.data.prompts import gold_of, parse_rows
+from megatron_t1.data.prompts import given, gold_of, parse_rows
 from megatron_t1.reward.config import check_mode
 from megatron_t1.reward.score import Scorer
 from megatron_t1.types import FinishReason, Prompt, Reward, Sample, text_sample
@@ -42,8 +42,7 @@ def pair_from_row(row: dict[str, Any]) -> tuple[Prompt, Sample]:
     choices = row.get("choices") or []
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f"choices={choices!r:.60} must be a list of option texts")
-    mode = check_mode(row.get("mode") or "response")  # tables write null for what is not there
-    finish_reason: Any = row.get("finish_reason") or "stop"
+    mode, finish_reason = check_mode(given(row, "mode", "response")), given(row, "finish_reason", "stop")
     if finish_reason not in get_args(FinishReason):
         raise ValueError(f"finish_reason={finish_reason!r} is none of {', '.join(get_args(FinishReason))}")
     prompt = Prompt(

@@ -165,7 +165,7 @@ class Trainer:
         )
         for server, value in found.items():
             _hold(value, bound, f"server {server} on weights {self.steps_done}, before the first step")
-        if self.turns.taken:  # the trainer's answer has cost the servers their weights
+        if self.cfg.takes_turns:  # the trainer's answer has cost the servers their weights
             self._bring_up()
 
     def step(self) -> dict[str, float]:
@@ -204,7 +204,7 @@ class Trainer:
         with watch("push"):  # the servers load while the anchor, the log and the checkpoint are brought up to date
             self.turns.wake_for_push()
             self.sync.begin_push(version=self.steps_done)
-            if not self.turns.taken:
+            if not self.cfg.takes_turns:
                 self._ask(self.cfg.rl.lag)
         self.learner.follow()
         if self.log:
@@ -256,7 +256,7 @@ class Trainer:
         self._finish_push()
         self.turns.to_trainer()  # a run that is resumed at its end has only pushed
         self.learner.engine.save_hf(self.folder / "hf")
-        if self.turns.taken:
+        if self.cfg.takes_turns:
             self._bring_up()
         self._measure()
         return self.folder / "hf"
@@ -367,7 +367,7 @@ class Trainer:
             self.turns.to_trainer()
             self.turns.wake_for_push()
 
-        names = self.sync.bring_up(before if self.turns.taken else lambda: None)
+        names = self.sync.bring_up(before if self.cfg.takes_turns else lambda: None)
         self.turns.to_servers()
         return names
 

@@ -20,13 +20,13 @@ class Turns:
     """The trainer has the first. Every method is collective over its ranks; `servers` are rank 0's alone."""
 
     def __init__(self, cfg: Config, offload: Offload, ranks: Ranks, servers: Servers | None, watch: Stopwatch) -> None:
-        self.taken, self._sleep = cfg.takes_turns, cfg.rollout.sleep
+        self._taken, self._sleep = cfg.takes_turns, cfg.rollout.sleep
         self._offload, self._ranks, self._servers, self._watch = offload, ranks, servers, watch
         self._of_servers = False
 
     def to_servers(self) -> None:
         """After a push, or where they hold the weights already."""
-        if self._of_servers or not self.taken:
+        if self._of_servers or not self._taken:
             return
         with self._watch("turns"):
             self._offload.give()

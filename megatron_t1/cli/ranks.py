@@ -12,6 +12,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable
+from types import FrameType
 
 import psutil
 import torch
@@ -53,7 +54,7 @@ def start(count: int, arguments: list[str], *, alone: Callable[[list[str]], int]
     os.environ["PYTHONSAFEPATH"] = "1"  # `python -m` would put the current folder before the installed modules
     os.environ.setdefault("OMP_NUM_THREADS", "4" if torch.cuda.is_available() else "1")
     for number in (signal.SIGUSR1, signal.SIGTERM):  # `stop.py`
-        signal.signal(number, lambda number, _: _signal_children(number))
+        signal.signal(number, _hand_on)
     try:
         elastic_launch(config_of(count), sys.executable)("-m", "megatron_t1", *arguments)
     except ChildFailedError as error:
@@ -64,6 +65,6 @@ def start(count: int, arguments: list[str], *, alone: Callable[[list[str]], int]
     return 0
 
 
-def _signal_children(number: int) -> None:
+def _hand_on(number: int, frame: FrameType | None) -> None:
     for child in psutil.Process().children():
         child.send_signal(number)

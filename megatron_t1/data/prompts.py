@@ -85,7 +85,7 @@ def load_questions(path: Path, system_prompt: str | None = None) -> list[Questio
 def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Question:
     """The question of one line; raises ValueError for what is missing or has a value that is not known."""
     messages = _messages(row, system_prompt)
-    choices = row.get("choices") or []  # tables write null for what is not there
+    choices = given(row, "choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError('"choices" must be a list of strings')
     known = {"id", "prompt", "messages", "answer", "mode", "choices"}
@@ -93,10 +93,16 @@ def question_of(row: dict[str, Any], system_prompt: str | None = None) -> Questi
         id=id_of(row),
         messages=messages,
         gold=gold_of(row.get("answer")),
-        mode=check_mode(row.get("mode") or "response"),
+        mode=check_mode(given(row, "mode", "response")),
         choices=tuple(choices),
         meta={name: value for name, value in row.items() if name not in known},
     )
+
+
+def given(row: dict[str, Any], name: str, default: Any) -> Any:
+    """A field's value; tables write null for what is not there."""
+    value = row.get(name)
+    return default if value is None else value
 
 
 def id_of(row: dict[str, Any]) -> str:

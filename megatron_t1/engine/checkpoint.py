@@ -36,8 +36,8 @@ from megatron_t1.files import read_json
 from megatron_t1.warn import warn
 
 _STEP = re.compile(r"^step_(\d{8})$")
-# Gathers the optimizer's state in the model's own shapes: loads at any TP, PP and DP.
 _HYPERPARAMETERS = ("max_lr", "min_lr", "betas", "eps")
+# Gathers the optimizer's state in the model's own shapes: loads at any TP, PP and DP.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
@@ -215,8 +215,7 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
         raise ValueError(f"{path} can't be loaded ({reasons})") from error
     for number, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
-    with _own_hyperparameters(engine):
-        engine.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(engine, loaded["optimizer"])
     engine.scheduler.load_state_dict(loaded["scheduler"])
     if anchor is not None:
         average = {id(w): a for w, a in zip(anchor.weights, anchor.average, strict=True)}
@@ -227,16 +226,12 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     return state
 
 
-@contextlib.contextmanager
-def _own_hyperparameters(engine: Engine) -> Iterator[None]:
-    """Whoever goes on with another learning rate gets it: Megatron's loading brings back that of the checkpoint, and
-    its schedule takes the parameter groups' word."""
-    parts = [part for part in engine.optimizer.chained_optimizers if not part.is_stub_optimizer]
-    groups = [group for part in parts for group in part.optimizer.param_groups]
-    own = [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in groups]
-    yield
-    groups = [group for part in parts for group in part.optimizer.param_groups]  # loading makes new ones
-    for group, values in zip(groups, own, strict=True):
+def _load_optimizer(engine: Engine, state: Any) -> None:
+    """With the hyperparameters of this run: Megatron's loading brings back those of the checkpoint, and its schedule
+    takes the parameter groups' word."""
+    own = [{name: group[name] for name in _HYPERPARAMETERS if name in group} for group in engine.optimizer.param_groups]
+    engine.optimizer.load_state_dict(state)
+    for group, values in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(values)
 
 
