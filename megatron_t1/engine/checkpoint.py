@@ -57,6 +57,7 @@ def step_of(checkpoint: Path) -> int:
 
 def sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> dict[str, Any]:
     models = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(engine.chunks)}
+    _count_steps_without_parameters(engine)
     with _padding_counted(engine), _alone_ungathered(engine):
         optimizer = engine.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA)
     state: dict[str, Any] = {**models, "optimizer": optimizer, "scheduler": engine.scheduler.state_dict()}
@@ -73,6 +74,16 @@ def sharded_state(engine: Engine, anchor: Anchor | None, is_loading: bool) -> di
                         shard.dtype = shard.data.dtype
             state[f"anchor{number}"] = shards
     return state
+
+
+def _count_steps_without_parameters(engine: Engine) -> None:
+    """A pipeline stage without experts has an optimizer of none, and Megatron asks torch's AdamW, whose state is by
+    parameter, for the number of its step."""
+    inners = [part.optimizer for part in engine.optimizer.chained_optimizers]
+    step = next(state["step"] for inner in inners for state in inner.state.values())
+    for inner in inners:
+        if isinstance(inner, torch.optim.AdamW) and not any(group["params"] for group in inner.param_groups):
+            inner.state["no parameter"] = {"step": step.clone()}
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from megatron_t1.engine import checkpoint, saving
 from megatron_t1.engine.checkpoint import finished, step_of
 from megatron_t1.engine.config import CheckpointConfig, ParallelConfig
 from tests.forks import WORKERS
-from tests.tiny import make_tiny_qwen2
+from tests.tiny import make_tiny, make_tiny_qwen2
 
 WORKER = WORKERS / "resume_worker.py"
 
@@ -102,6 +102,16 @@ def test_what_is_loaded_is_what_was_saved(dtype, layout, num_ranks, bucket_size,
     differences = json.loads(output.splitlines()[-1])
     assert (differences.pop("num_buckets") > 1) == (num_ranks > 1)
     assert {name: value for name, value in differences.items() if value > 1e-6} == {}
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_a_stage_without_experts_saves_and_loads(distributed_optimizer, run_ranks, tmp_path):
+    model_dir = make_tiny("Glm4MoeForCausalLM", tmp_path / "hf", vocab_size=321)  # its first layer has none
+    layout = {"pipeline": 2, "expert": 2, "distributed_optimizer": distributed_optimizer}
+    worker = WORKERS / "checkpoint_worker.py"
+    output = run_ranks(worker, 4, model_dir, tmp_path / "run", "float32", json.dumps(layout), 0, 0.9)
+    differences = json.loads(output.splitlines()[-1])
+    assert {name: value for name, value in differences.items() if value > 1e-6} == {"num_buckets": 1}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def optimizer_state(engine) -> list[torch.Tensor]:
     tensors = []
     for part in engine.optimizer.chained_optimizers:
         for param in (param for group in part.optimizer.param_groups for param in group["params"]):
-            tensors += [param.detach(), *part.optimizer.state[param].values()]
+            state = part.optimizer.state[param]
+            tensors += [param.detach(), *(state[name] for name in sorted(state))]
     return tensors
 
 
