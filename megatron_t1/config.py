@@ -11,14 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megatron_t1.algo.config import LossConfig
 from megatron_t1.data.config import INSTRUCTION, DataConfig, set_name
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, Dtype, ModelConfig, OptimConfig, ParallelConfig
 from megatron_t1.evaluation.config import NUM_SAMPLES, EvaluateConfig, ScalingConfig
 from megatron_t1.fields import FieldError, at_least, within
-from megatron_t1.files import write_text
+from megatron_t1.files import dump_yaml, write_text
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
@@ -254,7 +252,7 @@ class Config:
 
 def dump(config: Any) -> str:
     """A job's config as YAML that `--config` reads again."""
-    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True, width=110)
+    return dump_yaml(plain(asdict(config)), sort_keys=False, allow_unicode=True, width=110)
 
 
 def plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -72,10 +73,30 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        if isinstance(node, yaml.MappingNode):  # the loader refuses another one below
-            each_once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # As it is written: its construction would first put in what `<<` names.
+        node = super().compose_mapping_node(anchor)
+        each_once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+for _each in (_Loader, _Dumper):  # numbers as YAML 1.2 and people read them: 010 is no 8, 1:30 no 90, and 1e-6 no text
+    _each.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _each.add_implicit_resolver(_INT, re.compile(r"[-+]?\d+$", re.A), list("-+0123456789"))
+    _each.add_implicit_resolver(
+        _FLOAT,
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|[-+]?\.inf$|\.nan$", re.A | re.I),
+        list("-+.0123456789"),
+    )
+_Loader.add_constructor(_INT, lambda _, node: int(node.value))
 
 
 def parse_yaml(text: str) -> Any:
@@ -90,6 +111,11 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(str(error)) from None
     except RecursionError:
         raise ValueError("lists or mappings are nested too deeply") from None
+
+
+def dump_yaml(value: Any, **style: Any) -> str:
+    """What `parse_yaml` reads back; `style` is `yaml.dump`'s."""
+    return str(yaml.dump(value, Dumper=_Dumper, **style))
 
 
 def read_json(path: Path, shape: Any = Any) -> Any:

@@ -87,6 +87,8 @@ def load(names: Iterable[str]) -> None:
             importlib.import_module(name)
         except (Exception, SystemExit) as error:
             raise ValueError(f"plugins = {name} can't be loaded: {_told(error, name)}") from None
+        if not any(sys.modules[part].__file__ for part in _packages(name)):
+            raise ValueError(f"plugins = {name} is a folder without code: name a module in it, or add an __init__.py")
         if name not in _loaded:
             _loaded.append(name)
 
@@ -112,11 +114,15 @@ def identity(modules: Iterable[str] | None = None) -> list[str]:
     return [f"{name} {_digest(name)}" for name in (_loaded if modules is None else modules)]
 
 
+def _packages(name: str) -> list[str]:
+    """`a.b.c`: `a`, `a.b`, `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def _digest(name: str) -> str:
     """Of every .py file of the outermost package with code of its own, or of the module's file."""
-    parts = name.split(".")
-    packages = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    top = next(module for each in packages if (module := sys.modules[each]).__file__)
+    top = next(module for each in _packages(name) if (module := sys.modules[each]).__file__)
     assert top.__file__
     file, digest = Path(top.__file__), hashlib.sha256()
     for path in sorted(file.parent.rglob("*.py")) if hasattr(top, "__path__") else [file]:

@@ -4,8 +4,8 @@
 #   MODEL=... DATA=... RUN_DIR=... slurm/pipeline.sh [options of t1 for every stage]     submits what is not done yet
 #   RUN_DIR=... slurm/pipeline.sh status                                                 says where it stands
 #
-# A chain that broke is gone on with by the same command: what is done is not done again. Account and partition are those
-# of the scripts, or SBATCH_ACCOUNT and SBATCH_PARTITION; SBATCH_OPTIONS are further words for sbatch.
+# A chain that broke is gone on with by the same command: what is done, or on its way, is not done again. Account and
+# partition are those of the scripts, or SBATCH_ACCOUNT and SBATCH_PARTITION; SBATCH_OPTIONS are further words for sbatch.
 set -euo pipefail
 T1_HOME=${T1_HOME:-$PWD}
 MODEL=${MODEL:-}                                    # Hugging Face folder of the base model
@@ -25,12 +25,23 @@ declare -A RESULT=(
   [evaluate]=evaluate/rl/sets.json [scaling]=scaling/rl/points.json
 )
 
+job_of() { sed -n "s/^$1 //p" "$JOBS" 2>/dev/null || true; }
+
+is_on_its_way() { [ -n "$(squeue -h -o %i -t pending,running,suspended -j "$1" 2>/dev/null)" ]; }
+
+# Job by job, lest a refused one hide those before it from a second call, which would submit them again.
+remember() {
+  local others
+  others=$(sed "/^$1 /d" "$JOBS" 2>/dev/null || true)
+  printf '%s\n' ${others:+"$others"} "$1 $2" >"$JOBS"
+}
+
 is_done() { compgen -G "$RUN_DIR/${RESULT[$1]}" >/dev/null; }
 
 status() {
   local stage job state
   while read -r stage job; do
-    state=$(scontrol show job "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\) Reason=\(.*\) Dep.*/\1 (\2)/p')
+    state=$(scontrol show job "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\) Reason=\(.*\) Dep.*/\1 (\2)/p' || true)
     ! is_done "$stage" || state=finished
     echo "$stage: job $job ${state:-is not known to Slurm any more, and left no result}"
   done <"$JOBS"
@@ -44,11 +55,16 @@ fi
 : "${MODEL:?}" "${DATA:?}"
 export T1_HOME DATA RUN_DIR
 before=
-lines=()
 for stage in $STAGES; do
   [ -n "${RESULT[$stage]:-}" ] || { echo "STAGES has $stage; there are ${!RESULT[*]}"; exit 2; }
   if is_done "$stage"; then
     echo "$stage: done"
+    continue
+  fi
+  job=$(job_of "$stage")
+  if [ -n "$job" ] && is_on_its_way "$job"; then
+    echo "$stage: job $job is on its way (to submit it anew, scancel it first)"
+    before=$job
     continue
   fi
   model=$RUN_DIR/rl/hf config=$CONFIGS/rl.yaml options=("$@")
@@ -65,7 +81,6 @@ for stage in $STAGES; do
   job=$(MODEL=$model CONFIG=$config sbatch --parsable ${SBATCH_OPTIONS:-} ${before:+--dependency=afterok:$before} \
     --kill-on-invalid-dep=yes "$T1_HOME/slurm/$stage.sh" ${options[@]+"${options[@]}"})
   before=${job%%;*}
-  lines+=("$stage $before")
+  remember "$stage" "$before"
+  echo "$stage: submitted as job $before"
 done
-((${#lines[@]})) && printf '%s\n' "${lines[@]}" >"$JOBS" && status
-exit 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_t1.files import new_folder, read_text, write_text
+from megatron_t1.files import dump_yaml, new_folder, parse_yaml, read_text, write_text
 from megatron_t1.weights.hf_folder import copy_beside
 
 
@@ -18,6 +18,25 @@ def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
     path.write_bytes("ü".encode("utf-16"))
     with pytest.raises(ValueError, match="text is not UTF-8 text"):
         read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10), ("-7", -7), ("0", 0), ("1:30", "1:30"), ("1_000", "1_000"), ("0x10", "0x10"), ("1e-6", 1e-6),
+        ("1.5E+3", 1500.0), (".5", 0.5), ("5.", 5.0), (".inf", float("inf")), ("-.Inf", float("-inf")),
+        ("1.2.3", "1.2.3"), ("{a: &x {p: 1, q: 2}, b: {<<: *x, q: 3}}", {"a": {"p": 1, "q": 2}, "b": {"p": 1, "q": 3}}),
+    ],
+)  # fmt: skip
+def test_yaml_is_read_as_people_read_it_and_written_so(text: str, value: object) -> None:
+    assert parse_yaml(text) == value
+    assert type(parse_yaml(text)) is type(value)
+    assert parse_yaml(dump_yaml([value, text])) == [value, text]
+
+
+def test_a_key_that_is_written_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'q' is there twice"):
+        parse_yaml("{a: &x {p: 1}, b: {<<: *x, q: 1, q: 2}}")
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o002, 0o022])

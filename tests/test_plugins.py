@@ -132,6 +132,8 @@ def test_a_broken_one_is_refused_with_its_own_traceback(extended: Callable[..., 
         assert all(part in told for part in said), told
         assert "importlib" not in told
         assert "megatron_t1/cli" not in told
+    (installed / "no_code").mkdir()
+    assert "no_code is a folder without code" in extended("rl", "--plugins", "[no_code]", expect=1)
     told = extended("rl", "--plugins", "[not_installed.rewards]", expect=1)
     assert "No module named 'not_installed'; install the package here" in told
     assert "Traceback" not in told

@@ -19,9 +19,11 @@ def dry_run(cfg: Config, command: str, machines: Machines, options: list[str]) -
     library = root / "slurm" / "lib.sh"
     if not library.is_file():
         raise ValueError(f"--dry-run reads {library}, which is there in a checkout of the project only")
-    at = options.index("--config") if "--config" in options else len(options)
-    config = Path(options[at + 1]).absolute() if at < len(options) else ""
-    rest = options[:at] + options[at + 2 :]
+    words = [part for word in options for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in words:
+        raise ValueError("--dry-run needs --config FILE: the batch scripts take the settings of a run from one")
+    at = words.index("--config")
+    config, rest = Path(words[at + 1]).absolute(), words[:at] + words[at + 2 :]
     env = {
         **os.environ,
         "T1_DRY_RUN": "1",

@@ -7,6 +7,7 @@ The formulas are in estimate.py; here are the bounds, and what to change where o
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -59,7 +60,7 @@ def needs(
     nodes = nodes_that_write(layout, max(1, machines.ranks_on_node(command)))
     stopping = estimate.stop_seconds(sizes, layout, seconds, checkpoint, nodes, awaits_batch=awaits_batch)
     _grace(stopping, machines, found)
-    _disk(cfg, command, sizes, checkpoint, found)
+    _disk(cfg, command, sizes, layout.anchor, found)
     if samples:
         found.should(not cfg.trains_uncorrected, UNCORRECTED)
         _servers(cfg, spec, sizes, gpu, seconds["generate"], found)
@@ -108,11 +109,15 @@ def _memory(
     return machines.ranks_on_node(command) * host_bytes
 
 
-def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Findings) -> None:
-    stage = "sft" if command == "sft" else "rl"
-    keeps: CheckpointConfig = getattr(cfg, stage).checkpoint
-    count = keeps.keep + keeps.keep_best + 1  # and the one that is being written
-    disk, what = count * checkpoint, f"{count} checkpoints"
+def _disk(cfg: Config, command: str, sizes: Sizes, anchor: estimate.AnchorKind, found: Findings) -> None:
+    stages = [stage for stage in ("sft", "rl") if command in (stage, "run")]
+    count, disk = 0, 0.0
+    for stage in stages:
+        keeps: CheckpointConfig = getattr(cfg, stage).checkpoint
+        kept = keeps.keep + keeps.keep_best + 1  # and the one that is being written
+        count += kept
+        disk += kept * estimate.checkpoint_bytes(sizes, cfg.model.dtype, anchor if stage == "rl" else "none")
+    what = f"{count} checkpoints"
     if command != "sft" and cfg.rl.snapshot_every and (snapshots := cfg.rl.steps // cfg.rl.snapshot_every):
         disk += snapshots * estimate.weight_bytes(sizes, cfg.model.dtype)
         what += f" and {snapshots} snapshots"
@@ -120,7 +125,11 @@ def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Fin
         path for path in (Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents) if path.exists()
     )
     free = shutil.disk_usage(folder).free
-    files = (file for kind in ("checkpoints", "snapshots") for file in Path(cfg.run_dir, stage).glob(f"{kind}/**/*"))
+    files = (
+        file
+        for stage, kind in itertools.product(stages, ("checkpoints", "snapshots"))
+        for file in Path(cfg.run_dir, stage).glob(f"{kind}/**/*")
+    )
     there = sum(file.stat().st_size for file in files if file.is_file())
     found.facts.append(
         f"disk: {what} take {disk / 1e9:.2f} GB{f', {there / 1e9:.2f} are there' if there else ''}, {folder} has "
@@ -129,7 +138,7 @@ def _disk(cfg: Config, command: str, sizes: Sizes, checkpoint: float, found: Fin
     found.must(
         disk - there <= free,
         f"{what} take {disk / 1e9:.1f} GB, {there / 1e9:.1f} are there, and {folder} has {free / 1e9:.1f} GB free: "
-        f"make room, or lower checkpoint.keep = {keeps.keep} or keep_best = {keeps.keep_best}",
+        f"make room, or lower {stages[-1]}.checkpoint.keep = {keeps.keep} or keep_best = {keeps.keep_best}",
     )
 
 

@@ -17,6 +17,7 @@ from megatron_t1.models.spec import ModelSpec
 
 SHARE = 0.95
 """Of a GPU's memory, what an estimate may take."""
+_TENSORS = (1, 2, 4, 8)
 _CONTEXTS = (1, 2, 4, 8, 16)
 _RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 _ROUND = 512
@@ -39,7 +40,7 @@ def suggest(
     rl = longest.get("train", 0) + cfg.sampling.max_new_tokens
     num_tokens = {"sft": sft, "rl": rl, "run": max(sft, rl)}[command]
     sizes, memory = Sizes.of(spec), SHARE * estimate.GPUS[machines.gpu].memory_bytes
-    for candidate in _candidates(cfg, spec, machines.ranks(command), machines.gpus_per_node, num_tokens):
+    for candidate in _candidates(cfg, spec, machines.ranks(command), machines.ranks_on_node(command), num_tokens):
         layout = layout_of(candidate, spec, command, machines, longest)
         worst = max(sum(fullest(sizes, layout).values()), estimate.most_of_checkpoint(sizes, layout)[0])
         if worst < memory:
@@ -48,15 +49,15 @@ def suggest(
 
 
 def _candidates(cfg: Config, spec: ModelSpec, world: int, on_node: int, num_tokens: int) -> Iterator[Config]:
-    """Layouts that the machines and the model allow, the smallest first."""
-    tensors = [size for size in (1, 2, 4, 8) if size <= on_node]
+    """Layouts that the machines and the model allow: those whose tensor parallelism stays within a node, then the
+    others; the smallest first."""
     stages = range(1, spec.transformer["num_layers"] + 1)
     shapes = [
-        (tensor * context * pipeline, recomputes, pipeline, context, tensor)
-        for tensor, context, pipeline, recomputes in itertools.product(tensors, _CONTEXTS, stages, (False, True))
+        (tensor > on_node, tensor * context * pipeline, recomputes, pipeline, context, tensor)
+        for tensor, context, pipeline, recomputes in itertools.product(_TENSORS, _CONTEXTS, stages, (False, True))
         if world % (tensor * context * pipeline) == 0
     ]
-    for _, recomputes, pipeline, context, tensor in sorted(shapes):
+    for *_, recomputes, pipeline, context, tensor in sorted(shapes):
         given = {name: value for name, value in cfg.model.transformer.items() if not name.startswith("recompute_")}
         parallel = replace(
             cfg.parallel,

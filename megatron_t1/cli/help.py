@@ -13,10 +13,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
-import yaml
 
 from megatron_t1.cli.options import class_of_each, default_of
 from megatron_t1.config import plain
+from megatron_t1.files import dump_yaml
 
 
 def help_of(command: str, summary: str, cls: Any, sections: Collection[str] = ()) -> str:
@@ -76,7 +76,7 @@ def _docs(cls: Any) -> dict[str, str]:
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         return repr(value)
-    return yaml.safe_dump(plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return dump_yaml(plain(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
 
 
 def _metavar(hint: Any) -> str:

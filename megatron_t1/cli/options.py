@@ -77,7 +77,7 @@ def _collect(cls: type, arguments: Sequence[str], problems: list[str]) -> dict[s
         if not separator:
             if hint is bool and (not words or words[0] not in ("true", "false")):
                 text = "true"
-            elif not words:
+            elif not words or words[0].startswith("--"):
                 problems.append(f"--{name} needs a value")
                 continue
             else:
@@ -86,7 +86,7 @@ def _collect(cls: type, arguments: Sequence[str], problems: list[str]) -> dict[s
             _merge(settings, _read_file(Path(text), problems), cls)
             continue
         try:
-            value: Any = parse_yaml(text) if is_dataclass(hint) or class_of_each(hint) else _Word(text)
+            value = _value_of(text, hint, _hint_of(cls, name.rpartition(".")[0]))
         except ValueError as error:
             problems.append(f"{name} = {text!r} is not YAML: {error}")
             continue
@@ -95,6 +95,13 @@ def _collect(cls: type, arguments: Sequence[str], problems: list[str]) -> dict[s
             value = {part: value}
         _merge(settings, value, cls, len(parts))
     return settings
+
+
+def _value_of(text: str, hint: Any, parent: Any) -> Any:
+    """What a word says for a field of type `hint`, or for an entry of a field of type `parent`."""
+    if parent is Any or get_origin(parent) is dict:
+        return text if hint is str else parse_yaml(text)
+    return parse_yaml(text) if is_dataclass(hint) or class_of_each(hint) else _Word(text)
 
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -133,9 +140,12 @@ def _merge(into: dict[str, Any], new: dict[str, Any], cls: Any, depth: int = 0) 
 
 
 def _hint_of(cls: Any, name: str) -> Any:
-    """Type of the field with a dotted name; None when there is none."""
+    """Type of the field with a dotted name, or of an entry of one that is a dict; None when there is none."""
     for part in name.split("."):
-        cls = get_type_hints(cls).get(part) if is_dataclass(cls) else class_of_each(cls)
+        if is_dataclass(cls):
+            cls = get_type_hints(cls).get(part)
+        elif cls is not Any:
+            cls = get_args(cls)[1] if get_origin(cls) is dict else None
     return cls
 
 
@@ -208,7 +218,10 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_expanded, value))
     text = str(value)
-    if not isinstance(value, (str, Path)) or re.search(r"\s|://", text):
+    if not isinstance(value, (str, Path)) or "://" in text:
+        return value
+    begins = text.startswith("~/") or re.match(_VARIABLE.pattern + "/", text)
+    if re.search(r"\s", text) and not begins and not isinstance(value, Path):  # a sentence, not a path
         return value
     if not text.startswith(("~", "$")) and "/" not in text:
         return value
@@ -285,6 +298,8 @@ def _construct(
                 return None
             problems.append(f"{path}{error}")
             del good[field]
+            if default is None and _is_needed(cls.__dataclass_fields__[field]):
+                return None
 
 
 def _is_needed(field: Field[Any]) -> bool:

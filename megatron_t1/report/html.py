@@ -41,5 +41,7 @@ def _percent(value: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    minutes, seconds = divmod(value, 60)
-    return f"{minutes:.0f} min {seconds:02.0f} s" if minutes else f"{seconds:.1f} s"
+    if value < 59.95:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds:02d} s"

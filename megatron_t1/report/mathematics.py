@@ -16,7 +16,10 @@ from markupsafe import Markup, escape
 MAX_CHARS, MAX_FORMULAS = 400, 300
 """Of one formula; in one text."""
 _FORMULA = re.compile(
-    r"\$\$(?P<a>[^$]+)\$\$|\$(?P<b>[^$\n]+)\$|\\\[(?P<c>.+?)\\\]|\\\((?P<d>.+?)\\\)|(?P<e>\\boxed\{[^{}\n]*\})", re.S
+    r"\$\$(?P<a>[^$]+)\$\$"
+    r"|\$(?P<b>(?=\S)[^$\n]+(?<=\S)|\s[^$\n]+\s)\$(?!\d)"  # as Pandoc has it: no formula lies between $5 and $3
+    r"|\\\[(?P<c>.+?)\\\]|\\\((?P<d>.+?)\\\)|(?P<e>\\boxed\{[^{}\n]*\})",
+    re.S,
 )
 _NAMESPACE = "{http://www.w3.org/1998/Math/MathML}"
 _ELEMENTS = {

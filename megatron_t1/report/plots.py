@@ -260,8 +260,8 @@ def _stacked(title: str, steps: np.ndarray, series: dict[str, np.ndarray]) -> Pl
 
 
 def _literal(text: str) -> str:
-    """A dollar sign in a label is no mathematics."""
-    return text.replace("$", r"\$")
+    """A dollar sign in a label is no mathematics, and a label that begins with _ is none for matplotlib's legend."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _number(value: Any) -> float:

@@ -39,14 +39,9 @@ def read_key(path: Path) -> str:
     return key
 
 
-def new_key(path: Path) -> str:
-    """A fresh key, which replaces that in `path` (mode 0600)."""
-    path.unlink(missing_ok=True)
-    return shared_key(path)
-
-
 def shared_key(path: Path) -> str:
-    """The key in `path`, made when there is none: hosts that start together agree on the first one's."""
+    """The key in `path`, made when there is none: hosts that start together agree on the first one's, and jobs that
+    share a folder do not take it from each other's servers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600

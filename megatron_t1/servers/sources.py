@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.keys import KEY_FILE, REMOTE_KEY_ENV, new_key, read_key, shared_key
+from megatron_t1.servers.keys import KEY_FILE, REMOTE_KEY_ENV, read_key, shared_key
 from megatron_t1.servers.launch import end_group, launch, public_address, reserve_port, signal_group
 from megatron_t1.servers.registry import Entry, Orders, Registry
 from megatron_t1.servers.server import Server, ServerError
@@ -74,11 +74,7 @@ class LocalServers(Source):
     def open(self) -> list[Server]:
         if not (self._model_dir / "config.json").is_file():
             raise ServerError(f"model folder {self._model_dir} has no config.json: nothing to serve")
-        if self._cfg.key_file:
-            self._key = shared_key(Path(self._cfg.key_file))
-        else:
-            make = new_key if self._cfg.on_loopback else shared_key
-            self._key = make(self._run_dir / KEY_FILE)
+        self._key = shared_key(Path(self._cfg.key_file or self._run_dir / KEY_FILE))
         servers: list[Server] = []
         try:
             for index, port in enumerate(self._cfg.ports or [0] * self._cfg.num_servers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,15 @@ def test_what_a_run_has_written_needs_no_room_again(task: Path, tmp_path: Path) 
     (tmp_path / "rl/checkpoints/step_00000001/weights").write_bytes(bytes(20_000_000))
     (needed,) = [fact for fact in found_in(task, "--run_dir", tmp_path).facts if fact.startswith("disk:")]
     assert ", 0.02 are there, " in needed
+
+
+def test_the_checkpoints_of_both_stages_need_room(task: Path) -> None:
+    gigabytes = {}
+    for command in ("sft", "rl", "run"):
+        (needed,) = [fact for fact in found_in(task, command=command).facts if fact.startswith("disk:")]
+        gigabytes[command] = float(re.search(r"take ([\d.]+) GB", needed)[1])
+    assert gigabytes["run"] == pytest.approx(gigabytes["sft"] + gigabytes["rl"], abs=0.011)
+    assert gigabytes["sft"] > 0
 
 
 def test_rl_is_checked_with_all_that_it_reads(task: Path) -> None:

@@ -304,6 +304,13 @@ def test_context_ranks_are_planned_like_data_parallel_ones_for_samples_twice_as_
         plain.parallel.check_fits(2 * 18432)
 
 
+@pytest.mark.parametrize("command", ["rl", "sft"])
+def test_tensor_parallelism_over_nodes_is_never_suggested(command: str, tmp_path: Path) -> None:
+    cfg, machines = at(tmp_path, nodes=8, ranks_per_node=4)
+    found, _ = suggest(cfg, spec_of(tmp_path), command, machines, {"train": 200, "sft": 8192})
+    assert found.parallel.tensor <= 4
+
+
 def test_a_dry_run_prints_what_the_batch_script_would_run(tmp_path: Path) -> None:
     cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
     text = dry_run(cfg, "rl", machines, ["--config", str(ROOT / "examples/qwen2.5-32b/rl.yaml"), "--rl.steps", "7"])
@@ -318,3 +325,7 @@ def test_a_dry_run_prints_what_the_batch_script_would_run(tmp_path: Path) -> Non
     assert "--rollout.await_servers 4" in line
     assert "vllm.entrypoints" in text
     assert "--tensor-parallel-size 4" in text
+    joined = [f"--config={ROOT / 'examples/qwen2.5-32b/rl.yaml'}", "--rl.steps", "7"]
+    assert dry_run(cfg, "rl", machines, joined) == text
+    with pytest.raises(ValueError, match="--dry-run needs --config FILE"):
+        dry_run(cfg, "rl", machines, ["--rl.steps", "7"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_t1.cli.options import read
-from megatron_t1.config import Config
+from megatron_t1.config import Config, GradeConfig, dump
 from megatron_t1.evaluation.config import EvaluateConfig, SetSampling
 from megatron_t1.synthesize.config import SynthesizeConfig
 
@@ -47,6 +49,32 @@ def test_good_endpoints_are_kept_beside_another_fault() -> None:
     assert problems == ["seeed is not a setting; did you mean seed?"]
 
 
+def test_options_into_a_setting_with_names_of_its_own_have_types(tmp_path: Path) -> None:
+    cfg = read(Config, [
+        "--model.transformer.deterministic_mode", "false", "--rollout.vllm_args.x", "1e-6",
+        "--rollout.vllm_args.enable-prefix-caching", "false", "--rollout.vllm_args.seed", "3",
+        "--rollout.vllm_env.A", "1", "--evaluate.endpoint.extra_body.top_k", "20",
+        "--evaluate.endpoint.extra_body.a.b", "[x]",
+    ])  # fmt: skip
+    assert cfg.model.transformer == {"deterministic_mode": False}
+    assert cfg.rollout.vllm_args == {"x": 1e-6, "enable-prefix-caching": False, "seed": 3}
+    assert cfg.rollout.vllm_env == {"A": "1"}
+    assert cfg.evaluate.endpoint.extra_body == {"top_k": 20, "a": {"b": ["x"]}}
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    assert read(Config, ["--config", str(tmp_path / "config.yaml")]) == cfg
+
+
+def test_a_needed_field_that_is_refused_is_told_alone(tmp_path: Path) -> None:
+    (problem,) = told(GradeConfig, "--input", str(tmp_path / "nowhere.jsonl"), "--output", "out.jsonl")
+    assert problem.startswith("input = ")
+    assert "nowhere.jsonl' must be a file" in problem
+
+
+def test_the_next_option_is_no_value() -> None:
+    assert told(Config, "--run_dir", "--resume") == ["--run_dir needs a value"]
+    assert read(Config, ["--run_dir=--resume"]).run_dir == "--resume"
+
+
 def test_a_single_value_for_a_list_is_shown_as_a_list() -> None:
     assert told(EvaluateConfig, "--sets", "math500") == ["sets = 'math500' must be a list: [math500]"]
 
@@ -61,6 +89,7 @@ def test_paths_are_written_out_as_a_shell_does_it(monkeypatch):
         "data.train": ("$SCRATCH", "/scratch/me"),
         "data.heldout": ("a~b/c.jsonl", "a~b/c.jsonl"),
         "data.system_prompt": ("Give 1/2 as $x$ or $SCRATCH/y.", "Give 1/2 as $x$ or $SCRATCH/y."),
+        "rollout.registry": ("~/my runs/servers", "/home/me/my runs/servers"),
         "evaluate.sets": ("[~/a.jsonl, math500]", ("/home/me/a.jsonl", "math500")),
         "rollout.urls": ("[http://host/$SCRATCH]", ("http://host/$SCRATCH",)),
     }

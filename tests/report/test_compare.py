@@ -43,6 +43,10 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     assert "reward0.036 ±\N{NO-BREAK SPACE}0.020" in page.text
 
 
+def test_runs_whose_names_begin_with_a_line_are_compared(tmp_path: Path) -> None:
+    assert write_comparison([a_run(tmp_path / name, 1e-3, 10) for name in ("_a", "_b")]).is_file()
+
+
 def test_an_interval_is_that_of_blocks() -> None:
     noise = np.random.default_rng(0).standard_normal((400, 50))
     inside = 0

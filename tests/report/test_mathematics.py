@@ -20,6 +20,7 @@ from tests.forks import ROOT
         (r"\(\sqrt{y}\)", "<msqrt>"),
         (r"$$\sum_{k=1}^n k$$", 'display="block"'),
         (r"\boxed{7}", "<menclose"),
+        ("so $ x $ is", "<mi>x</mi>"),
     ],
 )
 def test_formulas_are_drawn(text: str, inside: str) -> None:
@@ -30,6 +31,8 @@ def test_formulas_are_drawn(text: str, inside: str) -> None:
     "text",
     [
         "it costs $5",
+        "Tom has $5 and buys a toy for $3.",
+        "US$5, then US $10 and $20",
         "<script>alert(1)</script>",
         "$" + "x" * (MAX_CHARS + 1) + "$",
         r"$\begin{matrix}$",

@@ -112,6 +112,40 @@ def test_where_servers_and_trainer_go_when_no_node_is_for_vllm_alone(tmp_path: P
             assert "--rollout.gpu_ids [" + gpus + "] " in line.replace("\\", "")
 
 
+def test_a_chain_that_sbatch_refuses_half_way_is_gone_on_with(tmp_path: Path) -> None:
+    """With stand-ins for Slurm's commands: no cluster of ours refuses the third job, or has forgotten one."""
+    commands = {
+        "sbatch": """[ "$(wc -l <calls)" != 2 ] || [ -e refused ] || { touch refused; exit 1; }
+echo "$@" >>calls; wc -l <calls""",
+        "squeue": '[ "$*" = "-h -o %i -t pending,running,suspended -j 2" ] && echo 2',
+        "scontrol": "echo 'Invalid job id specified' >&2; exit 1",
+    }
+    for name, script in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "calls").touch()
+    env = {"MODEL": "/m", "DATA": "/d", "RUN_DIR": str(tmp_path / "run"), "T1_HOME": str(ROOT),
+           "PATH": f"{tmp_path}:{os.environ['PATH']}", "STAGES": "sft rl evaluate"}  # fmt: skip
+
+    def pipeline(*words: str) -> tuple[int, list[str]]:
+        command = ["bash", ROOT / "slurm/pipeline.sh", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(**env))
+        return done.returncode, done.stdout.splitlines()
+
+    assert pipeline()[0] == 1
+    forgotten = "is not known to Slurm any more, and left no result"
+    assert pipeline("status") == (0, [f"{stage}: job {n} {forgotten}" for n, stage in enumerate(("sft", "rl"), 1)])
+    (tmp_path / "run/sft/hf").mkdir(parents=True)
+    (tmp_path / "run/sft/hf/config.json").touch()
+    on_its_way = "rl: job 2 is on its way (to submit it anew, scancel it first)"
+    assert pipeline() == (0, ["sft: done", on_its_way, "evaluate: submitted as job 3"])
+    now = ["sft: job 1 finished", f"rl: job 2 {forgotten}", f"evaluate: job 3 {forgotten}"]
+    assert pipeline("status") == (0, now)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [re.findall(r"afterok:(\d)|/(\w+)\.sh", call)[-1][1] for call in calls] == ["sft", "rl", "evaluate"]
+    assert "afterok:2" in calls[2]
+
+
 def test_shellcheck_has_nothing_to_say() -> None:
     done = subprocess.run(["shellcheck", "-x", *map(str, SHELL)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
