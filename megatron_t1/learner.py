@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from megatron_t1 import plugins
 from megatron_t1.algo import advantage
-from megatron_t1.algo.config import TOKEN_LOSSES
+from megatron_t1.algo.loss import token_loss_of
 from megatron_t1.config import Config
 from megatron_t1.data.packing import sequences_of
 from megatron_t1.engine import checkpoint
@@ -39,6 +38,7 @@ class Learner:
         """The policy of `model.hf_path`, with an anchor that equals it. `watch` measures the stages of a step."""
         self.cfg, self.watch = cfg, watch
         self.checkpoints = Path(cfg.run_dir) / "rl" / "checkpoints"
+        self.token_loss = token_loss_of(cfg.loss)
         self.saver = Saver(self.checkpoints, cfg.rl.checkpoint)
         self.engine = Engine(
             cfg.model,
@@ -89,8 +89,8 @@ class Learner:
             if cfg.awaits_batches:
                 self._before = [tensor.detach().to("cpu", copy=True) for tensor in self.engine.tensors()]
             num_targets = sum(len(sequence.response_ids) for sequence in sequences)
-            loss = partial(TOKEN_LOSSES[cfg.loss.token_loss], cfg=cfg.loss)
-            metrics = self.engine.step(microbatches, num_targets, loss, self.anchor.chunks if self.anchor else None)
+            anchor = self.anchor.chunks if self.anchor else None
+            metrics = self.engine.step(microbatches, num_targets, self.token_loss, anchor)
         stale = staleness(groups, self.steps_done)
         self.steps_done += 1
         return metrics | kl | balance | rollout_metrics(groups) | {"staleness": stale}

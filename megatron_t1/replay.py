@@ -94,9 +94,9 @@ def replay(cfg: Config, platform: Platform, prompts: list[Prompt], step: int, pr
 
 def _load_before(learner: Learner, step: int) -> None:
     paths = from_main(checkpoint.finished(learner.checkpoints) if is_main() else None)
-    before = [path for path in paths if checkpoint.step_of(path) < step]
-    if before:
-        learner.steps_done = int(checkpoint.load(before[-1], learner.engine, learner.anchor)["step"])
+    newest = checkpoint.newest_whole([path for path in paths if checkpoint.step_of(path) < step])
+    if newest:
+        learner.steps_done = int(checkpoint.load(newest, learner.engine, learner.anchor)["step"])
 
 
 def _weights_of(batches: Batches, number: int) -> str:

@@ -95,7 +95,7 @@ def check(cfg: Config, prompts: list[Prompt]) -> None:
         ValueError: a batch larger than the data, a sample that may not fit into a microbatch.
     """
     cfg.rl.check_draws_from(len(prompts))
-    cfg.parallel.check_fits(max(len(prompt.token_ids) for prompt in prompts) + cfg.sampling.max_new_tokens)
+    cfg.parallel.check_fits(max(len(prompt.token_ids) for prompt in prompts) + cfg.sampling.max_new_tokens, cfg.model)
 
 
 class Trainer:

@@ -80,8 +80,9 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
         raise ValueError(f"sft.batch_size = {cfg.sft.batch_size} is larger than the {len(examples)} examples; lower it")
     total = len(examples) // cfg.sft.batch_size * cfg.sft.epochs
     total = min(total, cfg.sft.max_steps or total)
+    cfg.sft.optim.check_steps(total, "sft.optim")
     engine = Engine(cfg.model, cfg.parallel, cfg.sft.optim, platform, total_steps=total, temperature=1.0)
-    cfg.parallel.check_fits(max(example.num_tokens for example in examples))
+    cfg.parallel.check_fits(max(example.num_tokens for example in examples), cfg.model)
     engine.load_weights(Path(cfg.model.hf_path))
     settings = _settings(cfg, examples) if is_main() else {}
     done = checkpoint.resume(

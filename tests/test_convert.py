@@ -259,6 +259,28 @@ def test_another_models_checkpoint_is_refused_by_name(pair, tmp_path):
         to_hf(megatron, tmp_path / "back", hf_dir=other)
 
 
+@pytest.mark.parametrize("vocab_size", [400, 322])
+def test_a_vocabulary_that_is_not_stored_is_no_row_of_zeros(vocab_size, pair, tmp_path):
+    _, megatron = pair
+    config = json.loads((megatron / "config.json").read_text())
+    other = shutil.copytree(megatron, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    said = rf"word_embeddings.weight has shape \(321, 128\), the config asks for \({vocab_size}, 128\)"
+    with pytest.raises(CheckpointError, match=said):
+        to_hf(other, tmp_path / "back")
+
+
+def test_what_training_left_alone_and_a_checkpoint_lacks_is_said(tmp_path, capsys):
+    source = FAMILIES["glm4_moe extra layer"](tmp_path / "hf")
+    to_megatron(source, tmp_path / "megatron")
+    shutil.rmtree(tmp_path / "megatron/carried")  # as in a checkpoint that a run has left
+    to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert "has no model.layers.4.*, which its config.json speaks of" in capsys.readouterr().err
+    to_hf(tmp_path / "megatron", tmp_path / "whole", hf_dir=source)
+    assert list(verify(source, tmp_path / "whole")) == []
+    assert capsys.readouterr().err.count("speaks of") == 0
+
+
 def test_nothing_is_overwritten(pair, tmp_path):
     source, megatron = pair
     before = contents(source)

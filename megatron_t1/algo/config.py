@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -23,6 +24,10 @@ TOKEN_LOSSES: Registry[Callable[..., tuple[Any, Any]]] = Registry("token loss", 
 """Functions as `loss.t1_token_loss`, the built-in one."""
 ADVANTAGES: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("advantage", home="megatron_t1.algo.advantage")
 """Rewards of a prompt's samples, float [K] -> what weights their tokens, float64 [K]."""
+
+
+MAX_EXPONENT = 20.0
+"""Log-ratios are cut here before exp: a token that the anchor finds e^100 times likelier must not overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,5 +104,8 @@ def _check_bounds(cfg: LossConfig, method: str, bounds: tuple[str, str], needed:
         raise FieldError(low, least, "must lie in [0, 1], as the ratio is 1 on policy; null: no bound")
     if most is not None and not most >= 1:
         raise FieldError(high, most, "must be at least 1, as the ratio is 1 on policy; null: no bound")
+    for name, value in ((low, least), (high, most)):
+        if value and abs(math.log(value)) >= MAX_EXPONENT:
+            raise FieldError(name, value, f"lies beyond e^{MAX_EXPONENT:g}, where ratios are cut; null: no bound")
     if needed and least is None and most is None:
         raise FieldError(method, getattr(cfg, method), f"needs loss.{low} or loss.{high}: {usual}")

@@ -55,17 +55,17 @@ from sampling is in no sample, and no weight brings it back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_t1.algo.config import TOKEN_LOSSES, LossConfig
+from megatron_t1.algo.config import MAX_EXPONENT, TOKEN_LOSSES, LossConfig
+from megatron_t1.fields import FieldError
 from megatron_t1.types import Microbatch
 
-MAX_EXPONENT = 20.0
-"""Log-ratios are cut here before exp: a token that the anchor finds e^100 times likelier must not overflow."""
 _RATIO_OF = {"token": "token", "sequence": "sequence", "ppo": "token", "gspo": "geometric"}
 
 
@@ -129,8 +129,8 @@ def t1_token_loss(
     Returns:
         loss float32 [T], and sums over tokens of: `entropy`, `logprob`, `pg_loss`, with an anchor `kl_loss` (without
         beta), `kl_k1` and `kl_k3`, `ratio` policy/rollout, `logprob_diff` and `prob_diff` (absolute, policy against
-        rollout), `kl_behaviour` (r - 1 - ln r, whose mean over samples of mu is KL(mu||policy) a token), `num_tokens`;
-        where cfg corrects also `weight` and `weight_squared`, `clip_fraction` (tokens that `importance` cut or
+        rollout), `kl_behaviour` (r - 1 - ln r, whose mean over samples of mu is KL(mu||policy) a token); where cfg
+        corrects also `weight` and `weight_squared`, `clip_fraction` (tokens that `importance` cut or
         stopped) and `masked`; maxima of `ratio`, `logprob_diff`, `prob_diff`, all >= 0.
 
     Raises:
@@ -179,7 +179,6 @@ def t1_token_loss(
             "prob_diff": prob_diff,
             "kl_behaviour": log_ratio.clamp(max=MAX_EXPONENT).expm1() - log_ratio,
             **correction,
-            "num_tokens": torch.ones_like(logprob),
         }
         maxima = {"ratio": ratio, "logprob_diff": logprob_diff, "prob_diff": prob_diff}
         return loss, Metrics(
@@ -212,8 +211,26 @@ def _weight(log_ratio: Tensor, score: Tensor, tokens: TokenFields, cfg: LossConf
 
 
 def sft_token_loss(logprob: Tensor, entropy: Tensor, tokens: TokenFields) -> tuple[Tensor, Metrics]:
-    """Negative log-likelihood [T]; sums `nll`, `entropy`, `num_tokens`, maximum `nll`. `tokens` is not read."""
+    """Negative log-likelihood [T]; sums `nll`, `entropy`, maximum `nll`. `tokens` is not read."""
     loss = -logprob
     with torch.no_grad():
-        sums = {"nll": loss.sum(), "entropy": entropy.sum(), "num_tokens": loss.new_full((), loss.numel())}
-        return loss, Metrics(sums=sums, maxima={"nll": _max(loss)})
+        return loss, Metrics(sums={"nll": loss.sum(), "entropy": entropy.sum()}, maxima={"nll": _max(loss)})
+
+
+def token_loss_of(cfg: LossConfig) -> Callable[..., tuple[Tensor, Metrics]]:
+    """The configured loss of a token, tried out.
+
+    Raises:
+        FieldError: its metrics lack what every step is held to.
+    """
+    loss = partial(TOKEN_LOSSES[cfg.token_loss], cfg=cfg)
+    none = torch.zeros(0)
+    _, metrics = loss(none, none, TokenFields(**dict.fromkeys((f.name for f in fields(TokenFields)), none)), none)
+    if "logprob_diff" not in metrics.sums:
+        raise FieldError(
+            "loss.token_loss",
+            cfg.token_loss,
+            "returns Metrics without the sum `logprob_diff`, |policy's - servers' logprob| of its tokens, to which "
+            "rl.max_logprob_diff is held: add it, or go on from the metrics of t1_token_loss",
+        )
+    return loss

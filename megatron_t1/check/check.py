@@ -300,6 +300,6 @@ def _lengths(
         )
     if trained:
         try:
-            cfg.parallel.check_fits(max(trained))
+            cfg.parallel.check_fits(max(trained), cfg.model)
         except ValueError as error:
             found.problems.append(str(error))

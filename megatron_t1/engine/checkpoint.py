@@ -145,6 +145,7 @@ class _State(TypedDict):
     score: NotRequired[float]
     files: NotRequired[dict[str, tuple[int, str]]]
     experts_apart: NotRequired[bool]
+    distributed_optimizer: NotRequired[bool]
     settings: NotRequired[dict[str, Any]]
 
 
@@ -194,8 +195,8 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
     """Collective. Fill engine and anchor from a checkpoint of any layout; returns its `state.json`.
 
     Raises:
-        ValueError: not a finished checkpoint, one from before or after the experts were spread over ranks, one without
-            the anchor that is asked for, or one of local layers for Transformer Engine's.
+        ValueError: not a finished checkpoint, one from before or after the experts or the optimizer were spread over
+            ranks, one without the anchor that is asked for, or one of local layers for Transformer Engine's.
     """
     if not (path / "state.json").exists():
         raise ValueError(f"{path} is not a finished checkpoint: it has no state.json")
@@ -207,6 +208,13 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
             f"loaded with {engine.parallel.expert}: its optimizer does not fit. Resume with such a layout, or export "
             "the weights (t1 convert to-hf) and start from them"
         )
+    spread = engine.parallel.distributed_optimizer
+    if state.get("distributed_optimizer", spread) != spread:
+        raise ValueError(
+            f"{path} was written with parallel.distributed_optimizer = {not spread} and is loaded with {spread}: its "
+            f"optimizer does not fit. Resume with --parallel.distributed_optimizer {str(not spread).lower()}, or "
+            "export the weights (t1 convert to-hf) and start from them"
+        )
     if anchor is not None and not state.get("anchor", True):
         raise ValueError(
             f"{path} was written with loss.kl_coef = 0 and holds no anchor. Resume with --loss.kl_coef 0, or export "
@@ -217,7 +225,7 @@ def load(path: Path, engine: Engine, anchor: Anchor | None) -> dict[str, Any]:
         loaded = dist_checkpointing.load(sharded_state(engine, anchor, is_loading=True), str(path))
     except CheckpointException as error:  # a BaseException: it would pass by every handler above
         reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-        if "_extra_state" in reasons:
+        if re.search(r"(Missing key in checkpoint state_dict: |KeyError: \W*)\S*_extra_state", reasons):
             raise ValueError(
                 f"{path} was written with model.layers = local and can't go on with Transformer Engine's layers: it "
                 "lacks what these keep (_extra_state). Resume with --model.layers local, or export the weights (t1 "
@@ -296,14 +304,22 @@ def resume(
         return 0
     if not allowed:
         raise ValueError(f"{checkpoints[-1]} is there already: give --resume to go on from it, or another run_dir")
+    path = newest_whole(checkpoints)
+    if path is None:
+        raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")
+    check_made_with(path, settings or {}, may_change=may_change)
+    return int(load(path, engine, anchor)["step"])
+
+
+def newest_whole(checkpoints: list[Path]) -> Path | None:
+    """Collective. The last of them that is not damaged; None when all are."""
     for path in reversed(checkpoints):
         problem = damage(path)
         if problem is None:
-            check_made_with(path, settings or {}, may_change=may_change)
-            return int(load(path, engine, anchor)["step"])
+            return path
         if is_main():
             warn(f"checkpoint {path} is damaged: {problem}; looking at the one before")
-    raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")
+    return None
 
 
 def check_made_with(path: Path, settings: dict[str, Any], *, may_change: bool) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from megatron_t1.fields import FieldError, above, at_least, within
 
 Dtype = Literal["float32", "bfloat16"]
+ATTENTION_BACKENDS = ("flash", "fused", "unfused", "local", "auto")
+"""Megatron's `AttnBackend`, by name."""
 
 
 TRANSFORMER_FIELDS = (
@@ -64,6 +66,14 @@ class ModelConfig:
                 way,
                 "must be p2p (the default: keys and values go round) or a2a (heads are exchanged for tokens): "
                 "Transformer Engine has no other for packed sequences",
+            )
+        if (backend := self.transformer.get("attention_backend", "auto")) not in ATTENTION_BACKENDS:
+            raise FieldError(
+                "transformer.attention_backend", backend, f"must be one of {', '.join(ATTENTION_BACKENDS)}"
+            )
+        if "fp8_recipe" in self.transformer and not self.transformer.get("fp8"):
+            raise FieldError(
+                "transformer.fp8_recipe", self.transformer["fp8_recipe"], "is not read without fp8: e4m3 or hybrid"
             )
         if self.transformer.get("fp8_recipe") == "delayed":
             raise FieldError(
@@ -175,14 +185,21 @@ class ParallelConfig:
         roomiest = sorted(range(self.num_stages), key=lambda stage: (stage == last, stage == 0))[:left]
         return tuple(each + (stage in roomiest) for stage in range(self.num_stages))
 
-    def check_fits(self, num_tokens: int) -> None:
-        """Raise ValueError, before any step, when the longest sequence of a run has no room in a microbatch."""
-        multiple = 16 * self.tensor  # what a microbatch's length may be rounded down to (FP8)
-        if num_tokens > self.max_tokens_per_microbatch // multiple * multiple * self.context:
+    def multiple_of_rank(self, model: ModelConfig) -> int:
+        """Of which the tokens are that a rank has of a microbatch."""
+        return self.tensor * (16 if model.transformer.get("fp8") else 1)
+
+    def check_fits(self, num_tokens: int, model: ModelConfig) -> None:
+        """Raise ValueError, before any step, when `pack` would have no room for the longest sequence of a run."""
+        multiple = math.lcm(self.multiple_of_rank(model) * self.context, 2 * self.context if self.context > 1 else 1)
+        room = self.max_tokens_per_microbatch * self.context // multiple * multiple
+        if num_tokens > room:
             ranks = f" on each of {self.context} ranks" if self.context > 1 else ""
+            cut = room < self.max_tokens_per_microbatch * self.context
             raise ValueError(
                 f"the longest sequence has up to {num_tokens} tokens and does not fit into a microbatch of "
-                f"{self.max_tokens_per_microbatch}{ranks}; raise parallel.max_tokens_per_microbatch or parallel.context"
+                f"{self.max_tokens_per_microbatch}{ranks}{f' (room for {room}, by the {multiple})' if cut else ''}; "
+                "raise parallel.max_tokens_per_microbatch or parallel.context"
             )
 
 
@@ -212,11 +229,11 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise FieldError(name, getattr(self, name), "must lie in [0, 1)")
 
-    def check_steps(self, total_steps: int) -> None:
-        """Raises FieldError when the warm-up leaves nothing of the steps for the schedule."""
+    def check_steps(self, total_steps: int, section: str = "optim") -> None:
+        """Raises FieldError, by the section's name, when the warm-up leaves nothing of the steps for the schedule."""
         if total_steps <= self.warmup_steps and self.schedule != "constant":
             rule = f"leaves nothing of the {total_steps} steps for the {self.schedule} schedule; lower it"
-            raise FieldError("optim.warmup_steps", self.warmup_steps, rule)
+            raise FieldError(f"{section}.warmup_steps", self.warmup_steps, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

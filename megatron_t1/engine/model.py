@@ -17,6 +17,7 @@ from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers as megatron_layers
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_t1.algo.head.layout import Head
@@ -99,7 +100,10 @@ def transformer_config(
     }
     if cfg.transformer.get("fp8"):
         fields["fp8_recipe"] = "tensorwise"  # keeps no scales, so there are none to save, and none are stale
-    config = TransformerConfig(**{**fields, **cfg.transformer})
+    given = dict(cfg.transformer)
+    if "attention_backend" in given:  # Megatron compares with members, and passes by anything else
+        given["attention_backend"] = AttnBackend[given["attention_backend"]]
+    config = TransformerConfig(**{**fields, **given})
     if spec.yarn:
         # Megatron's attention looks for what it multiplies queries and keys by in fields that its config lacks: it is
         # (0.1 yarn_mscale ln yarn_rotary_scaling_factor + 1) / (0.1 yarn_mscale_all_dim ln ... + 1).

@@ -17,7 +17,6 @@ def build_optimizer(
     parallel: ParallelConfig,
     total_steps: int,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    cfg.check_steps(total_steps)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             lr=cfg.lr,

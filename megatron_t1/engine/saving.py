@@ -78,7 +78,11 @@ def begin(
             entry.data = _uncut(entry.data)
     request = dist_checkpointing.save(tensors, str(building), async_sharded_save=True)
     assert request is not None
-    kept = {"experts_apart": engine.parallel.expert > 1, "anchor": anchor is not None}
+    kept = {
+        "experts_apart": engine.parallel.expert > 1,
+        "distributed_optimizer": engine.parallel.distributed_optimizer,
+        "anchor": anchor is not None,
+    }
     contents = {**state, "step": step, "score": score, **kept}
     return Saving(building, request, contents, cfg, model=Path(engine.model_config.hf_path))
 

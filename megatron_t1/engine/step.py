@@ -86,7 +86,6 @@ class ForwardEngine:
 
     def pack(self, sequences: list[TrainSequence]) -> list[Microbatch]:
         """This rank's microbatches of a step; every rank passes the same sequences."""
-        multiple = self.parallel.tensor * (16 if self.config.fp8 else 1)
         interleaved = self.parallel.virtual_pipeline > 1
         return pack(
             sequences,
@@ -95,7 +94,7 @@ class ForwardEngine:
             dp_size=mpu.get_data_parallel_world_size(),
             context_rank=mpu.get_context_parallel_rank(),
             context_size=self.parallel.context,
-            multiple=multiple,
+            multiple=self.parallel.multiple_of_rank(self.model_config),
             count_multiple=self.parallel.pipeline if interleaved else 1,
             device=self.platform.device,
         )
@@ -305,7 +304,7 @@ class Engine(ForwardEngine):
                 metrics[name] = metrics.get(name, 0.0) + value / num_targets
             for name, value in maxima.items():
                 metrics[f"{name}_max"] = max(metrics.get(f"{name}_max", -math.inf), value)
-        metrics["num_tokens"] *= num_targets  # a count, not a mean
+        metrics["num_tokens"] = float(num_targets)
         if (squared := metrics.pop("weight_squared", None)) is not None:  # all are dropped: 0
             metrics["effective_sample_size"] = metrics["weight"] ** 2 / squared if squared else 0.0
         return metrics

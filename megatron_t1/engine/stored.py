@@ -145,17 +145,21 @@ def check_keys(params: list[StoredParam], reader: TorchDistReader) -> None:
     Raises:
         CheckpointError: a tensor that is missing, misshapen or not used, by name.
     """
-    parts = [part for param in params for part in param.parts(param.tensor)]
-    wanted = {part.box.key: None if part.may_differ else part.full_shape for part in parts}
+    wanted: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for param in params:
+        for part in param.parts(param.tensor):
+            shape = (param.pieces[0].shape[0], *part.full_shape[1:]) if part.may_differ else part.full_shape
+            wanted[part.box.key] = shape, part.may_differ
     if dist.is_initialized():
-        everyone: list[dict[str, tuple[int, ...] | None]] = [{}] * dist.get_world_size()
+        everyone: list[dict[str, tuple[tuple[int, ...], bool]]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, wanted)
-        wanted = {key: shape for one in everyone for key, shape in one.items()}
+        wanted = {key: asked for one in everyone for key, asked in one.items()}
     if missing := sorted(wanted.keys() - reader.keys()):
         raise CheckpointError(f"{reader.folder} lacks {len(missing)} tensors, the first: {missing[:5]}")
-    for key, shape in wanted.items():
-        if shape is not None and reader.shape(key) != shape:
-            raise CheckpointError(f"{reader.folder}: {key} has shape {reader.shape(key)}, the config asks for {shape}")
+    for key, (shape, may_have_more) in wanted.items():
+        found = reader.shape(key)
+        if found != shape and not (may_have_more and found[0] >= shape[0] and found[1:] == shape[1:]):
+            raise CheckpointError(f"{reader.folder}: {key} has shape {found}, the config asks for {shape}")
     if extra := sorted(reader.keys() - wanted.keys()):
         raise CheckpointError(
             f"{reader.folder} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from megatron_t1.models.weight_map import Piece
+from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import (
     CheckpointError,
     HFFolder,
@@ -51,6 +52,11 @@ class Carried:
         if prefixes and (not is_torch_dist(folder) or (folder / CARRIED).exists()):
             self._source = HFFolder(folder / CARRIED if (folder / CARRIED).exists() else folder)
             self.tensors = {n: info for n, info in self._source.tensors.items() if n.startswith(prefixes)}
+        if prefixes and not self.tensors:
+            warn(
+                f"{folder} has no {prefixes[0]}*, which its config.json speaks of and training leaves alone: an export "
+                "lacks them. The folder that the training began with has them: t1 convert to-hf --hf FOLDER"
+            )
 
     def read(self, name: str) -> torch.Tensor:
         return self._source.read(name)

@@ -5,8 +5,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megatron_t1.algo.config import LossConfig
-from megatron_t1.algo.loss import Metrics, TokenFields, sft_token_loss, t1_token_loss
+from megatron_t1.algo.config import TOKEN_LOSSES, LossConfig
+from megatron_t1.algo.loss import Metrics, TokenFields, sft_token_loss, t1_token_loss, token_loss_of
 
 
 def _fields(n: int, **given: torch.Tensor) -> TokenFields:
@@ -70,7 +70,6 @@ def test_t1_loss_is_its_formula():
     )
     loss, metrics = t1_token_loss(logprob, entropy, tokens, cfg=LossConfig(entropy_coef=0.1, kl_coef=0.01))
     torch.testing.assert_close(loss, torch.tensor([0.75 - 0.05 - 0.03, -0.5 - 0.025 + 0.08]))
-    assert metrics.sums["num_tokens"] == 2
     assert metrics.sums["logprob_diff"] == 0.5
     assert metrics.maxima["logprob_diff"] == 0.5
     torch.testing.assert_close(metrics.sums["ratio"], torch.tensor(0.5).exp() + 1)
@@ -92,6 +91,19 @@ def test_no_tokens_have_the_same_metrics():
     assert some.maxima.keys() == none.maxima.keys()
     merged = Metrics.merge([some, none])
     assert merged == some
+
+
+def test_a_loss_whose_metrics_lack_what_steps_are_held_to_is_refused(monkeypatch):
+    def reinforce(logprob, entropy, tokens, kl=None, *, cfg):
+        return -tokens.advantage * logprob, Metrics(sums={"entropy": entropy.sum()})
+
+    monkeypatch.setitem(TOKEN_LOSSES._entries, "reinforce", reinforce)
+    with pytest.raises(
+        ValueError, match=r"loss.token_loss = 'reinforce' returns Metrics without the sum `logprob_diff`"
+    ):
+        token_loss_of(LossConfig(token_loss="reinforce"))
+    for estimator in ("centered", "full"):
+        token_loss_of(LossConfig(kl_estimator=estimator))
 
 
 def test_sft_loss_is_the_negative_log_likelihood():
@@ -117,6 +129,8 @@ def test_full_kl_needs_the_heads_kl():
         ({"mask": "token"}, "mask"),
         ({"ratio_max": 2.0, "mask": "token", "mask_max": 2.0}, "ratio_max"),
         ({"mask_min": 0.5}, "mask_min"),
+        ({"mask": "sequence", "mask_min": 1e-10}, r"mask_min = 1e-10 lies beyond e\^20"),
+        ({"importance": "sequence", "ratio_max": 1e9}, "ratio_max = 1000000000.0 lies beyond"),
         ({"mask": "token", "mask_max": float("nan")}, "mask_max"),
         ({"kl_estimator": "k4"}, "kl_estimator"),
         ({"kl_baseline": "group"}, "kl_baseline"),

@@ -98,7 +98,7 @@ def test_the_smallest_layout_that_fits_is_suggested(num_tokens: int, tmp_path: P
     cfg = replace(cfg, sampling=replace(cfg.sampling, max_new_tokens=num_tokens))
     spec, longest = spec_of(tmp_path), {"train": 2048}
     found, worst = suggest(cfg, spec, "rl", machines, longest)
-    found.parallel.check_fits(2048 + num_tokens)
+    found.parallel.check_fits(2048 + num_tokens, found.model)
     sizes, layout = Sizes.of(spec), layout_of(found, spec, "rl", machines, longest)
     assert sum(fullest(sizes, layout).values()) <= worst < 0.95 * 80e9
     size = found.parallel.num_ranks
@@ -117,7 +117,7 @@ def test_the_smallest_layout_that_fits_is_suggested(num_tokens: int, tmp_path: P
     assert suggest(cfg, spec, "rl", Machines(nodes=1, gpu="A100"), longest) is None
     assert suggest(cfg, spec, "rl", Machines(nodes=1, vllm_gpus=8), longest) is None, "none is left to train"
     of_run = suggest(cfg, spec, "run", Machines(nodes=4), {**longest, "sft": 4 * num_tokens // 3})
-    of_run[0].parallel.check_fits(4 * num_tokens // 3)
+    of_run[0].parallel.check_fits(4 * num_tokens // 3, of_run[0].model)
     assert suggest(cfg, spec, "sft", machines, {})[0].parallel.num_ranks > 1
 
 
@@ -211,7 +211,7 @@ def test_responses_have_the_papers_length_and_fit_with_their_prompts(example: st
     assert cfg.sampling.max_new_tokens == cfg.evaluate.sampling.max_new_tokens == new_tokens
     assert cfg.scaling.sampling.max_new_tokens == cfg.scaling.budgets[-1] == new_tokens
     assert cfg.rollout.max_model_len == new_tokens + 2048
-    cfg.parallel.check_fits(cfg.rollout.max_model_len)
+    cfg.parallel.check_fits(cfg.rollout.max_model_len, cfg.model)
 
 
 @pytest.mark.parametrize(
@@ -299,9 +299,9 @@ def test_context_ranks_are_planned_like_data_parallel_ones_for_samples_twice_as_
     assert layouts[0] == replace(layouts[1], context=1, data=2)
     parts = [estimate.stage_memory(estimate.Sizes.of(spec), layout, 0) for layout in layouts]
     assert parts[0] == parts[1]
-    shared.parallel.check_fits(2 * 18432)
+    shared.parallel.check_fits(2 * 18432, shared.model)
     with pytest.raises(ValueError, match=r"36864 tokens .* microbatch of 18432; raise .* or parallel.context"):
-        plain.parallel.check_fits(2 * 18432)
+        plain.parallel.check_fits(2 * 18432, plain.model)
 
 
 @pytest.mark.parametrize("command", ["rl", "sft"])

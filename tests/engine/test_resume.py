@@ -119,6 +119,9 @@ def test_a_stage_without_experts_saves_and_loads(distributed_optimizer, run_rank
     [
         ("Missing key in checkpoint state_dict: decoder.final_layernorm._extra_state/shard_0_1.",
          r"was written with model.layers = local .* Resume with --model.layers local"),
+        ("optimizer.state.param.decoder.final_layernorm.weight from model not in state dict: "
+         "['decoder.final_layernorm._extra_state/shard_0_1', 'decoder.final_layernorm.weight']",
+         r"can't be loaded \(rank 0: optimizer.state.param.decoder.final_layernorm.weight from model"),
         ("No space left on device", r"can't be loaded \(rank 0: No space left on device\)"),
     ],
 )  # fmt: skip
@@ -139,6 +142,14 @@ def test_an_anchor_that_was_never_kept_is_not_made_up(tmp_path):
     (tmp_path / "state.json").write_text('{"step": 1, "anchor": false}')
     with pytest.raises(ValueError, match=r"kl_coef = 0 and holds no anchor\. Resume with --loss.kl_coef 0, or export"):
         checkpoint.load(tmp_path, SimpleNamespace(parallel=ParallelConfig()), object())
+
+
+def test_an_optimizer_of_another_kind_is_not_loaded(tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 1, "distributed_optimizer": true}')
+    engine = SimpleNamespace(parallel=ParallelConfig(distributed_optimizer=False))
+    with pytest.raises(ValueError, match=r"distributed_optimizer = True and is loaded with False.* Resume with "
+                                         r"--parallel.distributed_optimizer true"):  # fmt: skip
+        checkpoint.load(tmp_path, engine, None)
 
 
 def test_an_unfinished_checkpoint_is_never_picked_up(straight, train, tmp_path):

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_t1.engine.config import TRANSFORMER_FIELDS, ModelConfig, ParallelConfig
+from megatron_t1.data.packing import pack
+from megatron_t1.engine.config import ATTENTION_BACKENDS, TRANSFORMER_FIELDS, ModelConfig, ParallelConfig
 from megatron_t1.engine.layout import check_divisible
+from megatron_t1.engine.model import transformer_config
 from megatron_t1.fields import FieldError
 from megatron_t1.models import spec_of
+from megatron_t1.platform.detect import setup
+from megatron_t1.types import TrainSequence
 from tests.forks import ROOT
 
 RELEASED = json.loads((ROOT / "tests/models/released_configs.json").read_text())
@@ -31,6 +37,52 @@ def test_no_field_is_one_that_the_checkpoint_decides(release: str, tmp_path: Pat
 def test_what_changes_the_computation_is_refused(name: str) -> None:
     with pytest.raises(FieldError, match=name):
         ModelConfig(transformer={name: 1})
+
+
+def test_the_attention_of_a_config_file_is_the_one_that_megatron_takes(tiny_dir: Path) -> None:
+    """Megatron compares with members of its enumeration, and passes by any text."""
+    for name in ATTENTION_BACKENDS:
+        cfg = ModelConfig(hf_path=str(tiny_dir), transformer={"attention_backend": name})
+        config = transformer_config(cfg, spec_of(tiny_dir), ParallelConfig(), setup())
+        assert config.attention_backend is AttnBackend[name]
+    assert set(ATTENTION_BACKENDS) == set(AttnBackend.__members__)
+    with pytest.raises(FieldError, match=r"attention_backend = 'nonsense' must be one of flash, fused"):
+        ModelConfig(transformer={"attention_backend": "nonsense"})
+
+
+def test_a_recipe_without_fp8_is_refused() -> None:
+    with pytest.raises(FieldError, match="fp8_recipe = 'blockwise' is not read without fp8"):
+        ModelConfig(transformer={"fp8_recipe": "blockwise"})
+
+
+@pytest.mark.parametrize("fp8", [None, "hybrid"])
+@pytest.mark.parametrize("context", [1, 2, 4])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_what_is_said_to_fit_is_what_is_packed(tensor: int, context: int, fp8: str | None) -> None:
+    model = ModelConfig(transformer={"fp8": fp8} if fp8 else {})
+    parallel = ParallelConfig(tensor=tensor, context=context, max_tokens_per_microbatch=100)
+
+    def packs(num_tokens: int) -> bool:
+        sequence = TrainSequence(
+            prompt_ids=np.zeros(1, np.int64), response_ids=np.zeros(num_tokens - 1, np.int64), advantage=0.0,
+            rollout_logprobs=np.zeros(num_tokens - 1, np.float32), group=0,
+        )  # fmt: skip
+        try:
+            pack([sequence], max_tokens=100, context_size=context, multiple=parallel.multiple_of_rank(model))
+        except ValueError:
+            return False
+        return True
+
+    def fits(num_tokens: int) -> bool:
+        try:
+            parallel.check_fits(num_tokens, model)
+        except ValueError:
+            return False
+        return True
+
+    lengths = range(60 * context, 110 * context)
+    assert [fits(n) for n in lengths] == [packs(n) for n in lengths]
+    assert len({fits(n) for n in lengths}) == 2
 
 
 def test_ways_between_context_ranks_that_can_not_be_gone_are_refused(tiny_dir: Path) -> None:
