@@ -8,11 +8,13 @@ gathers the model.
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
@@ -23,6 +25,9 @@ from megatron_t1.weights.buffers import mapped
 
 _MAPPED_BYTES = 64 << 20
 """A heap keeps the room of an embedding, and smaller things strew themselves over it."""
+_SMALL_BYTES = 1 << 20
+"""Below, a message of its own costs more than passing through a bucket."""
+_SPANS_A_WINDOW = 4
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -30,8 +35,6 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 class Span:
     """Rows of a piece."""
 
-    number: int
-    """Of the piece, in `Layout.pieces`."""
     piece: PieceSpec
     start: int
     stop: int
@@ -53,22 +56,41 @@ def windows(layout: Layout, bucket_bytes: int) -> Iterator[Window]:
     """All spans, the same on every member."""
     window: Window = {}
     room = bucket_bytes
-    for number in sorted(range(len(layout.pieces)), key=lambda number: _place(layout.pieces[number].tensor.name)):
-        piece = layout.pieces[number]
-        rows = piece.shape[0] if piece.shape else 1
-        row_bytes = Span(number, piece, 0, 1).num_bytes
-        start = 0
-        while start < rows:
-            count = min(rows - start, max(room // row_bytes, 0 if window else 1))
-            if count == 0:
-                yield window
-                window, room = {}, bucket_bytes
-                continue
-            span = Span(number, piece, start, start + count)
-            window.setdefault(piece.rank, []).append(span)
-            start, room = start + count, room - _aligned(span.num_bytes)
+    for span in _stream(layout, bucket_bytes // _SPANS_A_WINDOW):
+        if window and _aligned(span.num_bytes) > room:
+            yield window
+            window, room = {}, bucket_bytes
+        window.setdefault(span.piece.rank, []).append(span)
+        room -= _aligned(span.num_bytes)
     if window:
         yield window
+
+
+def _stream(layout: Layout, span_bytes: int) -> Iterator[Span]:
+    """All spans in their order: layer by layer, and what is beside the layers evenly among them.
+
+    The ranks of a pipeline or of experts list theirs one after the other, and vLLM keeps what it got of a module until
+    the module is complete. Of an embedding that came by itself it could load nothing until all was there.
+    """
+    layers: list[tuple[int, PieceSpec]] = []
+    others: list[tuple[int, PieceSpec]] = []
+    for piece in layout.pieces:
+        layer = _LAYER.search(piece.tensor.name)
+        (layers if layer else others).append((int(layer[1]) if layer else "embed" not in piece.tensor.name, piece))
+
+    def cut(numbered: list[tuple[int, PieceSpec]]) -> Iterator[tuple[float, Span]]:
+        pieces = [piece for _, piece in sorted(numbered, key=itemgetter(0))]
+        total = sum(math.prod(piece.shape) * piece.tensor.torch_dtype.itemsize for piece in pieces)
+        done = 0
+        for piece in pieces:
+            num_rows = piece.shape[0] if piece.shape else 1
+            rows_a_span = max(1, span_bytes // Span(piece, 0, 1).num_bytes)
+            for start in range(0, num_rows, rows_a_span):
+                span = Span(piece, start, min(start + rows_a_span, num_rows))
+                done += span.num_bytes
+                yield done / total, span
+
+    yield from (span for _, span in heapq.merge(cut(layers), cut(others), key=itemgetter(0)))
 
 
 def send(group: Group, layout: Layout, views: list[tuple[torch.Tensor, PieceSpec]]) -> None:
@@ -76,14 +98,15 @@ def send(group: Group, layout: Layout, views: list[tuple[torch.Tensor, PieceSpec
     mine = {piece: view for view, piece in views}
     at: list[tuple[PieceSpec, torch.Tensor]] = []
 
-    def fill(span: Span, target: torch.Tensor) -> None:
+    def rows(span: Span) -> torch.Tensor | None:
+        if span.piece not in mine:
+            return None
         if not at or at[0][0] is not span.piece:
             # Strewn numbers (the queries of a fused QKV) are copied whole, once.
-            rows = mine[span.piece].detach().reshape(span.piece.shape or (1,))
-            at[:] = [(span.piece, rows)]
-        target.copy_(at[0][1][span.start : span.stop])
+            at[:] = [(span.piece, mine[span.piece].detach().reshape(span.piece.shape or (1,)))]
+        return at[0][1][span.start : span.stop]
 
-    for _ in _exchange(group, layout, fill):
+    for _ in _exchange(group, layout, rows):
         pass
 
 
@@ -99,15 +122,21 @@ def receive(
         numbers.setdefault(piece.tensor.name, []).append(number)
     missing = {tensor.name: tensor.num_bytes for tensor in layout.tensors}
     begun: dict[str, torch.Tensor] = {}
-    for arrived in _exchange(group, layout, None):
+
+    def rows(span: Span) -> torch.Tensor:
+        spec = span.piece.tensor
+        if spec.name not in begun:
+            begun[spec.name] = _empty(spec, device)
+        target = span.piece.of(begun[spec.name])
+        return target[span.start : span.stop] if spec.shape else target[None]
+
+    for arrived in _exchange(group, layout, rows):
         for span, data in arrived:
-            spec = span.piece.tensor
-            if spec.name not in begun:
-                begun[spec.name] = _empty(spec, device)
-            target = span.piece.of(begun[spec.name])
-            (target[span.start : span.stop] if spec.shape else target[None]).copy_(data)
-            missing[spec.name] -= span.num_bytes
-        for name in sorted((name for name in begun if missing[name] == 0), key=_place):
+            target = rows(span)
+            if data.data_ptr() != target.data_ptr():
+                target.copy_(data)
+            missing[span.piece.tensor.name] -= span.num_bytes
+        for name in [name for name in begun if missing[name] == 0]:
             tensor = begun.pop(name)
             for number in numbers[name]:
                 piece, expected = layout.pieces[number], digests[number]
@@ -118,13 +147,17 @@ def receive(
 
 
 def _exchange(
-    group: Group, layout: Layout, fill: Callable[[Span, torch.Tensor], None] | None
+    group: Group, layout: Layout, rows: Callable[[Span], torch.Tensor | None]
 ) -> Iterator[list[tuple[Span, torch.Tensor]]]:
-    """Broadcasts all windows; yields the spans of each once they are here, good until the next is asked for."""
+    """Broadcasts all windows; yields the spans of each once they are here, good until the next is asked for.
+
+    `rows`: where this member has a span's numbers, or wants them; None: it does neither. A span that is a message by
+    itself goes from there, or comes there, if its bytes lie together; all others pass through a bucket.
+    """
     members = {owner: member for member, owner in enumerate(layout.owners)}
     plan = list(windows(layout, group.bucket_bytes))
     size = max(sum(_aligned(span.num_bytes) for spans in window.values() for span in spans) for window in plan)
-    buffers = [torch.empty(size, dtype=torch.uint8, device=group.device) for _ in range(2)]
+    buckets = [torch.empty(size, dtype=torch.uint8, device=group.device) for _ in range(2)]
     under_way: deque[tuple[list[Wait], list[tuple[Span, torch.Tensor]]]] = deque()
     group.begin()
 
@@ -135,18 +168,23 @@ def _exchange(
         return spans
 
     for turn, window in enumerate(plan):
-        buffer, begin, end = buffers[turn % 2], 0, 0
+        bucket, end = buckets[turn % 2], 0
         waits: list[Wait] = []
         spans: list[tuple[Span, torch.Tensor]] = []
         for owner in sorted(window):
-            begin = end
-            for span in window[owner]:
-                data = buffer[end : end + span.num_bytes].view(span.piece.tensor.torch_dtype).view(span.shape)
-                if members[owner] == group.rank and fill:
-                    fill(span, data)
-                spans.append((span, data))
-                end += _aligned(span.num_bytes)
-            waits.append(group.broadcast(buffer[begin:end], members[owner]))
+            for message in _messages(window[owner]):
+                begin = end
+                for span in message:
+                    data, here = bucket[end : end + span.num_bytes], rows(span)
+                    end += _aligned(span.num_bytes)
+                    data = data.view(span.piece.tensor.torch_dtype).view(span.shape)
+                    if len(message) == 1 and here is not None and here.is_contiguous():
+                        data = here
+                    elif members[owner] == group.rank:
+                        data.copy_(here)
+                    spans.append((span, data))
+                whole = data.view(-1).view(torch.uint8) if len(message) == 1 else bucket[begin:end]
+                waits.append(group.broadcast(whole, members[owner]))
         under_way.append((waits, spans))
         if len(under_way) == 2:
             yield arrived()
@@ -154,17 +192,16 @@ def _exchange(
         yield arrived()
 
 
+def _messages(spans: list[Span]) -> list[list[Span]]:
+    """What an owner sends of a window at a time: the small ones together, each of the others by itself."""
+    small = [span for span in spans if span.num_bytes < _SMALL_BYTES]
+    return [*([small] if small else []), *([span] for span in spans if span.num_bytes >= _SMALL_BYTES)]
+
+
 def _empty(spec: TensorSpec, device: torch.device) -> torch.Tensor:
     if device.type == "cpu" and spec.num_bytes >= _MAPPED_BYTES:
         return mapped(spec.num_bytes).view(spec.torch_dtype).view(spec.shape)
     return torch.empty(spec.shape, dtype=spec.torch_dtype, device=device)
-
-
-def _place(name: str) -> float:
-    """Where a tensor stands in the stream: the ranks of a pipeline or of experts list theirs one after the other, and
-    vLLM keeps what it got of a module until the module is complete."""
-    layer = _LAYER.search(name)
-    return int(layer[1]) if layer else -1 if "embed" in name else math.inf
 
 
 def _aligned(num_bytes: int) -> int:

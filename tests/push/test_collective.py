@@ -95,18 +95,35 @@ def right_digests() -> list[str]:
     return [digest(numbers(piece), digest_kind(numbers(piece), piece.shape)) for piece in layout().pieces]
 
 
-@pytest.mark.parametrize("bucket_bytes", [128, 4096, 1 << 20])
-def test_every_byte_arrives_layer_by_layer(bucket_bytes: int, meeting: Meeting) -> None:
+@pytest.mark.parametrize(
+    ("bucket_bytes", "small"), [(128, 64), (4096, 600), (4096, 1 << 20), (1 << 20, 600), (1 << 20, 0)]
+)
+def test_every_byte_arrives(bucket_bytes: int, small: int, meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "_SMALL_BYTES", small)
     for got, bad in exchanged(meeting, right_digests(), bucket_bytes):
         assert bad == []
-        assert [name.removeprefix("model.").split(".")[0] for name in got] == ["embed_tokens", *["layers"] * 3, "norm"]
-        assert list(got)[3].startswith("model.layers.1.")
+        assert got.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
             assert torch.equal(got[name], tensor), name
     for window in collective.windows(layout(), bucket_bytes):
         spans = [span for spans in window.values() for span in spans]
         num_bytes = sum(-(-span.num_bytes // ALIGNMENT) * ALIGNMENT for span in spans)
         assert num_bytes <= bucket_bytes or len(spans) == 1 == spans[0].stop - spans[0].start
+
+
+def test_the_layers_come_in_order_and_the_embedding_among_them() -> None:
+    names = [
+        span.piece.tensor.name.removeprefix("model.")
+        for window in collective.windows(layout(), 2048)
+        for spans in window.values()
+        for span in spans
+    ]
+    layers = [name for name in names if name.startswith("layers.")]
+    assert layers == sorted(layers, key=lambda name: name.split(".")[1])
+    embedding = [i for i, name in enumerate(names) if name == "embed_tokens.weight"]
+    assert names.index("norm.weight") > embedding[-1]
+    first, last = names.index(layers[0]), len(names) - 1 - names[::-1].index(layers[-1])
+    assert sum(first < i < last for i in embedding) > len(embedding) // 2
 
 
 def test_other_bytes_than_the_owners_are_named_and_break_nothing(meeting: Meeting) -> None:
