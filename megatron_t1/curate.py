@@ -185,8 +185,8 @@ def _name_of(cfg: CurateConfig, row: dict[str, Any], path: Path, number: int) ->
 
 def _question_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
     for name in (cfg.question_field, "prompt", "question"):
-        if isinstance(row.get(name), str):
-            return row[name].strip()
+        if isinstance(row.get(name), str) and not is_missing(row[name]):
+            return str(row[name]).strip()
     return ""
 
 
@@ -198,9 +198,16 @@ def _answer_of(cfg: CurateConfig, row: dict[str, Any]) -> str:
         text = str(answer).strip()
         if marked := _GSM8K_ANSWER.search(text):
             return marked[1]
-        return (extract.last_box(text) or "") if extract.BOX.search(text) else text.strip("$ ")
+        return (extract.last_box(text) or "") if extract.BOX.search(text) else _bare(text)
     solution = row.get(cfg.solution_field)
     return (extract.last_box(solution) or "") if isinstance(solution, str) else ""
+
+
+def _bare(text: str) -> str:
+    """Without the dollars around a formula; one behind a backslash is money."""
+    text = text.lstrip("$ ")
+    bare = text.rstrip("$ ")
+    return bare + "$" if bare.endswith("\\") and text[len(bare) :].startswith("$") else bare
 
 
 def _unusable(cfg: CurateConfig, text: str, gold: str) -> str | None:

@@ -31,7 +31,7 @@ class Prompt:
     id: str
     """Unique within its data file."""
     text: str
-    """What the person asks, before the chat template; the grader compares languages against it."""
+    """What the person asks, before the chat template."""
     token_ids: np.ndarray
     """int64 [num_prompt_tokens], template applied, ready for the server."""
     gold: str
@@ -42,6 +42,8 @@ class Prompt:
     """Option texts, for `mode="mc"` only."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Whatever else the data line had (level, subject, source)."""
+    before: str = ""
+    """What was said before `text`, instructions included: a response may be in any of these languages."""
 
 
 @dataclass(frozen=True)

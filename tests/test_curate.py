@@ -41,6 +41,8 @@ RAW = [
     ("kept, fields boxed", {"problem": "Half of $x$?", "answer": r"$\boxed{\frac{x}{2}}$"}),
     ("kept, drawing", {"problem": "[asy] label((A) 1 (B) 2 (C) 3); [/asy] How long is $AB$?", "answer": "7"}),
     ("kept, conditions", {"problem": "Find the least n with: a) n is odd. b) n > 6.", "answer": "7"}),
+    ("kept, another field", {"problem": "", "question": "How many are 5 dozen?", "answer": "60"}),
+    ("kept, money", {"problem": "What do 2 cost?", "answer": "$18\\$$"}),
     ("no_question", {"problem": "", "answer": "2"}),
     ("no_answer", {"problem": "What is it?", "solution": "Nobody knows."}),
     ("no_answer", {"problem": "What is it then?", "answer": "notfound"}),
@@ -92,7 +94,7 @@ def test_clean_says_why_each_question_is_dropped(tmp_path: Path, capsys: pytest.
     fates |= {row["id"]: "kept" for row in kept}
     wanted = {f"{i} {fate}": fate.split(",")[0] for i, (fate, _) in enumerate(RAW)}
     assert fates == wanted
-    assert [row["answer"] for row in kept] == ["2", "5", "2", r"\frac{x}{2}", "7", "7", r"\frac{3}{2}", "20", "14",
+    assert [row["answer"] for row in kept] == ["2", "5", "2", r"\frac{x}{2}", "7", "7", "60", r"18\$", r"\frac{3}{2}", "20", "14",
                                                    "180", "210"]  # fmt: skip
     assert kept[0]["prompt"].startswith("What is $1+1$?\n")
     assert kept[0]["source"] == "raw.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,7 @@ HOSTILE = {
 }
 
 
-def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], tmp_path: Path) -> None:
+def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], installed: Path, tmp_path: Path) -> None:
     """And a program of a model can do nothing but compute; one after it, in the same grader, is not harmed."""
     good = program("import heapq, random\nprint('noise')\ndef add(a, b):\n    return heapq.nsmallest(1, [a + b])[0]")
     lines = [
@@ -73,10 +74,17 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], tm
           for name, (body, _) in HOSTILE.items()),
         {"id": "still good", "gold": NEED, "prediction": good, "mode": "unit_tests"},
         {"id": "broken gold", "gold": "?", "prediction": good, "mode": "unit_tests"},
+        {"id": "no outcome", "gold": "right", "prediction": "x", "mode": "as_told"},
+        {"id": "no text", "gold": "list", "prediction": "x", "mode": "as_told"},
     ]  # fmt: skip
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    extended("grade", source, out, "--plugins", "[my_t1.rewards]", "--reward.penalties.enabled", "[apology]",
+    (installed / "told.py").write_text(
+        "from megatron_t1.reward.config import verifier\nfrom megatron_t1.types import Verdict\n"
+        "@verifier\ndef as_told(gold, response):\n"
+        "    return Verdict('right', None, '') if gold == 'right' else Verdict('correct', [3, 4], '')\n"
+    )
+    extended("grade", source, out, "--plugins", "[my_t1.rewards,told]", "--reward.penalties.enabled", "[apology]",
              "--reward.num_workers", 1)  # fmt: skip
     graded = {row["id"]: row for row in map(json.loads, out.open())}
     assert graded["sorry"]["penalties"] == {"apology": "it apologizes"}
@@ -86,6 +94,9 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], tm
         assert reason in graded[name]["reason"], name
     assert graded["broken gold"]["outcome"] == "crash"
     assert "JSONDecodeError" in graded["broken gold"]["reason"]
+    for name, field in (("no outcome", "outcome"), ("no text", "extracted")):
+        assert graded[name]["outcome"] == "crash"
+        assert re.search(rf"ValidationError: .* at `\$.{field}`", graded[name]["reason"]), graded[name]
 
 
 def test_check_knows_what_it_adds(extended: Callable[..., str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import zip_longest
 
 from datasketch import MinHash, MinHashLSH
 
@@ -77,24 +78,27 @@ def _without_form(sentence: str) -> str:
 def _tokens(text: str) -> tuple[str, ...]:
     text = _LAYOUT.sub(lambda m: r"\frac" if "frac" in m.group() else " ", _TEXT.sub(r" \1 ", text))
     tokens: list[str] = []
-    opened: list[int] = []
+    opened: list[tuple[str, int]] = []
     before = ""
-    for token in _TOKEN.findall(text):
+    found = _TOKEN.findall(text)
+    for token, after in zip_longest(found, found[1:], fillvalue=""):
         if token in _SIGNS and (not before or _WORD.fullmatch(before)):
             continue
         if token in "({":
-            opened.append(len(tokens))
+            opened.append((token, len(tokens)))
             tokens.append("(")
         elif token not in ")}":
             tokens.append(token.casefold())
         elif opened:
-            start = opened.pop()
-            if len(tokens) - start > 2:
+            bracket, start = opened.pop()
+            # (xy)^2 is not xy^2; in {xy}^2 the brace says so to LaTeX alone.
+            has_power = bracket == "(" and after in ("^", "!") and len(tokens[-1]) > 1
+            if len(tokens) - start > 2 or has_power:
                 tokens.append(")")
             else:
                 del tokens[start]
         before = token
-    for start in reversed(opened):  # never closed
+    for _, start in reversed(opened):  # never closed
         del tokens[start]
     return tuple(tokens)
 

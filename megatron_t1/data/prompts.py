@@ -65,6 +65,7 @@ class Question:
             mode=self.mode,
             choices=self.choices,
             meta=self.meta,
+            before="\n".join(m["content"] for m in self.messages[:-1]),
         )
 
 

@@ -18,7 +18,8 @@ MAX_CHARS, MAX_FORMULAS = 400, 300
 _FORMULA = re.compile(
     r"\$\$(?P<a>[^$]+)\$\$"
     r"|\$(?P<b>(?=\S)[^$\n]+(?<=\S)|\s[^$\n]+\s)\$(?!\d)"  # as Pandoc has it: no formula lies between $5 and $3
-    r"|\\\[(?P<c>.+?)\\\]|\\\((?P<d>.+?)\\\)|(?P<e>\\boxed\{[^{}\n]*\})",
+    rf"|\\\[(?P<c>.{{1,{MAX_CHARS}}}?)\\\]|\\\((?P<d>.{{1,{MAX_CHARS}}}?)\\\)"
+    r"|(?P<e>\\boxed\{[^{}\n]*\})",
     re.S,
 )
 _NAMESPACE = "{http://www.w3.org/1998/Math/MathML}"

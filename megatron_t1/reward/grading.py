@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
+import msgspec
+
 from megatron_t1.reward.answers.golds import gold_problem
 from megatron_t1.reward.answers.policy import EqualityConfig
 from megatron_t1.reward.answers.verify import explained, verify_cheaply, verify_fully
@@ -40,7 +42,8 @@ def grade_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         penalties = find_penalties(cfg.penalties, response)
         if mode in VERIFIERS:
             yield {"penalties": penalties, "answer": None, "done": False}
-            yield {"verdict": asdict(VERIFIERS[mode](gold, response)), "done": True}
+            found = msgspec.convert(asdict(VERIFIERS[mode](gold, response)), Verdict)
+            yield {"verdict": asdict(found), "done": True}
             return
     except Exception as error:  # of a plugin; it would kill one grader after the other and not say why
         failed = Verdict("crash", None, f"{type(error).__name__}: {error}"[:200])

@@ -103,9 +103,19 @@ penalty = PENALTIES.add
 
 
 def find_penalties(cfg: PenaltyConfig, response: Response) -> dict[str, str]:
-    """Name -> reason of every enabled penalty that hits."""
-    reasons = {name: PENALTIES[name](cfg, response) for name in cfg.enabled}
-    return {name: reason for name, reason in reasons.items() if reason}
+    """Name -> reason of every enabled penalty that hits.
+
+    Raises:
+        TypeError: one of a plugin returned neither text nor None.
+    """
+    reasons: dict[str, str] = {}
+    for name in cfg.enabled:
+        reason = PENALTIES[name](cfg, response)
+        if not isinstance(reason, str | None):
+            raise TypeError(f"the penalty {name} returned {reason!r:.80}; it must be the reason, or None")
+        if reason:
+            reasons[name] = reason
+    return reasons
 
 
 MAX_LOOP_CHARS = 100_000
@@ -230,13 +240,18 @@ def _characters(text: str) -> Iterator[tuple[str, int]]:
     return ((chr(code), int(counts[code])) for code in np.flatnonzero(counts))
 
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_ENDLESS_SPACE = re.compile(r"(?<!\s)\s{1000,}")
+
+
 @penalty
 def garbled(cfg: PenaltyConfig, response: Response) -> str | None:
-    """Text that no tokenizer round trip of honest writing gives: broken bytes, control characters, endless letters."""
+    """Text that no tokenizer round trip of honest writing gives: broken bytes, control characters, endless letters or
+    space."""
     text = response.text
     if response.num_hidden_tokens > cfg.max_garbled_chars:
         return f"{response.num_hidden_tokens} tokens without text: control tokens or unused entries of the vocabulary"
-    if not text.isascii() or any(c in text for c in "\x00\x07\x08\x0b\x1b\x7f"):
+    if not text.isascii() or _CONTROLS.search(text):
         bad = {
             c: count
             for c, count in _characters(text)
@@ -244,6 +259,8 @@ def garbled(cfg: PenaltyConfig, response: Response) -> str | None:
         }
         if (total := sum(bad.values())) > cfg.max_garbled_chars:
             return f"{total} broken or control characters, such as {next(iter(bad))!r}"
+    if space := _ENDLESS_SPACE.search(text):
+        return f"{space.end() - space.start()} spaces or line ends in a row"
     if max(map(len, text.split()), default=0) > cfg.max_letters_without_space:
         run = re.search(rf"(?<![A-Za-z])[A-Za-z]{{{cfg.max_letters_without_space + 1},}}", text)
         if run:

@@ -126,7 +126,7 @@ class Scorer:
             "gold": str(prompt.gold),
             "mode": prompt.mode,
             "choices": prompt.choices,
-            "prompt": prompt.text or None,
+            "prompt": f"{prompt.before}\n{prompt.text}".strip() or None,
             "text": sample.text,
             "token_ids": sample.token_ids.tolist() if own.max_ngram_repeats else (),
             "finish_reason": sample.finish_reason,

@@ -90,6 +90,10 @@ class SynthesizeConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "num_attempts", "questions_in_flight", "max_failures_in_a_row")
         at_least(self, 0, "max_wrong")
+        for name, least in (("max_wrong", 1), ("num_attempts", 2)):  # one of them right, and one wrong
+            if self.require_wrong and getattr(self, name) < least:
+                rule = f"must be at least {least} with require_wrong = true: no question could have a chain"
+                raise FieldError(name, getattr(self, name), rule)
         if not self.endpoints and not self.model:
             raise FieldError("endpoints", self.endpoints, "must name one, or give `model`, a folder to serve here")
         if "model" in self.endpoints and self.model:

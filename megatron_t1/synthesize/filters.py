@@ -18,7 +18,7 @@ GIVE_AWAY = (
     r"\b(?:we|i) (?:know|are told|am told|were told) (?:that )?the (?:final |right |correct )?"
     r"(?:answer|solution) (?:is|should be|must be)\b",
     r"\bshould (?:match|agree with|be equal to|equal) the (?:correct|right|known) (?:answer|solution|result)\b",
-    r"\b(?:attempt|solution|material|critique|approach from attempt)\s*(?:#\s*)?\d",
+    r"\b(?:attempt|material|critique|approach from attempt)\s*(?:#\s*)?\d|\bsolution\s*#\s*\d|(?-i:\bSolution) \d",
     r"\bthe (?:critique|critic|checker|reviewer|verifier|grader|student|draft)\b",
     r"\bas an ai\b",
 )
@@ -63,8 +63,7 @@ def chain_is_unfit(cfg: FilterConfig, response: str, reward: Reward, question: s
     if not cfg.min_chars <= len(response) <= cfg.max_chars:
         return "too short" if len(response) < cfg.min_chars else "too long"
     for pattern in (*GIVE_AWAY, *cfg.give_away):
-        phrase = re.search(pattern, response, re.I)
-        if phrase and phrase.group().lower() not in question.lower():
+        if any(found.group().lower() not in question.lower() for found in re.finditer(pattern, response, re.I)):
             return "gives the answer or the attempts away"
     return None
 

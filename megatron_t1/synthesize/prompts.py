@@ -13,10 +13,11 @@ never a template itself.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -28,20 +29,35 @@ _DEFAULTS = Path(__file__).parent / "prompts"
 _ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
+class _MessageFile(msgspec.Struct, forbid_unknown_fields=True):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _StageFile(msgspec.Struct):
+    messages: Annotated[list[_MessageFile], msgspec.Meta(min_length=1)]
+    temperature: Annotated[float, msgspec.Meta(ge=0)] = 0.7
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 8192
+    stop: tuple[str, ...] = ()
+    expect: dict[Literal["right", "wrong"], str] = {}
+    keep_thinking: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One prompt file."""
+    """One prompt file, read."""
 
     name: str
     messages: tuple[tuple[str, Template], ...]
     """(role, template of the content)"""
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_tokens: int = 8192
-    stop: tuple[str, ...] = ()
-    expect: dict[str, re.Pattern[str]] = field(default_factory=dict)
-    """right, wrong -> what a critique of such an attempt must match."""
-    keep_thinking: bool = False
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop: tuple[str, ...]
+    expect: dict[Literal["right", "wrong"], re.Pattern[str]]
+    """What a critique of such an attempt must match."""
+    keep_thinking: bool
 
     def render(self, **values: Any) -> list[Message]:
         """The messages; raises ValueError when a template fails on these values."""
@@ -85,22 +101,21 @@ def load(folder: Path | None) -> Prompts:
 
 def _stage(name: str, path: Path) -> Stage:
     try:
-        stage = parse_yaml(read_text(path))
-        if not isinstance(stage, dict) or not isinstance(stage.get("messages"), list):
-            raise ValueError("must be a mapping with `messages`, a list")
-        messages = []
-        for message in stage.pop("messages"):
-            if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-                raise ValueError(f"message {message!r} needs `role` (system, user or assistant) and `content`")
-            messages.append((message["role"], _template(path, str(message.get("content", "")))))
-        expect = {kind: re.compile(pattern) for kind, pattern in stage.pop("expect", {}).items()}
-        if unknown := set(expect) - {"right", "wrong"}:
-            raise ValueError(f"`expect` has {sorted(unknown)}; it takes right and wrong")
-        fields = {**stage, "stop": tuple(stage.get("stop", ()))}
-        if unknown := set(fields) - {"temperature", "top_p", "max_tokens", "stop", "keep_thinking"}:
-            raise ValueError(f"unknown keys {sorted(unknown)}")
-        return Stage(name=name, messages=tuple(messages), expect=expect, **fields)
-    except (OSError, ValueError, TypeError, re.error) as error:
+        written = parse_yaml(read_text(path))
+        if isinstance(written, dict) and (unknown := set(written) - set(_StageFile.__struct_fields__)):
+            raise ValueError(f"unknown keys {sorted(map(str, unknown))}")
+        stage = msgspec.convert(written, _StageFile)
+        return Stage(
+            name=name,
+            messages=tuple((message.role, _template(path, message.content)) for message in stage.messages),
+            temperature=stage.temperature,
+            top_p=stage.top_p,
+            max_tokens=stage.max_tokens,
+            stop=stage.stop,
+            expect={kind: re.compile(pattern) for kind, pattern in stage.expect.items()},
+            keep_thinking=stage.keep_thinking,
+        )
+    except (OSError, ValueError, re.error) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
 
 

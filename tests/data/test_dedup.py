@@ -36,6 +36,8 @@ def test_layout_case_and_punctuation_do_not_count(other: str) -> None:
         ("Think step by step and find the sum of 3 and 4.", "Think step by step and find the sum of 5 and 4."),
         ("He solved 5 problems. Is the answer a fraction?", "He solved 5 problems. Is the answer an integer?"),
         ("Compute $5!$", "Compute $5$"),
+        ("Find $(xy)^2$.", "Find $xy^2$."),
+        ("Find $3(ab)!$.", "Find $3ab!$."),
         ("$7!-6!$", "$7-6$"),
         ("$(ab)!$", "$(ab)$"),
         ("Is $n ! > 9$?", "Is $n>9$?"),
@@ -60,6 +62,7 @@ def test_what_changes_the_formula_makes_another_question(one: str, other: str) -
     [
         (r"$\left(2+3\right)\cdot{4}$", r"(2 + 3) \cdot 4"),
         ("$2^{10}$", "2^10"),
+        ("$(x)^2$ and ${xy}^2$", "x^2 and xy^2"),
         (r"$(x)$ is 3\text{ cm}", r"$x$ is $3$ cm"),
         (r"$\sqrt{(a)}$)", r"\sqrt {a}"),
         ("What is $2+2$?", "What is 2+2?\n\nPlease reason step by step, and put your final answer within \\boxed{}."),

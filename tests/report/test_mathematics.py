@@ -42,6 +42,12 @@ def test_what_is_no_formula_stays_text(text: str) -> None:
     assert str(with_formulas(text)) == str(escape(text))
 
 
+def test_brackets_that_never_close_are_left_soon() -> None:
+    """In the square of 60,000 characters it would not end within the test's time."""
+    for opening in (r"\[", r"\(", "$", "$$", r"\boxed{"):
+        with_formulas(opening * 30_000)
+
+
 def test_no_text_gets_through() -> None:
     """Markup in every place of a formula comes out as text, or the formula does."""
     evil = '<img src=x onerror="alert(1)">'

@@ -90,6 +90,10 @@ def test_overlong_is_the_length_limit() -> None:
         ("\x00\x01\x02\x03\x04\x05", True),
         ("One broken \ufffd character from a cut emoji", False),
         ("k" * 301, True),
+        ("x = 2" + "\x02\x1c\x10" * 9, True),
+        ("Two." + "\n\t " * 400 + r"\boxed{2}", True),
+        ("Two." + "\u00a0" * 5000 + r"\boxed{2}", True),
+        ("a |" + " " * 200 + "| b\r\n\f", False),
         (r"\begin{pmatrix}1&2\end{pmatrix} café naïve — “quoted” … ∑ ℝ ≤ 🙂", False),
     ],
 )
@@ -198,6 +202,13 @@ def test_fewer_foreign_letters_than_the_least_never_count() -> None:
 def test_config_errors_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         PenaltyConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("returned", [True, 1.5, ["x"]])
+def test_a_penalty_that_gives_no_reason_is_an_error(returned: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PENALTIES._entries, "shouty", lambda cfg, response: returned)
+    with pytest.raises(TypeError, match=r"the penalty shouty returned .*; it must be the reason, or None"):
+        find_penalties(PenaltyConfig(enabled=("shouty",)), Response(text="x"))
 
 
 def test_adding_a_penalty_is_one_function() -> None:

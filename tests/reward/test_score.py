@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_t1.data.prompts import Question
 from megatron_t1.reward.config import PenaltyConfig, RewardConfig
 from megatron_t1.reward.processes import pool
 from megatron_t1.reward.processes.grader import Zygote
 from megatron_t1.reward.processes.worker import encode
 from megatron_t1.reward.score import Scorer
+from megatron_t1.types import Message, text_sample
 from tests.reward.burning import BURNS, BURNS_AT_ONCE, DIES, SLEEPS
 from tests.reward.cases import pair, rows
 from tests.reward.soak import soak
@@ -243,6 +245,23 @@ def test_the_alarm_names_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> No
         assert "`perplexity` is left out" in line
         scorer.score_all([pair("4", "I do not know\nat all")] * 8)
         assert "boxed" in capsys.readouterr().err
+
+
+def test_a_language_of_an_earlier_message_may_be_answered_in() -> None:
+    messages: list[Message] = [
+        {"role": "system", "content": "请用中文回答。"},
+        {"role": "user", "content": "3x=6?"},
+        {"role": "assistant", "content": "x=2"},
+        {"role": "user", "content": "2x=4?"},
+    ]
+    chinese = text_sample("我们首先考虑这个方程的解，因此答案是显然的。" * 3 + r"\boxed{2}", "stop")
+    with Scorer(RewardConfig(num_workers=1)) as scorer:
+        told, untold = (
+            scorer.score_all([(Question(id="q", messages=asked, gold="2").prompt(None), chinese)])[0]
+            for asked in (messages, messages[1:])
+        )
+    assert told.value == 1
+    assert untold.penalties.keys() == {"language"}
 
 
 def test_right_answers_after_soup_or_without_text_are_penalized() -> None:

@@ -25,8 +25,9 @@ from megatron_t1.rollout.chat_endpoint import EndpointError
 from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
-from megatron_t1.synthesize.filters import corrects
+from megatron_t1.synthesize.filters import chain_is_unfit, corrects
 from megatron_t1.synthesize.run import describe, synthesize
+from megatron_t1.types import Reward
 from tests.forks import environment
 from tests.scripted import ScriptedEndpoint, serving
 
@@ -236,6 +237,11 @@ def test_a_dead_endpoint_stops_the_run_and_a_wrong_key_at_once(questions: Path, 
         ("critique.yaml", "messages: []\nexpect: {right: '('}", "critique.yaml"),
         ("integrate.yaml", "messages: []\nmax_token: 3", "unknown keys.*max_token"),
         ("atempt.yaml", "messages: []", "atempt.yaml.* are none of"),
+        ("attempt.yaml", "messages: []", r"attempt.yaml: .*length >= 1 - at `\$.messages`"),
+        ("rewrite.yaml", "messages: [{role: user, content: x}]\nstop: '###'", r"rewrite.yaml: .* at `\$.stop`"),
+        ("rewrite.yaml", "messages: [{role: user, content: x}]\ntemperature: hot", r"rewrite.yaml: .* at `\$.temp"),
+        ("rewrite.yaml", "messages: [{role: user, content: x}]\nmax_tokens: -5", r"rewrite.yaml: .* at `\$.max_tok"),
+        ("rewrite.yaml", "messages: [{role: user, content: x}]\nexpect: abc", r"rewrite.yaml: .* at `\$.expect`"),
     ],
 )
 def test_bad_prompt_files_are_named_before_anything_is_asked(
@@ -246,7 +252,38 @@ def test_bad_prompt_files_are_named_before_anything_is_asked(
         prompts.load(tmp_path)
 
 
+def test_the_last_verdict_of_a_critique_counts() -> None:
+    expect = prompts.load(None)["critique"].expect
+    said = "I wanted to write 'Verdict: wrong', but every step holds.\nVerdict: **right**"
+    assert expect["right"].search(said)
+    assert not expect["wrong"].search(said)
+    assert expect["wrong"].search("It is not so.\nverdict: Wrong.")
+
+
+@pytest.mark.parametrize(
+    ("question", "chain", "is_told"),
+    [
+        ("How many has the student?", "the student has 5. The critique says no, as the verifier told me.", True),
+        ("How many has the student?", "the student has 5, so 5.", False),
+        ("Solve it.", "Of its roots the solution 5 satisfies the equation.", False),
+        ("Mix two liquids.", "Mix solution 1 with water.", False),
+        ("Solve it.", "Solution 2 goes wrong where it divides.", True),
+        ("Solve it.", "As solution #2 says, 4.", True),
+        ("Solve it.", "as attempt 3 says, 4.", True),
+    ],
+)
+def test_what_only_a_reader_of_attempts_can_say_gives_a_chain_away(question: str, chain: str, is_told: bool) -> None:
+    cfg, reward = FilterConfig(min_chars=1), Reward(value=1, correct=True, outcome="correct", extracted="4", reason="")
+    assert (chain_is_unfit(cfg, chain, reward, question) is not None) == is_told
+
+
 def test_config_names_what_is_wrong(tmp_path: Path) -> None:
+    for name, value in (("max_wrong", 0), ("num_attempts", 1)):
+        with pytest.raises(ValueError, match=rf"{name} = {value} must be at least .* with require_wrong = true"):
+            SynthesizeConfig(questions="q", out="o", endpoints={"a": EndpointConfig()}, **{name: value})
+        SynthesizeConfig(
+            questions="q", out="o", endpoints={"a": EndpointConfig()}, require_wrong=False, **{name: value}
+        )
     with pytest.raises(ValueError, match=r"endpoints = \{\} must name one"):
         SynthesizeConfig(questions="q", out="o")
     with pytest.raises(ValueError, match=r"critique_with = 'c' must be of the endpoints \['a'\]"):

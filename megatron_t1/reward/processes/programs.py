@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from megatron_t1.fields import above, at_least
+from megatron_t1.fields import above, at_least, within
 from megatron_t1.reward.processes.worker import PR_SET_PDEATHSIG, Frames, encode
 
 PRELOADED = (
@@ -77,16 +77,18 @@ class Programs:
     """Limits of a program. To be made when the plugin is imported: graders that are forked later can then run some."""
 
     cpu_s: float = 2.0
-    """CPU seconds for all calls of a program together."""
+    """CPU seconds for all calls of a program together, at most 30; a verifier whose programs take 60 s is given up."""
     memory_mb: int = 512
     """Address space, in MiB, the interpreter's included."""
 
     def __post_init__(self) -> None:
         """
         Raises:
+            FieldError: limits that can't be.
             OSError: this machine can't confine a program.
         """
         above(self, 0, "cpu_s")
+        within(self, 0, 30, "cpu_s")  # half of what a grader may be silent for
         at_least(self, 256, "memory_mb")
         if platform.machine() not in _CALLS or ctypes.CDLL(None).prctl(_PR_GET_SECCOMP, 0, 0, 0, 0) < 0:
             raise OSError(f"a model's programs can't be confined here: that needs seccomp, on {' or '.join(_CALLS)}")
