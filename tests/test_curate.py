@@ -94,8 +94,9 @@ def test_clean_says_why_each_question_is_dropped(tmp_path: Path, capsys: pytest.
     fates |= {row["id"]: "kept" for row in kept}
     wanted = {f"{i} {fate}": fate.split(",")[0] for i, (fate, _) in enumerate(RAW)}
     assert fates == wanted
-    assert [row["answer"] for row in kept] == ["2", "5", "2", r"\frac{x}{2}", "7", "7", "60", r"18\$", r"\frac{3}{2}", "20", "14",
-                                                   "180", "210"]  # fmt: skip
+    assert [row["answer"] for row in kept] == [
+        "2", "5", "2", r"\frac{x}{2}", "7", "7", "60", r"18\$", r"\frac{3}{2}", "20", "14", "180", "210"
+    ]  # fmt: skip
     assert kept[0]["prompt"].startswith("What is $1+1$?\n")
     assert kept[0]["source"] == "raw.jsonl"
     assert counts["read"] == len(RAW)

@@ -248,7 +248,11 @@ class _Nccl:
         def meet() -> None:
             try:
                 with torch.cuda.device(device), unpinned_nccl_env():
-                    made.append(PyNcclCommunicator.from_unique_id_bytes(unique_id, rank, invitation.size, device))
+                    communicator = PyNcclCommunicator.from_unique_id_bytes(unique_id, rank, invitation.size, device)
+                    # The first broadcast connects the members, and waits for each of them without a deadline.
+                    communicator.broadcast(torch.zeros(1, dtype=torch.uint8, device=device), 0)
+                    torch.cuda.synchronize()
+                    made.append(communicator)
             except Exception as error:
                 failed.append(error)
 
@@ -260,11 +264,15 @@ class _Nccl:
             reason = failed[0] if failed else f"not all members came within {invitation.timeout_s:g} s"
             raise RuntimeError(f"NCCL: {reason} (without NCCL: rollout.transport = tcp)")
         self._communicator = made[0]
+        # Of its own: who waits for what it does with one window would wait for the next, and that without a deadline.
+        self._stream = torch.cuda.Stream(device)
 
     def broadcast(self, data: torch.Tensor, root: int, deadline: float) -> Wait:
-        self._communicator.broadcast(data, root, stream=torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream())
+        data.record_stream(self._stream)
+        self._communicator.broadcast(data, root, stream=self._stream)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(self._stream)
 
         def wait() -> None:
             while not arrived.query():

@@ -277,7 +277,7 @@ class CollectiveTransport:
                 self._group = Group(Invitation(**call["invitation"]), owners.index(self._ranks.rank))
             assert self._group is not None
             collective.send(self._group, self._layout, self._views)
-        except GroupError as error:
+        except (GroupError, RuntimeError) as error:
             self.close()
             return f"trainer rank {self._ranks.rank}: {error}"
         return None

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from megatron_t1.servers.config import BACKEND, RolloutConfig
 from megatron_t1.servers.guard import KEY_ENV
 from megatron_t1.servers.server import ServerError
 
+_TEARDOWN_S = 60.0
+"""What the kernel and the driver may take to free what a killed process held; most is GPU memory."""
 _COMMON_ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # the weight routes; `KeyGuard` keeps them to holders of the key
     "VLLM_NO_USAGE_STATS": "1",
@@ -213,6 +216,22 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILLs the whole group, its engine processes included even when the leader is gone, and reaps the leader."""
+    """SIGKILLs the whole group, its engine processes included even when the leader is gone, and reaps the leader.
+
+    Returns when all have ended, or after `_TEARDOWN_S`: until then they hold the GPU's memory, which the caller may be
+    about to take.
+    """
     signal_group(process, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + _TEARDOWN_S
+    while _has_members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _has_members(group: int) -> bool:
+    """Zombies apart, which a container without an init keeps for good."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False

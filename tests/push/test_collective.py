@@ -134,6 +134,54 @@ def test_other_bytes_than_the_owners_are_named_and_break_nothing(meeting: Meetin
         assert got.keys() == TENSORS.keys()
 
 
+def test_a_worker_on_another_device_than_the_group_copies_out_of_the_bucket(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gloo would write to a GPU's address as to the host's; torch's `meta` stands for the GPU."""
+    monkeypatch.setattr(collective, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(collective, "digest", lambda view, kind: f"{kind}:")
+    plan, invited = layout(), invitation(meeting, size=3)
+    invited = dataclasses.replace(invited, num_owners=2, bucket_bytes=4096)
+
+    def own(member: int, owner: int) -> None:
+        group = Group(invited, member)
+        collective.send(group, plan, [(numbers(piece), piece) for piece in plan.of_rank(owner)])
+        group.close()
+
+    def work() -> list[str]:
+        group = Group(invited, 2)
+        came = collective.receive(group, plan, torch.device("meta"), ["crc32:"] * len(plan.pieces), [])
+        names = [name for name, tensor in came if tensor.is_meta]
+        group.close()
+        return names
+
+    done = members(lambda: own(0, 0), lambda: own(1, 3), work)
+    assert set(done[2].result()) == TENSORS.keys()
+
+
+def test_an_error_of_one_member_breaks_the_group_for_all_at_once(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def empty(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+        if device.type == "meta":
+            raise RuntimeError("out of memory")
+        return torch.empty(spec.shape, dtype=spec.torch_dtype)
+
+    monkeypatch.setattr(collective, "_empty", empty)
+    plan, invited = layout(), dataclasses.replace(invitation(meeting), bucket_bytes=128)
+
+    def own(member: int, owner: int) -> None:
+        collective.send(Group(invited, member), plan, [(numbers(piece), piece) for piece in plan.of_rank(owner)])
+
+    def work(member: int, device: str) -> None:
+        list(collective.receive(Group(invited, member), plan, torch.device(device), right_digests(), []))
+
+    done = members(lambda: own(0, 0), lambda: own(1, 3), lambda: work(2, "cpu"), lambda: work(3, "meta"))
+    errors = [future.exception() for future in done]
+    assert str(errors[3]) == "out of memory"
+    assert all(isinstance(error, GroupError) and "imed out" not in str(error) for error in errors[:3]), errors
+
+
 def test_without_the_token_nobody_joins(meeting: Meeting) -> None:
     alone = invitation(meeting, size=1)
     with pytest.raises(GroupError):  # closed or reset, as the kernel has it

@@ -20,6 +20,7 @@ import pytest
 
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.launch import end_group
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
 
@@ -182,6 +183,16 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_the_memory_of_a_group_is_free_when_its_end_is_said() -> None:
+    hold = "import os, time\nif not os.fork():\n    held = bytearray(1 << 30)\n    print(flush=True)\ntime.sleep(600)"
+    leader = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, start_new_session=True)
+    assert leader.stdout is not None
+    assert leader.stdout.readline()
+    (child,) = psutil.Process(leader.pid).children()
+    end_group(leader)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("victim", ["starter", "server", "supervisor"])
