@@ -65,11 +65,7 @@ class Comparison(Leaves):
             case _, List(whole=Answer() as whole) if self.surely_equal(gold, whole):
                 return True
             case Ratio(), Ratio() if len(gold.parts) == len(answer.parts):
-                crossed = (
-                    (_product(g, answer.parts[0]), _product(a, gold.parts[0]))
-                    for g, a in zip(gold.parts, answer.parts, strict=True)
-                )
-                return all(itertools.starmap(self.expressions_equal, crossed))
+                return self.proportional(gold.parts, answer.parts)
             case (Ratio(parts=(top, bottom)), _) if not isinstance(answer, Ratio):
                 return self.equal(_quotient(top, bottom), answer)
             case (_, Ratio(parts=(top, bottom))) if not isinstance(gold, Ratio):
@@ -106,7 +102,7 @@ class Comparison(Leaves):
             if bracketed or len(g_region.intervals) != 1 or len(a_region.intervals) != 1:
                 return False
         match gold, answer:
-            case Approximation(), Approximation() if _is_open(gold.exact):
+            case Approximation(), Approximation() if self.is_open(gold.exact):
                 return self.equal(gold.exact, answer.exact) and self.in_order(gold.rounded, answer.rounded)
             case Approximation(), _:
                 if self.equal(gold.exact, answer):
@@ -142,6 +138,14 @@ class Comparison(Leaves):
             return self.equal(gold, answer)
         except UndecidableError:  # this pair is no match; another one may be
             return False
+
+    def proportional(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
+        """Each crossed with the first that is not 0 in the gold: it may be 0 in the answer neither, or all would be."""
+        bases = next((p for p in zip(gold, answer, strict=True) if not self.expressions_equal(p[0], _ZERO)), None)
+        if bases is None or self.expressions_equal(bases[1], _ZERO):
+            return False
+        crossed = ((_product(g, bases[1]), _product(a, bases[0])) for g, a in zip(gold, answer, strict=True))
+        return all(itertools.starmap(self.expressions_equal, crossed))
 
     def in_order(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         return len(gold) == len(answer) > 0 and all(map(self.equal, gold, answer))
@@ -262,9 +266,16 @@ class Comparison(Leaves):
         """An equation where a value was asked: all its sides must be that value, or leave it open."""
         if not set(answer.operators) <= {"=", "\\approx"} or not self.equal(gold, answer.sides[-1]):
             return False
-        return all(self.equal(gold, side) or (gold.key != "0" and _is_open(side)) for side in answer.sides[:-1])
+        return all(self.equal(gold, side) or (gold.key != "0" and self.is_open(side)) for side in answer.sides[:-1])
+
+    def is_open(self, side: Answer) -> bool:
+        try:
+            return is_open(side.tree, self.meter)
+        except UndecidableError:
+            return False
 
 
+_ZERO = plain("0")
 _OPEN = {"\\le": "<", "\\ge": ">"}
 
 
@@ -377,10 +388,3 @@ def _names_clash(gold: Relation, answer: Relation) -> bool:
     arguments = [name.partition("(")[2].rstrip(")") for name in (g, a)]
     is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
     return is_open and not all(argument in "nstuxyz" for argument in arguments)
-
-
-def _is_open(side: Answer) -> bool:
-    try:
-        return is_open(side.tree)
-    except UndecidableError:
-        return False

@@ -1,0 +1,59 @@
+"""Answers that look like the gold, by the rule that tells them apart: (gold, boxed answer) that match and that do not."""
+
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_t1.reward.answers.verify import verify
+
+RIGHT = {
+    "ratios": [("2:5", "10:25"), ("0:2:5", "0:4:10"), ("0:3", "0:6"), (r"1:\sqrt2", r"\sqrt2:2"), ("2a:3a", "2:3")],
+    "pieces in relations": [
+        ("|x|>2", r"x<-2\text{ or }x>2"), (r"\sqrt{x}+\sqrt{y}=1", r"2\sqrt{y}+2\sqrt{x}=2"), (r"\sqrt{x}\sqrt{y}=2", r"\sqrt{xy}=2"),
+        ("y=|x-1|", "y-|1-x|=0"), (r"|z-i|=2", r"|i-z|=2"), (r"\ln x+\ln y=1", r"\ln y+\ln x-1=0"), (r"y\ge |x|", r"|x|-y\le 0"),
+        ("3x+|k|=7", r"x=\frac{7-|k|}{3}"), (r"\lfloor x\rfloor=2", r"\lfloor x\rfloor-2=0"),
+    ],
+    "chains": [
+        ("7", "ab+bc=7"), ("7", r"\sum_{n=1}^{\infty}\frac{7}{2^n}=7"), ("7", r"\lim_{x\to 0}\frac{\sin 7x}{x}=7"), ("7", "f(3)+g(2)=7"),
+        ("10", r"\sum_{k=1}^{4}k=10"), ("7", r"\sum_{k=1}^{n}a_k=7"), ("6", r"\binom{n}{2}-\binom{m}{2}=6"), ("7", r"\int_0^7 1 dx=7"),
+        ("0.4", r"P(A\cap B)=0.4"), ("4", "|a-b|=4"),
+    ],
+    "renamed constants": [
+        ("x^3+c", "x^3+C"), ("x^3+C", "x^3+c"), (r"\frac{t^2}{2}+c", r"\frac{t^2}{2}+K"), (r"\frac{\pi}{6}+2k\pi", r"\frac{\pi}{6}+2n\pi"),
+        (r"(-1)^k\frac{\pi}{6}+k\pi", r"(-1)^n\frac{\pi}{6}+n\pi"), (r"\frac{2}{(2k+1)\pi}", r"\frac{2}{(2n+1)\pi}"), (r"\sqrt{k\pi}", r"\sqrt{n\pi}"),
+    ],
+}  # fmt: skip
+
+WRONG = {
+    "ratios": [("2:5", "0:0"), ("2:0:5", "0:0:0"), ("0:2:5", "0:4:11"), ("0:2:5", "0:0:0"), ("0:3", "3:0"), ("4:7", r"t-t:\sin 0")],
+    "pieces in relations": [
+        ("|x+1|>2", "x+1>2"), (r"y=\sqrt{x^2+1}", r"|y|=\sqrt{x^2+1}"), ("x+2y=6", r"x+2\max(y,0)=6"), (r"y\ge x", r"y\ge |x|"),
+        ("y=|x-1|", "y=x-1"), (r"x=\frac{7-k}{3}", "3|x|+k=7"), ("x=8", r"\lfloor x\rfloor=8"), ("|t|=9", "t=9"),
+    ],
+    "chains": [
+        ("7", r"\frac{ab+7}{ab}-\frac{7}{ab}+5=7"), ("7", r"\sum_{k=1}^{4}k=7"), ("7", r"\prod_{k=1}^{3}k=7"), ("7", "f(2)-f(2)+3=7"),
+        ("7", r"\int_0^1 x dx-\int_0^1 x dx=7"), ("2", r"\sin^2 u+\cos^2 v+\sin^2 v+\cos^2 u-1=2"),
+    ],
+    "renamed constants": [
+        ("c+d", "K+d"), ("ab+c", "ab+C"), ("x^3+C", "x^3+A"), (r"\frac{(n-2)\pi}{n}", r"\frac{(k-2)\pi}{k}"), (r"\frac{\pi}{n}", r"\frac{\pi}{m}"),
+        (r"n\pi(n+1)", r"k\pi(k+1)"),
+    ],
+}  # fmt: skip
+
+
+def _cases(by_rule: dict[str, list[tuple[str, str]]]) -> list[tuple[str, str, str]]:
+    return [(rule, *case) for rule, cases in by_rule.items() for case in cases]
+
+
+@pytest.mark.parametrize(("rule", "gold", "answer"), _cases(RIGHT))
+def test_right(rule: str, gold: str, answer: str) -> None:
+    verdict = verify(gold, rf"\boxed{{{answer}}}")
+    assert verdict.outcome == "correct", (rule, verdict)
+
+
+@pytest.mark.parametrize(("rule", "gold", "answer"), _cases(WRONG))
+def test_wrong(rule: str, gold: str, answer: str) -> None:
+    verdict = verify(gold, rf"\boxed{{{answer}}}")
+    assert verdict.outcome == "wrong", (rule, verdict)
