@@ -24,6 +24,12 @@ RIGHT = {
         ("x^3+c", "x^3+C"), ("x^3+C", "x^3+c"), (r"\frac{t^2}{2}+c", r"\frac{t^2}{2}+K"), (r"\frac{\pi}{6}+2k\pi", r"\frac{\pi}{6}+2n\pi"),
         (r"(-1)^k\frac{\pi}{6}+k\pi", r"(-1)^n\frac{\pi}{6}+n\pi"), (r"\frac{2}{(2k+1)\pi}", r"\frac{2}{(2n+1)\pi}"), (r"\sqrt{k\pi}", r"\sqrt{n\pi}"),
     ],
+    "signs among words": [
+        (r"\text{x-intercept}", "x intercept"), (r"\text{twenty-one}", "21"), (r"\text{right-angled}", r"\text{right angled}"), (r"\text{Yes!}", "yes"),
+        ("k-4", r"\text{k-4}"), (r"\frac{p}{q}", r"\text{p/q}"), (r"\text{Ca}^{2+}", r"\mathrm{Ca^{2+}}"),
+        (r"\text{Tom} < \text{Ann}", r"\text{Ann} > \text{Tom}"), ("circle", r"\text{a circle}"), ("2i+3", r"\text{3+2i}"), ("(y+2)(y-5)", r"\mathrm{(y-5)(y+2)}"),
+        (r"\text{Tom}>\text{Ann}>\text{Lea}", r"\text{Lea}<\text{Ann}<\text{Tom}"), ("y=x^3-4", r"y=\text{x^3-4}"), (r"\text{Q and R}", r"\text{R and Q}"),
+    ],
 }  # fmt: skip
 
 WRONG = {
@@ -39,6 +45,13 @@ WRONG = {
     "renamed constants": [
         ("c+d", "K+d"), ("ab+c", "ab+C"), ("x^3+C", "x^3+A"), (r"\frac{(n-2)\pi}{n}", r"\frac{(k-2)\pi}{k}"), (r"\frac{\pi}{n}", r"\frac{\pi}{m}"),
         (r"n\pi(n+1)", r"k\pi(k+1)"),
+    ],
+    "signs among words": [
+        ("m!", r"\text{m}"), ("k-4", r"\text{k+4}"), (r"\frac{p}{q}", r"\text{q/p}"), (r"\frac{p}{q}", r"\text{frac p q}"), ("p:q", r"\text{q:p}"), ("|y|", r"\text{y}"),
+        (r"\text{Ca}^{2+}", r"\text{Ca}^{2-}"), (r"\text{Ca}^{2+}", r"\text{Ca}"), (r"\text{F}^-", r"\text{F}^+"), (r"\text{type O+}", r"\text{type O-}"), (r"\text{C}\#", r"\text{C}"),
+        (r"\text{Tom} < \text{Ann}", r"\text{Tom} > \text{Ann}"), (r"\text{Tom} < \text{Ann}", r"\text{Tom Ann}"), (r"\text{false}", "¬false"), ("a b", r"\text{b}"),
+        ("x-1", r"\text{x^-1}"), ("0", r"\text{0 or more}"), ("3+2i", r"\text{3-2i}"), ("(y+2)(y-5)", r"\text{(y-2)(y+5)}"), (r"7\text{ kg}", r"\text{7/kg}"),
+        ("y=x^3-4", r"y=\text{x^3+4}"), ("2^n", r"\text{2n}"), ("-x", r"\text{x}"),
     ],
 }  # fmt: skip
 
