@@ -15,6 +15,9 @@ RIGHT = {
         ("y=|x-1|", "y-|1-x|=0"), (r"|z-i|=2", r"|i-z|=2"), (r"\ln x+\ln y=1", r"\ln y+\ln x-1=0"), (r"y\ge |x|", r"|x|-y\le 0"),
         ("3x+|k|=7", r"x=\frac{7-|k|}{3}"), (r"\lfloor x\rfloor=2", r"\lfloor x\rfloor-2=0"),
     ],
+    "equations for a value": [
+        ("x=7", "x-7=0"), ("x=7", "7-x=0"), ("x=-4", "x+4=0"), (r"x=\frac32", r"x-\frac32=0"), ("y=3x-2", "3x-y=2"), ("xy=6", r"y=\frac6x"),
+    ],
     "chains": [
         ("7", "ab+bc=7"), ("7", r"\sum_{n=1}^{\infty}\frac{7}{2^n}=7"), ("7", r"\lim_{x\to 0}\frac{\sin 7x}{x}=7"), ("7", "f(3)+g(2)=7"),
         ("10", r"\sum_{k=1}^{4}k=10"), ("7", r"\sum_{k=1}^{n}a_k=7"), ("6", r"\binom{n}{2}-\binom{m}{2}=6"), ("7", r"\int_0^7 1 dx=7"),
@@ -37,6 +40,9 @@ WRONG = {
     "pieces in relations": [
         ("|x+1|>2", "x+1>2"), (r"y=\sqrt{x^2+1}", r"|y|=\sqrt{x^2+1}"), ("x+2y=6", r"x+2\max(y,0)=6"), (r"y\ge x", r"y\ge |x|"),
         ("y=|x-1|", "y=x-1"), (r"x=\frac{7-k}{3}", "3|x|+k=7"), ("x=8", r"\lfloor x\rfloor=8"), ("|t|=9", "t=9"),
+    ],
+    "equations for a value": [
+        ("x=7", "2x=14"), ("x=7", "2x-14=0"), ("x=7", "x-8=0"), ("x=7", "-2x+14=0"), ("x=7", r"\frac{x}{7}=1"), ("x=7", "x+1=8"), (r"x=\sqrt2", r"x\sqrt2=2"),
     ],
     "chains": [
         ("7", r"\frac{ab+7}{ab}-\frac{7}{ab}+5=7"), ("7", r"\sum_{k=1}^{4}k=7"), ("7", r"\prod_{k=1}^{3}k=7"), ("7", "f(2)-f(2)+3=7"),

@@ -242,7 +242,7 @@ class Comparison(Leaves):
             case Relation(operators=("=",)), Relation(value=Answer() as a_value):
                 return self.solves(gold, answer.name, a_value)
             case Relation(value=Answer() as g_value), Relation(operators=("=",)):
-                return self.solves(answer, gold.name, g_value)
+                return _says_solution(answer, g_value) and self.solves(answer, gold.name, g_value)
             case Relation(operators=("=",)), _ if not isinstance(answer, Relation):
                 return self.solves(gold, "", answer)
             case Relation(operators=(_,)), Relation(operators=(_,)):
@@ -325,6 +325,16 @@ def _is_computed(gold: Relation) -> bool:
         return not any(side.tree.free_symbols for side in gold.sides)
     except UndecidableError:
         return False
+
+
+def _says_solution(equation: Relation, solution: Answer) -> bool:
+    """Whether an equation is as good as its solution: that of a line, or x - 5 = 0. 2x = 10 is still to be solved."""
+    if solution.tree.free_symbols:
+        return True
+    left, right = (side.tree for side in equation.sides)
+    terms = left.args if right == 0 and left.is_Add else right.args if left == 0 and right.is_Add else ()
+    alone = (term.args[1] if term.is_Mul and term.args[0] == -1 and len(term.args) == 2 else term for term in terms)
+    return len(terms) == 2 and any(term.is_Symbol for term in alone)
 
 
 _UNIT_VECTORS = "ijk"
