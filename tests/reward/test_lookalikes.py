@@ -15,6 +15,18 @@ RIGHT = {
         ("y=|x-1|", "y-|1-x|=0"), (r"|z-i|=2", r"|i-z|=2"), (r"\ln x+\ln y=1", r"\ln y+\ln x-1=0"), (r"y\ge |x|", r"|x|-y\le 0"),
         ("3x+|k|=7", r"x=\frac{7-|k|}{3}"), (r"\lfloor x\rfloor=2", r"\lfloor x\rfloor-2=0"),
     ],
+    "names of several values": [
+        ("(4,9)", "y=9,x=4"), ("(4,9)", "(y,x)=(9,4)"), ("(4,9)", "n=4,a=9"), ("(4,9)", r"r=4,\theta=9"), ("(4,9)", "a=4,b=9"), ("(p,q)=(2,7)", "q=7,p=2"),
+        ("(p,q)=(2,7)", "(q,p)=(7,2)"), ("p=2,q=7", "(p,q)=(2,7)"), ("r=1,s=2,t=3", "(r,s,t)=(1,2,3)"), ("(1,6),(2,5)", "y=6,x=1;y=5,x=2"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", "y=2,x=1"), ("(5,6)", "x_2=6,x_1=5"), ("(5,6)", r"\beta=6,\alpha=5"), ("1,2", "y=2,x=1"), ("z=3,8", "z=8,3"),
+        ("x=3,8", "x_1=3,x_2=8"), (r"\text{median}=3,\text{mode}=4", r"\text{mode}=4,\text{median}=3"), (r"\text{red}=3,\text{blue}=4", "3,4"),
+    ],
+    "other names": [
+        ("AB=7", "BA=7"), ("AB=7", "x=7"), ("AB=7", r"\overline{AB}=7"), ("AB=7", "AC=AB=7"), ("AB=7", "L=7"), ("x=7", "y=x=7"), ("y=7", "f(x)=7"),
+        (r"\angle PQR=50^\circ", r"\angle RQP=50^\circ"), (r"\angle PQR=50^\circ", r"\angle Q=50^\circ"), (r"\angle P=50^\circ", r"P=50^\circ"),
+        (r"\triangle ABC=6", r"\triangle BCA=6"), (r"\text{area}=9", r"\text{the area}=9"), (r"\text{area}=9", "A=9"), (r"\text{mean}=9", r"\text{average}=9"),
+        (r"\text{speed}=9", r"\text{velocity}=9"), ("GCD=6", "HCF=6"), (r"\max=5,\min=2", r"\text{maximum}=5,\text{minimum}=2"),
+    ],
     "equations for a value": [
         ("x=7", "x-7=0"), ("x=7", "7-x=0"), ("x=-4", "x+4=0"), (r"x=\frac32", r"x-\frac32=0"), ("y=3x-2", "3x-y=2"), ("xy=6", r"y=\frac6x"),
     ],
@@ -40,6 +52,17 @@ WRONG = {
     "pieces in relations": [
         ("|x+1|>2", "x+1>2"), (r"y=\sqrt{x^2+1}", r"|y|=\sqrt{x^2+1}"), ("x+2y=6", r"x+2\max(y,0)=6"), (r"y\ge x", r"y\ge |x|"),
         ("y=|x-1|", "y=x-1"), (r"x=\frac{7-k}{3}", "3|x|+k=7"), ("x=8", r"\lfloor x\rfloor=8"), ("|t|=9", "t=9"),
+    ],
+    "names of several values": [
+        ("(4,9)", "y=4,x=9"), ("(4,9)", "(y,x)=(4,9)"), ("(4,9)", r"b=4\text{ and }a=9"), ("(p,q)=(2,7)", "q=2,p=7"), ("(p,q)=(2,7)", "(q,p)=(2,7)"),
+        ("p=2,q=7", "(q,p)=(2,7)"), ("p=2,q=7", "(a,b)=(2,7)"), ("r=1,s=2,t=3", "(t,s,r)=(1,2,3)"), ("(1,6),(2,5)", "y=1,x=6;y=2,x=5"), ("(5,6)", "x_2=5,x_1=6"),
+        ("z=3,8", "z=3,w=8"), (r"\text{median}=3,\text{mode}=4", r"\text{median}=3,\text{range}=4"), ("PQ=1,RS=2", "PQ=1,QR=2"), ("PQ=1,RS=2", "TU=1,VW=2"),
+        (r"\text{red}=3,\text{blue}=4", r"\text{blue}=3,\text{green}=4"), ("(1,2),(3,4)", "(y,x)=(1,2),(y,x)=(3,4)"),
+    ],
+    "other names": [
+        ("AB=7", "AC=7"), ("AB=7", r"\angle B=7"), ("AB=7", "B=7"), (r"\angle PQR=50^\circ", r"\angle QPR=50^\circ"), (r"\angle PQR=50^\circ", r"\angle P=50^\circ"),
+        (r"\angle P=50^\circ", r"Q=50^\circ"), (r"\overrightarrow{AB}=(1,2)", r"\overrightarrow{BA}=(1,2)"), (r"\text{area}=9", r"\text{perimeter}=9"), ("GCD=6", "LCM=6"),
+        ("x=7", r"\max(x,1)=7"), ("x=7", "f(x)=7"), (r"\text{maximum}=5", r"\text{minimum}=5"),
     ],
     "equations for a value": [
         ("x=7", "2x=14"), ("x=7", "2x-14=0"), ("x=7", "x-8=0"), ("x=7", "-2x+14=0"), ("x=7", r"\frac{x}{7}=1"), ("x=7", "x+1=8"), (r"x=\sqrt2", r"x\sqrt2=2"),

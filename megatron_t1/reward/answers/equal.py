@@ -23,7 +23,6 @@ from megatron_t1.reward.answers.kinds import (
     List,
     Matrix,
     Number,
-    Quantity,
     Ratio,
     Region,
     Relation,
@@ -31,11 +30,19 @@ from megatron_t1.reward.answers.kinds import (
     Tuple,
     Words,
 )
+from megatron_t1.reward.answers.names import (
+    labels,
+    members_in_order,
+    names,
+    names_clash,
+    sorted_by_name,
+    unlabelled,
+    value_of,
+)
 from megatron_t1.reward.answers.normalize import compact
 from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
-from megatron_t1.reward.answers.quantities import Unit
 from megatron_t1.reward.answers.read import plain
-from megatron_t1.reward.answers.relations import MIRRORED, SYMBOL
+from megatron_t1.reward.answers.relations import MIRRORED
 from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.values import Leaves, same_words
 
@@ -57,6 +64,7 @@ class Comparison(Leaves):
             return True
         if not answer.text:
             return False
+        gold, answer = sorted_by_name(gold), sorted_by_name(answer)
         match gold, answer:
             case Number(), Number():
                 return self.numbers_equal(gold.exact, answer.exact)
@@ -160,8 +168,8 @@ class Comparison(Leaves):
             return self.in_any_order(self.merged(g_region), self.merged(a_region))
         if isinstance(gold, List) and isinstance(answer, List):
             return self.labelled_equal(gold.items, answer.items)
-        g_items, a_items = (_members(each) for each in (gold, answer))
-        match _value(gold), _value(answer):
+        g_items, a_items = members_in_order(gold, answer)
+        match value_of(gold), value_of(answer):
             case (Tuple(opening="[", items=(_, _, _, *_)), _) | (_, Tuple(opening="[", items=(_, _, _, *_))):
                 return self.in_order(g_items, a_items)
             case (Matrix(), _) | (_, Matrix()):
@@ -175,21 +183,23 @@ class Comparison(Leaves):
 
     def labelled_equal(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         """Items in any order, each with its own name or noun; where only the gold names them, in its order."""
-        g_labels, a_labels = _labels(gold), _labels(answer)
-        g_names, a_names = _names(gold), _names(answer)
+        g_labels, a_labels = labels(gold), labels(answer)
+        g_names, a_names = names(gold), names(answer)
         if len(a_names) == 1 and {name.split("_")[0] for name in g_names} == a_names:  # x_1 = 1, x_2 = 3 as x = 1, 3
-            gold, answer = [[_unlabelled(item) for item in items] for items in (gold, answer)]
+            gold, answer = [[unlabelled(item) for item in items] for items in (gold, answer)]
+        g_named, a_named = ([x for x in xs if isinstance(x, Relation) and x.value] for xs in (gold, answer))
+        if len(g_names) == 1 and any(names_clash(g_named[0], item) for item in a_named):  # x = 1, 2
+            return False
         if len(gold) == len(_once(gold)):
             answer = _once(answer)
         if len(gold) != len(answer):
             return False
         if g_labels and not a_labels:
-            return self.in_order([_unlabelled(item) for item in gold], [_unlabelled(item) for item in answer])
+            return self.in_order([unlabelled(item) for item in gold], [unlabelled(item) for item in answer])
         if g_labels and a_labels:
-            if sorted(g_labels) != sorted(a_labels):
-                return self.in_order(gold, answer)
             by_label = dict(zip(a_labels, answer, strict=True))
-            return all(self.equal(item, by_label[label]) for label, item in zip(g_labels, gold, strict=True))
+            others = iter([item for label, item in by_label.items() if label not in g_labels])
+            return self.in_order(gold, [by_label[label] if label in by_label else next(others) for label in g_labels])
         return self.in_any_order(gold, answer)
 
     def merged(self, region: Region) -> Sequence[Answer]:
@@ -230,7 +240,7 @@ class Comparison(Leaves):
             case Relation(value=Answer() as g_value), Relation(value=Answer() as a_value):
                 if "(" in gold.name and "(" in answer.name:  # f(t) and f(x)
                     g_value, a_value = gold.value_of_x or g_value, answer.value_of_x or a_value
-                return not _names_clash(gold, answer) and self.equal(g_value, a_value)
+                return not names_clash(gold, answer) and self.equal(g_value, a_value)
             case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
                 return self.equal(g_value, answer)
             case Relation(sides=(*_, g_value)), _ if not isinstance(answer, Relation) and _is_computed(gold):
@@ -289,27 +299,6 @@ def _product(left: Answer, right: Answer) -> Expression:
 
 def _quotient(top: Answer, bottom: Answer) -> Answer:
     return plain(f"\\frac{{{top.text}}}{{{bottom.text}}}")
-
-
-def _labels(items: Sequence[Answer]) -> list[str]:
-    """Names or nouns of items, when each has another one; x_1 and x_2 are one name for two values."""
-    labels = []
-    for item in items:
-        match item:
-            case Relation(name=name, value=Answer()):
-                label = re.sub(r"\\(?:text|(?=m[ai][xn]))|[{}]", "", compact(name)).split("_")[0]
-                labels.append(label.casefold().removesuffix("imum") if len(label) > 2 else label)
-            case Quantity(unit=Unit(kind=(), noun=noun)):
-                labels.append(noun)
-    return labels if len(set(labels)) == len(items) > 1 else []
-
-
-def _names(items: Sequence[Answer]) -> set[str]:
-    return {compact(item.name) for item in items if isinstance(item, Relation) and item.value}
-
-
-def _unlabelled(item: Answer) -> Answer:
-    return item.value if isinstance(item, (Relation, Quantity)) and item.value else item
 
 
 _AROUND_POINTS = re.compile(r"\\(?:frac|angle|triangle|cdot|text|overline|sin|cos|tan|times)|[{}\s/|:\[\]]")
@@ -373,28 +362,3 @@ def _rows(answer: Answer) -> Sequence[Sequence[Answer]]:
 
 def _is_relation(*answers: Answer) -> bool:
     return any(isinstance(answer, Relation) for answer in answers)
-
-
-def _value(answer: Answer) -> Answer:
-    """What a name stands for, or the answer itself."""
-    return answer.value if isinstance(answer, Relation) and answer.value else answer
-
-
-def _members(answer: Answer) -> Sequence[Answer]:
-    match _value(answer):
-        case List(items=items) | Set(items=items) | Tuple(items=items):
-            return items
-        case Matrix(rows=rows) if all(len(row) == 1 for row in rows):
-            return [row[0] for row in rows]
-    return [answer]
-
-
-def _names_clash(gold: Relation, answer: Relation) -> bool:
-    """Two plain variables with different names. Functions may name themselves and their argument as they like, but not
-    an argument that their value leaves open, as in P(A) = p."""
-    g, a = compact(gold.name), compact(answer.name)
-    if g == a or all(re.fullmatch(SYMBOL, name) for name in (g, a)):
-        return g != a and not (g == a.split("_")[0] and a.rstrip("}")[-1].isdecimal())  # x for x_1
-    arguments = [name.partition("(")[2].rstrip(")") for name in (g, a)]
-    is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
-    return is_open and not all(argument in "nstuxyz" for argument in arguments)
