@@ -21,6 +21,12 @@ RIGHT = {
         (r"\begin{pmatrix}1\\2\end{pmatrix}", "y=2,x=1"), ("(5,6)", "x_2=6,x_1=5"), ("(5,6)", r"\beta=6,\alpha=5"), ("1,2", "y=2,x=1"), ("z=3,8", "z=8,3"),
         ("x=3,8", "x_1=3,x_2=8"), (r"\text{median}=3,\text{mode}=4", r"\text{mode}=4,\text{median}=3"), (r"\text{red}=3,\text{blue}=4", "3,4"),
     ],
+    "and, or": [
+        (r"a\land b", "b∧a"), (r"\neg q\land r", "r ∧ ¬q"), (r"a\land b", "a,b"), (r"x\ge 1\text{ and }y\ge 2", r"y\ge 2, x\ge 1"), (r"u=2\text{ or }v=3", r"v=3\text{ or }u=2"),
+        (r"x=2\text{ or }x=7", r"x=2\text{ and }x=7"), (r"2\text{ and }7", r"2\text{ or }7"), ("x_1=2,x_2=7", r"x_1=2\text{ or }x_2=7"),
+        (r"x=3\text{ or }3x-4y+7=0", "x=3, 3x-4y+7=0"), (r"y=x\text{ or }y=-x", "y=x,y=-x"), ("(1,2),(2,1)", r"x=1,y=2\text{ or }x=2,y=1"),
+        (r"(1,3)\cup(5,8)", r"1<x<3\text{ or }5<x<8"), (r"(1,3)\cup(5,8)", "1<x<3, 5<x<8"), ("(2,3)", r"1<x<3\text{ and }2<x<8"), (r"(2,\infty)", r"x>1\text{ and }x>2"),
+    ],
     "other names": [
         ("AB=7", "BA=7"), ("AB=7", "x=7"), ("AB=7", r"\overline{AB}=7"), ("AB=7", "AC=AB=7"), ("AB=7", "L=7"), ("x=7", "y=x=7"), ("y=7", "f(x)=7"),
         (r"\angle PQR=50^\circ", r"\angle RQP=50^\circ"), (r"\angle PQR=50^\circ", r"\angle Q=50^\circ"), (r"\angle P=50^\circ", r"P=50^\circ"),
@@ -58,6 +64,11 @@ WRONG = {
         ("p=2,q=7", "(q,p)=(2,7)"), ("p=2,q=7", "(a,b)=(2,7)"), ("r=1,s=2,t=3", "(t,s,r)=(1,2,3)"), ("(1,6),(2,5)", "y=1,x=6;y=2,x=5"), ("(5,6)", "x_2=5,x_1=6"),
         ("z=3,8", "z=3,w=8"), (r"\text{median}=3,\text{mode}=4", r"\text{median}=3,\text{range}=4"), ("PQ=1,RS=2", "PQ=1,QR=2"), ("PQ=1,RS=2", "TU=1,VW=2"),
         (r"\text{red}=3,\text{blue}=4", r"\text{blue}=3,\text{green}=4"), ("(1,2),(3,4)", "(y,x)=(1,2),(y,x)=(3,4)"),
+    ],
+    "and, or": [
+        (r"a\land b", r"a\lor b"), (r"\neg q\land r", r"\neg q\lor r"), (r"x\ge 1\text{ and }y\ge 2", r"x\ge 1\text{ or }y\ge 2"), (r"u=2\text{ or }v=3", "u=2,v=3"),
+        (r"u=2\text{ or }v=3", "(2,3)"), ("u=2,v=3", r"u=2\text{ or }v=3"), ("(2,3)", r"x=2\text{ or }y=3"), (r"(1,3)\cup(5,8)", r"1<x<3\text{ and }5<x<8"),
+        ("(1,8)", r"1<x<3\text{ and }2<x<8"), (r"(1,\infty)", r"x>1\text{ and }x>2"),
     ],
     "other names": [
         ("AB=7", "AC=7"), ("AB=7", r"\angle B=7"), ("AB=7", "B=7"), (r"\angle PQR=50^\circ", r"\angle QPR=50^\circ"), (r"\angle PQR=50^\circ", r"\angle P=50^\circ"),

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_t1.reward.answers.compare_trees import decimal_value, is_open, same_relation, solves
+from megatron_t1.reward.answers.joints import joints_clash
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -166,6 +167,8 @@ class Comparison(Leaves):
         g_region, a_region = _region(gold), _region(answer)
         if g_region and a_region:
             return self.in_any_order(self.merged(g_region), self.merged(a_region))
+        if joints_clash(gold, answer):
+            return False
         if isinstance(gold, List) and isinstance(answer, List):
             return self.labelled_equal(gold.items, answer.items)
         g_items, a_items = members_in_order(gold, answer)

@@ -82,7 +82,7 @@ def words(s: str) -> str:
     """Plain words of a text answer, for comparison, and the signs among them: C++, Cl^-."""
     s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
     s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
-    s = _CHARGE.sub(" ", _HYPHEN.sub(" ", s.replace("¬", "\\neg ")))
+    s = _CHARGE.sub(" ", _HYPHEN.sub(" ", s))
     s = _SIGNS.sub(r" \1 ", s)
     s = re.sub(r"^\s*(?:it|this|that|the [a-z]+(?: [a-z]+)?) (?:is|are|was|will be) |条件\s*$", "", s)
     telling = [w for w in s.split() if w not in _STOP_WORDS]
