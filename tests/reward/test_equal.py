@@ -138,3 +138,20 @@ def test_a_formula_of_the_question_is_no_answer(gold: str, copy: str) -> None:
     assert verify(gold, rf"\boxed{{{copy}}}", question=question).outcome == "wrong"
     assert verify(gold, rf"\boxed{{{gold}}}", question=question).outcome == "correct"
     assert verify(gold, rf"\boxed{{{copy} = {gold}}}", question=question).outcome == "correct"
+
+
+@pytest.mark.parametrize(
+    ("question", "gold", "copies", "solutions"),
+    [
+        ("Write $3x-y=2$ in slope-intercept form.", "y=3x-2", ("3x-y=2", "2=3x-y"), ("y=-2+3x", "3x-2")),
+        ("Write 3x - y = 2 in slope-intercept form.", "y=3x-2", ("3x-y=2",), ("y=-2+3x", "3x-2", "3x-2=y")),
+        ("Solve $-4x>8$.", "x<-2", ("-4x>8", "8<-4x"), ("-2>x", r"(-\infty,-2)")),
+        (r"Solve $3x\ge 12$.", r"x\ge 4", (r"12\le 3x",), (r"4\le x", r"[4,\infty)")),
+        ("Solve $5t-1=19$.", "t=4", ("5t-1=19", "19=5t-1", "5t-1-19=0", "5t=20"), ("4", "4=t", "t-4=0")),
+    ],
+)  # fmt: skip
+def test_the_question_is_no_solution_of_it(
+    question: str, gold: str, copies: tuple[str, ...], solutions: tuple[str, ...]
+) -> None:
+    assert [a for a in copies if verify(gold, rf"\boxed{{{a}}}", question=question).outcome == "correct"] == []
+    assert [a for a in solutions if verify(gold, rf"\boxed{{{a}}}", question=question).outcome != "correct"] == []

@@ -119,6 +119,15 @@ def test_nothing_is_imported_after_the_warm_up() -> None:
     subprocess.run([sys.executable, "-c", code], input=lines, text=True, check=True, cwd=Path(__file__).parents[2])
 
 
+def test_a_product_of_many_matrices_is_not_written_out() -> None:
+    """Each factor doubles what the cells are: 30 of them took gigabytes."""
+    matrices = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"
+    used_s = time.process_time()
+    assert verify("5", rf"\boxed{{{matrices * 60}}}").outcome == "wrong"
+    assert time.process_time() - used_s < 0.3
+    assert verify(r"\begin{pmatrix}37&54\\81&118\end{pmatrix}", rf"\boxed{{{matrices * 3}}}").outcome == "correct"
+
+
 def test_an_endless_number_costs_no_more_than_other_text() -> None:
     """16,000 digits after "The answer is" once took seconds: a wrong timeout is a wrong reward."""
     used_s = time.process_time()

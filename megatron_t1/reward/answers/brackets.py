@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 
+from megatron_t1.reward.answers.normalize import GREEK
+
 JOINT = re.compile(r"^\s*\\(?:land|lor)(?![a-zA-Z])\s*")
 """What `normalize` leaves, after a comma, of an "and" or an "or"."""
 _OPEN, _CLOSE = "([{", ")]}"
@@ -90,6 +92,26 @@ def set_items(s: str) -> list[str] | None:
     return list_items(m[1])
 
 
+def in_alphabet(names: list[str]) -> list[int]:
+    """The order in which values of such names make a tuple: letters that follow each other (x, y; x_1, x_2) by the
+    alphabet, others (n, a; r, theta) as they are written."""
+    places = [_place(name.strip()) for name in names]
+    alphabets = {place[0] for place in places}
+    numbers = sorted(place[1] for place in places)
+    in_a_row = len(alphabets) == 1 and numbers == list(range(numbers[0], numbers[0] + len(names)))
+    return sorted(range(len(names)), key=lambda i: places[i][1] if in_a_row else i)
+
+
+def _place(name: str) -> tuple[str, int]:
+    """(alphabet, place) of a letter; x_1, x_2 are an alphabet of their own, and so is every other name."""
+    m = re.fullmatch(r"\\?([A-Za-z]+)(?:_\{?(\d{1,3})\}?)?", name)
+    if m and m[2]:
+        return m[1], int(m[2])
+    if m and m[1] in GREEK:
+        return "greek", GREEK.index(m[1])
+    return ("", ord(name)) if len(name) == 1 else (f"{name} ", 0)
+
+
 def list_items(s: str) -> list[str]:
     r"""Items of a list: split at commas, \pm written out, `p=5,q=2;p=7,q=2` grouped to pairs."""
     items: list[str] = []
@@ -104,6 +126,6 @@ def list_items(s: str) -> list[str]:
     names = [name.strip() for name, _ in pairs]
     width = len(set(names))
     if len(pairs) == len(items) > width > 1 and names == names[:width] * (len(items) // width):
-        values = [value.strip() for _, value in pairs]
-        items = [f"({', '.join(values[i : i + width])})" for i in range(0, len(values), width)]
+        values, order = [value.strip() for _, value in pairs], in_alphabet(names[:width])
+        items = [f"({', '.join(values[i + j] for j in order)})" for i in range(0, len(values), width)]
     return items

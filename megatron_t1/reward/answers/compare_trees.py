@@ -29,7 +29,7 @@ import mpmath
 import sympy
 from sympy.core.function import AppliedUndef
 
-from megatron_t1.reward.answers.evaluate import COMPUTED, Meter, Values, evaluate, magnitude
+from megatron_t1.reward.answers.evaluate import COMPUTED, SALT, Meter, Values, evaluate, magnitude
 from megatron_t1.reward.answers.relations import MIRRORED
 from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.trees import Binder
@@ -64,10 +64,20 @@ def _in_pieces(node: Any) -> bool:
     return type(node).__name__ in _IN_PIECES or bool(node.is_Pow and not node.exp.is_Integer and node.base.free_symbols)
 
 
-def is_open(tree: Any) -> bool:
-    """Whether an expression says no value by itself: two variables or more, a function of its own, a limit."""
+def is_open(tree: Any, meter: Meter) -> bool:
+    """Whether an expression says no value by itself: two variables or more, a function of its own, a limit. One that
+    has the same value whatever these are says it: xy - xy + 6, a finite sum.
+
+    Raises:
+        UndecidableError: see `same_value`.
+    """
     functions = {type(node).__name__ for node in tree.atoms(AppliedUndef)} - COMPUTED
-    return len(tree.free_symbols) > 1 or bool(functions) or tree.has(Binder)
+    if not (len(tree.free_symbols) > 1 or functions or tree.has(Binder)):
+        return False
+    points = (_points([tree], False)[0] * 2)[:4]
+    with mpmath.workdps(LOW_DIGITS):
+        found = [evaluate(tree, {**values, SALT: str(i)}, meter) for i, values in enumerate(points)]
+        return not all(_close(value, found[0]) for value in found[1:])
 
 
 def _points(trees: list[Any], has_imaginary_unit: bool) -> tuple[list[Values], int]:
@@ -131,8 +141,9 @@ def _renamed(a: Any, b: Any) -> Iterator[Any]:
     if any(numbered):  # C_1 and C_2, A and B
         lettered = [[s for s in own if s.name in ("A", "B", "C", "D")] for own in (only_a, only_b)]
         only_a, only_b = (own or others for own, others in zip(numbered, lettered, strict=True))
-    angles = sympy.pi in a.atoms() and {s.name for s in (*only_a, *only_b)} <= _INTEGER_NAMES and len(only_a) == 1
-    added = all(s.name in ("C", "c", "K") and s in x.args for x, own in ((a, only_a), (b, only_b)) for s in own)
+    angles = {s.name for s in (*only_a, *only_b)} <= _INTEGER_NAMES and len(only_a) == 1 and _counts_turns(a, only_a[0])
+    added = all(s.name in _CONSTANTS and s in x.args for x, own in ((a, only_a), (b, only_b)) for s in own)
+    added &= all(s.name != "c" for s in only_a) or bool(_VARIABLES & {s.name for s in a.free_symbols})
     if len(only_a) != len(only_b) or len(only_a) > MAX_PARAMETERS or not (any(numbered) or angles or added):
         yield b
         return
@@ -140,6 +151,21 @@ def _renamed(a: Any, b: Any) -> Iterator[Any]:
         yield b.xreplace(dict(zip(only_b, order, strict=True)))
 
 
+def _counts_turns(tree: Any, letter: Any) -> bool:
+    r"""Whether a letter numbers angles, as in \frac{\pi}{4} + k\pi: what is squared or divided by is no number of them,
+    but for an angle as a whole."""
+    nodes = [node for node in sympy.preorder_traversal(tree) if letter in node.free_symbols]
+    for node in nodes:
+        if node.is_Pow and letter in node.base.free_symbols and sympy.pi not in node.base.atoms():
+            return False
+        if node.is_Mul and sum(letter in factor.free_symbols for factor in node.args) > 1:
+            return False
+    return sympy.pi in tree.atoms()
+
+
+_CONSTANTS = ("C", "c", "K")
+_VARIABLES = set("rstuvwxyz") | {"theta"}
+"""Of functions: without one of them, c is no constant of integration."""
 _NUMBERED = re.compile(r"[Cc]_\{?\d+\}?")
 
 
@@ -213,34 +239,46 @@ def _same_sides(gold: Sides, answer: Sides, meter: Meter) -> bool:
 
 
 def same_relation(gold: Sides, gold_operator: str, answer: Sides, answer_operator: str, meter: Meter) -> bool:
-    """Whether `L op R` and `L' op' R'` say the same: L - R is a constant multiple of L' - R', of the right sign.
+    """Whether `L op R` and `L' op' R'` say the same: L - R is a constant multiple of L' - R', of the right sign, at as
+    many points as two expressions need, where the gold is real as there.
 
     Raises:
         UndecidableError: see `same_value`.
     """
     trees = [*gold, *answer]
-    points = _points(trees, _uses_i_as_unit(trees))[0][:4]
+    points, enough = _points(trees, _uses_i_as_unit(trees))
+    points = points[: max(enough, 4)]
     if not points[0]:
         return gold_operator == answer_operator and _same_sides(gold, answer, meter)
     if gold[0].free_symbols | gold[1].free_symbols != answer[0].free_symbols | answer[1].free_symbols:
         return False
-    ratios, differences = [], []
+    reals, others = list[Sides](), list[Sides]()
     with mpmath.workdps(LOW_DIGITS):
         for values in points:
-            values_of_sides = [evaluate(tree, values, meter) for tree in trees]
-            g, a = values_of_sides[0] - values_of_sides[1], values_of_sides[2] - values_of_sides[3]
-            differences.append(g)
-            if abs(g) < 1e-30 or abs(a) < 1e-30:
-                return False
-            ratios.append(a / g)
+            meter.left_the_reals = False
+            g = _difference(gold, values, meter)
+            found = others if meter.left_the_reals else reals
+            found.append((g, _difference(answer, values, meter)))
+        differences = [(abs(g) < 1e-30, abs(a) < 1e-30, g, a) for g, a in reals or others]
+        if any(g_is_0 != a_is_0 for g_is_0, a_is_0, _, _ in differences):
+            return False
+        ratios = [a / g for is_0, _, g, a in differences if not is_0]
         if len(ratios) < 2 or not all(_close(r, ratios[0]) for r in ratios[1:]):
             return False
         for name in points[0]:  # one that cancels, as x in "cos^2 x = 1 - sin^2 x + C", is compared with its side
             moved = {**points[0], name: points[1].get(name, 0)}
-            if _close(evaluate(gold[0], moved, meter) - evaluate(gold[1], moved, meter), differences[0]):
+            if _close(_difference(gold, moved, meter), _difference(gold, points[0], meter)):
                 return _same_sides(gold, answer, meter)
         positive = mpmath.re(ratios[0]) > 0
     return answer_operator == (gold_operator if positive else MIRRORED.get(gold_operator, gold_operator))
+
+
+def _difference(sides: Sides, values: Values, meter: Meter) -> Any:
+    return evaluate(sides[0], values, meter) - evaluate(sides[1], values, meter)
+
+
+_MORE_POINTS = (mpmath.mpf(3), mpmath.mpf(-2), mpmath.mpf(17) / 8)
+"""Where a line through its values at 0 and 1 must go on."""
 
 
 def solves(sides: Sides, name: str, solution: Any, meter: Meter) -> bool:
@@ -256,16 +294,19 @@ def solves(sides: Sides, name: str, solution: Any, meter: Meter) -> bool:
     if len(unknown) != 1 or not unknown <= names:
         return False
     variable = unknown.pop()
+    nodes = (node for side in sides for node in sympy.preorder_traversal(side) if _in_pieces(node))
+    if any(variable in {s.name for s in node.free_symbols} for node in nodes):  # |x| = 5
+        return False
     with mpmath.workdps(LOW_DIGITS):
         for values in _points([*sides, solution], False)[0][:4]:
 
             def residual(x: Any, values: Values = values) -> Any:
-                at = {**values, variable: x}
-                return evaluate(sides[0], at, meter) - evaluate(sides[1], at, meter)
+                return _difference(sides, {**values, variable: x}, meter)
 
-            at_0, at_1, at_3 = residual(mpmath.mpf(0)), residual(mpmath.mpf(1)), residual(mpmath.mpf(3))
-            slope = at_1 - at_0
-            if abs(slope) < 1e-30 or abs(at_3 - at_0 - 3 * slope) > 1e-30 * abs(slope):
+            at_0 = residual(mpmath.mpf(0))
+            slope = residual(mpmath.mpf(1)) - at_0
+            on_a_line = (abs(residual(x) - at_0 - x * slope) <= 1e-30 * abs(slope) for x in _MORE_POINTS)
+            if abs(slope) < 1e-30 or not all(on_a_line):
                 return False
             if abs(residual(evaluate(solution, values, meter))) > 1e-30 * (1 + abs(slope)):
                 return False

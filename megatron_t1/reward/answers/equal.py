@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_t1.reward.answers.compare_trees import decimal_value, is_open, same_relation, solves
+from megatron_t1.reward.answers.joints import joints_clash
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -23,7 +24,6 @@ from megatron_t1.reward.answers.kinds import (
     List,
     Matrix,
     Number,
-    Quantity,
     Ratio,
     Region,
     Relation,
@@ -31,11 +31,19 @@ from megatron_t1.reward.answers.kinds import (
     Tuple,
     Words,
 )
+from megatron_t1.reward.answers.names import (
+    labels,
+    members_in_order,
+    names,
+    names_clash,
+    sorted_by_name,
+    unlabelled,
+    value_of,
+)
 from megatron_t1.reward.answers.normalize import compact
 from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
-from megatron_t1.reward.answers.quantities import Unit
 from megatron_t1.reward.answers.read import plain
-from megatron_t1.reward.answers.relations import MIRRORED, SYMBOL
+from megatron_t1.reward.answers.relations import MIRRORED
 from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.values import Leaves, same_words
 
@@ -57,6 +65,7 @@ class Comparison(Leaves):
             return True
         if not answer.text:
             return False
+        gold, answer = sorted_by_name(gold), sorted_by_name(answer)
         match gold, answer:
             case Number(), Number():
                 return self.numbers_equal(gold.exact, answer.exact)
@@ -65,11 +74,7 @@ class Comparison(Leaves):
             case _, List(whole=Answer() as whole) if self.surely_equal(gold, whole):
                 return True
             case Ratio(), Ratio() if len(gold.parts) == len(answer.parts):
-                crossed = (
-                    (_product(g, answer.parts[0]), _product(a, gold.parts[0]))
-                    for g, a in zip(gold.parts, answer.parts, strict=True)
-                )
-                return all(itertools.starmap(self.expressions_equal, crossed))
+                return self.proportional(gold.parts, answer.parts)
             case (Ratio(parts=(top, bottom)), _) if not isinstance(answer, Ratio):
                 return self.equal(_quotient(top, bottom), answer)
             case (_, Ratio(parts=(top, bottom))) if not isinstance(gold, Ratio):
@@ -106,7 +111,7 @@ class Comparison(Leaves):
             if bracketed or len(g_region.intervals) != 1 or len(a_region.intervals) != 1:
                 return False
         match gold, answer:
-            case Approximation(), Approximation() if _is_open(gold.exact):
+            case Approximation(), Approximation() if self.is_open(gold.exact):
                 return self.equal(gold.exact, answer.exact) and self.in_order(gold.rounded, answer.rounded)
             case Approximation(), _:
                 if self.equal(gold.exact, answer):
@@ -143,6 +148,14 @@ class Comparison(Leaves):
         except UndecidableError:  # this pair is no match; another one may be
             return False
 
+    def proportional(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
+        """Each crossed with the first that is not 0 in the gold: it may be 0 in the answer neither, or all would be."""
+        bases = next((p for p in zip(gold, answer, strict=True) if not self.expressions_equal(p[0], _ZERO)), None)
+        if bases is None or self.expressions_equal(bases[1], _ZERO):
+            return False
+        crossed = ((_product(g, bases[1]), _product(a, bases[0])) for g, a in zip(gold, answer, strict=True))
+        return all(itertools.starmap(self.expressions_equal, crossed))
+
     def in_order(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         return len(gold) == len(answer) > 0 and all(map(self.equal, gold, answer))
 
@@ -154,10 +167,12 @@ class Comparison(Leaves):
         g_region, a_region = _region(gold), _region(answer)
         if g_region and a_region:
             return self.in_any_order(self.merged(g_region), self.merged(a_region))
+        if joints_clash(gold, answer):
+            return False
         if isinstance(gold, List) and isinstance(answer, List):
             return self.labelled_equal(gold.items, answer.items)
-        g_items, a_items = (_members(each) for each in (gold, answer))
-        match _value(gold), _value(answer):
+        g_items, a_items = members_in_order(gold, answer)
+        match value_of(gold), value_of(answer):
             case (Tuple(opening="[", items=(_, _, _, *_)), _) | (_, Tuple(opening="[", items=(_, _, _, *_))):
                 return self.in_order(g_items, a_items)
             case (Matrix(), _) | (_, Matrix()):
@@ -171,21 +186,23 @@ class Comparison(Leaves):
 
     def labelled_equal(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         """Items in any order, each with its own name or noun; where only the gold names them, in its order."""
-        g_labels, a_labels = _labels(gold), _labels(answer)
-        g_names, a_names = _names(gold), _names(answer)
+        g_labels, a_labels = labels(gold), labels(answer)
+        g_names, a_names = names(gold), names(answer)
         if len(a_names) == 1 and {name.split("_")[0] for name in g_names} == a_names:  # x_1 = 1, x_2 = 3 as x = 1, 3
-            gold, answer = [[_unlabelled(item) for item in items] for items in (gold, answer)]
+            gold, answer = [[unlabelled(item) for item in items] for items in (gold, answer)]
+        g_named, a_named = ([x for x in xs if isinstance(x, Relation) and x.value] for xs in (gold, answer))
+        if len(g_names) == 1 and any(names_clash(g_named[0], item) for item in a_named):  # x = 1, 2
+            return False
         if len(gold) == len(_once(gold)):
             answer = _once(answer)
         if len(gold) != len(answer):
             return False
         if g_labels and not a_labels:
-            return self.in_order([_unlabelled(item) for item in gold], [_unlabelled(item) for item in answer])
+            return self.in_order([unlabelled(item) for item in gold], [unlabelled(item) for item in answer])
         if g_labels and a_labels:
-            if sorted(g_labels) != sorted(a_labels):
-                return self.in_order(gold, answer)
             by_label = dict(zip(a_labels, answer, strict=True))
-            return all(self.equal(item, by_label[label]) for label, item in zip(g_labels, gold, strict=True))
+            others = iter([item for label, item in by_label.items() if label not in g_labels])
+            return self.in_order(gold, [by_label[label] if label in by_label else next(others) for label in g_labels])
         return self.in_any_order(gold, answer)
 
     def merged(self, region: Region) -> Sequence[Answer]:
@@ -226,7 +243,7 @@ class Comparison(Leaves):
             case Relation(value=Answer() as g_value), Relation(value=Answer() as a_value):
                 if "(" in gold.name and "(" in answer.name:  # f(t) and f(x)
                     g_value, a_value = gold.value_of_x or g_value, answer.value_of_x or a_value
-                return not _names_clash(gold, answer) and self.equal(g_value, a_value)
+                return not names_clash(gold, answer) and self.equal(g_value, a_value)
             case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
                 return self.equal(g_value, answer)
             case Relation(sides=(*_, g_value)), _ if not isinstance(answer, Relation) and _is_computed(gold):
@@ -238,7 +255,7 @@ class Comparison(Leaves):
             case Relation(operators=("=",)), Relation(value=Answer() as a_value):
                 return self.solves(gold, answer.name, a_value)
             case Relation(value=Answer() as g_value), Relation(operators=("=",)):
-                return self.solves(answer, gold.name, g_value)
+                return _says_solution(answer, g_value) and self.solves(answer, gold.name, g_value)
             case Relation(operators=("=",)), _ if not isinstance(answer, Relation):
                 return self.solves(gold, "", answer)
             case Relation(operators=(_,)), Relation(operators=(_,)):
@@ -262,9 +279,16 @@ class Comparison(Leaves):
         """An equation where a value was asked: all its sides must be that value, or leave it open."""
         if not set(answer.operators) <= {"=", "\\approx"} or not self.equal(gold, answer.sides[-1]):
             return False
-        return all(self.equal(gold, side) or (gold.key != "0" and _is_open(side)) for side in answer.sides[:-1])
+        return all(self.equal(gold, side) or (gold.key != "0" and self.is_open(side)) for side in answer.sides[:-1])
+
+    def is_open(self, side: Answer) -> bool:
+        try:
+            return is_open(side.tree, self.meter)
+        except UndecidableError:
+            return False
 
 
+_ZERO = plain("0")
 _OPEN = {"\\le": "<", "\\ge": ">"}
 
 
@@ -280,27 +304,6 @@ def _quotient(top: Answer, bottom: Answer) -> Answer:
     return plain(f"\\frac{{{top.text}}}{{{bottom.text}}}")
 
 
-def _labels(items: Sequence[Answer]) -> list[str]:
-    """Names or nouns of items, when each has another one; x_1 and x_2 are one name for two values."""
-    labels = []
-    for item in items:
-        match item:
-            case Relation(name=name, value=Answer()):
-                label = re.sub(r"\\(?:text|(?=m[ai][xn]))|[{}]", "", compact(name)).split("_")[0]
-                labels.append(label.casefold().removesuffix("imum") if len(label) > 2 else label)
-            case Quantity(unit=Unit(kind=(), noun=noun)):
-                labels.append(noun)
-    return labels if len(set(labels)) == len(items) > 1 else []
-
-
-def _names(items: Sequence[Answer]) -> set[str]:
-    return {compact(item.name) for item in items if isinstance(item, Relation) and item.value}
-
-
-def _unlabelled(item: Answer) -> Answer:
-    return item.value if isinstance(item, (Relation, Quantity)) and item.value else item
-
-
 _AROUND_POINTS = re.compile(r"\\(?:frac|angle|triangle|cdot|text|overline|sin|cos|tan|times)|[{}\s/|:\[\]]")
 
 
@@ -314,6 +317,16 @@ def _is_computed(gold: Relation) -> bool:
         return not any(side.tree.free_symbols for side in gold.sides)
     except UndecidableError:
         return False
+
+
+def _says_solution(equation: Relation, solution: Answer) -> bool:
+    """Whether an equation is as good as its solution: that of a line, or x - 5 = 0. 2x = 10 is still to be solved."""
+    if solution.tree.free_symbols:
+        return True
+    left, right = (side.tree for side in equation.sides)
+    terms = left.args if right == 0 and left.is_Add else right.args if left == 0 and right.is_Add else ()
+    alone = (term.args[1] if term.is_Mul and term.args[0] == -1 and len(term.args) == 2 else term for term in terms)
+    return len(terms) == 2 and any(term.is_Symbol for term in alone)
 
 
 _UNIT_VECTORS = "ijk"
@@ -352,35 +365,3 @@ def _rows(answer: Answer) -> Sequence[Sequence[Answer]]:
 
 def _is_relation(*answers: Answer) -> bool:
     return any(isinstance(answer, Relation) for answer in answers)
-
-
-def _value(answer: Answer) -> Answer:
-    """What a name stands for, or the answer itself."""
-    return answer.value if isinstance(answer, Relation) and answer.value else answer
-
-
-def _members(answer: Answer) -> Sequence[Answer]:
-    match _value(answer):
-        case List(items=items) | Set(items=items) | Tuple(items=items):
-            return items
-        case Matrix(rows=rows) if all(len(row) == 1 for row in rows):
-            return [row[0] for row in rows]
-    return [answer]
-
-
-def _names_clash(gold: Relation, answer: Relation) -> bool:
-    """Two plain variables with different names. Functions may name themselves and their argument as they like, but not
-    an argument that their value leaves open, as in P(A) = p."""
-    g, a = compact(gold.name), compact(answer.name)
-    if g == a or all(re.fullmatch(SYMBOL, name) for name in (g, a)):
-        return g != a and not (g == a.split("_")[0] and a.rstrip("}")[-1].isdecimal())  # x for x_1
-    arguments = [name.partition("(")[2].rstrip(")") for name in (g, a)]
-    is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
-    return is_open and not all(argument in "nstuxyz" for argument in arguments)
-
-
-def _is_open(side: Answer) -> bool:
-    try:
-        return is_open(side.tree)
-    except UndecidableError:
-        return False

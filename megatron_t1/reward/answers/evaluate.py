@@ -42,6 +42,8 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+SALT = "\\salt"
+"""Among the values: what is made up differs with it."""
 COMPUTED = {"bmod", "gcd", "lcm"}
 """Functions without a SymPy class that have a value."""
 
@@ -168,7 +170,7 @@ def _made_up(key: str) -> Any:
 
 
 def _made_up_value(name: str, args: list[Any], values: Values) -> Any:
-    key = name + "|" + "|".join(mpmath.nstr(a, 20) for a in args)
+    key = values.get(SALT, "") + name + "|" + "|".join(mpmath.nstr(a, 20) for a in args)
     return values.setdefault(key, _made_up(key))
 
 

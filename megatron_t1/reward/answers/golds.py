@@ -71,7 +71,7 @@ def check_readable(answer: Answer) -> None:
         case Literal() if answer.problem:
             raise UndecidableError(f"{answer.text[:60]!r} is {answer.problem}")
         case Words() | Literal() | Expression() if isinstance(answer, Words) or _WORD.search(answer.text):
-            if len(words(answer.text).split()) > MAX_TEXT_WORDS:
+            if sum(word[-1].isalnum() for word in words(answer.text).split()) > MAX_TEXT_WORDS:
                 raise UndecidableError(f"a sentence: {answer.text[:60]!r}")
         case Expression() if answer.text.strip("+- ") not in _NAMED_VALUES:
             _ = answer.tree

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 MAX_CELLS = 64
+MAX_CELL_CHARS = 2000
+"""Of a cell written out: every factor of a product makes it longer by as much as it has rows."""
 _Cells = list[list[str]]
 _MATRIX = re.compile(
     r"\[?\s*\\begin\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?((?:(?!\\begin).)*?)\\end\{[a-zA-Z]+\}\s*\]?",
@@ -43,7 +45,7 @@ def matrix_cells(s: str) -> _Cells | None:
             if product is not None and (before[0] not in "+-" or (total := _sum(total, product)) is None):
                 return None
             product = [[_times(before, cell) for cell in row] for row in cells]
-        if product is None:
+        if product is None or max(len(cell) for row in product for cell in row) > MAX_CELL_CHARS:
             return None
     return None if product is None or s[start:].strip() else _sum(total, product)
 

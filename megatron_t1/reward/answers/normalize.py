@@ -24,6 +24,7 @@ _UNICODE = {
     "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "∂": r"\partial ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
     "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "″": "''", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
     "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "✓": " ", "✔": " ", "✅": " ", "∶": ":", "⁄": "/",
+    "∧": r"\land ", "∨": r"\lor ", "¬": r"\neg ",
 }  # fmt: skip
 """Characters that their compatible form (NFKC) does not spell as LaTeX does."""
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
@@ -38,7 +39,7 @@ _COMMANDS = {
     "degree": "^\\circ", "textdegree": "^\\circ", "dots": "\\ldots", "cdots": "\\ldots", "dotsm": "\\ldots",
     "dotsb": "\\ldots", "varepsilon": "\\epsilon", "varphi": "\\phi", "colon": ":", "langle": "(", "rangle": ")",
     "mod": "\\bmod", "arcctg": "\\arccot", "tg": "\\tan", "ctg": "\\cot", "mid": "|", "cupdot": "\\cup",
-    "sqcup": "\\cup", "bar": "\\overline", "imath": "i", "jmath": "j", "checkmark": "",
+    "sqcup": "\\cup", "bar": "\\overline", "imath": "i", "jmath": "j", "checkmark": "", "lnot": "\\neg",
 }  # fmt: skip
 _PHRASES = {
     r"(?:all )?real(?: number)?s|\\mathbb\s*\{?r\}?": r"(-\infty,\infty)",

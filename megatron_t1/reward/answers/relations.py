@@ -83,7 +83,8 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
         return None
     region = _joined(found, named) if found or not named else ([*_LINE], named)
     if region and len(found) > 1 and "\\lor" not in s:
-        region = _intersection(region[0], "\\land" in s), region[1]
+        common = _intersection(region[0], "\\land" in s)
+        region = (common, region[1]) if common else None
     return _without(region, excluded) if excluded else region
 
 
@@ -149,15 +150,29 @@ def whole_numbers(s: str) -> list[str] | None:
     ]
 
 
-def _intersection(bounds: list[_Bounds], certainly: bool) -> list[_Bounds]:
-    r"""Of "x > 1 and x < 4", one interval; "x > 1, x < 4" is one too, and "x < 1, x > 4" are two."""
+def _intersection(bounds: list[_Bounds], certainly: bool) -> list[_Bounds] | None:
+    r"""Of "x > 1 and x < 4", one interval; "x > 1, x < 4" is one too, and "x < 1, x > 4" are two. None when it is said
+    of intervals that have nothing in common."""
     rays = sorted(bounds, key=lambda ends: ends[0] == "-\\infty")
     if len(rays) != 2 or rays[0][2] != "\\infty" or rays[1][0] != "-\\infty":
-        return bounds
+        return _common(bounds) if certainly else bounds
     low, high = exact_number(rays[0][0]), exact_number(rays[1][2])
     if not certainly and (low is None or high is None or low.value > high.value):
         return bounds
     return [(rays[0][0], rays[0][1], rays[1][2], rays[1][3])]
+
+
+def _common(bounds: list[_Bounds]) -> list[_Bounds] | None:
+    """What all of them have in common; None when that is nothing, or unclear."""
+    placed = [(_position(low), not low_in, _position(high), high_in) for low, low_in, high, high_in in bounds]
+    if any(None in place for place in placed):
+        return None
+    first = max(range(len(bounds)), key=lambda i: placed[i][:2])
+    last = min(range(len(bounds)), key=lambda i: placed[i][2:])
+    closed = bounds[first][1] and bounds[last][3]
+    if placed[first][0] > placed[last][2] or (placed[first][0] == placed[last][2] and not closed):
+        return None
+    return [(*bounds[first][:2], *bounds[last][2:])]
 
 
 def _bounds_of_interval(s: str) -> tuple[list[_Bounds], str] | None:

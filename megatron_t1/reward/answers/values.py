@@ -55,7 +55,7 @@ class Leaves:
             case (Literal(), _) | (_, Literal()):
                 return False
             case (Words(), _) | (_, Words()):
-                return same_words(gold, answer)
+                return same_words(gold, answer) or self.spelled_equal(gold, answer)
         match gold, answer:
             case Clock(), Clock():
                 halves = {gold.half, answer.half} - {""}
@@ -75,6 +75,15 @@ class Leaves:
         if g_unit.kind != a_unit.kind or g_unit.factor == a_unit.factor:
             return self.values_equal(g_value, a_value)
         return self.values_equal(g_value, _scaled(a_value, a_unit.factor / g_unit.factor))
+
+    def spelled_equal(self, gold: Answer, answer: Answer) -> bool:
+        r"""Mathematics that one side has in \text{...}: its letters stand alone, or they would be words."""
+        if isinstance(gold, Words) == isinstance(answer, Words):
+            return False
+        texts = [_untexted(each.text) for each in (gold, answer)]
+        in_words = texts[isinstance(answer, Words)]
+        mathematics = not re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2}", in_words) and re.search(r"[-+/^!|\d]", in_words)
+        return bool(mathematics) and self.leaves_equal(*map(plain, texts))
 
     def percents_equal(self, gold: Answer, answer: Answer) -> bool:
         (gold, gold_unit), (answer, answer_unit) = _value_and_unit(gold), _value_and_unit(answer)
@@ -152,15 +161,16 @@ def same_words(gold: Answer, answer: Answer) -> bool:
     (g_parts, g_or), (a_parts, a_or) = _joined_words(gold), _joined_words(answer)
     if len(g_parts) == 1 < len(a_parts) and not a_or and all(len(part) == 1 for part in a_parts):
         return gold.text.isupper() and g_parts == ["".join(a_parts)]  # A, C, D for ACD
-    if g_parts != a_parts or (len(g_parts) > 1 and g_or != a_or) or not any(g_parts):
-        return False
-    return gold.text.startswith("-") == answer.text.startswith("-")
+    return g_parts == a_parts and (len(g_parts) == 1 or g_or == a_or) and any(g_parts)
 
 
 def _joined_words(answer: Answer) -> tuple[list[str], bool]:
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", answer.text)
-    parts = [words(part) for part in re.split(r"[,;]", text)]
+    parts = [words(part) for part in re.split(r"[,;]", _untexted(answer.text))]
     return sorted(NUMBER_WORDS.get(part, part) for part in parts if part), "\\lor" in answer.text
+
+
+def _untexted(text: str) -> str:
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
 
 
 def _value_and_unit(answer: Answer) -> tuple[Answer, Unit]:

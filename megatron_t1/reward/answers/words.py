@@ -69,16 +69,24 @@ def in_digits(s: str) -> str:
 
 
 _JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
+_HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})|(?<=[^\W\d_]{2})-(?=[^\W\d_])")
+"""Between the parts of a word: twenty-one, x-axis; no x - y, no Cl^-."""
+_CHARGE = re.compile(r"\^\s*\{?(?=\d*[-+](?!\s*\d))")
+"""Na^+ is Na+."""
+_SIGNS = re.compile(r"(\\[a-z]+|[-+<>=/|#^]|(?<![a-z]{2})!|(?<![a-z]{3}):)|[^\w\s]")
+"""Those that say something, as commands do; and what only divides: "Yes!", "Answer: 5", but no n! and no a:b."""
 _STOP_WORDS = {"the", "a", "an", "is", "are"}
 
 
 def words(s: str) -> str:
-    """Plain words of a text answer, for comparison."""
+    """Plain words of a text answer, for comparison, and the signs among them: C++, Cl^-."""
     s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
     s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
-    s = re.sub(r"[^\w\s]", " ", s)
+    s = _CHARGE.sub(" ", _HYPHEN.sub(" ", s))
+    s = _SIGNS.sub(r" \1 ", s)
     s = re.sub(r"^\s*(?:it|this|that|the [a-z]+(?: [a-z]+)?) (?:is|are|was|will be) |条件\s*$", "", s)
-    return " ".join(w for w in s.split() if w not in _STOP_WORDS) or s.strip()
+    telling = [w for w in s.split() if w not in _STOP_WORDS]
+    return " ".join(telling if any(len(w) > 2 and w.isalpha() for w in telling) else s.split())
 
 
 def is_text(s: str) -> bool:
@@ -87,7 +95,7 @@ def is_text(s: str) -> bool:
     if s.casefold() in _SHORT_WORDS or s.casefold().replace("-", " ") in NUMBER_WORDS:
         return True
     outside = re.sub(r"\\text\{[^{}]*\}", "", s)
-    if (outside != s and not re.search(r"[A-Za-z0-9\\]", outside)) or re.fullmatch(CJK, s):
+    if (outside != s and not re.search(r"[A-Za-z0-9\\<>=]", outside)) or re.fullmatch(CJK, s):
         return True
     return bool(re.fullmatch(r"[A-Z]{2,}|(?:[A-Za-z]{2,}[ ,.\-]+)*(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})", s.strip("() ")))
 

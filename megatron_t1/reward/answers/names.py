@@ -1,0 +1,166 @@
+r"""Names of values: which two cannot be meant for one value, and the order in which named values make a tuple."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_t1.reward.answers.brackets import in_alphabet
+from megatron_t1.reward.answers.kinds import Answer, List, Matrix, Quantity, Relation, Set, Tuple
+from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.quantities import Unit
+from megatron_t1.reward.answers.relations import SYMBOL, is_name
+
+_FAMILIES = [
+    set(line.split())
+    for line in """mean median mode range variance deviation
+max min
+length width height depth
+area perimeter circumference volume
+radius diameter
+sum product difference quotient remainder
+numerator denominator
+gcd lcm
+domain range""".splitlines()
+]
+"""Words that name different values of one thing; other words may be different names of one value."""
+_FAMILIAR = set[str]().union(*_FAMILIES)
+_ALIASES = {
+    "average": "mean", "var": "variance", "sd": "deviation", "std": "deviation", "maximum": "max", "minimum": "min",
+    "hcf": "gcd", "gcf": "gcd", "breadth": "width",
+}  # fmt: skip
+_POINTS = re.compile(r"(?:\\(angle|triangle|vec|overrightarrow|overline) ?)?[{|]?([A-Z]{1,4})[|}]?")
+
+
+def labels(items: Sequence[Answer]) -> list[str]:
+    """Names or nouns of items, when each has another one; x_1 and x_2 are one name for two values."""
+    found = []
+    for item in items:
+        match item:
+            case Relation(name=name, value=Answer()):
+                label = re.sub(r"\\(?:text|(?=m[ai][xn]))|[{}]", "", compact(name)).split("_")[0]
+                found.append(label.casefold().removesuffix("imum") if len(label) > 2 else label)
+            case Quantity(unit=Unit(kind=(), noun=noun)):
+                found.append(noun)
+    return found if len(set(found)) == len(items) > 1 else []
+
+
+def names(items: Sequence[Answer]) -> set[str]:
+    return {compact(item.name) for item in items if isinstance(item, Relation) and item.value}
+
+
+def unlabelled(item: Answer) -> Answer:
+    return item.value if isinstance(item, (Relation, Quantity)) and item.value else item
+
+
+def value_of(answer: Answer) -> Answer:
+    """What a name stands for, or the answer itself."""
+    return answer.value if isinstance(answer, Relation) and answer.value else answer
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def sorted_by_name(answer: Answer) -> Answer:
+    """(y, x) = (1, 2) as (x, y) = (2, 1); every other answer as it is."""
+    match answer:
+        case Relation(name=name, value=Tuple(items=items) as value) if name.startswith("("):
+            letters = compact(name)[1:-1].split(",")
+            order = in_alphabet(letters)
+            if len(letters) == len(items) and order != sorted(order):
+                items = tuple(items[i] for i in order)
+                value = replace(value, text=f"({', '.join(item.text for item in items)})", items=items, region=None)
+                name = f"({','.join(letters[i] for i in order)})"
+                return replace(answer, text=f"{name}={value.text}", name=name, value=value, value_of_x=value)
+    return answer
+
+
+def members_in_order(gold: Answer, answer: Answer) -> tuple[Sequence[Answer], Sequence[Answer]]:
+    """The parts of a list and of a tuple, each in the order of its names; of the answer none when they name others."""
+    (g_names, g_items), (a_names, a_items) = _named_members(gold), _named_members(answer)
+    if g_names and sorted(g_names) == sorted(a_names):
+        by_name = dict(zip(a_names, a_items, strict=True))
+        return g_items, [by_name[name] for name in g_names]
+    if len(g_names) == len(a_names) and any(map(_symbols_clash, g_names, a_names)):
+        return g_items, []
+    return g_items, a_items
+
+
+def _named_members(answer: Answer) -> tuple[list[str], Sequence[Answer]]:
+    """(names, values) of x = 1, y = 2 and of (x, y) = (1, 2), and ([], parts) of what has no names."""
+    items, own = _members(answer), list[str]()
+    match answer:
+        case List() if len(names(items)) == len(items):
+            own = [compact(item.name) for item in items if isinstance(item, Relation)]
+            items = [value_of(item) for item in items]
+        case Relation(name=name, value=Tuple()) if name.startswith("("):
+            own = compact(name)[1:-1].split(",")
+    if len(own) != len(items):
+        return [], items
+    order = in_alphabet(own)
+    return [own[i] for i in order], [items[i] for i in order]
+
+
+def _members(answer: Answer) -> Sequence[Answer]:
+    match value_of(answer):
+        case List(items=items) | Set(items=items) | Tuple(items=items):
+            return items
+        case Matrix(rows=rows) if all(len(row) == 1 for row in rows):
+            return [row[0] for row in rows]
+    return [answer]
+
+
+# --- two names -------------------------------------------------------------------------------------------------------
+
+
+def names_clash(gold: Relation, answer: Relation) -> bool:
+    """Whether none of the names of the one value (x = y = 5) can be meant for the other. Functions may name themselves
+    and their argument as they like, but not an argument that their value leaves open, as in P(A) = p."""
+    pairs = itertools.product(_all_names(gold), _all_names(answer))
+    if all(_two_clash(g, a) for g, a in pairs):
+        return True
+    arguments = [compact(each.name).partition("(")[2].rstrip(")") for each in (gold, answer)]
+    is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
+    return is_open and not all(argument in "nstuxyz" for argument in arguments)
+
+
+def _all_names(relation: Relation) -> list[str]:
+    """Of x = y = 5, x and y."""
+    own = itertools.takewhile(is_name, (side.text for side in relation.sides[:-1]))
+    return [compact(name) for name in own] or [compact(relation.name)]
+
+
+def _two_clash(gold: str, answer: str) -> bool:
+    if gold == answer:
+        return False
+    if all(re.fullmatch(SYMBOL, name) for name in (gold, answer)):
+        return _symbols_clash(gold, answer)
+    familiar = [_familiar_words(name) for name in (gold, answer)]
+    if all(familiar):
+        return any(all(said & family for said in familiar) and not familiar[0] & familiar[1] for family in _FAMILIES)
+    points = [_POINTS.fullmatch(name) for name in (gold, answer)]
+    if points[0] and points[1]:
+        return not _same_points(points[0], points[1])
+    return gold in re.findall(SYMBOL, answer.partition("(")[2])  # max(x, 1) for x
+
+
+def _symbols_clash(gold: str, answer: str) -> bool:
+    return gold != answer and not (gold == answer.split("_")[0] and answer.rstrip("}")[-1].isdecimal())  # x for x_1
+
+
+def _familiar_words(name: str) -> set[str]:
+    words = (_ALIASES.get(word, word) for word in re.findall(r"[a-z]+", name.partition("(")[0].casefold()))
+    return {word if word in _FAMILIAR else word.removesuffix("s") for word in words} & _FAMILIAR
+
+
+def _same_points(gold: re.Match[str], answer: re.Match[str]) -> bool:
+    """AB for BA, angle ABC for CBA and for angle B, triangle ABC for BCA; a lone letter may stand for a length."""
+    kinds = {gold[1], answer[1]}
+    short, long = sorted((gold[2], answer[2]), key=len)
+    if kinds & {"vec", "overrightarrow"}:
+        return short == long
+    if "angle" in kinds:
+        return short in (long, long[::-1]) or ((len(short), len(long)) == (1, 3) and short == long[1])
+    return short not in long if len(short) == 1 else sorted(short) == sorted(long)
