@@ -86,7 +86,8 @@ class RolloutConfig:
     its own before it asks, and whose comparison before the first step then proves that all of them came by the push.
     `t1 rl` and `t1 run` start theirs so; for `t1 serve` the batch scripts set it."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
-    """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}."""
+    """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}. Not `middleware`,
+    which would take the place of the guard that asks for the servers' key."""
     vllm_env: dict[str, str] = field(default_factory=dict)
     """More environment variables of the servers: {"VLLM_ATTENTION_BACKEND": "..."}."""
 
@@ -114,6 +115,9 @@ class RolloutConfig:
         for name in ("hf-overrides", "hf_overrides"):
             if not isinstance(given := self.vllm_args.get(name, {}), dict):
                 raise FieldError(f"vllm_args.{name}", given, "must be a mapping: it is laid over what is set here")
+        if "middleware" in self.vllm_args:
+            rule = "must be left out: it would take the place of the guard that asks every request for the server's key"
+            raise FieldError("vllm_args.middleware", self.vllm_args["middleware"], rule)
 
     @property
     def on_loopback(self) -> bool:
