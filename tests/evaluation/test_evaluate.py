@@ -41,6 +41,7 @@ from megatron_t1.rollout.chat_endpoint import NoAnswerError
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 from megatron_t1.servers.servers import Servers
+from tests import hostile
 from tests.forks import ROOT
 from tests.scripted import ScriptedEndpoint, serving
 
@@ -388,6 +389,20 @@ def test_a_table_with_dates_is_evaluated(scorer: Scorer, tmp_path: Path) -> None
     result = evaluate(stored, [question], tmp_path / "evaluate/label/set", sampling, {}, 0)
     assert result.pass_at_1 == 1.0
     assert list(result.by["level"]) == ["2025-01-03"]
+
+
+def test_half_a_letter_in_a_refusal_costs_that_question_alone(scorer: Scorer, tmp_path: Path) -> None:
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        asked = request["messages"][-1]["content"]
+        said = {"content": None, "refusal": "no \ud83d"} if asked == "0+7?" else {"content": "\\boxed{7}"}
+        return {"choices": [{"message": said, "finish_reason": "stop"}]}
+
+    with hostile.serving(answer) as url:
+        sampler = EndpointSampler(EndpointConfig(urls=(url,), max_retries=0), scorer)
+        result = evaluate(sampler, QUESTIONS, tmp_path / "a" / "set", SamplingConfig(num_samples=1), {}, 0)
+    assert result.outcomes == {"refused": 1, "correct": 4}
+    row = json.loads((tmp_path / "a/set/responses.jsonl").read_text().splitlines()[0])
+    assert row["reward"]["reason"].endswith(": no ?")
 
 
 def test_what_an_endpoint_is_not_asked_is_refused() -> None:
