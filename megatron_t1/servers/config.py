@@ -61,7 +61,8 @@ class RolloutConfig:
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
     """How new weights reach the servers. auto: collective on GPUs that are not shared, broadcasts in one group of
-    trainer and servers (NCCL); else shm, or tcp when trainer or servers span hosts (`megatron_t1.push.transports`)."""
+    trainer and servers (NCCL); else shm, or tcp when trainer or servers span hosts, or the job does not train
+    (`megatron_t1.push.transports`)."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""
