@@ -31,6 +31,7 @@ from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.evaluation.evaluate import evaluate
 from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.evaluation.results import read_summaries, table
+from megatron_t1.evaluation.resume import prompts_identity
 from megatron_t1.evaluation.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
 from megatron_t1.evaluation.scaling import Scaling
 from megatron_t1.files import read_json, write_json
@@ -194,6 +195,8 @@ def run_scaling(cfg: Config, label: str) -> None:
         {
             "weights": weights_digest(folder),
             "answer_weights": weights_digest(answer_folder),
+            "prompts": prompts_identity(question.prompt(template) for question in questions),
+            "answer_prompts": prompts_identity(question.prompt(answerer) for question in questions),
             "reward": cfg.reward.deciding(),
         },
         cfg.seed,
@@ -287,6 +290,7 @@ def run_all(cfg: Config) -> None:
             if rank0:
                 folder = run_dir / "scaling" / "rl"
                 settings |= {"reward": cfg.reward.deciding()}
+                settings["prompts"] = prompts_identity(question.prompt(template) for question in questions)
                 curve = Scaling(
                     cfg.scaling, questions, folder, settings, cfg.seed, resume=cfg.resume, replace_other=True
                 )
