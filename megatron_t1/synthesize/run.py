@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
+from megatron_t1.data.tokenizer import load_tokenizer
 from megatron_t1.files import write_json, write_jsonl
 from megatron_t1.push.sync import serve_folder
 from megatron_t1.reward.score import Scorer
@@ -54,7 +55,7 @@ def synthesize(cfg: SynthesizeConfig) -> dict[str, Any]:
     with ExitStack() as stack:
         store = stack.enter_context(Store(out / "store.sqlite"))
         if cfg.model:
-            identities["model"] = weights_digest(Path(cfg.model))
+            identities["model"] = [weights_digest(Path(cfg.model)), load_tokenizer(Path(cfg.model)).chat_template]
             servers = stack.enter_context(Servers(cfg.rollout, cfg.model, out / "servers")).start()
             serve_folder(servers)
             served = EndpointConfig(urls=tuple(server.url for server in servers.usable()))
