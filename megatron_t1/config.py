@@ -230,6 +230,25 @@ class Config:
                 "must be above 0, RL samples; evaluation has its own (evaluate.sampling.temperature)",
             )
 
+    def of_answers(self) -> Config:
+        """What `t1 scaling` forces the answers with: scaling.answer_model, when there is one, is served here.
+
+        Raises:
+            FieldError: it can't be, with these servers.
+        """
+        other = self.scaling.answer_model
+        if not other:
+            return self
+        if self.rollout.await_servers:
+            raise FieldError(
+                "scaling.answer_model",
+                other,
+                f"can't be served with rollout.await_servers = {self.rollout.await_servers}: those servers are of "
+                "model.hf_path. Leave it out (slurm/scaling.sh gives it): `t1 scaling` then serves both models on its "
+                "own host, one after the other",
+            )
+        return replace(self, model=replace(self.model, hf_path=other), rollout=replace(self.rollout, urls=()))
+
     @property
     def takes_turns(self) -> bool:
         """Trainer and servers give each other GPU memory, and nothing is asked while the trainer has it."""

@@ -29,7 +29,7 @@ from megatron_t1.data.config import QUESTION_SETS
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, words
 from megatron_t1.data.prompts import is_missing, parse_rows
 from megatron_t1.data.sets import file_of, load_question_texts
-from megatron_t1.evaluation.resume import check_settings
+from megatron_t1.evaluation.resume import check_settings, prompts_identity
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
@@ -285,10 +285,11 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
     Beside it stands the share of its samples that were cut at `max_new_tokens`: few of them have an answer.
 
     Raises:
-        ValueError: sampled.jsonl is of another model, sampling or seed.
+        ValueError: sampled.jsonl is of another model, sampling, seed or rendering of the prompts.
     """
     path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
     settings = {"weights": weights, "sampling": asdict(sampling), "seed": seed, "reward": rank0.scorer.cfg.deciding()}
+    settings["prompts"] = prompts_identity(prompts)
     check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
     rows = read_jsonl(path, _Sampled)
     write_jsonl(path, rows)  # without a last line that was cut

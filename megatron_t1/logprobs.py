@@ -30,7 +30,7 @@ from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.files import write_jsonl
 from megatron_t1.platform.detect import setup
 from megatron_t1.servers.keys import REMOTE_KEY_ENV, read_key
-from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.server import NO_LOGPROB, Server, ServerError
 from megatron_t1.types import TrainSequence
 from megatron_t1.weights.hf_folder import is_torch_dist
 
@@ -177,6 +177,8 @@ def _by_server(server: Server, text: TrainSequence) -> np.ndarray:
         if not all(type(logprob) in (int, float) for logprob in logprobs):
             raise ValueError("a logprob is no number")
         with np.errstate(over="ignore"):  # an infinite one is shown as that
-            return np.array(logprobs[len(text.prompt_ids) - 1 :], np.float32)
+            scored = np.array(logprobs[len(text.prompt_ids) - 1 :], np.float32)
+        scored[scored <= NO_LOGPROB] = -np.inf
+        return scored
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ServerError(f"server {server.name} returned no prompt logprobs: {json.dumps(str(error))}") from None

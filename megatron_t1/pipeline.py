@@ -31,6 +31,7 @@ from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.evaluation.evaluate import evaluate
 from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.evaluation.results import read_summaries, table
+from megatron_t1.evaluation.resume import prompts_identity
 from megatron_t1.evaluation.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
 from megatron_t1.evaluation.scaling import Scaling
 from megatron_t1.files import read_json, write_json
@@ -39,7 +40,7 @@ from megatron_t1.models import spec_of
 from megatron_t1.platform import gpus
 from megatron_t1.platform.detect import Platform, setup
 from megatron_t1.platform.installed import versions
-from megatron_t1.push.sync import WeightSync, folder_pieces
+from megatron_t1.push.sync import WeightSync, serve_folder
 from megatron_t1.push.sync_check import TOLERANCE, sync_check
 from megatron_t1.rank0 import Rank0, open_rank0
 from megatron_t1.replay import replay
@@ -111,7 +112,7 @@ def run_rollout(cfg: Config) -> None:
     weights = weights_digest(cfg.model.folder())
     with ExitStack() as stack:
         rank0 = stack.enter_context(open_rank0(cfg, template))
-        _serve_folder(cfg, rank0)
+        serve_folder(rank0.servers)
         batches = rl.batches_of(cfg, prompts, folder)
         # The next batch is asked beside each: its samples fill the servers while the last of this one end.
         queue = BatchQueue(batches, rank0.client, rank0.scorer.score, lag=1, begun_at=0)
@@ -167,7 +168,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
             _check_context(cfg, context_needs(cfg, "evaluate", template, measured=_longest_of(sets, template)))
             settings = {"weights": weights_digest(folder)}
             rank0 = stack.enter_context(open_rank0(cfg, template))
-            _serve_folder(cfg, rank0)
+            serve_folder(rank0.servers)
             sampler = ServerSampler(rank0, template)
         done = Path(cfg.run_dir) / "evaluate" / label / "sets.json"
         done.unlink(missing_ok=True)
@@ -179,10 +180,11 @@ def run_evaluate(cfg: Config, label: str) -> None:
 
 def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
-    folder, other = cfg.model.folder(), cfg.scaling.answer_model
+    folder, other, of_answers = cfg.model.folder(), cfg.scaling.answer_model, cfg.of_answers()
     template = Template(folder, cfg.data.chat_template)
     HFFolder(folder)  # whole, or refused before the servers start
-    answerer = Template(Path(other), cfg.data.chat_template) if other else template
+    HFFolder(answer_folder := Path(of_answers.model.hf_path))
+    answerer = Template(answer_folder, cfg.data.chat_template) if other else template
     sets = question_sets(cfg, [cfg.scaling.set])
     (questions,) = sets.values()
     _check_context(cfg, context_needs(cfg, "scaling", template, measured=_longest_of(sets, template)))
@@ -192,22 +194,22 @@ def run_scaling(cfg: Config, label: str) -> None:
         Path(cfg.run_dir) / "scaling" / label,
         {
             "weights": weights_digest(folder),
-            "answer_weights": weights_digest(Path(other or folder)),
+            "answer_weights": weights_digest(answer_folder),
+            "prompts": prompts_identity(question.prompt(template) for question in questions),
+            "answer_prompts": prompts_identity(question.prompt(answerer) for question in questions),
             "reward": cfg.reward.deciding(),
         },
         cfg.seed,
         resume=cfg.resume,
     )
     with open_rank0(cfg, template) as rank0:
-        _serve_folder(cfg, rank0)
+        serve_folder(rank0.servers)
         curve.think(rank0, template)
         if not other:
             curve.answer(rank0, template, template)
     if other:
-        # Servers given by URL serve the model that thought.
-        own = replace(cfg, model=replace(cfg.model, hf_path=other), rollout=replace(cfg.rollout, urls=()))
-        with open_rank0(own, answerer) as rank0:
-            rank0.servers.wait_ready()
+        with open_rank0(of_answers, answerer) as rank0:
+            serve_folder(rank0.servers)
             curve.answer(rank0, answerer, template)
     for point in curve.curve():
         low, high = point.interval
@@ -228,7 +230,7 @@ def run_curate(cfg: Config) -> None:
         template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
         prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
         with open_rank0(cfg, template) as rank0:
-            _serve_folder(cfg, rank0)
+            serve_folder(rank0.servers)
             curate.sample(replace(cfg.sampling, num_samples=cfg.curate.num_samples), rank0, prompts, folder, cfg.seed)
     print(curate.select(cfg.curate, folder, counts)[1])
 
@@ -288,6 +290,7 @@ def run_all(cfg: Config) -> None:
             if rank0:
                 folder = run_dir / "scaling" / "rl"
                 settings |= {"reward": cfg.reward.deciding()}
+                settings["prompts"] = prompts_identity(question.prompt(template) for question in questions)
                 curve = Scaling(
                     cfg.scaling, questions, folder, settings, cfg.seed, resume=cfg.resume, replace_other=True
                 )
@@ -353,14 +356,6 @@ def _rank0_of_training(cfg: Config, template: Template) -> Iterator[Rank0 | None
                 rank0.servers.wait_ready().sleep()
             from_main(None)
         yield rank0
-
-
-def _serve_folder(cfg: Config, rank0: Rank0) -> None:
-    """Wait for the servers; those given by URL may hold other weights and get those of `model.hf_path`."""
-    rank0.servers.wait_ready()
-    if cfg.rollout.urls:
-        with WeightSync(folder_pieces(Path(cfg.model.hf_path)), cfg.rollout, rank0.servers) as sync:
-            sync.push(version=sync.next_version())
 
 
 def _check_context(cfg: Config, needs: dict[str, int]) -> None:

@@ -35,8 +35,8 @@ def good_reply(request: dict[str, Any]) -> dict[str, Any]:
 def serving(answer: Callable[[dict[str, Any]], Any]):
     """Serves `answer(request)` for every generation request on a free port; yields the URL.
 
-    `answer` may return a dict (sent as JSON), bytes (sent as they are), an int (a status), or None (the connection
-    is closed without an answer).
+    `answer` may return a dict (sent as JSON), bytes (sent as they are), an int (a status), both of these (status and
+    body), or None (the connection is closed without an answer).
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -44,7 +44,7 @@ def serving(answer: Callable[[dict[str, Any]], Any]):
 
         def do_GET(self) -> None:
             if self.path == "/v1/models":
-                self._send(200, json.dumps({"data": [{"max_model_len": 512}]}).encode())
+                self._send(200, json.dumps({"data": [{"id": "policy", "max_model_len": 512}]}).encode())
             elif self.path == "/weight_info":
                 self._send(200, b'{"weight_version": "default"}')
             elif self.path == "/is_paused":
@@ -60,6 +60,8 @@ def serving(answer: Callable[[dict[str, Any]], Any]):
                 self.connection.close()
             elif isinstance(reply, int):
                 self._send(reply, b"{}")
+            elif isinstance(reply, tuple):
+                self._send(*reply)
             else:
                 self._send(200, reply if isinstance(reply, bytes) else json.dumps(reply).encode())
 

@@ -276,6 +276,9 @@ def test_what_is_done_is_not_asked_again(
     assert sorted(_read(tmp_path / "sampled.jsonl"), key=lambda row: row["id"]) == whole
     with pytest.raises(ValueError, match="another run_dir"):
         curate.sample(SAMPLING, real, prompts, tmp_path, seed=2)
+    asked_otherwise = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig(system_prompt="Be brief."))
+    with pytest.raises(ValueError, match="other prompts: give another run_dir"):
+        curate.sample(SAMPLING, real, asked_otherwise, tmp_path, seed=1)
 
 
 def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM
 from megatron_t1.convert import to_megatron
 from megatron_t1.data.prompts import load_texts
 from megatron_t1.data.template import Template
-from megatron_t1.logprobs import check_finite, compare
+from megatron_t1.logprobs import _by_server, check_finite, compare
 from megatron_t1.push.sync import WeightSync, folder_pieces
+from megatron_t1.servers.server import Server
+from megatron_t1.types import TrainSequence
+from tests.hostile import serving
 from tests.push import reference
 from tests.tiny import make_tiny_tokenizer
 
@@ -137,3 +140,10 @@ def test_a_logprob_that_is_no_number_is_an_error(odd):
     for ours, theirs in ((good, bad), (bad, good), (bad, bad)):
         with pytest.raises(FloatingPointError, match="no finite number"):
             check_finite(compare(ours, theirs, 1))
+
+
+def test_a_servers_word_for_minus_infinity_is_read_as_that():
+    text = TrainSequence(prompt_ids=np.array([5]), response_ids=np.array([7, 8]))
+    entries = [None, {"7": {"logprob": -9999.0}}, {"8": {"logprob": -9998.0}}]
+    with serving(lambda request: {"choices": [{"prompt_logprobs": entries}]}) as url:
+        assert _by_server(Server(url=url, key="k"), text).tolist() == [-np.inf, -9998.0]

@@ -22,6 +22,7 @@ from megatron_t1.data.prompts import load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.evaluation.questions import question_sets
+from megatron_t1.fields import FieldError
 from megatron_t1.files import ENCODING, read_json
 from megatron_t1.models import spec_of
 from megatron_t1.models.sizes import Sizes
@@ -175,6 +176,11 @@ def _sampling(cfg: Config, spec: ModelSpec, command: str, found: Findings) -> No
         f"rollout.vllm_args sets logprobs-mode = {mode}: logprobs from before the temperature make every policy ratio "
         "wrong",
     )
+    if command == "scaling":
+        try:
+            cfg.of_answers()
+        except FieldError as error:
+            found.problems.append(str(error))
     if command not in ("rl", "run"):
         return
     for name in ("top_p", "min_p"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_t1.data.config import INSTRUCTION, QUESTION_SETS, set_name
-from megatron_t1.data.prompts import Question, gold_of, is_missing, parse_rows, question_of
+from megatron_t1.data.prompts import Question, given, gold_of, is_missing, parse_rows, question_of
 from megatron_t1.files import ENCODING, read_json
 
 T = TypeVar("T")
@@ -155,10 +155,12 @@ def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
     if sets_dir is not None:
         if not sets_dir.is_dir():
             raise ValueError(f"evaluate.sets_dir = {sets_dir} must be a folder")
-        files = sorted(path for path in sets_dir.rglob("*") if path.suffix in _SUFFIXES)
-        for stem in named.local:  # a file of that name, or the file of the hub's layout in a folder of that name
+        files = sorted(path for path in sets_dir.absolute().rglob("*") if path.suffix in _SUFFIXES)
+        on_hub = Path(named.file).parts
+        for stem in named.local:  # a file of that name, or the hub's files in a folder of that name
             for path in files:
-                if _plain(path.stem) == stem or (_plain(path.parent.name) == stem and path.name == named.file):
+                folder, inside = path.parts[: -len(on_hub)], path.parts[-len(on_hub) :]
+                if _plain(path.stem) == stem or (inside == on_hub and _plain(folder[-1]) == stem):
                     return path
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -170,8 +172,9 @@ def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
         raise ValueError(
             f"set {name!r} is not in evaluate.sets_dir = {sets_dir} (as {named.local[0]}.jsonl, .json, .csv or "
             f".parquet) and {named.repo}/{named.file} can't be had from the Hugging Face hub: {reason}\n"
-            f"Fetch it on a machine with access (`hf download {named.repo} {named.file} --repo-type dataset`; a gated "
-            f"set needs `hf auth login`) and give its folder as evaluate.sets_dir, or its path in place of the name"
+            f"Fetch it on a machine with access (`hf download {named.repo} {named.file} --repo-type dataset "
+            f"--local-dir sets/{named.local[0]}`; a gated set needs `hf auth login`) and give the folder `sets` as "
+            "evaluate.sets_dir, or the file's path in place of the name"
         ) from None
 
 
@@ -235,10 +238,11 @@ def _question(
     row: dict[str, Any], fallback_id: str, seed: int, instruction: str, system_prompt: str | None
 ) -> Question:
     if "prompt" in row or "messages" in row:
-        return question_of({"id": fallback_id, **row}, system_prompt)
+        return question_of({**row, "id": given(row, "id", fallback_id)}, system_prompt)
     problem = _problem_of(row)
     gold = gold_of(_first(row, "answer", "Answer", "Correct Answer"))
-    identity = str(_first(row, "id", "ID", "unique_id", "Record ID") or fallback_id)
+    own = _first(row, "id", "ID", "unique_id", "Record ID")
+    identity = fallback_id if own is None else str(own)
     mode, choices = "mc" if row.get("kind") == "multiple_choice" else "response", tuple[str, ...]()
     if "Correct Answer" in row:
         options = [gold_of(row[name], name) for name in ("Correct Answer", *_wrong_options(row))]

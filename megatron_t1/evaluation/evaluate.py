@@ -3,7 +3,7 @@
     for every set: what responses.part.jsonl lacks -> sampler -> graded rows, as they come -> responses.jsonl, summary
 
 A resumed evaluation asks only for the samples that are missing, with the seeds that they would have had, and ends with
-the same files. What its settings say (weights, sampling, seed, questions, grader) must be the same.
+the same files. What its settings say (weights, prompts, sampling, seed, questions, grader) must be the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def evaluate(
 
     Args:
         folder: `.../<label>/<set>`: whose result it is, and of which set.
-        settings: what decides the responses beside sampling, seed and questions: the weights, the grader.
+        settings: what decides the responses beside prompts, sampling, seed and questions: the weights, the grader.
         resume: keep the samples of an earlier run with the same settings.
         replace_other: an earlier run with other settings is replaced; otherwise it is an error.
 
@@ -48,7 +48,8 @@ def evaluate(
     """
     label, set_name = folder.parent.name, folder.name
     path, part = folder / "responses.jsonl", folder / "responses.part.jsonl"
-    settings = {**settings, "sampling": asdict(sampling), "seed": seed, "questions": questions_digest(questions)}
+    settings = {**settings, **sampler.identity(questions), "sampling": asdict(sampling), "seed": seed}
+    settings["questions"] = questions_digest(questions)
     open_folder(folder, settings, resume=resume, replace_other=replace_other)
     if not path.exists():
         have = {(row["id"], row["sample"]) for row in iter_jsonl(part, ResponseRow)}

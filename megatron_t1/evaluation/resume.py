@@ -10,9 +10,9 @@ from typing import Any, TypedDict
 from tqdm import tqdm
 
 from megatron_t1 import lock
-from megatron_t1.engine.resume_check import changes
+from megatron_t1.engine.resume_check import changes, data_identity
 from megatron_t1.files import Journal, read_json, write_json
-from megatron_t1.types import FinishReason
+from megatron_t1.types import FinishReason, Prompt
 
 
 class Verdict(TypedDict):
@@ -32,6 +32,11 @@ class ResponseRow(TypedDict):
     num_tokens: int
     finish_reason: FinishReason
     reward: Verdict
+
+
+def prompts_identity(prompts: Iterable[Prompt]) -> str:
+    """Of what a model is asked, token by token: questions as system prompt, chat template and tokenizer make them."""
+    return data_identity((prompt.id, prompt.token_ids.tobytes()) for prompt in prompts)
 
 
 def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewhere: str) -> bool:

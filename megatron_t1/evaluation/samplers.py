@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 
 from megatron_t1.data.prompts import Question, id_of, is_missing, parse_rows
 from megatron_t1.data.template import Template
+from megatron_t1.evaluation.resume import prompts_identity
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.chat_endpoint import ChatEndpoint, RefusedError, run_workers
@@ -46,6 +47,9 @@ OnDone = Callable[[Question, int, list[Response]], None]
 
 
 class Sampler(Protocol):
+    def identity(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """What decides the responses and `evaluate` is not told: JSON values by name."""
+
     def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None: ...
 
 
@@ -65,6 +69,9 @@ class ServerSampler:
     def __init__(self, rank0: Rank0, template: Template) -> None:
         self._rank0, self._template = rank0, template
 
+    def identity(self, questions: Sequence[Question]) -> dict[str, Any]:
+        return {"prompts": prompts_identity(question.prompt(self._template) for question in questions)}
+
     def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None:
         self._rank0.client.generate_each(
             [ask.question.prompt(self._template) for ask in asks],
@@ -81,6 +88,9 @@ class EndpointSampler:
 
     def __init__(self, cfg: EndpointConfig, scorer: Scorer) -> None:
         self._cfg, self._scorer = cfg, scorer
+
+    def identity(self, questions: Sequence[Question]) -> dict[str, Any]:
+        return {}  # the chat template is the endpoint's
 
     def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None:
         asyncio.run(self._sample(((ask, j) for ask in asks for j in range(ask.count)), sampling, seed, on_done))
@@ -144,6 +154,9 @@ class StoredSampler:
             self._stored[identity].append(row)
 
         parse_rows(path, parse)
+
+    def identity(self, questions: Sequence[Question]) -> dict[str, Any]:
+        return {}  # nobody is asked
 
     def num_samples(self, questions: Sequence[Question]) -> int:
         """Samples a question; raises ValueError when some have none or not as many as the others."""

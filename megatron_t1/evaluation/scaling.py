@@ -113,7 +113,7 @@ class Scaling:
         """
         Args:
             folder: run_dir/scaling/<label>.
-            settings: what decides the responses beside the config, seed and questions: the weights, the grader.
+            settings: what decides the responses beside the config, seed and questions: weights, prompts, the grader.
 
         Raises:
             ValueError: the folder holds another curve, or this one and `resume` is not given.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,18 @@ class WeightSync:
         both: list[Future[Any]] = [delivered, weights_free]
         wait(both, return_when=FIRST_COMPLETED)
         return delivered
+
+
+def serve_folder(servers: Servers) -> None:
+    """Waits for the servers, from a process that does not train; those that may hold other weights than those of
+    `model_dir` get these."""
+    servers.wait_ready()
+    if servers.read_model_dir:
+        return
+    if servers.cfg.transport == "auto" and servers.transport == "collective":
+        servers.cfg = replace(servers.cfg, transport="tcp")  # NCCL wants a GPU for this process
+    with WeightSync(folder_pieces(servers.model_dir), servers.cfg, servers) as sync:
+        sync.push(sync.next_version())
 
 
 def folder_pieces(model_dir: Path) -> list[Piece]:

@@ -177,7 +177,7 @@ class ChatEndpoint:
                     raise NoAnswerError(
                         f"{self.cfg.model} at {url}: no answer after {failures} attempts, the last one: {reason}"
                     ) from None
-                pause_s = min(_MAX_PAUSE_S, 0.5 * 2**failures)
+                pause_s = min(_MAX_PAUSE_S, 0.5 * 2 ** min(10, failures))
             finally:
                 self._gate.leave()
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # those that failed together come back apart
@@ -318,7 +318,7 @@ def _retry_after_s(header: str | None) -> float:
         try:
             wait_s = float(header)
         except ValueError:
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, OverflowError):
                 wait_s = parsedate_to_datetime(header).timestamp() - time.time()
     return min(_MAX_RETRY_AFTER_S, max(0.1, wait_s)) if wait_s == wait_s else 1.0
 
@@ -342,16 +342,23 @@ def _parse(reply: Any, prefill: str) -> Reply:
     if finish is not None and not isinstance(finish, str):
         raise _GarbageError(f"a reply whose finish_reason is {finish!r:.100}")
     if refusal or finish not in _FINISH_REASONS:
-        raise RefusedError(f"finish_reason {finish!r:.100}" + (f": {str(refusal)[:200]}" if refusal else ""))
+        raise RefusedError(f"finish_reason {finish!r:.100}" + (f": {_storable(str(refusal)[:200])}" if refusal else ""))
     num_prompt, num_generated = (count if type(count) is int and count >= 0 else 0 for count in counts)
     if not (text or thinking or num_generated):  # a model may end at once; then it has generated its end token
         raise _GarbageError("a reply without text")
     if thinking:
         text = f"<think>{thinking}</think>{text}"
-    text = (prefill + text).encode("utf-8", "replace").decode()  # half of a surrogate pair can't be stored
     return Reply(
-        text=text, finish_reason=_FINISH_REASONS[finish], num_prompt_tokens=num_prompt, num_tokens=num_generated
+        text=_storable(prefill + text),
+        finish_reason=_FINISH_REASONS[finish],
+        num_prompt_tokens=num_prompt,
+        num_tokens=num_generated,
     )
+
+
+def _storable(text: str) -> str:
+    """With a question mark for each half of a surrogate pair, which no file takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _text_of(content: Any) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import math
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.finished_samples import StepBank
 from megatron_t1.rollout.reply import AbortedError, Request, RestartedError, Tokenizer, samples_of
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.server import Server, ServerError
+from megatron_t1.servers.server import NO_LOGPROB, Server, ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.trace import Trace
 from megatron_t1.types import Group, Prompt, Reward, Sample
@@ -35,6 +36,8 @@ T = TypeVar("T")
 Score = Callable[[Prompt, Sample], Awaitable[Reward]]
 
 _WATCH_INTERVAL_S = 2.0
+_CONNECT_TIMEOUT_S = 10.0
+_MAX_PAUSE_S = 10.0
 _REQUEST_TOKENS = 1 << 18
 """New tokens that one request may ask for, unless it is of one sample."""
 
@@ -229,35 +232,49 @@ class RolloutClient:
         return [[sample for task in group for sample in task.result()] for group in running]
 
     async def _ask(self, request: Request) -> list[Sample]:
-        """Asks until a server answered; a failing one is left out by and by, and none left is an error."""
-        failures: dict[str, int] = {}
+        def read(raw: bytes, server: Server, held: int) -> list[Sample]:
+            return samples_of(raw, server, request, held, self.tokenizer, self.vocab_size)
+
+        return await self._reply(request.body(), request.count, read)
+
+    async def _reply(
+        self,
+        body: dict[str, Any],
+        count: int,
+        read: Callable[[bytes, Server, int], T],
+        only: Server | None = None,
+    ) -> T:
+        """Asks (`only` this server) until one answered what `read` takes, given the version that it held when asked;
+        a failing one is left out by and by, and none left is an error."""
+        failures = Counter[str]()
         while True:
-            server = await self._take(request.count)
+            server = await self._take(count, only)
             held = server.version
             try:
-                with self._trace.busy(f"server {server.name}", "generate", request.count):
-                    raw = await self._post(server, _body(request))
-                return samples_of(raw, server, request, held, self.tokenizer, self.vocab_size)
+                with self._trace.busy(f"server {server.name}", "generate", count):
+                    raw = await self._post(server, body)
+                return read(raw, server, held)
             except AbortedError:
                 continue  # a push made room for itself; the same seed is asked again
             except RestartedError as error:
                 server.unusable = str(error)
                 continue
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                failures[server.url] = failures.get(server.url, 0) + 1
-                if isinstance(error, TimeoutError):
+                failures[server.url] += 1
+                # aiohttp's own TimeoutErrors are connections that did not come about.
+                if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
                     server.unusable = f"no answer within rollout.request_timeout_s = {self.cfg.request_timeout_s:g} s"
                 elif failures[server.url] >= self.cfg.connect_retries:
                     server.unusable = f"{failures[server.url]} connection errors, the last one: {error!r}"
             finally:
-                await self._give_back(server, request.count)
-            await asyncio.sleep(0.25 * 2 ** failures[server.url])
+                await self._give_back(server, count)
+            await asyncio.sleep(min(_MAX_PAUSE_S, 0.25 * 2 ** min(10, failures[server.url])))
 
-    async def _take(self, count: int) -> Server:
+    async def _take(self, count: int, only: Server | None) -> Server:
         """The least loaded usable server, once it has room: twice what it can run, so that it never runs dry."""
         while True:
             async with self._room:
-                usable = self.servers.usable()
+                usable = [server for server in self.servers.usable() if only in (None, server)]
                 if usable:
                     server = min(usable, key=lambda s: self._load.get(s.url, 0))
                     load = self._load.get(server.url, 0)
@@ -285,31 +302,35 @@ class RolloutClient:
                 headers=server.headers,
                 connector=aiohttp.TCPConnector(limit=0),
                 json_serialize_bytes=msgspec.json.encode,
-                timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s, sock_connect=10),
+                timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
             )
         async with session.post(server.url + "/inference/v1/generate", json=body) as response:
-            if response.status >= 500:
-                raise aiohttp.ClientError(f"{response.status}: {(await response.text())[:500]}")
-            if response.status != 200:
-                raise ServerError(f"server {server.name} refused: {response.status}: {(await response.text())[:2000]}")
-            return await response.read()
+            raw, status = await response.read(), response.status
+        if status >= 500:
+            raise aiohttp.ClientError(f"{status}: {raw[:500].decode(errors='replace')}")
+        if status != 200:
+            raise ServerError(f"server {server.name} refused: {status}: {raw[:2000].decode(errors='replace')}")
+        return raw
 
     async def _check_contract(self, token_ids: list[int]) -> None:
+        bodies = []
+        for temperature in (1.0, 2.0):
+            sampling = SamplingConfig(temperature=temperature, num_samples=1, max_new_tokens=1)
+            bodies.append(Request("contract", token_ids, 1, 0, sampling).body())
+            bodies[-1]["sampling_params"]["logprobs"] = 10
         for server in self.servers.usable():
-            logprobs: list[dict[int, float]] = []
-            for temperature in (1.0, 2.0):
-                sampling = SamplingConfig(temperature=temperature, num_samples=1, max_new_tokens=1)
-                body = _body(Request("contract", token_ids, 1, 0, sampling))
-                body["sampling_params"]["logprobs"] = 10
-                raw = await self._post(server, body)
-                try:
-                    top = msgspec.json.decode(raw)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-                    logprobs.append({int(entry["token_id"]): float(entry["logprob"]) for entry in top})
-                except (KeyError, IndexError, TypeError, ValueError) as error:
-                    raise ServerError(f"server {server.name} returned no top logprobs: {error!r}") from None
+            try:
+                async with self._watched():
+                    logprobs = [await self._reply(body, 1, _top_logprobs, server) for body in bodies]
+            except NoServerLeftError:
+                if self.servers.usable():
+                    continue
+                raise
             common = sorted(logprobs[0].keys() & logprobs[1].keys(), key=logprobs[0].__getitem__)
             if len(common) < 2:
-                raise ServerError(f"server {server.name} returned other top tokens at temperature 2 than at 1")
+                raise ServerError(
+                    f"server {server.name} returned no two tokens' finite logprobs at temperatures 1 and 2 alike"
+                )
             at_1, at_2 = (values[common[-1]] - values[common[0]] for values in logprobs)
             if not math.isclose(at_1, 2 * at_2, rel_tol=1e-2, abs_tol=1e-3):
                 raise ServerError(
@@ -348,6 +369,16 @@ class NoServerLeftError(ServerError):
     """Every server was lost while samples were missing; the finished ones are in the bank."""
 
 
+def _top_logprobs(raw: bytes, server: Server, _: int) -> dict[int, float]:
+    """Of the first token, by token id."""
+    try:
+        top = msgspec.json.decode(raw)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        logprobs = {int(entry["token_id"]): float(entry["logprob"]) for entry in top}
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise ServerError(f"server {server.name} returned no top logprobs: {error!r}") from None
+    return {token: logprob for token, logprob in logprobs.items() if logprob > NO_LOGPROB}
+
+
 def _labelled(prompts: Sequence[Prompt]) -> list[tuple[str, list[int]]]:
     return [(prompt.id, [int(t) for t in prompt.token_ids]) for prompt in prompts]
 
@@ -362,24 +393,3 @@ def counts_and_seeds(number: int, sampling: SamplingConfig, seed: int) -> tuple[
     """For `number` prompts of one call: a 48-bit hash keeps calls apart, within one the seeds are consecutive."""
     base = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=6).digest())
     return [sampling.num_samples] * number, [base + i * sampling.num_samples for i in range(number)]
-
-
-def _body(request: Request) -> dict[str, Any]:
-    sampling = request.sampling
-    salt = {} if request.cache_salt is None else {"cache_salt": request.cache_salt}
-    return {
-        **salt,
-        "token_ids": request.token_ids,
-        "sampling_params": {
-            "n": request.count,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "max_tokens": sampling.max_new_tokens,
-            "seed": request.seed,
-            "stop": list(sampling.stop),
-            "stop_token_ids": list(sampling.stop_token_ids),
-            "detokenize": bool(sampling.stop),  # the server needs text only to find stop strings
-            "logprobs": 0,
-        },
-    }

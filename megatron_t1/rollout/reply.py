@@ -1,4 +1,5 @@
-"""What a server answered, as samples. Replies are other people's data: every type, length and range is checked.
+"""What a server is asked, and its answer as samples. Replies are other people's data: every type, length and range is
+checked.
 
 msgspec reads them: what a sample needs and nothing else, with its types, in a tenth of the time of the json module.
 """
@@ -13,7 +14,7 @@ import numpy as np
 
 from megatron_t1.data.template import opened_thinking
 from megatron_t1.rollout.config import SamplingConfig
-from megatron_t1.servers.server import Server, ServerError, parse_version, weights_in_words
+from megatron_t1.servers.server import NO_LOGPROB, Server, ServerError, parse_version, weights_in_words
 from megatron_t1.types import FinishReason, Sample
 
 
@@ -34,6 +35,27 @@ class Request:
     sampling: SamplingConfig
     cache_salt: str | None = None
     """Prompts of one salt share the server's prefix cache with each other and with nobody else."""
+
+    def body(self) -> dict[str, Any]:
+        """As `/inference/v1/generate` takes it."""
+        sampling = self.sampling
+        salt = {} if self.cache_salt is None else {"cache_salt": self.cache_salt}
+        return {
+            **salt,
+            "token_ids": self.token_ids,
+            "sampling_params": {
+                "n": self.count,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "min_p": sampling.min_p,
+                "max_tokens": sampling.max_new_tokens,
+                "seed": self.seed,
+                "stop": list(sampling.stop),
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "detokenize": bool(sampling.stop),  # the server needs text only to find stop strings
+                "logprobs": 0,
+            },
+        }
 
 
 class AbortedError(Exception):
@@ -113,7 +135,7 @@ def _sample(
         raise ValueError(f"a token id is outside the vocabulary of {vocab_size}")
     if [entry.token_id for entry in content] != choice.token_ids:
         raise ValueError(f"{len(content)} logprobs for {count} tokens, or of other tokens")
-    if not np.isfinite(logprobs).all() or logprobs.max() > 1e-4:
+    if not np.isfinite(logprobs).all() or logprobs.min() <= NO_LOGPROB or logprobs.max() > 1e-4:
         raise ValueError("a logprob is not a finite number at or below 0")
     return Sample(
         token_ids=token_ids,

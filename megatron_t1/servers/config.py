@@ -61,7 +61,8 @@ class RolloutConfig:
     """Bytes of the KV cache of each server on the CPU. On a GPU `gpu_memory_utilization` sizes it."""
     transport: Literal["auto"] | Transport = "auto"
     """How new weights reach the servers. auto: collective on GPUs that are not shared, broadcasts in one group of
-    trainer and servers (NCCL); else shm, or tcp when trainer or servers span hosts (`megatron_t1.push.transports`)."""
+    trainer and servers (NCCL); else shm, or tcp when trainer or servers span hosts, or the job does not train
+    (`megatron_t1.push.transports`)."""
     pause_mode: Literal["abort", "wait", "keep"] = "wait"
     """What a push does with requests in flight: wait for their end, abort them (they are asked again), or keep them
     going on the new weights (their tokens then carry both versions)."""
@@ -86,7 +87,8 @@ class RolloutConfig:
     its own before it asks, and whose comparison before the first step then proves that all of them came by the push.
     `t1 rl` and `t1 run` start theirs so; for `t1 serve` the batch scripts set it."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
-    """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}."""
+    """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}. Not `middleware`,
+    which would take the place of the guard that asks for the servers' key."""
     vllm_env: dict[str, str] = field(default_factory=dict)
     """More environment variables of the servers: {"VLLM_ATTENTION_BACKEND": "..."}."""
 
@@ -114,6 +116,9 @@ class RolloutConfig:
         for name in ("hf-overrides", "hf_overrides"):
             if not isinstance(given := self.vllm_args.get(name, {}), dict):
                 raise FieldError(f"vllm_args.{name}", given, "must be a mapping: it is laid over what is set here")
+        if "middleware" in self.vllm_args:
+            rule = "must be left out: it would take the place of the guard that asks every request for the server's key"
+            raise FieldError("vllm_args.middleware", self.vllm_args["middleware"], rule)
 
     @property
     def on_loopback(self) -> bool:

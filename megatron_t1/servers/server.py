@@ -23,6 +23,8 @@ UNPUSHED = -1
 """Version of a server that holds what it started with, random numbers where a push is to bring the weights."""
 ASLEEP = -2
 """Version of a server that gave its weights away; the next push brings some."""
+NO_LOGPROB = -9999.0
+"""What vLLM sends for a logprob that is NaN, minus infinity or not there, none of which JSON has."""
 _LOG_TAIL_LINES = 20
 _LOG_TAIL_BYTES = 65536
 _VERSION = re.compile(r"[0-9]{1,18}")
@@ -56,6 +58,8 @@ class Server:
     """Longest prompt + response, tokens; known once it is ready."""
     unusable: str | None = None
     """Why no samples may be asked of it any more: a failed push left unknown weights. None: fine."""
+    distrusted: bool = False
+    """It was lost and is looked at again: a push may have left unknown weights under the version that it says."""
     ready: bool = False
     """It answered /health once."""
     started_at: float = field(default_factory=time.monotonic)
@@ -167,9 +171,10 @@ class Server:
         """
         self.max_model_len = self._told("/v1/models", _Models)["data"][0]["max_model_len"]
         try:
-            self.version = parse_version(self._told("/weight_info", _WeightInfo)["weight_version"])
+            held = parse_version(self._told("/weight_info", _WeightInfo)["weight_version"])
         except ValueError as error:
             raise ServerError(f"server {self.name}: /weight_info answered {error}") from None
+        self.version = UNPUSHED if self.distrusted else held
         if self._told("/is_paused", _IsPaused)["is_paused"]:
             self.call("POST", "/resume", timeout_s=30)
         self.ready = True

@@ -18,7 +18,7 @@ from typing import Literal
 
 from megatron_t1.fields import FieldError
 from megatron_t1.servers.config import RolloutConfig, Transport
-from megatron_t1.servers.launch import gpu_numbers
+from megatron_t1.servers.launch import begins_random, gpu_numbers
 from megatron_t1.servers.server import ASLEEP, Server, ServerError, weights_in_words
 from megatron_t1.servers.sources import LocalServers, all_on_this_host, source_of
 from megatron_t1.warn import warn
@@ -65,6 +65,11 @@ class Servers:
         if self.device == "cuda" and not self.cfg.share_gpus and not (self.cfg.urls and all_on_this_host(self.cfg)):
             return "collective"
         return "shm" if all_on_this_host(self.cfg) else "tcp"
+
+    @property
+    def read_model_dir(self) -> bool:
+        """Whether the weights that they begin with are those of `model_dir`: others may hold any."""
+        return isinstance(self._source, LocalServers) and not begins_random(self.cfg, self.model_dir)
 
     def start(self) -> Servers:
         """Starts the processes (or notes where they are) and returns without waiting for them."""
@@ -253,7 +258,8 @@ class Servers:
 
 @contextlib.contextmanager
 def open_servers(cfg: RolloutConfig, model_dir: Path | str, run_dir: Path | str) -> Iterator[Servers]:
-    """Servers of `model_dir`, started and healthy; ended when the block is left. Logs go to `run_dir`/logs."""
+    """Servers started on `model_dir`, or those of other hosts as they are, healthy; ended when the block is left, where
+    they were started here. Logs go to `run_dir`/logs."""
     with Servers(cfg, model_dir, run_dir) as servers:
         yield servers.start().wait_ready()
 

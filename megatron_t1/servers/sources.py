@@ -43,7 +43,7 @@ class Source:
 
     def again(self, index: int, lost: Server) -> Server:
         """The successor of a lost server that was ended (`end`), not ready; of one elsewhere, another look at it."""
-        return Server(url=lost.url, key=lost.key, log_path=lost.log_path)
+        return Server(url=lost.url, key=lost.key, log_path=lost.log_path, distrusted=True)
 
     def settled(self) -> None:
         """All servers listen."""

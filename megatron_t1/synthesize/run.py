@@ -23,11 +23,13 @@ from tqdm import tqdm
 
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
+from megatron_t1.data.tokenizer import load_tokenizer
 from megatron_t1.files import write_json, write_jsonl
+from megatron_t1.push.sync import serve_folder
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.chat_endpoint import ChatEndpoint, NoAnswerError, run_workers
 from megatron_t1.rollout.config import EndpointConfig
-from megatron_t1.servers.servers import open_servers
+from megatron_t1.servers.servers import Servers
 from megatron_t1.synthesize import browse, prompts
 from megatron_t1.synthesize.chain import Outcome, Workshop
 from megatron_t1.synthesize.config import SynthesizeConfig
@@ -53,9 +55,10 @@ def synthesize(cfg: SynthesizeConfig) -> dict[str, Any]:
     with ExitStack() as stack:
         store = stack.enter_context(Store(out / "store.sqlite"))
         if cfg.model:
-            identities["model"] = weights_digest(Path(cfg.model))
-            servers = stack.enter_context(open_servers(cfg.rollout, cfg.model, out / "servers"))
-            served = EndpointConfig(urls=tuple(server.url for server in servers.all))
+            identities["model"] = [weights_digest(Path(cfg.model)), load_tokenizer(Path(cfg.model)).chat_template]
+            servers = stack.enter_context(Servers(cfg.rollout, cfg.model, out / "servers")).start()
+            serve_folder(servers)
+            served = EndpointConfig(urls=tuple(server.url for server in servers.usable()))
             endpoints = {"model": ChatEndpoint(served, servers.all[0].key, direct=True), **endpoints}
         scorer = stack.enter_context(Scorer(cfg.reward))
         try:

@@ -237,3 +237,11 @@ def test_the_command_fails_when_there_is_a_problem(task: Path, capsys) -> None:
     assert "no problem found" in capsys.readouterr().out
     assert main(["check", "--config", *arguments[1:]]) == 1
     assert "sft.batch_size = 16 is larger than the 1 lines" in capsys.readouterr().out
+
+
+def test_another_model_that_awaited_servers_would_have_to_serve_is_a_problem(task: Path) -> None:
+    options = ("--scaling.answer_model", task / "model", "--scaling.sampling.max_new_tokens", 64)
+    assert found_in(task, *options, command="scaling").problems == []
+    (problem,) = found_in(task, *options, "--rollout.await_servers", 2, command="scaling").problems
+    assert "scaling.answer_model" in problem
+    assert "rollout.await_servers = 2" in problem

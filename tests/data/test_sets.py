@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_t1.data.sets import load_set
+from megatron_t1.data.sets import NAMED, file_of, load_set
 from tests.forks import ROOT
 
 
@@ -55,6 +55,43 @@ def test_layouts_of_the_other_sets(tmp_path: Path) -> None:
     assert omni.meta == {"level": "4.5", "subject": "Algebra"}
     assert (own.id, own.text, own.gold, own.meta["level"]) == ("7", "hi", "3", "x")
     assert (wrapped.id, wrapped.messages[0]["content"]) == ("wrapped-1", "s")
+
+
+def test_an_id_of_zero_is_an_id(tmp_path: Path) -> None:
+    rows = [{"id": 0, "problem": "p", "answer": "1"}, {"id": None, "problem": "p", "answer": "1"}]
+    assert [question.id for question in load_set(str(write(tmp_path / "own.jsonl", *rows)))] == ["0", "own-2"]
+    rows = [{"id": 0, "prompt": "p", "answer": "1"}, {"id": None, "prompt": "p", "answer": "1"}]
+    assert [question.id for question in load_set(str(write(tmp_path / "ask.jsonl", *rows)))] == ["0", "ask-2"]
+
+
+def test_the_hubs_own_folders_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `hf download --local-dir sets/gsm8k` makes them, whichever of the folders is given."""
+    file = tmp_path / "sets/gsm8k/main/test-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    parquet.write_table(pyarrow.table({"question": ["q"] * 1319, "answer": ["#### 18"] * 1319}), file)
+    for other in ("gsm8k/socratic", "other/main"):
+        (tmp_path / "sets" / other).mkdir(parents=True)
+        parquet.write_table(pyarrow.table({"question": ["no"], "answer": ["1"]}), tmp_path / "sets" / other / file.name)
+    write(tmp_path / "sets/MATH-500/test.jsonl", *[{"problem": "p", "answer": "1"}] * 500)
+    for folder in ("sets", "sets/gsm8k", "sets/gsm8k/main"):
+        assert len(load_set("gsm8k", sets_dir=tmp_path / folder)) == 1319
+    for folder in ("sets", "sets/MATH-500"):
+        assert len(load_set("math500", sets_dir=tmp_path / folder)) == 500
+    monkeypatch.chdir(tmp_path / "sets/gsm8k")
+    assert len(load_set("gsm8k", sets_dir=Path())) == 1319
+
+
+def test_what_is_advised_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, named in NAMED.items():
+        with pytest.raises(ValueError, match="hf download") as error:
+            load_set(name, sets_dir=tmp_path)
+        advised = re.search(r"--local-dir (\S+)`", str(error.value))
+        assert advised
+        path = tmp_path / advised[1] / named.file  # what the command makes
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert file_of(name, tmp_path / "sets") == path
 
 
 def test_a_larger_omni_math_gives_the_same_500_every_time(tmp_path: Path) -> None:

@@ -41,8 +41,10 @@ from megatron_t1.rollout.chat_endpoint import NoAnswerError
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 from megatron_t1.servers.servers import Servers
+from tests import hostile
 from tests.forks import ROOT
 from tests.scripted import ScriptedEndpoint, serving
+from tests.tiny import make_tiny_tokenizer
 
 CFG = EvaluateConfig(sampling=SamplingConfig(temperature=1.2, num_samples=3, max_new_tokens=16))
 QUESTIONS = [Question(id=f"q{i}", messages=[{"role": "user", "content": f"{i}+7?"}], gold="7") for i in range(5)]
@@ -55,6 +57,7 @@ class Counting:
     def __init__(self, sampler: Sampler, max_samples: int = 99) -> None:
         self.sampler, self.max_samples = sampler, max_samples
         self.asked: list[tuple[str, int]] = []
+        self.identity = sampler.identity
 
     def sample(self, asks: Sequence[Ask], sampling: SamplingConfig, seed: int, on_done: OnDone) -> None:
         for ask in asks:
@@ -111,6 +114,22 @@ def test_a_cut_evaluation_resumes_to_the_files_of_an_uncut_one(real: ServerSampl
     assert [(row["id"], row["sample"]) for row in rows] == [(f"q{i}", j) for i in range(5) for j in range(3)]
 
 
+def test_a_cut_evaluation_does_not_go_on_with_another_chat_template(real: ServerSampler, tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path / "other")
+    path = tmp_path / "other/chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+    other = ServerSampler(real._rank0, Template(path.parent))
+    with pytest.raises(KeyboardInterrupt):
+        run(Counting(real, max_samples=7), tmp_path, "cut")
+    with pytest.raises(ValueError, match="holds results with other prompts: give another --label"):
+        run(other, tmp_path, "cut", resume=True)
+    settings = tmp_path / "cut/set/settings.json"
+    of_older = {name: value for name, value in json.loads(settings.read_text()).items() if name != "prompts"}
+    settings.write_text(json.dumps(of_older))
+    with pytest.raises(ValueError, match="holds results with other prompts: give another --label"):
+        run(real, tmp_path, "cut", resume=True)
+
+
 def test_samples_do_not_depend_on_what_else_is_asked(real: ServerSampler, tmp_path: Path) -> None:
     run(real, tmp_path, "all")
     evaluate(real, QUESTIONS[3:4], tmp_path / "one" / "set", CFG.sampling_of("set"), WEIGHTS, 1)
@@ -125,7 +144,7 @@ def test_results_of_another_experiment_are_not_taken_for_these(real: ServerSampl
     with pytest.raises(ValueError, match="other seed: give another --label"):
         run(real, tmp_path, "a", seed=2, resume=True)
     folder = tmp_path / "a" / "set"
-    with pytest.raises(ValueError, match="other questions, weights"):
+    with pytest.raises(ValueError, match="other prompts, questions, weights"):
         evaluate(real, QUESTIONS[:2], folder, CFG.sampling, {"weights": "other"}, 1, resume=True)
     other = Counting(real)
     run(other, tmp_path, "a", seed=2, resume=True, replace_other=True)
@@ -388,6 +407,20 @@ def test_a_table_with_dates_is_evaluated(scorer: Scorer, tmp_path: Path) -> None
     result = evaluate(stored, [question], tmp_path / "evaluate/label/set", sampling, {}, 0)
     assert result.pass_at_1 == 1.0
     assert list(result.by["level"]) == ["2025-01-03"]
+
+
+def test_half_a_letter_in_a_refusal_costs_that_question_alone(scorer: Scorer, tmp_path: Path) -> None:
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        asked = request["messages"][-1]["content"]
+        said = {"content": None, "refusal": "no \ud83d"} if asked == "0+7?" else {"content": "\\boxed{7}"}
+        return {"choices": [{"message": said, "finish_reason": "stop"}]}
+
+    with hostile.serving(answer) as url:
+        sampler = EndpointSampler(EndpointConfig(urls=(url,), max_retries=0), scorer)
+        result = evaluate(sampler, QUESTIONS, tmp_path / "a" / "set", SamplingConfig(num_samples=1), {}, 0)
+    assert result.outcomes == {"refused": 1, "correct": 4}
+    row = json.loads((tmp_path / "a/set/responses.jsonl").read_text().splitlines()[0])
+    assert row["reward"]["reason"].endswith(": no ?")
 
 
 def test_what_an_endpoint_is_not_asked_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -15,15 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_t1.config import Config
+from megatron_t1.data.config import DataConfig
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.template import Template
+from megatron_t1.engine.config import ModelConfig
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.scaling import Scaling, _thinking
+from megatron_t1.pipeline import run_scaling
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.server import ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt, Sample
 from tests.scripted import ScriptedEndpoint, serving
@@ -148,6 +155,29 @@ def test_a_cut_measurement_resumes_to_the_files_of_an_uncut_one(
     assert len(more.client.prompts) == new > 0, "only the cuts of the new budget"
     with pytest.raises(ValueError, match="other max_answer_tokens"):
         measure(replace(CFG, max_answer_tokens=3), real, template, tmp_path / "cut", resume=True)
+
+
+def test_a_curve_does_not_go_on_with_another_chat_template(tiny_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dir, model)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "q", "prompt": "1+7?", "answer": "8"}) + "\n")
+    (tmp_path / "key").write_text("k")
+    (tmp_path / "key").chmod(0o600)
+    cfg = Config(
+        run_dir=str(tmp_path / "run"),
+        resume=True,
+        model=ModelConfig(hf_path=str(model)),
+        data=DataConfig(heldout=str(tmp_path / "q.jsonl")),
+        scaling=CFG,
+        rollout=RolloutConfig(urls=("http://127.0.0.1:9",), key_file=str(tmp_path / "key"), startup_timeout_s=0.1),
+    )
+    for _ in range(2):
+        with pytest.raises(ServerError, match="was not healthy"):  # the folder is made, nobody is there to be asked
+            run_scaling(cfg, "x")
+    path = model / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+    with pytest.raises(ValueError, match="holds results with other answer_prompts, prompts: give another --label"):
+        run_scaling(cfg, "x")
 
 
 def test_another_models_answer_gets_the_cut_as_text(real: Rank0, template: Template, tmp_path: Path) -> None:

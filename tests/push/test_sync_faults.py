@@ -209,6 +209,33 @@ def test_a_server_killed_in_any_phase_is_left_out(
             assert_serve(client, folders[1], 2, [first])
 
 
+def test_a_server_lost_in_a_push_is_not_believed_what_it_holds(
+    server: Servers, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `rollout.urls`, so nobody starts it anew: it took the version, and its prefix cache is of the old weights."""
+
+    def fail(one: Server) -> None:
+        raise ServerError(f"server {one.name}: the prefix cache of the old weights could not be reset")
+
+    monkeypatch.setenv("T1_SERVER_KEY", server.all[0].key)
+    cfg = RolloutConfig(urls=(server.all[0].url,), device="cpu", sync_timeout_s=60)
+    given = Servers(cfg, tiny_dir, tmp_path).start().wait_ready()
+    with WeightSync(folder_pieces(tiny_dir), cfg, given) as sync:
+        version = sync.next_version()
+        with monkeypatch.context() as patched:
+            patched.setattr(sync._fanout, "_reset_cache", fail)
+            with pytest.raises(NoServerError, match="phase cache"):
+                sync.push(version)
+        (again,) = given.revive()
+        given.wait_ready()
+        assert again.call("GET", "/weight_info", timeout_s=60)["weight_version"] == str(version)
+        assert given.usable() == []
+        assert sync.bring_up() == [again.name]
+        assert given.usable() == [again]
+    server.all[0].introduce()  # another list pushed into it
+    server.required_version = version
+
+
 def test_a_server_announced_in_the_middle_is_brought_up_before_it_is_asked(
     server: Servers, tiny_dir: Path, tmp_path: Path
 ) -> None:

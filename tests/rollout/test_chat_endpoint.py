@@ -144,6 +144,7 @@ def test_a_prefill_is_continued_and_a_thinking_apart_is_put_back() -> None:
         ("1e99", 900.0),
         ("nan", 1.0),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0.1),
+        ("Fri, 31 Dec 99999999999999999999 23:59:59 GMT", 1.0),
     ],
 )
 def test_retry_after(header: str | None, seconds: float) -> None:
@@ -201,11 +202,14 @@ def test_an_ending_is_understood_in_other_spellings(finish: Any, told: str) -> N
         ({"content": "half an ans"}, "content_filter"),
         ({"content": None}, "tool_calls"),
         ({"content": None, "refusal": "I can't help with that"}, "stop"),
+        ({"content": None, "refusal": "no \ud83d"}, "stop"),
+        ({"content": None}, "\ud83d"),
     ],
 )
 def test_an_answer_that_would_not_come_another_time_is_a_refusal(message: dict[str, Any], finish: str) -> None:
-    with pytest.raises(RefusedError):
+    with pytest.raises(RefusedError) as refused:
         parsed(message, finish)
+    str(refused.value).encode()  # evaluation writes it down
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import socket
 import time
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_t1.push.sync import WeightSync, folder_pieces
+from megatron_t1.rollout import client as client_module
 from megatron_t1.rollout.client import NoServerLeftError, RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.finished_samples import Bank
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.server import UNPUSHED, ServerError
+from megatron_t1.servers.server import UNPUSHED, Server, ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.types import Prompt, Reward, Sample
 from tests.hostile import good_reply, serving
@@ -168,6 +170,7 @@ def _set(path: list, value):
         (_set(["token_ids"], None), "Expected `array`, got `null`.*token_ids"),
         (_set(["logprobs", "content", 0, "logprob"], float("nan")), "JSON is malformed"),
         (_set(["logprobs", "content", 0, "logprob"], -1e300), "finite"),
+        (_set(["logprobs", "content", 0, "logprob"], -9999.0), "finite"),  # vLLM's word for NaN
         (_set(["logprobs", "content", 0, "logprob"], 0.5), "finite number at or below 0"),
         (_set(["logprobs", "content", 0, "logprob"], None), "Expected `float`, got `null`.*logprob"),
         (_set(["logprobs", "content", 0, "token_id"], 3), "of other tokens"),
@@ -207,6 +210,97 @@ def test_a_server_that_drops_connections_is_asked_again_then_left(monkeypatch) -
     with serving(lambda request: None) as bad, client_of(bad, monkeypatch=monkeypatch, connect_retries=2) as client:
         with pytest.raises(ServerError, match=r"no server is left to generate:\n.*is unusable: 2 connection errors"):
             client.generate(prompts, sampling, seed=0)
+
+
+def test_an_error_in_another_encoding_is_one_like_others(monkeypatch) -> None:
+    sampling = dataclasses.replace(SAMPLING, num_samples=2)
+    said = "d\xe9lai".encode("latin-1")
+    with serving(lambda request: (502, said)) as proxy, serving(good_reply) as good:
+        with client_of(proxy, good, monkeypatch=monkeypatch, connect_retries=1) as client:
+            groups = client.generate([TINY_PROMPT] * 3, sampling, seed=0)
+            assert {s.server for g in groups for s in g.samples} == {good}
+            assert "502: d\ufffdlai" in client.servers.all[0].unusable
+    with serving(lambda request: (400, said)) as url, client_of(url, monkeypatch=monkeypatch) as client:
+        with pytest.raises(ServerError, match="refused: 400: d\ufffdlai"):
+            client.generate([TINY_PROMPT], sampling, seed=0)
+
+
+@contextlib.contextmanager
+def server_that_hangs():
+    """It listens, and nobody accepts: as a process that was stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield Server(url=f"http://127.0.0.1:{listening.getsockname()[1]}", key="k", ready=True, max_model_len=512)
+
+
+def test_a_connection_that_does_not_come_about_is_tried_again(monkeypatch) -> None:
+    """As of a host whose queue is full, or that drops packets for a moment."""
+    monkeypatch.setattr(client_module, "_CONNECT_TIMEOUT_S", 0.2)
+    with serving(good_reply) as good, socket.socket() as full, contextlib.ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(full.getsockname())
+        with client_of(good, monkeypatch=monkeypatch, connect_retries=2) as client:
+            url = f"http://127.0.0.1:{full.getsockname()[1]}"
+            lost = Server(url=url, key="k", ready=True, max_model_len=512)
+            client.servers.all.insert(0, lost)
+            groups = client.generate([TINY_PROMPT], dataclasses.replace(SAMPLING, num_samples=2), seed=0)
+    assert {s.server for g in groups for s in g.samples} == {good}
+    assert lost.unusable.startswith("2 connection errors, the last one: ConnectionTimeoutError")
+
+
+def test_the_pause_between_attempts_does_not_grow_for_ever(monkeypatch) -> None:
+    monkeypatch.setattr(client_module, "_MAX_PAUSE_S", 0.001)
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        return good_reply(request) if len(asked) > 20 else 503
+
+    with serving(answer) as url, client_of(url, monkeypatch=monkeypatch, connect_retries=99) as client:
+        assert len(client.generate([TINY_PROMPT], dataclasses.replace(SAMPLING, num_samples=2), seed=0)) == 1
+
+
+def _at_temperature(request):
+    """Two tokens whose logits are 1 apart."""
+    reply, temperature = good_reply(request), request["sampling_params"]["temperature"]
+    top = [{"token_id": token, "logprob": -1 - token / temperature} for token in (0, 1)]
+    reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = top
+    return reply
+
+
+def test_the_contract_is_checked_at_the_servers_that_are_left(monkeypatch) -> None:
+    monkeypatch.setattr(client_module, "_WATCH_INTERVAL_S", 0.1)
+    options = {"connect_retries": 2, "health_timeout_s": 0.3}
+    with serving(lambda request: None) as bad, serving(_at_temperature) as good, server_that_hangs() as stuck:
+        with client_of(bad, good, monkeypatch=monkeypatch, **options) as client:
+            client.servers.all.insert(0, stuck)
+            client.check_logprob_contract()
+            assert "/health did not answer" in stuck.unusable
+            assert "2 connection errors" in client.servers.all[1].unusable
+            assert [server.url for server in client.servers.usable()] == [good]
+            assert set(client.samples_in_flight().values()) == {0}
+    with serving(lambda request: None) as bad, client_of(bad, monkeypatch=monkeypatch, connect_retries=1) as client:
+        with pytest.raises(NoServerLeftError, match="no server is left"):
+            client.check_logprob_contract()
+    with serving(good_reply) as one_token, client_of(one_token, monkeypatch=monkeypatch) as client:
+        with pytest.raises(ServerError, match="no two tokens' finite logprobs"):
+            client.check_logprob_contract()
+
+
+def test_logprobs_that_are_no_numbers_do_not_pass_for_processed_ones(monkeypatch) -> None:
+    def broken(request):
+        reply = good_reply(request)
+        top = [{"token_id": token, "logprob": -9999.0} for token in (0, 1)]
+        reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = top
+        return reply
+
+    with serving(broken) as url, client_of(url, monkeypatch=monkeypatch) as client:
+        with pytest.raises(ServerError, match="no two tokens' finite logprobs"):
+            client.check_logprob_contract()
 
 
 def test_finished_samples_are_not_asked_again(tmp_path, monkeypatch) -> None:

@@ -209,6 +209,12 @@ def test_what_would_hide_the_overrides_is_refused() -> None:
         RolloutConfig(vllm_args={"hf-overrides": '{"rope_theta": 1e6}'})
 
 
+def test_what_would_take_the_place_of_the_key_guard_is_refused() -> None:
+    for value in ("my.Log", None):
+        with pytest.raises(FieldError, match=r"vllm_args.middleware = .* must be left out: .*the server's key"):
+            RolloutConfig(vllm_args={"middleware": value})
+
+
 def test_weights_that_a_trainer_pushes_are_not_read_from_the_disk(tiny_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_dir / "config.json").read_bytes())
     for folder, asked, expected in ((tiny_dir, True, None), (tiny_dir, False, "dummy"), (tmp_path, True, "dummy")):

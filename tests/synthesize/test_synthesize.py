@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -23,6 +26,8 @@ from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout import chat_endpoint
 from megatron_t1.rollout.chat_endpoint import EndpointError
 from megatron_t1.rollout.config import EndpointConfig
+from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.servers import Servers
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
 from megatron_t1.synthesize.filters import chain_is_unfit, corrects
@@ -168,6 +173,30 @@ def test_trouble_changes_nothing_and_a_second_run_asks_nothing(
         synthesize(config(questions, tmp_path / "rough", server.url, prompts=str(edited)))
         asked = [name for name, _ in server.served.most_common() if "Write only" in name]
         assert server.served.total() - before == len(asked) > 0, "only the edited stage is asked again"
+
+
+def test_a_reply_of_a_served_model_is_of_its_chat_template(server: Servers, tiny_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": "q", "prompt": "1+1?", "answer": "2"}) + "\n")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_dir, model)
+    rollout = RolloutConfig(
+        urls=(server.all[0].url,), key_file=str(server.run_dir / "server_key"), device="cpu", transport="shm"
+    )
+
+    def num_replies() -> int:
+        out = tmp_path / "out"
+        given = {"endpoints": {}, "model": str(model), "rollout": rollout, "num_attempts": 2}
+        synthesize(config(tmp_path / "q.jsonl", out, "http://unused", **given))
+        with contextlib.closing(sqlite3.connect(out / "store.sqlite")) as store:
+            return store.execute("SELECT count(*) FROM replies").fetchone()[0]
+
+    first = num_replies()
+    assert num_replies() == first > 0
+    path = model / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+    assert num_replies() > first
+    server.all[0].introduce()  # another list pushed into it
+    server.required_version = server.all[0].version
 
 
 def test_several_models_attempt_in_turns_and_others_write(questions: Path, tmp_path: Path) -> None:
