@@ -117,6 +117,24 @@ WRONG = [
     ("4", "4 or something else"), ("4", "I think 4 but could be 5"),
 ]  # fmt: skip
 
+CLAUSES_RIGHT = [
+    (r"m\pi", r"m\pi, m\in\mathbb{Z}"), (r"3n, n\in\mathbb{N}", r"3m\ (m\in\mathbb{Z}^+)"),
+    (r"3n, n\in\mathbb{N}", r"3n, n \ge 1"), (r"5^{n}", r"5^n \text{ for } n=0,1,2,\dots"),
+    (r"2R", r"2R \text{ where } R \text{ is the circumradius of the triangle}"), ("23", r"23,\text{ not }32"),
+    (r"ax+b, a,b\in\mathbb{R}", r"ax+b\text{ where }a\text{ and }b\text{ are real numbers}"),
+    (r"2+7t, t\in\mathbb{Z}", r"\{2+7s: s\in\mathbb{Z}\}"), (r"2+7t, t\in\mathbb{Z}", "2+7k, where k is any integer"),
+    (r"\{1,2,3\}", r"\{n\in\mathbb{Z}\mid 0<n<4\}"), ("4", r"4\text{ for each child}"),
+]  # fmt: skip
+CLAUSES_WRONG = [
+    (r"3n, n\in\mathbb{N}_0", r"3n, n\in\mathbb{Z}^+"), (r"3n, n\in\mathbb{N}", r"3n, n \ge 4"),
+    (r"2+7t, t\in\mathbb{Z}", r"\{2+7s: s\in\mathbb{R}\}"), (r"6n", r"6n \text{ for every odd } n"),
+    (r"Ce^{2x}, C\in\mathbb{R}", r"Ce^{2x}\text{ for some constant }C>0"), ("23", "23, not sure"),
+    (r"ax+b, a,b\in\mathbb{R}", r"ax+b\text{ where }a\text{ and }b\text{ are integers}"),
+    ("9", r"9\text{ for any }n\text{ other than }3"), ("9", r"9\text{ for each, }8\text{ for the last}"),
+    ("9", r"n=9,\text{ where }n\text{ may be }8"), ("2R", r"2R\text{ where }R\text{ is not the circumradius}"),
+    (r"x>1, x\ge 0", "x>1, x<5"), (r"y=x^2, x\ge 0", "y=x^2"),
+]  # fmt: skip
+
 OPTIONS = ("Paris", "London", "Berlin", "Rome")
 LETTERS = [
     ("The answer is (B).", "B"), ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) London", "B"), ("Answer: B", "B"),
@@ -157,6 +175,12 @@ def test_right() -> None:
 
 def test_wrong() -> None:
     assert [pair for pair in WRONG if verify(*pair, "answer").outcome == "correct"] == []
+
+
+@pytest.mark.parametrize(("right", "wrong"), [(CLAUSES_RIGHT, CLAUSES_WRONG)])
+def test_what_stands_around_values(right: list[tuple[str, str]], wrong: list[tuple[str, str]]) -> None:
+    assert [pair for pair in right if verify(*pair, "answer").outcome != "correct"] == []
+    assert [pair for pair in wrong if verify(*pair, "answer").outcome == "correct"] == []
 
 
 @pytest.mark.parametrize(("text", "letter"), LETTERS)

@@ -10,6 +10,7 @@ import itertools
 import re
 
 from megatron_t1.reward.answers.brackets import bracketed_items, list_items, set_items, unwrap
+from megatron_t1.reward.answers.clauses import Clause, parted, without_clause
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -39,13 +40,8 @@ MAX_ITEMS = 64
 MAX_NESTING = 8
 """Deepest structure read: tuples of sets of tuples ..."""
 
-_TRAILING_CLAUSE = re.compile(
-    r"(?:[,(]\s*|\s+)[a-zA-Z](?:\s*,\s*[a-zA-Z]){0,3}\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
-    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}"
-    r"|(?<![a-z])for (?:all|any|every|each|some)\b).*$"
-    r"|,\s*(?:\\text\{\s*)?not\b[^,]*$",
-    re.S,
-)
+_NOT_ANOTHER = re.compile(r",\s*(?:\\text\{\s*)?not\b\s*\}?(?:\\[a-z]+|[^a-z\\,]|[a-z](?![a-z]))*$")
+"""17, not 18"""
 _HARMLESS_LEAD = re.compile(
     r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
     r"|[a-z ]{1,40}(?=:))\s*:?\s*\}"
@@ -58,7 +54,6 @@ _REMARK = re.compile(
     r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$",
     re.I,
 )
-_NAME_IN_CLAUSE = re.compile(r"(?<![A-Za-z\\{])[b-zA-Z](?![A-Za-z])")
 _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:for|when|where|if|then|is|the|otherwise|with|such|that|which|of|on|by|has|have|there)(?![a-zA-Z])"
 )
@@ -78,10 +73,19 @@ _ARGUMENT = "\\arg "
 
 def read_both(gold: str, answer: str) -> tuple[Answer, Answer]:
     r"""Gold and answer; a parameter that both declare (k \in \mathbb{Z}) is named as in the gold."""
-    g, a = _DECLARED.search(gold), _DECLARED.search(answer)
-    if g and a and g[1] != a[1] and renamed(answer, g[1], "") == answer:
-        answer = renamed(answer, a[1], g[1])
+    (_, said), (value, says) = parted(gold), parted(answer)
+    g, a = _parameter(gold, said), _parameter(answer, says)
+    if said and says and said.clashes(says):
+        return read(gold), Literal(answer, "a value whose parameters are of another kind")
+    if g and a and g != a and renamed(value, g, "") == value != renamed(value, a, g):
+        answer = renamed(value, a, g)
     return read(gold), read(answer)
+
+
+def _parameter(text: str, clause: Clause | None) -> str:
+    """The letter that a text declares, or ''."""
+    declared = _DECLARED.search(text)
+    return declared[1] if declared else next(iter(clause.names), "") if clause else ""
 
 
 def renamed(text: str, letter: str, name: str) -> str:
@@ -93,8 +97,12 @@ def renamed(text: str, letter: str, name: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def read(text: str) -> Answer:
     """The answer that a normalised text is. Bounded work, whatever the text is."""
-    s = in_digits(unwrap(_TRAILING_CLAUSE.sub("", text)))
-    if len(s) < len(text) and (names := _NAME_IN_CLAUSE.findall(text[len(s) :])) and not any(n in s for n in names):
+    try:
+        value, clause = without_clause(text)
+    except ValueError as error:
+        return Words(text) if is_text(text.replace(",", " ")) else Literal(text, f"a value with {error}")
+    s = in_digits(unwrap(_NOT_ANOTHER.sub("", value)))
+    if clause and clause.names and not any(name in s for name in clause.names):
         return Literal(text, "a value with a clause on something else")
     if named := _day_or_time(s):
         return named
