@@ -135,6 +135,29 @@ CLAUSES_WRONG = [
     (r"x>1, x\ge 0", "x>1, x<5"), (r"y=x^2, x\ge 0", "y=x^2"),
 ]  # fmt: skip
 
+SCALED_RIGHT = [
+    (r"\frac74", "7 fourths"), (r"\frac{3}{16}", "three sixteenths"), ("300000", "3 lakh"), ("70000000", "7 crore"),
+    ("0.0007", r"7\text{ basis points}"), ("0.000007", r"7\text{ ppm}"), ("0.1", "1 tenth"), ("7", "7 fifth graders"),
+    ("7", "7 red"), ("7", r"7\text{ shaded squares}"), ("7", r"7\text{ paths}"), ("5mn", r"5\cdot m\cdot n"),
+]  # fmt: skip
+SCALED_WRONG = [
+    ("7", "7 fourths"), ("7", "7 sextillion"), ("7", "7 ninetieths"), ("7", r"7\text{ tripled}"), ("7", "7 tenfold"),
+    ("7", "7 nope"), ("7", r"7\text{ per thousand}"), ("7", r"7\text{ bn}"), ("1", "1 fifteenth"), ("1", "1 half"),
+]  # fmt: skip
+UNITS_RIGHT = [
+    (r"20^\circ\text{C}", r"20\text{ C}"), (r"20\text{ C}", r"20000\text{ mC}"), (r"4\text{ H}", "4000 mH"),
+    (r"4\text{ pints}", "2 quarts"), (r"3\text{ cups}", "1.5 pints"), (r"1\text{ kB}", "1000 bytes"), ("5kn", "5nk"),
+    (r"77^\circ\text{F}", r"77\text{ degrees Fahrenheit}"), (r"2\text{ torr}", r"2\text{ mmHg}"), ("3qt", "3tq"),
+    (r"7\text{ m/s}", r"7 \frac{\text{m}}{\text{s}}"), (r"7\text{ W}", r"7\frac{\text{J}}{\mathrm{s}}"),
+    (r"3\text{ mol/L}", r"3000\text{ mM}"), (r"9\text{ V/m}", r"9\text{ newtons per coulomb}"),
+    (r"4\times10^{-6}\text{ F}", r"4\ \mu\text{F}"), (r"8/\text{s}", r"8\text{ Hz}"), ("12", r"12\text{ pts}"),
+]  # fmt: skip
+UNITS_WRONG = [
+    (r"20\text{ C}", r"20^\circ\text{C}"), (r"3\text{ F}", r"3^\circ\text{F}"), (r"1\text{ kB}", "1000 bits"),
+    (r"4\text{ pints}", "4 quarts"), (r"3\text{ C}", r"3\text{ F}"), (r"2\text{ H}", r"2\text{ h}"),
+    (r"20^\circ\text{C}", r"68^\circ\text{F}"), (r"7\text{ m/s}", r"7 \frac{\text{s}}{\text{m}}"),
+]  # fmt: skip
+
 OPTIONS = ("Paris", "London", "Berlin", "Rome")
 LETTERS = [
     ("The answer is (B).", "B"), ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) London", "B"), ("Answer: B", "B"),
@@ -177,7 +200,9 @@ def test_wrong() -> None:
     assert [pair for pair in WRONG if verify(*pair, "answer").outcome == "correct"] == []
 
 
-@pytest.mark.parametrize(("right", "wrong"), [(CLAUSES_RIGHT, CLAUSES_WRONG)])
+@pytest.mark.parametrize(
+    ("right", "wrong"), [(CLAUSES_RIGHT, CLAUSES_WRONG), (SCALED_RIGHT, SCALED_WRONG), (UNITS_RIGHT, UNITS_WRONG)]
+)
 def test_what_stands_around_values(right: list[tuple[str, str]], wrong: list[tuple[str, str]]) -> None:
     assert [pair for pair in right if verify(*pair, "answer").outcome != "correct"] == []
     assert [pair for pair in wrong if verify(*pair, "answer").outcome == "correct"] == []

@@ -87,7 +87,7 @@ _SHORT = {"M": "million", "B": "billion"}
 def _font(match: re.Match[str]) -> str:
     raw = match[1] if match[1] is not None else match[2]
     inner, before = raw.strip(), match.string[max(match.start() - 8, 0) : match.start()].rstrip()
-    if "\\" in inner and before[-1:].isdecimal() and re.fullmatch(r"(?:[A-Za-z]|\^\{?-?\d\}?|\\cdot|[\s/~])+", inner):
+    if "\\" in inner and before[-1:].isdecimal() and re.fullmatch(r"(?:[A-Za-z]|\^\{?-?\d\}?|\\cdot|[\s/~()])+", inner):
         return rf"\text{{ {re.sub('[{}]', '', inner).replace(chr(92) + 'cdot', ' ')}}}"  # J\cdot s
     if "\\" in inner or re.match(r"\\math(?:bf|it)\s*\{?[a-z]\}?$", match[0]):
         return f"{{{inner}}}" if before.endswith(("^", "_")) else f" {inner} "
@@ -162,6 +162,7 @@ def _rules(*rules: tuple[str, str, _Replacement]) -> tuple[tuple[str, re.Pattern
 
 _JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor", "且": "\\land"}
 _LETTER_END = r"(?![a-zA-Z])"
+_UNIT = r"\\text\{[^{}]*\}(?:\^(?:\{-?\d\}|\d))?"
 _RULES = _rules(
     # what only decorates
     ("\\", r"\\(?:h|v)?phantom\s*(?:\{[^{}]*\}|.)|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
@@ -190,8 +191,11 @@ _RULES = _rules(
     ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal|mathcal)\s*"
      r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z]))", _font),
     ("\\", r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    ("\\frac", rf"(?<=[\d}}\s])\\frac\s*\{{\s*({_UNIT})\s*\}}\s*"
+     rf"\{{\s*({_UNIT}(?:\s*(?:\\cdot)?\s*{_UNIT}){{0,2}})\s*\}}\s*$",
+     lambda m: rf"{m[1]}/{'/'.join(re.findall(_UNIT, m[2]))}"),
     ("\\", r"(?<=[\d}])(?:\s*\\text\{\s*([kmM]?)\s*\}|\s*([kmM]))?\s*\\(?:Omega|text\{\s*Omega\s*\})\s*$"
-     r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN])\}?\s*$", _sign_of_unit),
+     r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN]|mol|Pa|Hz)\}?\s*$", _sign_of_unit),
     ("p", r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
     ("\\text", r"\\text\{\s*\}", " "),

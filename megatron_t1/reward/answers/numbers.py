@@ -23,7 +23,8 @@ class Exact:
 _DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
 _THOUSANDS = re.compile(r"([+-]?[1-9]\d{0,2})((?:,\d{3})+)(\.\d+)?")
 _REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?)")
-_GOES_ON = re.compile(r"([+-]?)(\d*)\.(\d*?)(?:(\d)\4\4+|(\d{2,}?)\5+)\\ldots")
+_GOES_ON = re.compile(r"([+-]?)(\d{0,20})\.(\d{0,20}?)(?:(\d)\4{2,59}|(\d{2,20}?)\5{1,29})\\ldots")
+"""Few digits: what repeats is searched for."""
 _SCIENTIFIC = re.compile(r"(.+?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([+-]?[\d.]+)[eE]([+-]?\d+)")
 _SPACED = re.compile(r"[+-]? ?\d{1,3}( \d{3})+(\.\d+)?")
 _FRACTION = re.compile(
