@@ -158,6 +158,20 @@ UNITS_WRONG = [
     (r"20^\circ\text{C}", r"68^\circ\text{F}"), (r"7\text{ m/s}", r"7 \frac{\text{s}}{\text{m}}"),
 ]  # fmt: skip
 
+ABOUT_RIGHT = [
+    (r"\sqrt{7}", r"\sqrt{7}\text{ (about 2.65)}"), (r"\sqrt{7}", r"x=\sqrt{7}\approx 2.65\approx 3"), ("298", r"298\approx 300"),
+    (r"\frac{3}{7}", r"\frac37 \approx 42.86\%"), (r"\arctan 2", r"\arctan 2\approx 63.4^\circ"), ("x^2", r"x^2\approx 4"),
+    (r"7\text{ m}", r"7\text{ m}\approx 23\text{ ft}"), ("12", "12 (approximately twelve)"), ("1,2", "1, 2 (about 3)"),
+    ("5", r"\text{The area of the square is }5"), ("5", r"\text{remainder: }5"), ("5", r"\text{The opposite side is }5"),
+    (r"\text{reciprocal}=5", r"\text{the reciprocal is }5"), ("5", r"\text{the sum of the squares is }5"),
+]  # fmt: skip
+ABOUT_WRONG = [
+    ("63", r"63\approx 62"), (r"\sqrt{50}", r"\sqrt{50}\text{ (roughly 9)}"), (r"\frac{3}{7}", r"\frac37 \approx 530\%"),
+    (r"7\text{ m}", r"7\text{ m}\approx 40\text{ ft}"), ("298", "298 (about 297)"), (r"e^3", r"n=e^3\approx 30"),
+    ("8", r"\text{The cube of the answer is }8"), ("8", r"\text{Its negation: }8"), ("8", r"\text{its cube}=8"),
+    ("8", r"\text{the additive inverse is }8"),
+]  # fmt: skip
+
 OPTIONS = ("Paris", "London", "Berlin", "Rome")
 LETTERS = [
     ("The answer is (B).", "B"), ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) London", "B"), ("Answer: B", "B"),
@@ -188,6 +202,14 @@ LETTERS = [
     ("It can't be B", None), ("I would rule out B", None), ("Answer: B or C", None), (r"\boxed{}", None),
     ("The answer is neither A nor B.", None), ("B, but it could be C", None), ("Anything but B", None),
     ("The answer isn't B.", None), ("I think B or C, but the answer is B.", "B"),
+    ("Answer: B; D", None), ("The answer is B, or rather D.", None), ("The answer is B; otherwise D.", None),
+    ("Answer: $\\mathrm{B}$ / $\\mathrm{D}$", None), ("(B) (D)", None), ("The answer is B? Wait, D.", None),
+    ("Answer: B\nor D", None), ("The answer is B | D", None), ("Answer: B – D", None), ("Answer: B, unless D", None),
+    ("Answer: B if not D", None), ("Answer: \"B\" or maybe \"D\"", None), ("The answer is A? No, B.", None),
+    ("The answer is B because point C lies on the circle.", "B"), ("The answer is B. C is wrong.", "B"),
+    ("Answer: B (C and D are too large)", "B"), ("The answer is B, not C.", "B"), ("Answer: (B) C", "B"),
+    ("The answer is B, since A and C are not integers.", "B"), ("The answer is B - the others fail.", "B"),
+    ("Answer: B\n\nA) 1\nB) 2", "B"), ("Therefore the answer is B, while C would need x>0.", "B"),
 ]  # fmt: skip
 
 
@@ -201,7 +223,13 @@ def test_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"), [(CLAUSES_RIGHT, CLAUSES_WRONG), (SCALED_RIGHT, SCALED_WRONG), (UNITS_RIGHT, UNITS_WRONG)]
+    ("right", "wrong"),
+    [
+        (CLAUSES_RIGHT, CLAUSES_WRONG),
+        (SCALED_RIGHT, SCALED_WRONG),
+        (UNITS_RIGHT, UNITS_WRONG),
+        (ABOUT_RIGHT, ABOUT_WRONG),
+    ],
 )
 def test_what_stands_around_values(right: list[tuple[str, str]], wrong: list[tuple[str, str]]) -> None:
     assert [pair for pair in right if verify(*pair, "answer").outcome != "correct"] == []

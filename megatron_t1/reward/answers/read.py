@@ -51,7 +51,7 @@ _HARMLESS_LEAD = re.compile(
 )
 _COPULA = re.compile(r"\b(?:the|is|are|equals?|only|about|approximately)\b|\\text", re.I)
 _REMARK = re.compile(
-    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$",
+    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])([^()]*)\)\s*\}?$",
     re.I,
 )
 _PROSE = re.compile(
@@ -108,8 +108,10 @@ def read(text: str) -> Answer:
         return named
     if exact_number(s) is None and is_text(s.replace(",", " ")):
         return Words(s)
-    if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
-        s = s[: remark.start()]
+    if remark := _REMARK.search(s):
+        exact, about = read(s[: remark.start()]), _item(remark[1].replace("\\text{", "").strip(" }"), 0)
+        is_checked = isinstance(about, Quantity | Number) and not isinstance(exact, List | Literal | Words)
+        return Approximation(s, exact, (about,)) if is_checked else exact
     if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]) and not is_prose(_COPULA.sub("", lead[0])):
         s = s[lead.end() :].strip(" :=")
     if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
@@ -123,14 +125,6 @@ def read(text: str) -> Answer:
         return Literal(s, f"a list of {len(items)} items")
     joined = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
     return List(s, _items(items, 0), _region(s, 0), None if "," in joined else _item(joined, 0))
-
-
-def _contradicts(value: str, remark: str) -> bool:
-    """5 (about 7)"""
-    number, said = exact_number(value), re.search(r"(\d+(?:\.\d+)?)(\s*%)?", remark)
-    if number is None or said is None:
-        return False
-    return abs(float(number.value) * (100 if said[2] else 1) - float(said[1])) > 0.5
 
 
 def _items(texts: list[str], depth: int) -> tuple[Answer, ...]:
