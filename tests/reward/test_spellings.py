@@ -172,6 +172,20 @@ ABOUT_WRONG = [
     ("8", r"\text{the additive inverse is }8"),
 ]  # fmt: skip
 
+JOINED_RIGHT = [
+    (r"7\text{ cats and }9\text{ dogs}", r"9\text{ dogs},7\text{ cats}"), (r"7\text{ cats and }9\text{ dogs}", "7, 9"),
+    (r"7\text{ cats, }9\text{ dogs}", r"\text{9 dogs and 7 cats}"), (r"17\text{ R }3", "17 r 3"), (r"6\text{ by }4", r"6\text{ by } 4"),
+    (r"17\text{ R }3", r"17\text{ with a remainder of }3"), (r"\frac{3}{8}", "3 out of 8"), (r"\frac{3}{8}", r"3\text{ in }8"),
+    ("135 minutes", r"\text{2 hours and 15 minutes}"), (r"5\text{ cm or }6\text{ cm}", "6 cm or 5 cm"),
+    (r"x=5\text{ cm and }y=6\text{ cm}", "x=5, y=6"), (r"\text{July 4, }1776", "4 July 1776"), ("12", r"\text{Therefore, }x=12"),
+]  # fmt: skip
+JOINED_WRONG = [
+    (r"7\text{ cats and }9\text{ dogs}", r"9\text{ cats and }7\text{ dogs}"), (r"7\text{ cats and }9\text{ dogs}", "9, 7"),
+    (r"6\text{ cm by }4\text{ cm}", r"8\text{ cm by }3\text{ cm}"), (r"17\text{ R }3", "51 R 1"), (r"17\text{ R }3", "51R"),
+    (r"17\text{ R }3", "3 R 17"), (r"9\text{ N at }40^\circ", r"40\text{ N at }9^\circ"), (r"\frac{3}{8}", "8 out of 3"),
+    ("24", r"8\text{ of the }3"), (r"9\text{ less than }4", r"4\text{ less than }9"),
+]  # fmt: skip
+
 OPTIONS = ("Paris", "London", "Berlin", "Rome")
 LETTERS = [
     ("The answer is (B).", "B"), ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) London", "B"), ("Answer: B", "B"),
@@ -229,6 +243,7 @@ def test_wrong() -> None:
         (SCALED_RIGHT, SCALED_WRONG),
         (UNITS_RIGHT, UNITS_WRONG),
         (ABOUT_RIGHT, ABOUT_WRONG),
+        (JOINED_RIGHT, JOINED_WRONG),
     ],
 )
 def test_what_stands_around_values(right: list[tuple[str, str]], wrong: list[tuple[str, str]]) -> None:

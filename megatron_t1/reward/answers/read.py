@@ -57,6 +57,7 @@ _REMARK = re.compile(
 _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:for|when|where|if|then|is|the|otherwise|with|such|that|which|of|on|by|has|have|there)(?![a-zA-Z])"
 )
+_REMAINDER = re.compile(r"\d+\\text\{ R \}\d+")
 _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F(x,y)
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
@@ -178,6 +179,8 @@ def _leaf(s: str) -> Answer:
         return named
     if based := in_base(s):
         return Literal(based)
+    if _REMAINDER.fullmatch(s):
+        return Literal(s)
     if is_text(s):
         return Words(s)
     if parts := ratio(s):
