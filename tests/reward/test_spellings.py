@@ -186,6 +186,22 @@ JOINED_WRONG = [
     ("24", r"8\text{ of the }3"), (r"9\text{ less than }4", r"4\text{ less than }9"),
 ]  # fmt: skip
 
+FORMULAS_RIGHT = [
+    (r"\mathrm{CO_2}", "CO2"), (r"\mathrm{CO_2}", r"\ce{CO2}"), (r"\text{Ca}^{2+}", r"\ce{Ca^2+}"),
+    (r"NH_4^+", r"\mathrm{NH_4^{+}}"), (r"\mathrm{Ca(OH)_2}", r"\text{Ca}(\text{OH})_2"), (r"[Ar]4s^23d^6", r"[Ar] 4s^2 3d^6"),
+    (r"2Na+Cl_2\to 2NaCl", r"\ce{2Na + Cl2 -> 2NaCl}"), (r"^{14}_{6}\text{C}", r"{}_{6}^{14}\mathrm{C}"),
+    ("pH=3.2", "3.2"), ("pOH=3.2", r"\text{pOH}=3.2"), (r"f^{-1}(x)=\frac{x+5}{3}", r"\frac{x+5}{3}"),
+    (r"f^{-1}(x)=\frac{x+5}{3}", r"f^{-1}(t)=\frac{t+5}{3}"), (r"\frac{dy}{dx}=3x^2", "y'=3x^2"), (r"\frac{dr}{dt}=2", "2"),
+    (r"\frac{\partial u}{\partial t}=6xt", r"u_t=6xt"), (r"\frac{dV}{dr}=4\pi r^2", r"dV/dr = 4\pi r^2"),
+]  # fmt: skip
+FORMULAS_WRONG = [
+    (r"\mathrm{CO_2}", "CO"), (r"\text{Ca}^{2+}", "Ca^{+}"), (r"NH_4^+", r"\mathrm{NH_3}"), (r"1s^22s^22p^3", r"1s^2 2s^2 2p^5"),
+    (r"2Na+Cl_2\to 2NaCl", r"\ce{Na + Cl2 -> 2NaCl}"), (r"^{14}_{6}\text{C}", r"{}_{7}^{14}\mathrm{C}"), ("AB", "A_B"),
+    ("A_{12}", "A_1 2"), ("pH=3.2", "pOH=3.2"), ("pH=3.2", "3.3"), (r"f^{-1}(x)=\frac{x+5}{3}", r"f(x)=\frac{x+5}{3}"),
+    (r"\frac{dy}{dx}=\frac{x}{y}", r"\frac{dx}{dy}=\frac{x}{y}"), (r"\frac{dy}{dx}=\frac{x}{y}", r"\frac{dy}{dx}=-\frac{x}{y}"),
+    (r"\frac{\partial u}{\partial t}=6xt", r"\frac{\partial u}{\partial x}=6xt"), (r"\frac{dr}{dt}=2", r"\frac{dV}{dt}=2"),
+]  # fmt: skip
+
 OPTIONS = ("Paris", "London", "Berlin", "Rome")
 LETTERS = [
     ("The answer is (B).", "B"), ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) London", "B"), ("Answer: B", "B"),
@@ -236,17 +252,19 @@ def test_wrong() -> None:
     assert [pair for pair in WRONG if verify(*pair, "answer").outcome == "correct"] == []
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        (CLAUSES_RIGHT, CLAUSES_WRONG),
-        (SCALED_RIGHT, SCALED_WRONG),
-        (UNITS_RIGHT, UNITS_WRONG),
-        (ABOUT_RIGHT, ABOUT_WRONG),
-        (JOINED_RIGHT, JOINED_WRONG),
-    ],
-)
-def test_what_stands_around_values(right: list[tuple[str, str]], wrong: list[tuple[str, str]]) -> None:
+KINDS = {
+    "clauses": (CLAUSES_RIGHT, CLAUSES_WRONG),
+    "scaled": (SCALED_RIGHT, SCALED_WRONG),
+    "units": (UNITS_RIGHT, UNITS_WRONG),
+    "about": (ABOUT_RIGHT, ABOUT_WRONG),
+    "joined": (JOINED_RIGHT, JOINED_WRONG),
+    "formulas": (FORMULAS_RIGHT, FORMULAS_WRONG),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str) -> None:
+    right, wrong = KINDS[kind]
     assert [pair for pair in right if verify(*pair, "answer").outcome != "correct"] == []
     assert [pair for pair in wrong if verify(*pair, "answer").outcome == "correct"] == []
 

@@ -374,6 +374,8 @@ def _names_clash(gold: Relation, answer: Relation) -> bool:
     g, a = compact(gold.name), compact(answer.name)
     if g == a or all(re.fullmatch(SYMBOL, name) for name in (g, a)):
         return g != a and not (g == a.split("_")[0] and a.rstrip("}")[-1].isdecimal())  # x for x_1
+    if g[0] == a[0] and ("^{-1}" in g) != ("^{-1}" in a):  # f and its inverse
+        return True
     arguments = [name.partition("(")[2].rstrip(")") for name in (g, a)]
     is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
     return is_open and not all(argument in "nstuxyz" for argument in arguments)

@@ -11,6 +11,7 @@ import re
 
 from megatron_t1.reward.answers.brackets import bracketed_items, list_items, set_items, unwrap
 from megatron_t1.reward.answers.clauses import Clause, parted, without_clause
+from megatron_t1.reward.answers.formulas import formula
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -32,7 +33,14 @@ from megatron_t1.reward.answers.kinds import (
 from megatron_t1.reward.answers.matrices import matrix_cells
 from megatron_t1.reward.answers.numbers import Exact, exact_number
 from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, date, in_base, ratio, split_unit
-from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation, whole_numbers
+from megatron_t1.reward.answers.relations import (
+    SUBSCRIPT,
+    bounds_of_region,
+    is_name,
+    split_relation,
+    symbol_of,
+    whole_numbers,
+)
 from megatron_t1.reward.answers.words import NEGATION, OPERATIONS, in_digits, is_prose, is_text
 
 MAX_ITEMS = 64
@@ -67,13 +75,15 @@ _LABEL = re.compile(
     r"(?:\\text\{\s*)?([A-Za-z]{2,}(?: [A-Za-z]+){0,2}(?<=\w{3}))(?=[\s:}])\s?:?\s?\}?\s?:?\s?([-(\[\d\\].*)", re.S
 )
 """radius: 3, \text{vertex }(2,-3)"""
-_FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
+_FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*(?:\^\{{-1\}})?\s*\(\s*([a-zA-Z])\s*\)\s*")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""
 
 
 def read_both(gold: str, answer: str) -> tuple[Answer, Answer]:
     r"""Gold and answer; a parameter that both declare (k \in \mathbb{Z}) is named as in the gold."""
+    if (spelled := formula(gold)) and spelled == formula(answer):
+        return read(gold), read(gold)
     (_, said), (value, says) = parted(gold), parted(answer)
     g, a = _parameter(gold, said), _parameter(answer, says)
     if said and says and said.clashes(says):
@@ -213,6 +223,7 @@ def plain(s: str) -> Number | Expression:
 
 
 def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -> Relation | Approximation:
+    sides = [symbol_of(side) for side in sides]
     if operators == ["="] and is_name(sides[1]) and not is_name(sides[0]):  # 5 = x
         sides = sides[::-1]
     named = is_name(sides[0])

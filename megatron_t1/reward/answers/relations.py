@@ -30,6 +30,7 @@ SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\\?[A-Za-z0-9]+))"
 SYMBOL = rf"(?:\\Delta\s*)?(?:[A-Za-z]|\\(?:{'|'.join(GREEK)}|ell)(?![a-zA-Z])\s*){SUBSCRIPT}?'*"
 _NAME = re.compile(
     rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
+    rf"|{SYMBOL}\s*\^\{{-1\}}\s*\(\s*{SYMBOL}\s*\)"  # f^{-1}(x)
     rf"|\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})+\s*\)"  # (x, y)
     r"|(?:\\(?:angle|triangle|vec|overline|overrightarrow|hat))?\s*\{?[A-Z]{1,4}\}?"  # AB, \angle ABC
     rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Za-z]+{SUBSCRIPT}?(?:\s*:\s*[A-Za-z]+{SUBSCRIPT}?)+"  # |AB|, A:B
@@ -53,6 +54,23 @@ def split_relation(s: str) -> tuple[list[str], list[str]]:
 def is_name(s: str) -> bool:
     """Whether a text names a value: x, f(x), AB, "the area"."""
     return bool(_NAME.fullmatch(s.strip())) and s.strip() not in ("e", "\\pi") and not NEGATION.search(s)
+
+
+_DERIVATIVE = re.compile(
+    r"\\frac\{d\s*([a-zA-Z])\}\{d\s*([a-zA-Z])\}|d\s*([a-zA-Z])\s*/\s*d\s*([a-zA-Z])"
+    r"|\\frac\{\\partial\s*([a-zA-Z])\}\{\\partial\s*([a-zA-Z])\}|\\partial\s*([a-zA-Z])\s*/\s*\\partial\s*([a-zA-Z])"
+)
+
+
+def symbol_of(side: str) -> str:
+    r"""The symbol that longer names stand for, p_{H} of pH and y' of \frac{dy}{dx}; other sides as they are."""
+    bare = re.sub(r"\\text\{([^{}]*)\}|[{}\s]", r"\1", side)
+    if re.fullmatch(r"p(?:OH|H|K(?:_?[abw])?)", bare):
+        return f"p_{{{bare[1:].replace('_', '')}}}"
+    if not (m := _DERIVATIVE.fullmatch(side.strip())):
+        return side
+    of, by = (group for group in m.groups() if group)
+    return f"{of}_{{{by}}}" if "partial" in side else f"{of}'" if by in "xt" else f"{of}_{{{by}}}'"
 
 
 def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
