@@ -202,6 +202,25 @@ FORMULAS_WRONG = [
     (r"\frac{\partial u}{\partial t}=6xt", r"\frac{\partial u}{\partial x}=6xt"), (r"\frac{dr}{dt}=2", r"\frac{dV}{dt}=2"),
 ]  # fmt: skip
 
+NOTATIONS_RIGHT = [
+    ("1234567", "1'234'567"), ("1234567", "1.234.567"), ("7.5%", "7,5 %"), ("20%", "20 per cent"), ("4.2e-7", "4.2*10**-7"),
+    ("4.2e-7", r"4.2\mathrm{E}{-7}"), ("7/30", "0.2(3)"), (r"\frac{3}{11}", r"0.\dot{2}\dot{7}"), ("-12", r"\text{minus twelve}"),
+    ("-12", r"\text{negative }12"), ("56", "8C3"), (r"\binom{8}{3}", r"^{8}C_{3}"), (r"|2x-1|", r"\operatorname{abs}(2x-1)"),
+    (r"\frac{5}{8}", r"\nicefrac{5}{8}"), (r"40^\circ", r"40^\degree"), (r"40^\circ", "40&deg;"), (r"x\ge 4", "x&ge;4"),
+    (r"x\ne 5", r"x\not=5"), (r"(-\infty,\infty)", r"t\in\mathbb{R}"), (r"\emptyset", r"\text{the empty set}"),
+    (r"\emptyset", "This equation has no real solutions"), (r"\text{DNE}", r"\text{the limit doesn't exist}"),
+    (r"\text{converges}", r"\text{the integral is convergent}"), (r"\text{diverges}", r"\text{It diverges}"),
+    ("(a) 4 (b) 9", "a) 4, b) 9"), ("(a) 4 (b) 9", "(A) 4 (B) 9"), (r"[1,2]\cup\{6\}", r"1\le x\le 2\text{ or }x=6"),
+    ("17", "La risposta è 17."), ("17", "Die Antwort ist 17."), ("17", "La respuesta es: 17"), ("17", "答えは17です"),
+]  # fmt: skip
+NOTATIONS_WRONG = [
+    ("1234", "1.234"), ("1234567", "1.234.56"), ("750%", "7,5 %"), ("3/10", "0.2(3)"), ("12", r"\text{minus twelve}"), ("3", "2C3"),
+    ("2x-1", r"\operatorname{abs}(2x-1)"), ("x=5", r"x\not=5"), (r"\mathbb{R}", r"x \in \mathbb{Z}"), (r"\emptyset", r"\{\emptyset\}"),
+    (r"\text{converges}", r"\text{the integral is divergent}"), (r"\text{converges}", r"\text{the series converges absolutely}"),
+    ("(a) 4 (b) 9", "a) 9, b) 4"), ("4", "a) 4, b) 9"), (r"[1,2]\cup\{6\}", r"1\le x\le 2\text{ and }x=6"),
+    (r"[1,2]\cup\{6\}", r"1\le x\le 2\text{ or }y=6"), ("17", "Ответ: 18"),
+]  # fmt: skip
+
 OPTIONS = ("Paris", "London", "Berlin", "Rome")
 LETTERS = [
     ("The answer is (B).", "B"), ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) London", "B"), ("Answer: B", "B"),
@@ -258,6 +277,7 @@ KINDS = {
     "units": (UNITS_RIGHT, UNITS_WRONG),
     "about": (ABOUT_RIGHT, ABOUT_WRONG),
     "joined": (JOINED_RIGHT, JOINED_WRONG),
+    "notations": (NOTATIONS_RIGHT, NOTATIONS_WRONG),
     "formulas": (FORMULAS_RIGHT, FORMULAS_WRONG),
 }
 

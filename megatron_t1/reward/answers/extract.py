@@ -26,8 +26,10 @@ _JOINT = re.compile(
     r"[A-Za-z](?:_\{?\w+\}?)?\s*=|[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*"
 )
 _ANCHOR = re.compile(
-    r"(?<!\{)(?:answer|result|solution|r[ée]ponse|答案?|\bans)\"?(?:\s+(?:is|are|est|equals))?"
-    r"(?:\s*[:：]|(?<=答案)[是为]|(?<=ns)\.|(?<=is)|(?<=are)|(?<=est)|(?<=equals))\s*"
+    r"(?<!\{)(?:answer|result|solution|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ|答案?|答え|\bans)\"?"
+    r"(?:\s+(?:ist|is|are|est|es|[éè]|equals))?"
+    r"(?:\s*[:：]|(?<=答案)[是为]|(?<=答え)[はが]|(?<=ns)\.|(?<=\sist)|(?<=is)|(?<=are)|(?<=est)|(?<=\ses)|(?<=\s[éè])"
+    r"|(?<=equals))\s*"
     r"|^[#* ]{0,9}(?:final )?answer[* ]{0,9}\n"
     r"|####\s*(?=\S[^\n]{0,60}\s*\Z)",
     re.I | re.M,
@@ -123,7 +125,7 @@ def phrase(text: str) -> str | None:
     before = sentence[: copulas[-1]] if copulas else ""
     if not math and re.search(r"[a-z]{3}|[\u4e00-\u9fff]", before) and not _names_another(before):
         sentence = sentence[copulas[-1] :]
-    return sentence.strip(" *:`") or None
+    return sentence.removesuffix("です").strip(" *:`") or None
 
 
 def _names_another(before: str) -> bool:

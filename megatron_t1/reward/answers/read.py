@@ -167,6 +167,8 @@ def _item(text: str, depth: int) -> Answer:
         return _read_relation(s, [point[1], point[2]], ["="], depth)
     if bracketed:
         return Tuple(s, s[0], s[-1], _items(bracketed, depth), _region(s, depth))
+    if members == ["\\emptyset"]:  # a set of one member, not the empty one
+        return Literal(s)
     if members is not None:
         return Set(s, _items(members, depth))
     sides, operators = split_relation(s)

@@ -75,6 +75,8 @@ def symbol_of(side: str) -> str:
 
 def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     """A union of intervals, written as intervals, inequalities or a set of x with a condition; and whose values."""
+    if s == "\\mathbb{R}":
+        return [*_LINE], ""
     sides, operators = split_relation(s)
     if operators == ["\\in"] and is_name(sides[0]):
         return _joined([bounds_of_region(sides[1])], sides[0])
@@ -86,15 +88,18 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
         (name, *_), _ = split_relation(m[1])
         return None if _WHOLE_NUMBERS.search(m[1]) else _joined([bounds_of_region(m[2].strip())], name)
     if s.endswith("}") and (m := re.fullmatch(r"(.*\S)\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S)):
-        return _without(([*_LINE], "") if m[1] == "\\mathbb{R}" else bounds_of_region(m[1]), set_items(m[2]) or [])
+        return _without(bounds_of_region(m[1]), set_items(m[2]) or [])
     excluded: list[str] = []
-    named, found = "", []
+    named = ""
+    found: list[tuple[list[_Bounds], str] | None] = []
     for piece in split_top(s, ",;") if operators else [s]:
         sides, operators = split_relation(piece)
         if operators == ["\\ne"] and is_name(sides[0]):
             named, excluded = sides[0], [*excluded, *list_items(sides[1])]
         elif named and not operators:  # x \ne 1, 2
             excluded += list_items(piece)
+        elif operators == ["="] and is_name(sides[0]) and "\\lor" in s and _INEQUALITY.search(s):  # x < 1 or x = 5
+            found.append(([(sides[1], True, sides[1], True)], sides[0]))
         else:
             found.append(_bounds_of_interval(piece))
     if named and "\\lor" in s:
@@ -105,6 +110,7 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     return _without(region, excluded) if excluded else region
 
 
+_INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 _SET_BUILDER = re.compile(r"\\\{([^|:{}]*(?:\{[^{}]*\}[^|:{}]*)?)[|:](.*)\\\}", re.S)
 _WHOLE_NUMBERS = re.compile(r"\\in\s*(?:\\mathbb)?\s*\{?[ZN]")
 _LINE: list[_Bounds] = [("-\\infty", False, "\\infty", False)]
