@@ -124,6 +124,10 @@ CLAUSES_RIGHT = [
     (r"ax+b, a,b\in\mathbb{R}", r"ax+b\text{ where }a\text{ and }b\text{ are real numbers}"),
     (r"2+7t, t\in\mathbb{Z}", r"\{2+7s: s\in\mathbb{Z}\}"), (r"2+7t, t\in\mathbb{Z}", "2+7k, where k is any integer"),
     (r"\{1,2,3\}", r"\{n\in\mathbb{Z}\mid 0<n<4\}"), ("4", r"4\text{ for each child}"),
+    ("f(x)=3x", r"f(x)=3x\text{ for all real numbers}"), ("f(x)=3x", r"f(x)=3x\text{ for all }x\in[0,1]"),
+    (r"f(x)=\frac2x", r"f(x)=\frac2x\text{ for all }x\ne 0"), (r"5k", r"5k\text{ with }k\in\mathbb{Z}"),
+    (r"\sin x+C", r"\sin x+C,\text{ where }C\text{ is a constant of integration}"),
+    (r"c_1e^x+c_2e^{2x}", r"c_1e^x+c_2e^{2x},\text{ where }c_1\text{ and }c_2\text{ are arbitrary constants}"),
 ]  # fmt: skip
 CLAUSES_WRONG = [
     (r"3n, n\in\mathbb{N}_0", r"3n, n\in\mathbb{Z}^+"), (r"3n, n\in\mathbb{N}", r"3n, n \ge 4"),
@@ -132,16 +136,18 @@ CLAUSES_WRONG = [
     (r"ax+b, a,b\in\mathbb{R}", r"ax+b\text{ where }a\text{ and }b\text{ are integers}"),
     ("9", r"9\text{ for any }n\text{ other than }3"), ("9", r"9\text{ for each, }8\text{ for the last}"),
     ("9", r"n=9,\text{ where }n\text{ may be }8"), ("2R", r"2R\text{ where }R\text{ is not the circumradius}"),
-    (r"x>1, x\ge 0", "x>1, x<5"), (r"y=x^2, x\ge 0", "y=x^2"),
+    (r"x>1, x\ge 0", "x>1, x<5"), (r"y=x^2, x\ge 0", "y=x^2"), (r"5k", r"5k,\text{ where }k\text{ is an odd integer}"),
+    (r"3x, x\in[0,1]", r"3x\text{ for all }x\in[0,2]"), ("5", r"5\text{ for some values}"), ("5", "5 with 6"),
+    (r"k\pi, k\in\mathbb{Z}", r"k\pi\text{ with }k\in\mathbb{N}"), (r"x=5\text{ with }y=6", "x=5"),
 ]  # fmt: skip
 
 SCALED_RIGHT = [
     (r"\frac74", "7 fourths"), (r"\frac{3}{16}", "three sixteenths"), ("300000", "3 lakh"), ("70000000", "7 crore"),
-    ("0.0007", r"7\text{ basis points}"), ("0.000007", r"7\text{ ppm}"), ("0.1", "1 tenth"), ("7", "7 fifth graders"),
+    ("0.0007", r"7\text{ basis points}"), ("0.000007", r"7\text{ ppm}"), ("0.1", "1 tenth"), ("7", "7 grand pianos"), ("7", "7 impossible outcomes"), ("7", "7 fifth graders"),
     ("7", "7 red"), ("7", r"7\text{ shaded squares}"), ("7", r"7\text{ paths}"), ("5mn", r"5\cdot m\cdot n"),
 ]  # fmt: skip
 SCALED_WRONG = [
-    ("7", "7 fourths"), ("7", "7 sextillion"), ("7", "7 ninetieths"), ("7", r"7\text{ tripled}"), ("7", "7 tenfold"),
+    ("7", "7 fourths"), ("7", "7 sextillion"), ("7", "7 grand"), ("7", "7 impossible"), ("7", "7 ninetieths"), ("7", r"7\text{ tripled}"), ("7", "7 tenfold"),
     ("7", "7 nope"), ("7", r"7\text{ per thousand}"), ("7", r"7\text{ bn}"), ("1", "1 fifteenth"), ("1", "1 half"),
 ]  # fmt: skip
 UNITS_RIGHT = [

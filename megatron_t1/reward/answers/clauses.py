@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_t1.reward.answers.brackets import OPERATOR
+from megatron_t1.reward.answers.normalize import compact
 from megatron_t1.reward.answers.words import is_prose
 
 
@@ -21,7 +22,7 @@ class Clause:
     domain: str = ""
     """Z, Q, R or C; '' when it isn't said."""
     sign: str = ""
-    """Which of those: "+", "0+", "*", "N" (positive, with or without 0), ">= 5"; '' for all."""
+    """Which of those: "+", "0+", "*", "N" (positive, with or without 0), a bound or an interval; '' for all."""
 
     def clashes(self, other: Clause) -> bool:
         """Whether both say something, and not the same."""
@@ -40,11 +41,13 @@ _SET = (
     r"\\in\s*(?:\\math(?:bb|bf|rm)|\\text)?\s*\{?(?P<set>[ZNRQC])\}?"
     r"(?P<which>(?:\\cdot|\\g(?:e|t)(?![a-z])|[_^+*{}>0\s])*)"
 )
-_BOUND = r"(?P<operator>\\ge|>)\s*(?P<bound>\d{1,3})"
+_BOUND = r"(?P<operator>\\[lg]e|\\ne|[<>])\s*(?P<bound>-?\d{1,3})"
+_INTERVAL = r"\\in\s*(?P<interval>[(\[][^()\[\]]{1,30},[^()\[\]]{1,30}[)\]])"
 _COUNTED = r"=\s*(?P<first>[01])(?:\s*,\s*\d){0,4}\s*,\s*\\ldots"
-_FACT = re.compile(rf"(?:{_SET}|{_BOUND}|{_COUNTED})\s*$")
+_FACT = re.compile(rf"(?:{_SET}|{_BOUND}|{_COUNTED}|{_INTERVAL})\s*$")
 _WORDED = re.compile(
-    r",?\s*\(?\s*(?:\\text\{[\s,(]*|(?<![a-zA-Z{]))(?:for\b(?P<all> (?:all|any|every|each|some)\b)?|(?P<where>where\b))"
+    r",?\s*\(?\s*(?:\\text\{[\s,(]*|(?<![a-zA-Z{]))"
+    r"(?:with\b|for\b(?P<all> (?:all|any|every|each|some)\b)?|(?P<where>where\b))"
 )
 _BARE = re.compile(rf"(?:,|\s|\()\s?\(?(?P<tail>\s?{_LETTERS}\s?(?:{_SET}|{_BOUND}))\s?\)?$")
 _INDEX = re.compile(r"[kmn]\s*(?:\\ge\s*[01]|>\s*0)")
@@ -56,12 +59,13 @@ _SIGNS = {
     "non-zero": "*",
 }  # fmt: skip
 _SAYS_NOTHING = {
-    "for", "where", "all", "any", "every", "each", "some", "is", "are", "be", "number", "constant", "parameter",
+    "for", "where", "with", "all", "any", "every", "each", "some", "is", "are", "be", "number", "constant", "parameter",
     "value", "arbitrary", "fixed", "and", "\\land",
 }  # fmt: skip
 _DEFINED = re.compile(
-    rf"\s*,?\s*where\s+({_LETTER})\s+(?:is|denotes)\s+the\s+((?:[a-z-]{{1,20}}\s+){{0,5}}[a-z-]{{1,20}})\s*"
+    rf"\s*,?\s*where\s+({_LETTER})\s+(?:is|denotes)\s+(?:an?|the)\s+((?:[a-z-]{{1,20}}\s+){{0,5}}[a-z-]{{1,20}})\s*"
 )
+_RESTRICTS = {*_DOMAINS, *_SIGNS, "even", "odd", "prime", "other"}
 _FOR_EACH = re.compile(r"\s*,?\s*for (?:each|every)((?:\s+[a-z-]{2,20}){0,3})\s*")
 _BUILDER = re.compile(r"\\\{([^|]+)\|([^|]+)\\\}")
 
@@ -118,14 +122,15 @@ def parted(s: str) -> tuple[str, Clause | None]:
 
 
 def _understood(tail: str) -> Clause | None:
-    tail = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", tail).rstrip(" .)")
-    if (defined := _DEFINED.fullmatch(tail)) and not is_prose(_ARTICLE.sub("", defined[2])):
+    tail = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", tail).strip(" .")
+    tail = tail.removesuffix(")") if tail.count(")") > tail.count("(") + tail.count("[") else tail
+    if (defined := _DEFINED.fullmatch(tail)) and not is_prose(_ARTICLE.sub("", defined[2]), _RESTRICTS):
         return Clause((defined[1],))
-    if (each := _FOR_EACH.fullmatch(tail)) and not is_prose(each[1], {"even", "odd", "other"}):
+    if (each := _FOR_EACH.fullmatch(tail)) and not is_prose(each[1], _RESTRICTS):
         return Clause(())
     fact = _FACT.search(tail)
     domains, signs = _of_fact(fact) if fact else ([], [])
-    names = []
+    names, says = [], set()
     for word in _WORD.findall(_ARTICLE.sub("", tail[: fact.start()] if fact else tail)):
         kind = word.casefold() if word in _SAYS_NOTHING else word.casefold().removesuffix("s")
         if kind in _DOMAINS or kind in _SIGNS:
@@ -133,11 +138,12 @@ def _understood(tail: str) -> Clause | None:
             signs += [_SIGNS[kind]] if kind in _SIGNS else []
         elif kind not in _SAYS_NOTHING:
             names.append(word)
-    if not 1 <= len(names) <= 4 or len(set(domains)) > 1 or len(set(signs)) > 1:
+        says.add(kind)
+    if not all(re.fullmatch(_LETTER, name) for name in names) or len(set(domains)) > 1 or len(set(signs)) > 1:
         return None
-    if not all(re.fullmatch(_LETTER, name) for name in names):
+    if not names and (fact or "some" in says or not domains):  # for all real numbers
         return None
-    return Clause(tuple(names), "".join(set(domains)), "".join(set(signs)))
+    return Clause(tuple(names), "".join(set(domains)), "".join(set(signs))) if len(names) <= 4 else None
 
 
 def _of_fact(fact: re.Match[str]) -> tuple[list[str], list[str]]:
@@ -153,6 +159,8 @@ def _of_fact(fact: re.Match[str]) -> tuple[list[str], list[str]]:
         return ["Z" if letter == "N" else letter], [sign] if sign else []
     if first := fact["first"]:
         return ["Z"], ["0+" if first == "0" else "+"]
+    if interval := fact["interval"]:
+        return ["R"], [compact(interval)]
     at = fact["operator"] + fact["bound"]
     sign = {"\\ge0": "0+", ">0": "+", "\\ge1": "+"}.get(at, at)
     return ["Z"] * (at == "\\ge1"), [sign]

@@ -89,17 +89,19 @@ _SCALES |= {f"{name}s": scale for name, scale in (_SCALES | _PARTS).items()}
 _SCALES |= {f"{parts}per {name}": Fraction(1, n) for parts in ("", "parts ") for name, n in _LARGE.items()}
 _SCALES |= {
     "halves": Fraction(1, 2), "quarters": Fraction(1, 4), "per mille": Fraction(1, 1000), "ppm": Fraction(1, 10**6),
-    "ppb": Fraction(1, 10**9), "score": 20, "gross": 144, "grand": 1000, "mn": 10**6, "bn": 10**9, "百": 100,
+    "ppb": Fraction(1, 10**9), "score": 20, "mn": 10**6, "bn": 10**9, "百": 100,
     "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
+_LAST: dict[str, Fraction | int] = {**_PARTS, "gross": 144, "grand": 1000}
+"""Multiply only as the last word: 1 tenth, 5 gross; but 5 fifth graders are counted."""
 _SCALED = re.compile(
-    rf"(?:({'|'.join(sorted(_SCALES, key=len, reverse=True))})|({'|'.join(_PARTS)})(?=\s*$|\s+of\b))(?![A-Za-z])", re.I
+    rf"(?:({'|'.join(sorted(_SCALES, key=len, reverse=True))})|({'|'.join(_LAST)})(?=\s*$|\s+of\b))(?![A-Za-z])", re.I
 )
-"""5 sixths, 1 tenth; but 5 fifth graders are counted."""
 _NO_NOUN = re.compile(
-    r"\b(?:nope|nah|rejected|impossible|refuted|disproved|halved|doubled|tripled|trebled|quadrupled|reciprocal|opposite"
-    r"|[a-z-]*fold|[a-z]+illions?)\b", re.I
-)  # fmt: skip
+    r"illions?\b|(?:\b(?:nope|nah|impossible|refuted|disproved|halved|doubled|tripled|trebled|quadrupled|reciprocal|opposite)"
+    r"|fold)$",
+    re.I,
+)
 """Denials, and what changes the number before it."""
 _NOT_COUNTED_CJK = re.compile(r"[不没非无或以约多少上下负点倍分之又和与是的错对]")
 _NAMELESS = {"unit", "units"}
@@ -210,7 +212,7 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     text = re.sub(r"\b(?:st|nd|rd|th)\b", " ", text).strip() if re.match(r"(?:st|nd|rd|th)\b", text) else text
     scale: Fraction | int = 1
     while (first := _SCALED.match(text)) and (named or len(first[0]) > 2):
-        by = (_SCALES if first[1] else _PARTS)[first[0].casefold()]
+        by = (_SCALES if first[1] else _LAST)[first[0].casefold()]
         scale, text = scale * by, text[first.end() :].strip()
     text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
     if text in ("", *_NAMELESS):

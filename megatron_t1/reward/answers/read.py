@@ -120,6 +120,8 @@ def read(text: str) -> Answer:
     if exact_number(s) is None and is_text(s.replace(",", " ")):
         return Words(s)
     if remark := _REMARK.search(s):
+        if _REMARK.search(s[: remark.start()]):
+            return Literal(text, "a value with several remarks")
         exact, about = read(s[: remark.start()]), _item(remark[1].replace("\\text{", "").strip(" }"), 0)
         is_checked = isinstance(about, Quantity | Number) and not isinstance(exact, List | Literal | Words)
         return Approximation(s, exact, (about,)) if is_checked else exact
