@@ -124,6 +124,8 @@ CLAUSES_RIGHT = [
     (r"ax+b, a,b\in\mathbb{R}", r"ax+b\text{ where }a\text{ and }b\text{ are real numbers}"),
     (r"2+7t, t\in\mathbb{Z}", r"\{2+7s: s\in\mathbb{Z}\}"), (r"2+7t, t\in\mathbb{Z}", "2+7k, where k is any integer"),
     (r"\{1,2,3\}", r"\{n\in\mathbb{Z}\mid 0<n<4\}"), ("4", r"4\text{ for each child}"),
+    (r"\{2+7t\mid t\in\mathbb{Z}\}", r"x=\{2+7s\mid s\in\mathbb{Z}\}"), (r"\{5k\mid k\in\mathbb{Z}\}", r"\text{The set is }\{5k: k\in\mathbb{Z}\}"),
+    (r"\{x\mid x<1\text{ or }x>4\}", r"x=\{x\mid x<1\text{ or }x>4\}"),
     ("f(x)=3x", r"f(x)=3x\text{ for all real numbers}"), ("f(x)=3x", r"f(x)=3x\text{ for all }x\in[0,1]"),
     (r"f(x)=\frac2x", r"f(x)=\frac2x\text{ for all }x\ne 0"), (r"5k", r"5k\text{ with }k\in\mathbb{Z}"),
     (r"\sin x+C", r"\sin x+C,\text{ where }C\text{ is a constant of integration}"),
@@ -180,7 +182,7 @@ ABOUT_WRONG = [
 
 JOINED_RIGHT = [
     (r"7\text{ cats and }9\text{ dogs}", r"9\text{ dogs},7\text{ cats}"), (r"7\text{ cats and }9\text{ dogs}", "7, 9"),
-    (r"7\text{ cats, }9\text{ dogs}", r"\text{9 dogs and 7 cats}"), (r"17\text{ R }3", "17 r 3"), (r"6\text{ by }4", r"6\text{ by } 4"),
+    (r"7\text{ cats, }9\text{ dogs}", r"\text{9 dogs and 7 cats}"), (r"17\text{ R }3", "17 r 3"), ("2/9", r"\text{The chance is }2\text{ in }9."), (r"6\text{ by }4", r"6\text{ by } 4"),
     (r"17\text{ R }3", r"17\text{ with a remainder of }3"), (r"\frac{3}{8}", "3 out of 8"), (r"\frac{3}{8}", r"3\text{ in }8"),
     ("135 minutes", r"\text{2 hours and 15 minutes}"), (r"5\text{ cm or }6\text{ cm}", "6 cm or 5 cm"),
     (r"x=5\text{ cm and }y=6\text{ cm}", "x=5, y=6"), (r"\text{July 4, }1776", "4 July 1776"), ("12", r"\text{Therefore, }x=12"),
@@ -217,6 +219,7 @@ NOTATIONS_RIGHT = [
     (r"\emptyset", "This equation has no real solutions"), (r"\text{DNE}", r"\text{the limit doesn't exist}"),
     (r"\text{converges}", r"\text{the integral is convergent}"), (r"\text{diverges}", r"\text{It diverges}"),
     ("(a) 4 (b) 9", "a) 4, b) 9"), ("(a) 4 (b) 9", "(A) 4 (B) 9"), (r"[1,2]\cup\{6\}", r"1\le x\le 2\text{ or }x=6"),
+    (r"x<1\text{ or }x=3", r"\left(x<1\text{ or }x=3\right)"), (r"x<1\text{ or }x=3", r"(-\infty,1)\cup\{3\}"),
     ("17", "La risposta è 17."), ("17", "Die Antwort ist 17."), ("17", "La respuesta es: 17"), ("17", "答えは17です"),
 ]  # fmt: skip
 NOTATIONS_WRONG = [

@@ -27,7 +27,7 @@ _DENIED = re.compile(
     r"(?:(?<!if )\b(?i:not|non|nor|neither|cannot)\b|n't\b|不是|不选|而非)\s*"
     r"(?:be\b|is\b|the\b|option\b|choice\b|answer\b|\s)*\(?[A-J]\b\)?"
     r"(?:\s*(?:,|\bor\b|\bnor\b|\band\b|或|和)\s*\(?[A-J]\b\)?)*"
-    r"|\(?\b[A-J]\)?(?:\s*(?:,|\band\b)\s*\(?[A-J]\b\)?)*\s+"
+    r"|\(?\b[A-J]\)?(?:\s*(?:,|\band\b)\s*\(?[A-J]\b\)?){0,9}\s+"
     r"(?:is|are|was|were|can|could)(?:\s+be)?\s*(?:not\b|n't\b|never\b|wrong\b|incorrect\b|false\b|invalid\b)[^.;,。]*"
 )
 """Letters that a text rules out, to be read without them."""

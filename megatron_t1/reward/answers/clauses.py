@@ -67,7 +67,8 @@ _DEFINED = re.compile(
 )
 _RESTRICTS = {*_DOMAINS, *_SIGNS, "even", "odd", "prime", "other"}
 _FOR_EACH = re.compile(r"\s*,?\s*for (?:each|every)((?:\s+[a-z-]{2,20}){0,3})\s*")
-_BUILDER = re.compile(r"\\\{([^|]+)\|([^|]+)\\\}")
+_BUILDER = re.compile(r"\\\{([^|]+)\|([^|]+)\\\}(\s*\)?)")
+_LEADS_TO_SET = re.compile(r"^$|(?:[=:(]|\bis|\\text\{[^{}]*\})\s?$")
 
 _OTHER_QUANTITY = re.compile(
     r"(?:\\text\{)?\s*(?:(?:the|its|their|an?)\s+)?(?:(?:multiplicative|additive|natural|common)\s+)?"
@@ -92,9 +93,11 @@ def without_clause(s: str) -> tuple[str, Clause | None]:
     Raises:
         ValueError: its clause is not understood.
     """
-    built = _BUILDER.fullmatch(s)
-    if built and (clause := _understood(built[2])) and clause.domain and not OPERATOR.search(built[1]):
-        return built[1].strip(), clause
+    at = max(s.find("\\{"), 0)
+    if (built := _BUILDER.fullmatch(s, at)) and _LEADS_TO_SET.search(s[:at]):
+        clause = _understood(built[2])
+        if clause and clause.domain and not OPERATOR.search(built[1]):
+            return s[:at] + built[1].strip() + built[3], clause
     worded = _WORDED.search(s)
     if worded and (value := s[: worded.start()].strip()):
         if clause := _understood(s[worded.start() :]):

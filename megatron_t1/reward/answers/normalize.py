@@ -266,14 +266,15 @@ _RULES = _rules(
      lambda m: rf"\{m[2]} " if m[2] else r"\pi " if m[1] == "pi" else r"\infty "),
     ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
     ("*", r"\*", r"\\cdot "),
-    ("\\text", r"(?<=[\d})])(\s*\\text\{[^{}]*?[A-Za-z.])(?:\s*,|,?\s+(and|or))\s*\}"
+    ("\\text", r"(?:(?<=[\d)])|(?<=[\w)]\}))(\s*\\text\{[^{}]*?[A-Za-z.])(?:\s*,|,?\s+(and|or))\s*\}"
      r"(?=\s*(?:-?[\d(]|\\(?:frac|sqrt|pi)|[a-zA-Z]\s*=))",
      lambda m: rf"{m[1]}}}, {_JOINTS.get(m[2], '')} "),  # 12\text{ boys and }15\text{ girls}
-    ("\\text", r"(?<=[\d})])(\s*\\text\{[^{}\d]*?[A-Za-z.])(?:\s*,|,?\s+(and|or))\s+(\d[\d.,/]*)(\s+[^{}\d]*\})",
+    ("\\text", r"(?:(?<=[\d)])|(?<=[\w)]\}))(\s*\\text\{[^{}\d]*?[A-Za-z.])(?:\s*,|,?\s+(and|or))"
+     r"\s+(\d[\d.,/]*)(\s+[^{}\d]*\})",
      lambda m: rf"{m[1]}}}, {_JOINTS.get(m[2], '')} {m[3]}\text{{{m[4]}"),
-    ("", r"^\s*(\d+)\s*(?:\\text\{\s*)?(?:with )?(?:a )?(?:[Rr]|remainder(?: of)?)\s*\}?\s*(\d+)\s*$",
+    ("", r"(?<![^\s=:}(])(\d+)\s*(?:\\text\{\s*)?(?:with )?(?:a )?(?:[Rr]|remainder(?: of)?)\s*\}?\s*(\d+)(?=[\s.)]*$)",
      r"\1\\text{ R }\2"),
-    ("", r"^\s*(\d+)\s*(?:\\text\{\s*)?(?:out\s+of|in)\s*\}?\s*(\d+)\s*$", r"\1/\2"),
+    ("", r"(?<![^\s=:}(])(\d+)\s*(?:\\text\{\s*)?(?:out of|in)\s*\}?\s*(\d+)(?=[\s.)]*$)", r"\1/\2"),
     ("", r",?\s*\\text\{\s*,?\s*(and|or|[和与或且])\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?"
      r"|,?([和与或且])",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),

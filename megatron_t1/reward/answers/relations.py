@@ -98,7 +98,9 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
             named, excluded = sides[0], [*excluded, *list_items(sides[1])]
         elif named and not operators:  # x \ne 1, 2
             excluded += list_items(piece)
-        elif operators == ["="] and is_name(sides[0]) and "\\lor" in s and _INEQUALITY.search(s):  # x < 1 or x = 5
+        elif (
+            operators == ["="] and is_name(sides[0]) and "\\lor" in s and _INEQUALITY.search(s.replace(piece, ""))
+        ):  # x < 1 or x = 5
             found.append(([(sides[1], True, sides[1], True)], sides[0]))
         else:
             found.append(_bounds_of_interval(piece))
