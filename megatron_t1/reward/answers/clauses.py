@@ -67,7 +67,7 @@ _DEFINED = re.compile(
 )
 _RESTRICTS = {*_DOMAINS, *_SIGNS, "even", "odd", "prime", "other"}
 _FOR_EACH = re.compile(r"\s*,?\s*for (?:each|every)((?:\s+[a-z-]{2,20}){0,3})\s*")
-_BUILDER = re.compile(r"\\\{([^|]+)\|([^|]+)\\\}(\s*\)?)")
+_BUILDER = re.compile(r"\\\{([^|:]+)[|:]([^|:]+)\\\}(\s*\)?)")
 _LEADS_TO_SET = re.compile(r"^$|(?:[=:(]|\bis|\\text\{[^{}]*\})\s?$")
 
 _OTHER_QUANTITY = re.compile(

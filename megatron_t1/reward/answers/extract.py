@@ -26,10 +26,10 @@ _JOINT = re.compile(
     r"[A-Za-z](?:_\{?\w+\}?)?\s*=|[\s,;.$&]|\\[()\[\],;!: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\*"
 )
 _ANCHOR = re.compile(
-    r"(?<!\{)(?:answer|result|solution|r[ée]ponse|respuesta|resposta|risposta|antwort|ответ|答案?|答え|\bans)\"?"
-    r"(?:\s+(?:ist|is|are|est|es|[éè]|equals))?"
-    r"(?:\s*[:：]|(?<=答案)[是为]|(?<=答え)[はが]|(?<=ns)\.|(?<=\sist)|(?<=is)|(?<=are)|(?<=est)|(?<=\ses)|(?<=\s[éè])"
-    r"|(?<=equals))\s*"
+    r"(?<!\{)(?:answer|result|solution|r[ée]ponse|答案?|\bans)\"?(?:\s+(?:is|are|est|equals))?"
+    r"(?:\s*[:：]|(?<=答案)[是为]|(?<=ns)\.|(?<=is)|(?<=are)|(?<=est)|(?<=equals))\s*"
+    r"|(?:respuesta|resposta|risposta|antwort|ответ|答え)(?:\s+(?:ist|es|[éè]))?"
+    r"(?:\s*[:：はが]|(?<=\sist)|(?<=\ses)|(?<=\s[éè]))\s*(?=\**\s*(?:\$|\\[(\[]|[-+]?\d))"  # and no sentence
     r"|^[#* ]{0,9}(?:final )?answer[* ]{0,9}\n"
     r"|####\s*(?=\S[^\n]{0,60}\s*\Z)",
     re.I | re.M,

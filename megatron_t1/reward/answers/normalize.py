@@ -21,10 +21,11 @@ _UNICODE = {
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
     "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "−": "-",
     "–": "-", "—": "-", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∀": r"\forall ",
-    "°": r"^\circ ", "º": r"^\circ ", "≈": r"\approx ", "≡": r"\equiv ", "∆": r"\Delta ", "∠": r"\angle ",
-    "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "∂": r"\partial ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "″": "''", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-    "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "✓": " ", "✔": " ", "✅": " ", "∶": ":", "⁄": "/",
+    "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "≈": r"\approx ", "≡": r"\equiv ", "∆": r"\Delta ",
+    "∠": r"\angle ", "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "∂": r"\partial ", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "″": "''", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+    "⌈": r"\lceil ", "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "✓": " ", "✔": " ", "✅": " ",
+    "∶": ":", "⁄": "/",
 }  # fmt: skip
 """Characters that their compatible form (NFKC) does not spell as LaTeX does."""
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
