@@ -111,7 +111,7 @@ _DIRECTION = re.compile(
     re.I,
 )
 _POWER = r"(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?"
-_WORD = r"(?:\\text\{[^{}]*\}|[A-Za-z]+)"
+_WORD = r"(?:\\text\{[^{}]*\}|(?<![A-Za-z])[A-Za-z]+(?![A-Za-z]))"  # whole: their parts would be tried by the million
 _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
     re.compile(
         rf"(.*?[\d}})!|\w])\s*((?:/\s*)?\\text\{{[^{{}}]*\}}{_POWER}(?:\s*(?:/|\\cdot)?\s*{_WORD}{_POWER})*)", re.S
