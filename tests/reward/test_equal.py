@@ -93,6 +93,27 @@ def test_wrong(gold: str, prediction: str) -> None:
     assert verdict.outcome in ("wrong", "no_answer"), verdict
 
 
+SENTENCES = [  # gold, a response without a box, whether it is right
+    ("17", "The answer is $17$ because $20-3=17$.", True), ("17", "The answer is $17$, since 3 less than 20 is 17.", True),
+    ("2,3", "Answer: $2$ and $3$", True), ("x=1,y=2", "Answer: $x=1$ and $y=2$.", True), ("0.5", "The answer is $\\frac12$ or $0.5$.", True),
+    ("12", "The answer is that the total or overall count is 12.", True), ("5", "Answer: $5$ apples and then he left.", True),
+    ("7", "The answer is $7$ cm or $8$ cm", False), ("7", "The answer is $7$ or maybe $8$.", False), ("7", "Answer: $7$\nor $8$", False),
+    ("7", "The answer is either 6 or that it is 7.", False), ("7", "The answer is that the sum is 6 or the sum is 7.", False),
+    ("7", "Answer: \\(7\\), \\(9\\)", False), ("7", 'The result is "7" or even "9"', False), ("7", "Answer: $$7$$ / 9", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "prediction", "right"), SENTENCES)
+def test_an_answer_in_a_sentence(gold: str, prediction: str, right: bool) -> None:
+    assert (verify(gold, prediction).outcome == "correct") == right
+
+
+def test_a_label_of_another_quantity_is_right_where_it_is_asked_for() -> None:
+    answer = r"\boxed{\text{the reciprocal is }5}"
+    assert verify("5", answer).outcome == "wrong"
+    assert verify("5", answer, question=r"Find the reciprocal of $\frac15$.").outcome == "correct"
+
+
 @pytest.mark.parametrize(("gold", "prediction", "letter"), CHOICES)
 def test_multiple_choice(gold: str, prediction: str, letter: str | None) -> None:
     verdict = verify(gold, prediction, "mc")

@@ -117,6 +117,120 @@ WRONG = [
     ("4", "4 or something else"), ("4", "I think 4 but could be 5"),
 ]  # fmt: skip
 
+CLAUSES_RIGHT = [
+    (r"m\pi", r"m\pi, m\in\mathbb{Z}"), (r"3n, n\in\mathbb{N}", r"3m\ (m\in\mathbb{Z}^+)"),
+    (r"3n, n\in\mathbb{N}", r"3n, n \ge 1"), (r"5^{n}", r"5^n \text{ for } n=0,1,2,\dots"),
+    (r"2R", r"2R \text{ where } R \text{ is the circumradius of the triangle}"), ("23", r"23,\text{ not }32"),
+    (r"ax+b, a,b\in\mathbb{R}", r"ax+b\text{ where }a\text{ and }b\text{ are real numbers}"),
+    (r"2+7t, t\in\mathbb{Z}", r"\{2+7s: s\in\mathbb{Z}\}"), (r"2+7t, t\in\mathbb{Z}", "2+7k, where k is any integer"),
+    (r"\{1,2,3\}", r"\{n\in\mathbb{Z}\mid 0<n<4\}"), ("4", r"4\text{ for each child}"),
+    (r"\{2+7t\mid t\in\mathbb{Z}\}", r"x=\{2+7s\mid s\in\mathbb{Z}\}"), (r"\{5k\mid k\in\mathbb{Z}\}", r"\text{The set is }\{5k: k\in\mathbb{Z}\}"),
+    (r"\{x\mid x<1\text{ or }x>4\}", r"x=\{x\mid x<1\text{ or }x>4\}"),
+    (r"x=\frac{\pi}{5}+2m\pi, m\in\mathbb{Z}", r"\left\{\frac{\pi}{5}+2m\pi : m\in\mathbb{Z}\right\}"),
+    ("f(x)=3x", r"f(x)=3x\text{ for all real numbers}"), ("f(x)=3x", r"f(x)=3x\text{ for all }x\in[0,1]"),
+    (r"f(x)=\frac2x", r"f(x)=\frac2x\text{ for all }x\ne 0"), (r"5k", r"5k\text{ with }k\in\mathbb{Z}"),
+    (r"\sin x+C", r"\sin x+C,\text{ where }C\text{ is a constant of integration}"),
+    (r"c_1e^x+c_2e^{2x}", r"c_1e^x+c_2e^{2x},\text{ where }c_1\text{ and }c_2\text{ are arbitrary constants}"),
+]  # fmt: skip
+CLAUSES_WRONG = [
+    (r"3n, n\in\mathbb{N}_0", r"3n, n\in\mathbb{Z}^+"), (r"3n, n\in\mathbb{N}", r"3n, n \ge 4"),
+    (r"2+7t, t\in\mathbb{Z}", r"\{2+7s: s\in\mathbb{R}\}"), (r"6n", r"6n \text{ for every odd } n"),
+    (r"Ce^{2x}, C\in\mathbb{R}", r"Ce^{2x}\text{ for some constant }C>0"), ("23", "23, not sure"),
+    (r"ax+b, a,b\in\mathbb{R}", r"ax+b\text{ where }a\text{ and }b\text{ are integers}"),
+    ("9", r"9\text{ for any }n\text{ other than }3"), ("9", r"9\text{ for each, }8\text{ for the last}"),
+    ("9", r"n=9,\text{ where }n\text{ may be }8"), ("2R", r"2R\text{ where }R\text{ is not the circumradius}"),
+    (r"x>1, x\ge 0", "x>1, x<5"), (r"y=x^2, x\ge 0", "y=x^2"), (r"5k", r"5k,\text{ where }k\text{ is an odd integer}"),
+    (r"3x, x\in[0,1]", r"3x\text{ for all }x\in[0,2]"), ("5", r"5\text{ for some values}"), ("5", "5 with 6"),
+    (r"k\pi, k\in\mathbb{Z}", r"k\pi\text{ with }k\in\mathbb{N}"), (r"x=5\text{ with }y=6", "x=5"),
+]  # fmt: skip
+
+SCALED_RIGHT = [
+    (r"\frac74", "7 fourths"), (r"\frac{3}{16}", "three sixteenths"), ("300000", "3 lakh"), ("70000000", "7 crore"),
+    ("0.0007", r"7\text{ basis points}"), ("0.000007", r"7\text{ ppm}"), ("0.1", "1 tenth"), ("7", "7 grand pianos"), ("7", "7 impossible outcomes"), ("7", "7 fifth graders"),
+    ("7", "7 red"), ("7", r"7\text{ shaded squares}"), ("7", r"7\text{ paths}"), ("5mn", r"5\cdot m\cdot n"),
+]  # fmt: skip
+SCALED_WRONG = [
+    ("7", "7 fourths"), ("7", "7 sextillion"), ("7", "7 grand"), ("7", "7 impossible"), ("7", "7 ninetieths"), ("7", r"7\text{ tripled}"), ("7", "7 tenfold"),
+    ("7", "7 nope"), ("7", r"7\text{ per thousand}"), ("7", r"7\text{ bn}"), ("1", "1 fifteenth"), ("1", "1 half"),
+]  # fmt: skip
+UNITS_RIGHT = [
+    (r"20^\circ\text{C}", r"20\text{ C}"), (r"20\text{ C}", r"20000\text{ mC}"), (r"4\text{ H}", "4000 mH"),
+    (r"4\text{ pints}", "2 quarts"), (r"3\text{ cups}", "1.5 pints"), (r"1\text{ kB}", "1000 bytes"), ("5kn", "5nk"),
+    (r"77^\circ\text{F}", r"77\text{ degrees Fahrenheit}"), (r"2\text{ torr}", r"2\text{ mmHg}"), ("3qt", "3tq"),
+    (r"7\text{ m/s}", r"7 \frac{\text{m}}{\text{s}}"), (r"7\text{ W}", r"7\frac{\text{J}}{\mathrm{s}}"),
+    (r"3\text{ mol/L}", r"3000\text{ mM}"), (r"9\text{ V/m}", r"9\text{ newtons per coulomb}"),
+    (r"4\times10^{-6}\text{ F}", r"4\ \mu\text{F}"), (r"8/\text{s}", r"8\text{ Hz}"), ("12", r"12\text{ pts}"),
+]  # fmt: skip
+UNITS_WRONG = [
+    (r"20\text{ C}", r"20^\circ\text{C}"), (r"3\text{ F}", r"3^\circ\text{F}"), (r"1\text{ kB}", "1000 bits"),
+    (r"4\text{ pints}", "4 quarts"), (r"3\text{ C}", r"3\text{ F}"), (r"2\text{ H}", r"2\text{ h}"),
+    (r"20^\circ\text{C}", r"68^\circ\text{F}"), (r"7\text{ m/s}", r"7 \frac{\text{s}}{\text{m}}"),
+]  # fmt: skip
+
+ABOUT_RIGHT = [
+    (r"\sqrt{7}", r"\sqrt{7}\text{ (about 2.65)}"), (r"\sqrt{7}", r"x=\sqrt{7}\approx 2.65\approx 3"), ("298", r"298\approx 300"),
+    (r"\frac{3}{7}", r"\frac37 \approx 42.86\%"), (r"\arctan 2", r"\arctan 2\approx 63.4^\circ"), ("x^2", r"x^2\approx 4"),
+    (r"7\text{ m}", r"7\text{ m}\approx 23\text{ ft}"), ("12", "12 (approximately twelve)"), ("1,2", "1, 2 (about 3)"),
+    ("5", r"\text{The area of the square is }5"), ("5", r"\text{remainder: }5"), ("5", r"\text{The opposite side is }5"),
+    (r"\text{reciprocal}=5", r"\text{the reciprocal is }5"), ("5", r"\text{the sum of the squares is }5"),
+]  # fmt: skip
+ABOUT_WRONG = [
+    ("63", r"63\approx 62"), (r"\sqrt{50}", r"\sqrt{50}\text{ (roughly 9)}"), (r"\frac{3}{7}", r"\frac37 \approx 530\%"),
+    (r"7\text{ m}", r"7\text{ m}\approx 40\text{ ft}"), ("298", "298 (about 297)"), (r"e^3", r"n=e^3\approx 30"),
+    ("8", r"\text{The cube of the answer is }8"), ("8", r"\text{Its negation: }8"), ("8", r"\text{its cube}=8"),
+    ("8", r"\text{the additive inverse is }8"),
+]  # fmt: skip
+
+JOINED_RIGHT = [
+    (r"7\text{ cats and }9\text{ dogs}", r"9\text{ dogs},7\text{ cats}"), (r"7\text{ cats and }9\text{ dogs}", "7, 9"),
+    (r"7\text{ cats, }9\text{ dogs}", r"\text{9 dogs and 7 cats}"), (r"17\text{ R }3", "17 r 3"), ("2/9", r"\text{The chance is }2\text{ in }9."), (r"6\text{ by }4", r"6\text{ by } 4"),
+    (r"17\text{ R }3", r"17\text{ with a remainder of }3"), (r"\frac{3}{8}", "3 out of 8"), (r"\frac{3}{8}", r"3\text{ in }8"),
+    ("135 minutes", r"\text{2 hours and 15 minutes}"), (r"5\text{ cm or }6\text{ cm}", "6 cm or 5 cm"),
+    (r"x=5\text{ cm and }y=6\text{ cm}", "x=5, y=6"), (r"\text{July 4, }1776", "4 July 1776"), ("12", r"\text{Therefore, }x=12"),
+]  # fmt: skip
+JOINED_WRONG = [
+    (r"7\text{ cats and }9\text{ dogs}", r"9\text{ cats and }7\text{ dogs}"), (r"7\text{ cats and }9\text{ dogs}", "9, 7"),
+    (r"6\text{ cm by }4\text{ cm}", r"8\text{ cm by }3\text{ cm}"), (r"17\text{ R }3", "51 R 1"), (r"17\text{ R }3", "51R"),
+    (r"17\text{ R }3", "3 R 17"), (r"9\text{ N at }40^\circ", r"40\text{ N at }9^\circ"), (r"\frac{3}{8}", "8 out of 3"),
+    ("24", r"8\text{ of the }3"), (r"9\text{ less than }4", r"4\text{ less than }9"),
+]  # fmt: skip
+
+FORMULAS_RIGHT = [
+    (r"\mathrm{CO_2}", "CO2"), (r"\mathrm{CO_2}", r"\ce{CO2}"), (r"\text{Ca}^{2+}", r"\ce{Ca^2+}"),
+    (r"NH_4^+", r"\mathrm{NH_4^{+}}"), (r"\mathrm{Ca(OH)_2}", r"\text{Ca}(\text{OH})_2"), (r"[Ar]4s^23d^6", r"[Ar] 4s^2 3d^6"),
+    (r"2Na+Cl_2\to 2NaCl", r"\ce{2Na + Cl2 -> 2NaCl}"), (r"^{14}_{6}\text{C}", r"{}_{6}^{14}\mathrm{C}"),
+    ("pH=3.2", "3.2"), ("pOH=3.2", r"\text{pOH}=3.2"), (r"f^{-1}(x)=\frac{x+5}{3}", r"\frac{x+5}{3}"),
+    (r"f^{-1}(x)=\frac{x+5}{3}", r"f^{-1}(t)=\frac{t+5}{3}"), (r"\frac{dy}{dx}=3x^2", "y'=3x^2"), (r"\frac{dr}{dt}=2", "2"),
+    (r"\frac{\partial u}{\partial t}=6xt", r"u_t=6xt"), (r"\frac{dV}{dr}=4\pi r^2", r"dV/dr = 4\pi r^2"),
+]  # fmt: skip
+FORMULAS_WRONG = [
+    (r"\mathrm{CO_2}", "CO"), (r"\text{Ca}^{2+}", "Ca^{+}"), (r"NH_4^+", r"\mathrm{NH_3}"), (r"1s^22s^22p^3", r"1s^2 2s^2 2p^5"),
+    (r"2Na+Cl_2\to 2NaCl", r"\ce{Na + Cl2 -> 2NaCl}"), (r"^{14}_{6}\text{C}", r"{}_{7}^{14}\mathrm{C}"), ("AB", "A_B"),
+    ("A_{12}", "A_1 2"), ("pH=3.2", "pOH=3.2"), ("pH=3.2", "3.3"), (r"f^{-1}(x)=\frac{x+5}{3}", r"f(x)=\frac{x+5}{3}"),
+    (r"\frac{dy}{dx}=\frac{x}{y}", r"\frac{dx}{dy}=\frac{x}{y}"), (r"\frac{dy}{dx}=\frac{x}{y}", r"\frac{dy}{dx}=-\frac{x}{y}"),
+    (r"\frac{\partial u}{\partial t}=6xt", r"\frac{\partial u}{\partial x}=6xt"), (r"\frac{dr}{dt}=2", r"\frac{dV}{dt}=2"),
+]  # fmt: skip
+
+NOTATIONS_RIGHT = [
+    ("1234567", "1'234'567"), ("1234567", "1.234.567"), ("7.5%", "7,5 %"), ("20%", "20 per cent"), ("4.2e-7", "4.2*10**-7"),
+    ("4.2e-7", r"4.2\mathrm{E}{-7}"), ("7/30", "0.2(3)"), (r"\frac{3}{11}", r"0.\dot{2}\dot{7}"), ("-12", r"\text{minus twelve}"),
+    ("-12", r"\text{negative }12"), ("56", "8C3"), (r"\binom{8}{3}", r"^{8}C_{3}"), (r"|2x-1|", r"\operatorname{abs}(2x-1)"),
+    (r"\frac{5}{8}", r"\nicefrac{5}{8}"), (r"40^\circ", r"40^\degree"), (r"40^\circ", "40&deg;"), (r"40^\circ", "40˚"), (r"x\ge 4", "x&ge;4"),
+    (r"x\ne 5", r"x\not=5"), (r"(-\infty,\infty)", r"t\in\mathbb{R}"), (r"\emptyset", r"\text{the empty set}"),
+    (r"\emptyset", "This equation has no real solutions"), (r"\text{DNE}", r"\text{the limit doesn't exist}"),
+    (r"\text{converges}", r"\text{the integral is convergent}"), (r"\text{diverges}", r"\text{It diverges}"),
+    ("(a) 4 (b) 9", "a) 4, b) 9"), ("(a) 4 (b) 9", "(A) 4 (B) 9"), (r"[1,2]\cup\{6\}", r"1\le x\le 2\text{ or }x=6"),
+    (r"x<1\text{ or }x=3", r"\left(x<1\text{ or }x=3\right)"), (r"x<1\text{ or }x=3", r"(-\infty,1)\cup\{3\}"),
+    ("17", "La risposta è 17."), ("17", "Die Antwort ist 17."), ("17", "La respuesta es: 17"), ("17", "答えは17です"),
+]  # fmt: skip
+NOTATIONS_WRONG = [
+    ("1234", "1.234"), ("1234567", "1.234.56"), ("750%", "7,5 %"), ("3/10", "0.2(3)"), ("12", r"\text{minus twelve}"), ("3", "2C3"),
+    ("2x-1", r"\operatorname{abs}(2x-1)"), ("x=5", r"x\not=5"), (r"\mathbb{R}", r"x \in \mathbb{Z}"), (r"\emptyset", r"\{\emptyset\}"),
+    (r"\text{converges}", r"\text{the integral is divergent}"), (r"\text{converges}", r"\text{the series converges absolutely}"),
+    ("(a) 4 (b) 9", "a) 9, b) 4"), ("4", "a) 4, b) 9"), (r"[1,2]\cup\{6\}", r"1\le x\le 2\text{ and }x=6"),
+    (r"[1,2]\cup\{6\}", r"1\le x\le 2\text{ or }y=6"), ("17", "Ответ: 18"),
+]  # fmt: skip
+
 OPTIONS = ("Paris", "London", "Berlin", "Rome")
 LETTERS = [
     ("The answer is (B).", "B"), ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B) London", "B"), ("Answer: B", "B"),
@@ -147,6 +261,14 @@ LETTERS = [
     ("It can't be B", None), ("I would rule out B", None), ("Answer: B or C", None), (r"\boxed{}", None),
     ("The answer is neither A nor B.", None), ("B, but it could be C", None), ("Anything but B", None),
     ("The answer isn't B.", None), ("I think B or C, but the answer is B.", "B"),
+    ("Answer: B; D", None), ("The answer is B, or rather D.", None), ("The answer is B; otherwise D.", None),
+    ("Answer: $\\mathrm{B}$ / $\\mathrm{D}$", None), ("(B) (D)", None), ("The answer is B? Wait, D.", None),
+    ("Answer: B\nor D", None), ("The answer is B | D", None), ("Answer: B – D", None), ("Answer: B, unless D", None),
+    ("Answer: B if not D", None), ("Answer: \"B\" or maybe \"D\"", None), ("The answer is A? No, B.", None),
+    ("The answer is B because point C lies on the circle.", "B"), ("The answer is B. C is wrong.", "B"),
+    ("Answer: B (C and D are too large)", "B"), ("The answer is B, not C.", "B"), ("Answer: (B) C", "B"),
+    ("The answer is B, since A and C are not integers.", "B"), ("The answer is B - the others fail.", "B"),
+    ("Answer: B\n\nA) 1\nB) 2", "B"), ("Therefore the answer is B, while C would need x>0.", "B"),
 ]  # fmt: skip
 
 
@@ -157,6 +279,24 @@ def test_right() -> None:
 
 def test_wrong() -> None:
     assert [pair for pair in WRONG if verify(*pair, "answer").outcome == "correct"] == []
+
+
+KINDS = {
+    "clauses": (CLAUSES_RIGHT, CLAUSES_WRONG),
+    "scaled": (SCALED_RIGHT, SCALED_WRONG),
+    "units": (UNITS_RIGHT, UNITS_WRONG),
+    "about": (ABOUT_RIGHT, ABOUT_WRONG),
+    "joined": (JOINED_RIGHT, JOINED_WRONG),
+    "notations": (NOTATIONS_RIGHT, NOTATIONS_WRONG),
+    "formulas": (FORMULAS_RIGHT, FORMULAS_WRONG),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str) -> None:
+    right, wrong = KINDS[kind]
+    assert [pair for pair in right if verify(*pair, "answer").outcome != "correct"] == []
+    assert [pair for pair in wrong if verify(*pair, "answer").outcome == "correct"] == []
 
 
 @pytest.mark.parametrize(("text", "letter"), LETTERS)

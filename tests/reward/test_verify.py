@@ -135,6 +135,17 @@ def test_an_endless_number_costs_no_more_than_other_text() -> None:
     assert time.process_time() - used_s < 0.3
 
 
+def test_no_search_for_what_repeats_in_long_numbers() -> None:
+    used_s = time.process_time()
+    threes = "0." + "3" * 990
+    for text in (f"x={threes}3x={threes}-", rf"x={threes[:-9]}\ldots", "0." + "37" * 480 + r"1\ldots"):
+        assert verify("0", rf"\boxed{{{text}}}").outcome == "wrong"
+    assert time.process_time() - used_s < 0.3
+    assert verify("0", r"\boxed{" + r"sixths \text{m}/" * 220 + "}").outcome == "wrong"  # nor for where words end
+    assert time.process_time() - used_s < 0.5
+    assert verify(r"\frac{14}{99}", r"\boxed{0.1414\ldots}").outcome == "correct"
+
+
 def test_what_only_a_slow_parser_read() -> None:
     """Kinds that needed the parser that could run away."""
     right = [

@@ -9,6 +9,7 @@ from megatron_t1.reward.answers.normalize import GREEK
 
 JOINT = re.compile(r"^\s*\\(?:land|lor)(?![a-zA-Z])\s*")
 """What `normalize` leaves, after a comma, of an "and" or an "or"."""
+_OR = re.compile(r",\s*\\lor(?![a-zA-Z])")
 _OPEN, _CLOSE = "([{", ")]}"
 OPERATOR = re.compile(
     r"\\(?:le|ge|ne|approx|in|equiv|simeq|sim|notin|subset|to|Rightarrow|parallel|perp)(?![a-zA-Z])|[<>=]"
@@ -63,7 +64,7 @@ def unwrap(s: str) -> str:
     for _ in range(MAX_LAYERS):
         if len(s) < 3 or (s[0], s[-1]) not in (("{", "}"), ("(", ")")) or closing(s) != len(s) - 1:
             break
-        if s[-2] == "\\" or (s[0] == "(" and len(split_top(s[1:-1], ",;")) > 1):
+        if s[-2] == "\\" or (s[0] == "(" and len(split_top(_OR.sub("", s[1:-1]), ",;")) > 1):
             break
         s = s[1:-1].strip()
     return s

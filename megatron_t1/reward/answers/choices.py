@@ -16,17 +16,19 @@ _MC_ANCHOR = re.compile(
     + _LETTER,
     re.I,
 )
-_HEDGE_AFTER = re.compile(
-    r"^[)*\s.}$?]*(?:,|/|&|or\b|and\b|或|和|及)[\s,]*(?:or\s+|and\s+)?(?:(?:maybe|perhaps|possibly)\s+)?"
-    r"[(*]*([A-J])(?![A-Za-z'’])"
-)
-
-
+_BETWEEN_CHOICES = """
+or and else alternatively unless it is if not that fails then to maybe perhaps possibly probably no otherwise also even
+the option answer choice either could may might be both wait actually rather 或 和 及
+"""
+_GO_ON = set(_BETWEEN_CHOICES.split())
+"""Words that lead from one choice to another one."""
 _AFFIRMED = re.compile(r"(?<![A-Za-z])([A-J])\)?\s+(?:is|must be)\s+(?:the\s+)?(?:correct|right|true|answer|best)\b")
 _DENIED = re.compile(
-    r"(?:\b(?i:not|non|nor|neither|cannot)\b|n't\b|不是|不选|而非)\s*(?:be\b|is\b|the\b|option\b|choice\b|answer\b|\s)*\(?[A-J]\b\)?"
+    r"(?:(?<!if )\b(?i:not|non|nor|neither|cannot)\b|n't\b|不是|不选|而非)\s*"
+    r"(?:be\b|is\b|the\b|option\b|choice\b|answer\b|\s)*\(?[A-J]\b\)?"
     r"(?:\s*(?:,|\bor\b|\bnor\b|\band\b|或|和)\s*\(?[A-J]\b\)?)*"
-    r"|\(?\b[A-J]\)?\s+(?:is|was|can|could)(?:\s+be)?\s*(?:not\b|n't\b|never\b|wrong\b|incorrect\b|false\b|invalid\b)[^.;,。]*"
+    r"|\(?\b[A-J]\)?(?:\s*(?:,|\band\b)\s*\(?[A-J]\b\)?){0,9}\s+"
+    r"(?:is|are|was|were|can|could)(?:\s+be)?\s*(?:not\b|n't\b|never\b|wrong\b|incorrect\b|false\b|invalid\b)[^.;,。]*"
 )
 """Letters that a text rules out, to be read without them."""
 _NEGATED = re.compile(
@@ -38,6 +40,23 @@ _UNSURE = re.compile(r"\b(?:could|might|may|maybe|perhaps|possibly|either)\b", r
 _MARKED_OPTION = re.compile(r"(?<![A-Za-z])([A-J])[).:]")
 _LONE_LETTER = re.compile(r"(?<![A-Za-z'’\\])([B-HJ]|A(?!\s+(?!and\b|or\b)[a-z]))(?![A-Za-z'’])")
 """A letter on its own; "A triangle" is an article, "I" a person."""
+
+
+def _is_hedged(chosen: str, rest: str) -> bool:
+    """Whether the text behind a choice goes on to another one: "or C", "; C", "? No, C", "unless it is C"."""
+    rest = re.sub(r"\\[a-z]+\s*\{|[}$*\"']", " ", rest)
+    other = next((m for m in _LONE_LETTER.finditer(rest) if m[1] != chosen), None)
+    if other is None:
+        return False
+    between, behind = rest[: other.start()], rest[other.end() :]
+    words = re.findall(r"[^\W\d_]+", between.casefold())
+    if words:
+        return _GO_ON.issuperset(words)
+    if "\n" not in between and re.fullmatch(r"[\s()\[\].]*", between):
+        return behind.startswith(")")
+    return bool(re.search(r"[,;/|&?]", between)) or (
+        bool(re.search(r"[-–\\]", between)) and not re.match(r"\s+[a-z]{2}", behind)
+    )
 
 
 def _one_letter(text: str) -> str | None:
@@ -84,7 +103,7 @@ def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None,
     if anchors:
         last = anchors[-1]
         around = undenied[max(last.start() - 12, 0) : last.end()]
-        if _HEDGE_AFTER.search(undenied[last.end() :]) or _NEGATED.search(around) or "不" in around:
+        if _is_hedged(last[1], undenied[last.end() :]) or _NEGATED.search(around) or "不" in around:
             return None, "hedged or negated choice"
         return last[1], "final phrase"
     said = phrase(tail)
@@ -101,7 +120,7 @@ def chosen_letter(text: str, choices: tuple[str, ...] = ()) -> tuple[str | None,
     leading = re.match(r"\s*\(?([A-J])[).:,。，、]", tail)
     if leading:
         others = set(_LONE_LETTER.findall(tail)) - {leading[1]}
-        if _HEDGE_AFTER.search(tail[leading.end() - 1 :]) or (others and (_UNSURE.search(tail) or affirmed)):
+        if _is_hedged(leading[1], tail[leading.end() - 1 :]) or (others and (_UNSURE.search(tail) or affirmed)):
             return None, "hedged choice"
         return leading[1], "leading letter"
     marked = set(re.findall(r"\(([A-J])\)|\*\*([A-J])\*\*", tail))

@@ -119,7 +119,7 @@ class Comparison(Leaves):
                 plain = not isinstance(answer, (Relation, Approximation))
                 return plain and any(self.equal(rounded, answer) for rounded in gold.rounded)
             case _, Approximation():
-                return self.equal(gold, answer.exact)
+                return self.equal(gold, answer.exact) and self.is_near(answer)
             case (Relation(), _) | (_, Relation()):
                 return self.relations_equal(gold, answer)
             case (Tuple(items=items), Expression() as total) | (Expression() as total, Tuple(items=items)):

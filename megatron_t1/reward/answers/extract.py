@@ -28,12 +28,19 @@ _JOINT = re.compile(
 _ANCHOR = re.compile(
     r"(?<!\{)(?:answer|result|solution|r[ée]ponse|答案?|\bans)\"?(?:\s+(?:is|are|est|equals))?"
     r"(?:\s*[:：]|(?<=答案)[是为]|(?<=ns)\.|(?<=is)|(?<=are)|(?<=est)|(?<=equals))\s*"
+    r"|(?:respuesta|resposta|risposta|antwort|ответ|答え)(?:\s+(?:ist|es|[éè]))?"
+    r"(?:\s*[:：はが]|(?<=\sist)|(?<=\ses)|(?<=\s[éè]))\s*(?=\**\s*(?:\$|\\[(\[]|[-+]?\d))"  # and no sentence
     r"|^[#* ]{0,9}(?:final )?answer[* ]{0,9}\n"
     r"|####\s*(?=\S[^\n]{0,60}\s*\Z)",
     re.I | re.M,
 )
 _COPULA = re.compile(r"\b(?:is|are|equals|be)\b|[是为=]")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+_GOES_ON = re.compile(
+    r"\s*\**\s*(?:[A-Za-z]{1,12}\s+)?(?:[,;/|&]|or\b|and\b|或|和)\s*"
+    r"(?:(?:or|and|maybe|perhaps|possibly|else|even|just)\s+){0,3}(?:\$|\\[(\[]|\"|-?\d)"
+)
+"""Behind a formula: a second one that is joined to it."""
 _ALONE = re.compile(
     r"\n[*`]*(?:\$\$?([^$\n]{1,200})\$\$?|\\[(\[]([^\n]{1,200})\\[)\]]|(-?\d[\d.,/]{0,40}%?))[*`]*[.。]?\Z", re.ASCII
 )
@@ -111,13 +118,20 @@ def phrase(text: str) -> str | None:
         return None
     rest = text[anchors[-1].end() :].lstrip(" \n*").rstrip()
     math = re.match(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\"([^\"\n]+)\"", rest, re.S)
-    if math:
+    if math and not _GOES_ON.match(rest, math.end()):
         return next(g for g in math.groups() if g is not None).strip() or None
-    sentence = re.split(r"\n|。|(?<!\d)\.(?:\s|$)|\.\s*$|\.(?=\s+[A-Z])", rest, maxsplit=1)[0]
+    sentence = re.split(r"\n(?!\s*or\b)|。|(?<!\d)\.(?:\s|$)|\.\s*$|\.(?=\s+[A-Z])", rest, maxsplit=1)[0]
     copulas = [m.end() for m in _COPULA.finditer(sentence) if m.end() < len(sentence)]  # "the volume is 120"
-    if copulas and re.search(r"[a-z]{3}|[\u4e00-\u9fff]", sentence[: copulas[-1]]):
+    before = sentence[: copulas[-1]] if copulas else ""
+    if not math and re.search(r"[a-z]{3}|[\u4e00-\u9fff]", before) and not _names_another(before):
         sentence = sentence[copulas[-1] :]
-    return sentence.strip(" *:`") or None
+    return sentence.removesuffix("です").strip(" *:`") or None
+
+
+def _names_another(before: str) -> bool:
+    """Whether another answer stands before the last "is": either that it is 41 or that it is ..."""
+    alternatives = re.split(r"\bor\b", before)
+    return "either" in before or (len(alternatives) > 1 and re.search(r"[\d$\\]", alternatives[0]) is not None)
 
 
 def _boxed(match: re.Match[str]) -> str:

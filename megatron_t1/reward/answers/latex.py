@@ -113,9 +113,18 @@ class _Parser(Tokens):
             else:
                 if is_number(token) and is_number(self.tokens[self.position - 1]):
                     raise UndecidableError(f"two numbers without a sign between them: {token}")
+                start = self.position
                 factors.append(self.factor())
+                if token == "\\text" and self.next not in _ENDS and self.says_more(start):
+                    raise UndecidableError("words between two factors")  # 8 by 11, 5 R 2: they don't commute
                 if len(factors) == 2 and factors[0].is_Integer and isinstance(factors[1], Fraction):  # 1 1/2
                     factors = [sympy.Add(*factors, evaluate=False)]
+
+    def says_more(self, start: int) -> bool:
+        r"""Whether the \text{} at `start` is more than a letter that stands for a factor."""
+        if sum(token.isalpha() for token in self.tokens[start : self.position]) > 1:
+            return True
+        return is_number(self.tokens[start - 1]) and is_number(self.next)
 
     def signed_factor(self) -> Any:
         if self.next == "-":

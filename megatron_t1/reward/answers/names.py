@@ -137,6 +137,8 @@ def _two_clash(gold: str, answer: str) -> bool:
         return False
     if all(re.fullmatch(SYMBOL, name) for name in (gold, answer)):
         return _symbols_clash(gold, answer)
+    if gold[0] == answer[0] and ("^{-1}" in gold) != ("^{-1}" in answer):  # f and its inverse
+        return True
     familiar = [_familiar_words(name) for name in (gold, answer)]
     if all(familiar):
         return any(all(said & family for said in familiar) and not familiar[0] & familiar[1] for family in _FAMILIES)

@@ -6,6 +6,7 @@ Everything here is string work with bounded cost; no mathematics is decided.
 from __future__ import annotations
 
 import functools
+import html
 import itertools
 import re
 import unicodedata
@@ -20,11 +21,11 @@ _UNICODE = {
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
     "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "−": "-",
     "–": "-", "—": "-", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "∀": r"\forall ",
-    "°": r"^\circ ", "º": r"^\circ ", "≈": r"\approx ", "≡": r"\equiv ", "∆": r"\Delta ", "∠": r"\angle ",
-    "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "∂": r"\partial ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "″": "''", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-    "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "✓": " ", "✔": " ", "✅": " ", "∶": ":", "⁄": "/",
-    "∧": r"\land ", "∨": r"\lor ", "¬": r"\neg ",
+    "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "≈": r"\approx ", "≡": r"\equiv ", "∆": r"\Delta ",
+    "∠": r"\angle ", "→": r"\to ", "⇒": r"\Rightarrow ", "∖": r"\setminus ", "∂": r"\partial ", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "∣": r"\mid ", "′": "'", "″": "''", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+    "⌈": r"\lceil ", "⌉": r"\rceil ", "。": ".", "、": ",", "¢": r"\text{ cents}", "✓": " ", "✔": " ", "✅": " ",
+    "∶": ":", "⁄": "/", "∧": r"\land ", "∨": r"\lor ", "¬": r"\neg ",
 }  # fmt: skip
 """Characters that their compatible form (NFKC) does not spell as LaTeX does."""
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
@@ -39,15 +40,19 @@ _COMMANDS = {
     "degree": "^\\circ", "textdegree": "^\\circ", "dots": "\\ldots", "cdots": "\\ldots", "dotsm": "\\ldots",
     "dotsb": "\\ldots", "varepsilon": "\\epsilon", "varphi": "\\phi", "colon": ":", "langle": "(", "rangle": ")",
     "mod": "\\bmod", "arcctg": "\\arccot", "tg": "\\tan", "ctg": "\\cot", "mid": "|", "cupdot": "\\cup",
-    "sqcup": "\\cup", "bar": "\\overline", "imath": "i", "jmath": "j", "checkmark": "", "lnot": "\\neg",
+    "sqcup": "\\cup", "nicefrac": "\\frac", "sfrac": "\\frac",
+    "bar": "\\overline", "imath": "i", "jmath": "j", "checkmark": "", "lnot": "\\neg",
 }  # fmt: skip
 _PHRASES = {
     r"(?:all )?real(?: number)?s|\\mathbb\s*\{?r\}?": r"(-\infty,\infty)",
     r"(?:all )?positive (?:real numbers|reals)|\\mathbb\{r\}(?:\^\{?\+\}?|_\{\s*>\s*0\s*\}|_\+)": r"(0,\infty)",
-    r"(?:there (?:is|are) )?no(?: real)? (?:solutions?|roots)(?: exists?)?|none|empty set|\\\{ ?\\\}|空集"
+    r"(?:there (?:is|are) |(?:the|this) (?:equation|system|inequality) has )?no(?: real)? (?:solutions?|roots)"
+    r"(?: exists?)?|none|(?:the )?empty set|\\\{ ?\\\}|空集"
     r"|(?:方程)?(?:无|没有)(?:实数?)?[解根]": r"\emptyset ",
     r"infinity|\\infty": r"\infty ",
-    r"does(?: not|n't) exist|undefined|不存在": r"\text{DNE}",
+    r"(?:(?:the )?limit )?does(?: not|n['’]t) exist|undefined|不存在": r"\text{DNE}",
+    r"(?:it |(?:(?:the|this) )?(?:series|integral|sequence) )?(?:diverges|(?:is )?divergent)": r"\text{diverges}",
+    r"(?:it |(?:(?:the|this) )?(?:series|integral|sequence) )?(?:converges|(?:is )?convergent)": r"\text{converges}",
 }  # fmt: skip
 _PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
 _SPELLINGS = tuple(_PHRASES.values())
@@ -60,8 +65,8 @@ _FUNCTIONS = {
     "ln", "exp", "lcm", "gcd", "max", "min", "det", "lim", "sup", "inf",
 }  # fmt: skip
 _ALSO_UNITS = {"min", "max", "sec", "inf", "sup", "det"}
-_MARK = re.compile(r"(?:\\text\{\s*|(?<![A-Za-z\d]))(?:\((\d|[a-h]|i{1,3}|iv|v)\)|([①-⑧]))\s*:?\s*\}?\s*")
-_MARKS = ("abcdefgh", "12345678", ("i", "ii", "iii", "iv", "v"))
+_MARK = re.compile(r"(?:\\text\{\s*|(?<![A-Za-z\d(]))(?:\(?(\d|[a-hA-H]|i{1,3}|iv|v)\)|([①-⑧]))\s*:?\s*\}?\s*")
+_MARKS = ("abcdefgh", "ABCDEFGH", "12345678", ("i", "ii", "iii", "iv", "v"))
 
 
 def _parts(text: str) -> str:
@@ -88,7 +93,7 @@ _SHORT = {"M": "million", "B": "billion"}
 def _font(match: re.Match[str]) -> str:
     raw = match[1] if match[1] is not None else match[2]
     inner, before = raw.strip(), match.string[max(match.start() - 8, 0) : match.start()].rstrip()
-    if "\\" in inner and before[-1:].isdecimal() and re.fullmatch(r"(?:[A-Za-z]|\^\{?-?\d\}?|\\cdot|[\s/~])+", inner):
+    if "\\" in inner and before[-1:].isdecimal() and re.fullmatch(r"(?:[A-Za-z]|\^\{?-?\d\}?|\\cdot|[\s/~()])+", inner):
         return rf"\text{{ {re.sub('[{}]', '', inner).replace(chr(92) + 'cdot', ' ')}}}"  # J\cdot s
     if "\\" in inner or re.match(r"\\math(?:bf|it)\s*\{?[a-z]\}?$", match[0]):
         return f"{{{inner}}}" if before.endswith(("^", "_")) else f" {inner} "
@@ -161,9 +166,20 @@ def _rules(*rules: tuple[str, str, _Replacement]) -> tuple[tuple[str, re.Pattern
     return tuple((sign, re.compile(pattern), replacement) for sign, pattern, replacement in rules)
 
 
+_NUMBER_WORD = (
+    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen"
+    "|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+)
 _JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor", "且": "\\land"}
 _LETTER_END = r"(?![a-zA-Z])"
+_UNIT = r"\\text\{[^{}]*\}(?:\^(?:\{-?\d\}|\d))?"
 _RULES = _rules(
+    # spellings of other notations
+    ("&", r"&(?:[lg][te]|ne|deg|pi|times|minus|plusmn|nbsp|infin|amp);", lambda m: _unicode(html.unescape(m[0]))),
+    ("'", r"(?<=\d)'(?=\d{3}(?!\d))", ""),
+    (".", r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3}){2,}(?![\d.])", lambda m: m[0].replace(".", "")),
+    ("%", r"^\s*(-?\d+),(\d{1,2})\s*(?=\\?%\s*$)", r"\1.\2"),
+    ("**", r"\*\*", "^"),
     # what only decorates
     ("\\", r"\\(?:h|v)?phantom\s*(?:\{[^{}]*\}|.)|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
     ("\\", r"\\(?:color\s*\{[^{}]*\}|(?:textcolor|f?colorbox|bbox|cssId|class|html[A-Z]\w*)"
@@ -172,7 +188,7 @@ _RULES = _rules(
     ("{", r"\{\s*\{([^{}]*)\}\s*\}", r"{\1}"),
     ("\\begin", r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}", " "),
     ("\\", rf"\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|textstyle|limits|nolimits|rm|bf|it|dotfill|hfill|"
-     rf"boldsymbol|bm|mathop|mathbin|mathrel|(?:footnote|normal)size|small|tiny|"
+     rf"boldsymbol|bm|mathop|mathbin|mathrel|ensuremath|(?:footnote|normal)size|small|tiny|"
      rf"[lL]arge|LARGE|[hH]uge|bfseries){_LETTER_END}\.?", ""),
     # separators of thousands, spaces
     ("", r"(?<=\d)(?:,\s*\\!\s*|\{,\}|\\,|\\ |\\;)(?=\d{3}(?!\d))", ""),
@@ -191,15 +207,18 @@ _RULES = _rules(
     ("\\", r"\\(?:mathrm|mathbf|mathit|mathsf|mathtt|operatorname\*?|mathnormal|mathcal)\s*"
      r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z]))", _font),
     ("\\", r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    ("\\frac", rf"(?<=[\d}}\s])\\frac\s*\{{\s*({_UNIT})\s*\}}\s*"
+     rf"\{{\s*({_UNIT}(?:\s*(?:\\cdot)?\s*{_UNIT}){{0,2}})\s*\}}\s*$",
+     lambda m: rf"{m[1]}/{'/'.join(re.findall(_UNIT, m[2]))}"),
     ("\\", r"(?<=[\d}])(?:\s*\\text\{\s*([kmM]?)\s*\}|\s*([kmM]))?\s*\\(?:Omega|text\{\s*Omega\s*\})\s*$"
-     r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN])\}?\s*$", _sign_of_unit),
-    ("p", r"\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|percent|pct)(?![a-zA-Z])", "%"),
+     r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN]|mol|Pa|Hz)\}?\s*$", _sign_of_unit),
+    ("p", r"\\text\{\s*(?:per ?cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|per ?cent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
     ("\\text", r"\\text\{\s*\}", " "),
     ("", r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
      r"\\text\{\s*(?:degrees?|度)\s*\}|(?<=\d)\s*(?:degrees?\b|度)|\\text\{\s*degrees?(?=\s)",
      lambda m: r"^\circ " + (r"\text{" if m[0].startswith("\\text{") and not m[0].endswith("}") else "")),
-    ("\\circ", r"(\^\\circ\s*)+", r"^\\circ "),
+    ("\\circ", r"(\^\s*\^?\\circ\s*)+", r"^\\circ "),
     ("prime", r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda m: "'" * m[1].count("p")),
     ("sq.", r"\bsq\.", "sq"),
     ("比", r"(?<=\d)\s*比\s*(?=\d)", ":"),
@@ -216,6 +235,13 @@ _RULES = _rules(
     ("|", r"\\\{\s*([a-z])\s*(?:\\in\s*\\mathbb\{[A-Z]\})?\s*\|\s*\1\s*=\s*([^|,]+),\s*", r"\\{\2| "),
     ("\\equiv", r"(?s).+", _congruence),
     ("_", r"(?:\{\s*\})?_\s*\{?(\d+)\}?\s*([CP])\s*_\s*\{?(\d+)\}?", r"\2_{\1}^{\3}"),  # {}_5C_2
+    ("C", r"^\s*(?:\^\s*\{?(\d+)\}?|(\d+))\s*C\s*_?\s*\{?(\d+)\}?\s*$",
+     lambda m: rf"C_{{{m[1] or m[2]}}}^{{{m[3]}}}"),  # 10C3
+    ("abs", r"(?:\\text\{abs\}|(?<![\\a-zA-Z])abs)\s*\(([^()|]*)\)", r"|\1|"),
+    ("E", r"(?<=\d)\s*E\s*\{\s*([+-]?\d+)\s*\}", r"e\1"),
+    ("", rf"^\s*(\\text\{{)?\s*(?:negative|minus)\s+(?=(?:{_NUMBER_WORD})|\d)", lambda m: f"-{m[1] or ''}"),
+    ("", r"^\s*\\text\{\s*(?:negative|minus)\s*\}\s*(?=\d|\\frac)", "-"),
+    ("\\not", r"\\not\s*=", r"\\ne "), ("\\not", r"\\not\s*\\in(?![a-z])", r"\\notin "),
     # arguments in braces
     ("\\frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     ("\\frac", r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
@@ -240,7 +266,16 @@ _RULES = _rules(
     ("", r"(?<![\\a-zA-Z])(?:(pi|infinity|inf)(?![a-zA-Z])|(sin|cos|tan|cot|ln|log|exp) ?(?= [\da-z]\b|\\|\d))",
      lambda m: rf"\{m[2]} " if m[2] else r"\pi " if m[1] == "pi" else r"\infty "),
     ("<=", r"<=", r"\\le "), (">=", r">=", r"\\ge "), ("!=", r"!=", r"\\ne "),
-    ("*", r"\*\*", "^"), ("*", r"\*", r"\\cdot "),
+    ("*", r"\*", r"\\cdot "),
+    ("\\text", r"(?:(?<=[\d)])|(?<=[\w)]\}))(\s*\\text\{[^{}]*?[A-Za-z.])(?:\s*,|,?\s+(and|or))\s*\}"
+     r"(?=\s*(?:-?[\d(]|\\(?:frac|sqrt|pi)|[a-zA-Z]\s*=))",
+     lambda m: rf"{m[1]}}}, {_JOINTS.get(m[2], '')} "),  # 12\text{ boys and }15\text{ girls}
+    ("\\text", r"(?:(?<=[\d)])|(?<=[\w)]\}))(\s*\\text\{[^{}\d]*?[A-Za-z.])(?:\s*,|,?\s+(and|or))"
+     r"\s+(\d[\d.,/]*)(\s+[^{}\d]*\})",
+     lambda m: rf"{m[1]}}}, {_JOINTS.get(m[2], '')} {m[3]}\text{{{m[4]}"),
+    ("", r"(?<![^\s=:}(])(\d+)\s*(?:\\text\{\s*)?(?:with )?(?:a )?(?:[Rr]|remainder(?: of)?)\s*\}?\s*(\d+)(?=[\s.)]*$)",
+     r"\1\\text{ R }\2"),
+    ("", r"(?<![^\s=:}(])(\d+)\s*(?:\\text\{\s*)?(?:out of|in)\s*\}?\s*(\d+)(?=[\s.)]*$)", r"\1/\2"),
     ("", r",?\s*\\text\{\s*,?\s*(and|or|[和与或且])\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?"
      r"|,?([和与或且])",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),

@@ -22,8 +22,11 @@ class Exact:
 
 _DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
 _THOUSANDS = re.compile(r"([+-]?[1-9]\d{0,2})((?:,\d{3})+)(\.\d+)?")
-_REPEATING = re.compile(r"([+-]?)(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\\dot\s*\{?(\d)\}?)")
-_GOES_ON = re.compile(r"([+-]?)(\d*)\.(\d*?)(?:(\d)\4\4+|(\d{2,}?)\5+)\\ldots")
+_REPEATING = re.compile(
+    r"([+-]?)(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\((\d+)\)|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
+)
+_GOES_ON = re.compile(r"([+-]?)(\d{0,20})\.(\d{0,20}?)(?:(\d)\4{2,59}|(\d{2,20}?)\5{1,29})\\ldots")
+"""Few digits: what repeats is searched for."""
 _SCIENTIFIC = re.compile(r"(.+?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([+-]?[\d.]+)[eE]([+-]?\d+)")
 _SPACED = re.compile(r"[+-]? ?\d{1,3}( \d{3})+(\.\d+)?")
 _FRACTION = re.compile(
@@ -51,7 +54,7 @@ def exact_number(s: str) -> Exact | None:
         value = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3])) * (-1 if m[1] == "-" else 1)
         return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")), len(m[3]))
     if m := _REPEATING.fullmatch(s) or _GOES_ON.fullmatch(s.replace(" ", "")):
-        block = m[4] or m[5]
+        block = "".join(digits or "" for digits in m.groups()[3:])
         head = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3]))
         value = head + Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(m[3]))
         return Exact(-value if m[1] == "-" else value)

@@ -10,6 +10,8 @@ import itertools
 import re
 
 from megatron_t1.reward.answers.brackets import bracketed_items, list_items, set_items, unwrap
+from megatron_t1.reward.answers.clauses import Clause, parted, without_clause
+from megatron_t1.reward.answers.formulas import formula
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -31,7 +33,14 @@ from megatron_t1.reward.answers.kinds import (
 from megatron_t1.reward.answers.matrices import matrix_cells
 from megatron_t1.reward.answers.numbers import Exact, exact_number
 from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, date, in_base, ratio, split_unit
-from megatron_t1.reward.answers.relations import SUBSCRIPT, bounds_of_region, is_name, split_relation, whole_numbers
+from megatron_t1.reward.answers.relations import (
+    SUBSCRIPT,
+    bounds_of_region,
+    is_name,
+    split_relation,
+    symbol_of,
+    whole_numbers,
+)
 from megatron_t1.reward.answers.words import NEGATION, OPERATIONS, in_digits, is_prose, is_text
 
 MAX_ITEMS = 64
@@ -39,13 +48,8 @@ MAX_ITEMS = 64
 MAX_NESTING = 8
 """Deepest structure read: tuples of sets of tuples ..."""
 
-_TRAILING_CLAUSE = re.compile(
-    r"(?:[,(]\s*|\s+)[a-zA-Z](?:\s*,\s*[a-zA-Z]){0,3}\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]\}?(?:\\cdot|[_^+*{}>0\s])*\)?$"
-    r"|,?\s*(?:\\text\{[\s,(]*(?:for (?:all|any|every|each|some)|where)\b[^{}]*\}"
-    r"|(?<![a-z])for (?:all|any|every|each|some)\b).*$"
-    r"|,\s*(?:\\text\{\s*)?not\b[^,]*$",
-    re.S,
-)
+_NOT_ANOTHER = re.compile(r",\s*(?:\\text\{\s*)?not\b\s*\}?(?:\\[a-z]+|[^a-z\\,]|[a-z](?![a-z]))*$")
+"""17, not 18"""
 _HARMLESS_LEAD = re.compile(
     r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
     r"|[a-z ]{1,40}(?=:))\s*:?\s*\}"
@@ -55,13 +59,13 @@ _HARMLESS_LEAD = re.compile(
 )
 _COPULA = re.compile(r"\b(?:the|is|are|equals?|only|about|approximately)\b|\\text", re.I)
 _REMARK = re.compile(
-    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])[^()]*\)\s*\}?$",
+    r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])([^()]*)\)\s*\}?$",
     re.I,
 )
-_NAME_IN_CLAUSE = re.compile(r"(?<![A-Za-z\\{])[b-zA-Z](?![A-Za-z])")
 _PROSE = re.compile(
     r"(?<![\\a-zA-Z])(?:for|when|where|if|then|is|the|otherwise|with|such|that|which|of|on|by|has|have|there)(?![a-zA-Z])"
 )
+_REMAINDER = re.compile(r"\d+\\text\{ R \}\d+")
 _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F(x,y)
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
@@ -71,17 +75,28 @@ _LABEL = re.compile(
     r"(?:\\text\{\s*)?([A-Za-z]{2,}(?: [A-Za-z]+){0,2}(?<=\w{3}))(?=[\s:}])\s?:?\s?\}?\s?:?\s?([-(\[\d\\].*)", re.S
 )
 """radius: 3, \text{vertex }(2,-3)"""
-_FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*\s*\(\s*([a-zA-Z])\s*\)\s*")
+_FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*(?:\^\{{-1\}})?\s*\(\s*([a-zA-Z])\s*\)\s*")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""
 
 
 def read_both(gold: str, answer: str) -> tuple[Answer, Answer]:
     r"""Gold and answer; a parameter that both declare (k \in \mathbb{Z}) is named as in the gold."""
-    g, a = _DECLARED.search(gold), _DECLARED.search(answer)
-    if g and a and g[1] != a[1] and renamed(answer, g[1], "") == answer:
-        answer = renamed(answer, a[1], g[1])
+    if (spelled := formula(gold)) and spelled == formula(answer):
+        return read(gold), read(gold)
+    (_, said), (value, says) = parted(gold), parted(answer)
+    g, a = _parameter(gold, said), _parameter(answer, says)
+    if said and says and said.clashes(says):
+        return read(gold), Literal(answer, "a value whose parameters are of another kind")
+    if g and a and g != a and renamed(value, g, "") == value != renamed(value, a, g):
+        answer = renamed(value, a, g)
     return read(gold), read(answer)
+
+
+def _parameter(text: str, clause: Clause | None) -> str:
+    """The letter that a text declares, or ''."""
+    declared = _DECLARED.search(text)
+    return declared[1] if declared else next(iter(clause.names), "") if clause else ""
 
 
 def renamed(text: str, letter: str, name: str) -> str:
@@ -93,15 +108,23 @@ def renamed(text: str, letter: str, name: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def read(text: str) -> Answer:
     """The answer that a normalised text is. Bounded work, whatever the text is."""
-    s = in_digits(unwrap(_TRAILING_CLAUSE.sub("", text)))
-    if len(s) < len(text) and (names := _NAME_IN_CLAUSE.findall(text[len(s) :])) and not any(n in s for n in names):
+    try:
+        value, clause = without_clause(text)
+    except ValueError as error:
+        return Words(text) if is_text(text.replace(",", " ")) else Literal(text, f"a value with {error}")
+    s = in_digits(unwrap(_NOT_ANOTHER.sub("", value)))
+    if clause and clause.names and not any(name in s for name in clause.names):
         return Literal(text, "a value with a clause on something else")
     if named := _day_or_time(s):
         return named
     if exact_number(s) is None and is_text(s.replace(",", " ")):
         return Words(s)
-    if (remark := _REMARK.search(s)) and not _contradicts(s[: remark.start()], remark[0]):
-        s = s[: remark.start()]
+    if remark := _REMARK.search(s):
+        if _REMARK.search(s[: remark.start()]):
+            return Literal(text, "a value with several remarks")
+        exact, about = read(s[: remark.start()]), _item(remark[1].replace("\\text{", "").strip(" }"), 0)
+        is_checked = isinstance(about, Quantity | Number) and not isinstance(exact, List | Literal | Words)
+        return Approximation(s, exact, (about,)) if is_checked else exact
     if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]) and not is_prose(_COPULA.sub("", lead[0])):
         s = s[lead.end() :].strip(" :=")
     if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
@@ -115,14 +138,6 @@ def read(text: str) -> Answer:
         return Literal(s, f"a list of {len(items)} items")
     joined = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
     return List(s, _items(items, 0), _region(s, 0), None if "," in joined else _item(joined, 0))
-
-
-def _contradicts(value: str, remark: str) -> bool:
-    """5 (about 7)"""
-    number, said = exact_number(value), re.search(r"(\d+(?:\.\d+)?)(\s*%)?", remark)
-    if number is None or said is None:
-        return False
-    return abs(float(number.value) * (100 if said[2] else 1) - float(said[1])) > 0.5
 
 
 def _items(texts: list[str], depth: int) -> tuple[Answer, ...]:
@@ -154,6 +169,8 @@ def _item(text: str, depth: int) -> Answer:
         return _read_relation(s, [point[1], point[2]], ["="], depth)
     if bracketed:
         return Tuple(s, s[0], s[-1], _items(bracketed, depth), _region(s, depth))
+    if members == ["\\emptyset"]:  # a set of one member, not the empty one
+        return Literal(s)
     if members is not None:
         return Set(s, _items(members, depth))
     sides, operators = split_relation(s)
@@ -176,6 +193,8 @@ def _leaf(s: str) -> Answer:
         return named
     if based := in_base(s):
         return Literal(based)
+    if _REMAINDER.fullmatch(s):
+        return Literal(s)
     if is_text(s):
         return Words(s)
     if parts := ratio(s):
@@ -208,6 +227,7 @@ def plain(s: str) -> Number | Expression:
 
 
 def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -> Relation | Approximation:
+    sides = [symbol_of(side) for side in sides]
     if operators == ["="] and is_name(sides[1]) and not is_name(sides[0]):  # 5 = x
         sides = sides[::-1]
     named = is_name(sides[0])

@@ -30,6 +30,7 @@ SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\\?[A-Za-z0-9]+))"
 SYMBOL = rf"(?:\\Delta\s*)?(?:[A-Za-z]|\\(?:{'|'.join(GREEK)}|ell)(?![a-zA-Z])\s*){SUBSCRIPT}?'*"
 _NAME = re.compile(
     rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
+    rf"|{SYMBOL}\s*\^\{{-1\}}\s*\(\s*{SYMBOL}\s*\)"  # f^{-1}(x)
     rf"|\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})+\s*\)"  # (x, y)
     r"|(?:\\(?:angle|triangle|vec|overline|overrightarrow|hat))?\s*\{?[A-Z]{1,4}\}?"  # AB, \angle ABC
     rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Za-z]+{SUBSCRIPT}?(?:\s*:\s*[A-Za-z]+{SUBSCRIPT}?)+"  # |AB|, A:B
@@ -55,8 +56,27 @@ def is_name(s: str) -> bool:
     return bool(_NAME.fullmatch(s.strip())) and s.strip() not in ("e", "\\pi") and not NEGATION.search(s)
 
 
+_DERIVATIVE = re.compile(
+    r"\\frac\{d\s*([a-zA-Z])\}\{d\s*([a-zA-Z])\}|d\s*([a-zA-Z])\s*/\s*d\s*([a-zA-Z])"
+    r"|\\frac\{\\partial\s*([a-zA-Z])\}\{\\partial\s*([a-zA-Z])\}|\\partial\s*([a-zA-Z])\s*/\s*\\partial\s*([a-zA-Z])"
+)
+
+
+def symbol_of(side: str) -> str:
+    r"""The symbol that longer names stand for, p_{H} of pH and y' of \frac{dy}{dx}; other sides as they are."""
+    bare = re.sub(r"\\text\{([^{}]*)\}|[{}\s]", r"\1", side)
+    if re.fullmatch(r"p(?:OH|H|K(?:_?[abw])?)", bare):
+        return f"p_{{{bare[1:].replace('_', '')}}}"
+    if not (m := _DERIVATIVE.fullmatch(side.strip())):
+        return side
+    of, by = (group for group in m.groups() if group)
+    return f"{of}_{{{by}}}" if "partial" in side else f"{of}'" if by in "xt" else f"{of}_{{{by}}}'"
+
+
 def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     """A union of intervals, written as intervals, inequalities or a set of x with a condition; and whose values."""
+    if s == "\\mathbb{R}":
+        return [*_LINE], ""
     sides, operators = split_relation(s)
     if operators == ["\\in"] and is_name(sides[0]):
         return _joined([bounds_of_region(sides[1])], sides[0])
@@ -68,15 +88,20 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
         (name, *_), _ = split_relation(m[1])
         return None if _WHOLE_NUMBERS.search(m[1]) else _joined([bounds_of_region(m[2].strip())], name)
     if s.endswith("}") and (m := re.fullmatch(r"(.*\S)\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S)):
-        return _without(([*_LINE], "") if m[1] == "\\mathbb{R}" else bounds_of_region(m[1]), set_items(m[2]) or [])
+        return _without(bounds_of_region(m[1]), set_items(m[2]) or [])
     excluded: list[str] = []
-    named, found = "", []
+    named = ""
+    found: list[tuple[list[_Bounds], str] | None] = []
     for piece in split_top(s, ",;") if operators else [s]:
         sides, operators = split_relation(piece)
         if operators == ["\\ne"] and is_name(sides[0]):
             named, excluded = sides[0], [*excluded, *list_items(sides[1])]
         elif named and not operators:  # x \ne 1, 2
             excluded += list_items(piece)
+        elif (
+            operators == ["="] and is_name(sides[0]) and "\\lor" in s and _INEQUALITY.search(s.replace(piece, ""))
+        ):  # x < 1 or x = 5
+            found.append(([(sides[1], True, sides[1], True)], sides[0]))
         else:
             found.append(_bounds_of_interval(piece))
     if named and "\\lor" in s:
@@ -88,6 +113,7 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     return _without(region, excluded) if excluded else region
 
 
+_INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 _SET_BUILDER = re.compile(r"\\\{([^|:{}]*(?:\{[^{}]*\}[^|:{}]*)?)[|:](.*)\\\}", re.S)
 _WHOLE_NUMBERS = re.compile(r"\\in\s*(?:\\mathbb)?\s*\{?[ZN]")
 _LINE: list[_Bounds] = [("-\\infty", False, "\\infty", False)]

@@ -6,12 +6,23 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 from mpmath.libmp import to_rational
 
 from megatron_t1.reward.answers.compare_trees import decimal_value, same_value
 from megatron_t1.reward.answers.evaluate import Meter
-from megatron_t1.reward.answers.kinds import Answer, Clock, Expression, Literal, Number, Quantity, Words
+from megatron_t1.reward.answers.kinds import (
+    Answer,
+    Approximation,
+    Clock,
+    Expression,
+    Literal,
+    Number,
+    Quantity,
+    Relation,
+    Words,
+)
 from megatron_t1.reward.answers.normalize import compact
 from megatron_t1.reward.answers.numbers import Exact, exact_number, numbers_equal, rounds_to
 from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
@@ -24,6 +35,7 @@ from megatron_t1.reward.answers.quantities import (
     units_clash,
 )
 from megatron_t1.reward.answers.read import plain
+from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.trees import rational
 from megatron_t1.reward.answers.words import NUMBER_WORDS, words
 
@@ -127,6 +139,23 @@ class Leaves:
         value = decimal_value(answer.tree, self.meter)
         return value is not None and abs(value) < 10**30 and rounds_to(Fraction(*to_rational(value._mpf_)), number, 3)
 
+    def is_near(self, said: Approximation) -> bool:
+        r"""Whether what is called about equal is: 42 \approx 41 says two things. Also where one has no value."""
+        try:
+            exact, *others = (self._amounts(each) for each in (said.exact, *said.rounded))
+        except UndecidableError:
+            return True
+        units = (_last_digit(each) for each in said.rounded)
+        return all(_is_near(exact, other, unit) for other, unit in zip(others, units, strict=True))
+
+    def _amounts(self, answer: Answer) -> tuple[Any, Any]:
+        """Its value as it is written, and in basic units; None when it has none."""
+        named = answer.value if isinstance(answer, Relation) and answer.value else answer
+        value, unit = _value_and_unit(named)
+        amount = decimal_value(value.tree, self.meter)
+        factor = {PERCENT: Fraction(1, 100), DEGREES: Fraction(314159, 18 * 10**6)}.get(unit, unit.factor)
+        return amount, amount and amount * factor.numerator / factor.denominator
+
     def numbers_equal(self, gold: Exact, answer: Exact) -> bool:
         return numbers_equal(gold, answer, self.policy.rounding)
 
@@ -134,6 +163,25 @@ class Leaves:
         if not gold.text or not answer.text or _foreign_words(gold.text, answer.text):
             return False
         return same_value(gold.tree, answer.tree, self.meter)
+
+
+def _last_digit(answer: Answer) -> Fraction:
+    """What its last written digit counts; 0 when it is no decimal or whole number."""
+    value = _value_and_unit(answer)[0]
+    if not isinstance(value, Number) or (value.exact.decimals is None and value.exact.value.denominator > 1):
+        return Fraction(0)
+    zeros = len(re.findall(r"0*$", str(value.exact.value))[0])
+    return Fraction(10) ** (zeros if value.exact.decimals is None else -value.exact.decimals)
+
+
+def _is_near(exact: tuple[Any, Any], other: tuple[Any, Any], unit: Fraction) -> bool:
+    """Less than one off, which is a slip, or within 5%: of the digits that are written, or in another unit."""
+    if None in (*exact, *other):
+        return True
+    off, off_by_unit = (abs(e - o) for e, o in zip(exact, other, strict=True))
+    if off < 1 or (off <= abs(exact[0]) / 20 and (off < float(unit) or not unit)):
+        return True
+    return (exact[0] != exact[1] or other[0] != other[1]) and off_by_unit <= abs(exact[1]) / 20
 
 
 _PLAIN_FRACTION = re.compile(r"[\d\s.{}()+\-/*]*(?:\\(?:frac|cdot|times)[\d\s.{}()+\-/*]*)*")

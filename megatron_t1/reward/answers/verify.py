@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from megatron_t1.reward.answers import choices as letters
 from megatron_t1.reward.answers import extract
+from megatron_t1.reward.answers.clauses import names_another_quantity
 from megatron_t1.reward.answers.equal import equal
 from megatron_t1.reward.answers.explain import explain
 from megatron_t1.reward.answers.normalize import normalize
@@ -95,6 +96,8 @@ def verify_fully(
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
     except Exception as error:
         return Verdict("crash", answer, f"{type(error).__name__}: {error}"[:200])
+    if same and names_another_quantity(normalize(answer), gold, question):
+        return Verdict("wrong", answer, "a label of another quantity than asked")
     if copied:
         return Verdict("wrong", answer, "a formula of the question, not computed")
     return Verdict("correct" if same else "wrong", answer, "compared as mathematics")
