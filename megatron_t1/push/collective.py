@@ -1,9 +1,9 @@
 """A push by broadcasts, both ends: every trainer rank sends what it owns to all workers at once, in buckets.
 
 Both sides know the order: the tensors layer by layer, cut into spans of whole rows; consecutive spans make a window of
-at most `bucket_bytes`, in which every owner broadcasts its own (gloo: at the same time; NCCL: in turn). A member
-holds two windows, one of them under way, and a worker the tensors of the module that vLLM has not complete: no rank
-gathers the model.
+at most `bucket_bytes`, in which every owner broadcasts its own (gloo: at the same time; NCCL: in turn), large spans
+from where they lie to where they belong, all others through a bucket. A member has two windows, one of them under way,
+and a worker the tensors of the module that vLLM has not complete: no rank gathers the model.
 """
 
 from __future__ import annotations
