@@ -122,6 +122,8 @@ CLAUSES_RIGHT = [
     (r"3n, n\in\mathbb{N}", r"3n, n \ge 1"), (r"5^{n}", r"5^n \text{ for } n=0,1,2,\dots"),
     (r"2R", r"2R \text{ where } R \text{ is the circumradius of the triangle}"), ("23", r"23,\text{ not }32"),
     (r"ax+b, a,b\in\mathbb{R}", r"ax+b\text{ where }a\text{ and }b\text{ are real numbers}"),
+    (r"\frac{\pi}{5}+4\pi n, n\in\mathbb{Z}", r"4k\pi+\frac{\pi}{5},\ k\in\mathbb{Z}"), (r"\sqrt{5} t, t\in\mathbb{R}", r"t\sqrt5 \ (t\in\mathbb{R})"),
+    (r"3 \cdot k, k\in\mathbb{Z}", r"3k, k\in\mathbb Z"), (r"5\pi m n, m, n\in\mathbb{Z}", r"5mn\pi, m,n\in\mathbb{Z}"), (r"\pi k, k\in\mathbb{Z}", r"k \pi"),
     (r"2+7t, t\in\mathbb{Z}", r"\{2+7s: s\in\mathbb{Z}\}"), (r"2+7t, t\in\mathbb{Z}", "2+7k, where k is any integer"),
     (r"\{1,2,3\}", r"\{n\in\mathbb{Z}\mid 0<n<4\}"), ("4", r"4\text{ for each child}"),
     (r"\{2+7t\mid t\in\mathbb{Z}\}", r"x=\{2+7s\mid s\in\mathbb{Z}\}"), (r"\{5k\mid k\in\mathbb{Z}\}", r"\text{The set is }\{5k: k\in\mathbb{Z}\}"),
@@ -154,6 +156,8 @@ SCALED_WRONG = [
     ("7", "7 nope"), ("7", r"7\text{ per thousand}"), ("7", r"7\text{ bn}"), ("1", "1 fifteenth"), ("1", "1 half"),
 ]  # fmt: skip
 UNITS_RIGHT = [
+    (r"12\text{ N}", r"12\,\mathrm{N}"), (r"12\,\mathrm{N}", "12"), (r"12\,\mathrm{N}", r"0.012\,\mathrm{kN}"), (r"9\text{ volts}", r"9\ \mathrm{V}"),
+    (r"300\text{ kelvin}", r"300~\mathrm{K}"), (r"2\times 10^{-6}\text{ coulombs}", r"2\times10^{-6}\,\mathrm{C}"), ("£15", "15£"), ("15", r"15\,\text{€}"),
     (r"20^\circ\text{C}", r"20\text{ C}"), (r"20\text{ C}", r"20000\text{ mC}"), (r"4\text{ H}", "4000 mH"),
     (r"4\text{ pints}", "2 quarts"), (r"3\text{ cups}", "1.5 pints"), (r"1\text{ kB}", "1000 bytes"), ("5kn", "5nk"),
     (r"77^\circ\text{F}", r"77\text{ degrees Fahrenheit}"), (r"2\text{ torr}", r"2\text{ mmHg}"), ("3qt", "3tq"),
@@ -162,6 +166,7 @@ UNITS_RIGHT = [
     (r"4\times10^{-6}\text{ F}", r"4\ \mu\text{F}"), (r"8/\text{s}", r"8\text{ Hz}"), ("12", r"12\text{ pts}"),
 ]  # fmt: skip
 UNITS_WRONG = [
+    (r"12\,\mathrm{N}", r"12\,\mathrm{J}"), (r"12\,\mathrm{N}", r"12\,\mathrm{kN}"), ("12N", r"12\,\mathrm{N}"), ("£15", "15€"), ("5C", r"5\,\mathrm{C}+1"),
     (r"20\text{ C}", r"20^\circ\text{C}"), (r"3\text{ F}", r"3^\circ\text{F}"), (r"1\text{ kB}", "1000 bits"),
     (r"4\text{ pints}", "4 quarts"), (r"3\text{ C}", r"3\text{ F}"), (r"2\text{ H}", r"2\text{ h}"),
     (r"20^\circ\text{C}", r"68^\circ\text{F}"), (r"7\text{ m/s}", r"7 \frac{\text{s}}{\text{m}}"),
@@ -297,6 +302,20 @@ def test_kinds(kind: str) -> None:
     right, wrong = KINDS[kind]
     assert [pair for pair in right if verify(*pair, "answer").outcome != "correct"] == []
     assert [pair for pair in wrong if verify(*pair, "answer").outcome == "correct"] == []
+
+
+ASKED = [  # question, gold, answer, whether it is right
+    ("Write 22 in base 3.", "211_3", "211", True), ("Write 22 in base three.", "211", "211_3", True), ("Write 22 in binary.", "10110_2", "10110", True),
+    ("Convert $42$ to hexadecimal.", r"\text{2A}_{16}", "2a", True), ("Write 22 in base $3$.", "211_{3}", "22", False), ("Write 22 in base 3.", "211_3", "112", False),
+    ("Convert $21_5$ from base 5 to base 10.", "11", "11_5", False), ("How many is it?", "211_3", "211", False), ("Write 22 in base 3.", "211_3", "211_4", False),
+    ("Is $g$ even or odd?", r"\text{Even}", "even", True), ("True or false: 1=1?", r"\text{True}", r"\text{true}", True), ("Is $g$ even or odd?", r"\text{Even}", "odd", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("question", "gold", "answer", "is_right"), ASKED)
+def test_the_question_says_which_base_and_which_words(question: str, gold: str, answer: str, is_right: bool) -> None:
+    verdict = verify(gold, rf"\boxed{{{answer}}}", question=question)
+    assert (verdict.outcome == "correct") == is_right, verdict
 
 
 @pytest.mark.parametrize(("text", "letter"), LETTERS)

@@ -49,7 +49,7 @@ _WORDED = re.compile(
     r",?\s*\(?\s*(?:\\text\{[\s,(]*|(?<![a-zA-Z{]))"
     r"(?:with\b|for\b(?P<all> (?:all|any|every|each|some)\b)?|(?P<where>where\b))"
 )
-_BARE = re.compile(rf"(?:,|\s|\()\s?\(?(?P<tail>\s?{_LETTERS}\s?(?:{_SET}|{_BOUND}))\s?\)?$")
+_BARE = re.compile(rf"(?:[,(]\s?\(?\s?(?P<letters>{_LETTERS})|\s\(?{_LETTER})\s?(?:{_SET}|{_BOUND})\s?\)?$")
 _INDEX = re.compile(r"[kmn]\s*(?:\\ge\s*[01]|>\s*0)")
 _ARTICLE = re.compile(r"\b(?:an?|the)\s+(?=[a-z-]{2})")
 _WORD = re.compile(rf"\\[a-z]+|[A-Za-z-]{{2,}}|{_LETTER}|[^\s,()]")
@@ -104,11 +104,20 @@ def without_clause(s: str) -> tuple[str, Clause | None]:
             return value, clause
         if worded["all"] or worded["where"]:
             raise ValueError("a clause that is not understood")
-    bare = _BARE.search(s)
-    if bare and (value := s[: bare.start()].strip()) and (bare["set"] or _begins(bare["tail"], value)):
-        clause = _understood(bare["tail"])
-        return (value, clause) if clause else (s, None)
+    bare = _bare(s)
+    if bare and (value := s[: bare.start()].strip()):
+        tail = bare[0].strip(" ,()")
+        if (bare["set"] or _begins(tail, value)) and (clause := _understood(tail)):
+            return value, clause
     return s, None
+
+
+def _bare(s: str) -> re.Match[str] | None:
+    r"""A clause without words. The first n of "n, n \in \mathbb{Z}" is no parameter but the value."""
+    bare = _BARE.search(s)
+    while bare and bare["letters"] and len(set(letters := re.findall(_LETTER, bare["letters"]))) < len(letters):
+        bare = _BARE.search(s, bare.start() + 1)
+    return bare
 
 
 def _begins(bound: str, value: str) -> bool:

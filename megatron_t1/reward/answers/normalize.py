@@ -87,7 +87,13 @@ _MONEY = re.compile(
     r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\s*(thousand|[mb]illion|(?-i:[MB])\b))?\.?\s*",
     re.I,
 )
+_MONEY_BEHIND = re.compile(
+    r"\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\\[,;: ]|~|\s)*(?:\\text\{\s*)?([£€¥￥₹])\s*\}?\.?\s*"
+)
 _SHORT = {"M": "million", "B": "billion"}
+
+
+_ENDS_UNIT = re.compile(r"\s*(?:[.,;)\]}/^]|\\(?:cdot|mathrm|text)|$)")
 
 
 def _font(match: re.Match[str]) -> str:
@@ -99,6 +105,9 @@ def _font(match: re.Match[str]) -> str:
         return f"{{{inner}}}" if before.endswith(("^", "_")) else f" {inner} "
     inner = re.sub("[{}]", "", inner)  # m s^{-2}
     a_unit = bool(re.search(r"[\d}]$", before)) and (len(inner) > 1 or raw != inner)  # 27\mathrm{~min}
+    apart = match.string[: match.start()].endswith(" ") and _ENDS_UNIT.match(match.string, match.end())
+    if apart and re.search(r"[\d}]$", before) and re.fullmatch(r"\\mathrm\s*\{?[ACFHJKLNTVW]\}?", match[0]):
+        a_unit = True  # 50\,\mathrm{N}
     if before.endswith(("_", "_{")):
         return f"{{{inner}}}" if before.endswith("_") else inner
     if inner in _FUNCTIONS and not before.endswith("/") and not (a_unit and inner in _ALSO_UNITS):
@@ -325,6 +334,8 @@ def normalize(text: str) -> str:
     if money := _MONEY.fullmatch(text):
         code = re.sub(r"\\text|[{}.\s]", "", money[2])
         text = rf"{money[1]}{money[3]}\text{{ {_SHORT.get(money[4], money[4]) or ''} {_CURRENCIES.get(code, code)}}}"
+    elif money := _MONEY_BEHIND.fullmatch(text):
+        text = rf"{money[1]}\text{{ {_CURRENCIES.get(money[2], money[2])}}}"
     s = re.sub(r"^\s*(\*\*|`+)([^*`]+)\1\s*$", r"\2", _unicode(_parts(text.strip())))
     if "\\begin" in s:
         s = _CASES.sub(_rows_of_cases, s)

@@ -273,6 +273,22 @@ def units_clash(gold: Unit, answer: Unit) -> bool:
 _BASES = {"hex": "16", "0x": "16", "binary": "2", "0b": "2"}
 
 
+_ASKED_BASE = re.compile(r"\bbase[- ]*[${]*(\w+)|\b(binary|octal|hexadecimal)\b", re.I)
+_NAMED_BASES = {"binary": "2", "octal": "8", "hexadecimal": "16"}
+
+
+def same_in_asked_base(gold: str, answer: str, question: str) -> bool:
+    """204 for 204_5, or the other way round, where the last base of the question is 5."""
+    based = in_base(gold) or in_base(answer)
+    asked = list(_ASKED_BASE.finditer(question)) if based else []
+    if not based or not asked or (in_base(gold) and in_base(answer)):
+        return False
+    digits, _, base = based.rpartition("_")
+    named = (asked[-1][1] or asked[-1][2]).casefold()
+    plain = answer if in_base(gold) else gold
+    return plain.strip().upper() == digits and base == _NAMED_BASES.get(named, NUMBER_WORDS.get(named, named))
+
+
 def in_base(s: str) -> str | None:
     """The one spelling of a number in a named base."""
     if not ("_" in s or "base" in s or s.lstrip("-")[:2] in _BASES):

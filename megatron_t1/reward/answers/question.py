@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import re
 
-from megatron_t1.reward.answers.kinds import Answer, Number, Quantity, Relation
+from megatron_t1.reward.answers.kinds import Answer, Number, Quantity, Relation, Words
 from megatron_t1.reward.answers.normalize import compact, normalize
 from megatron_t1.reward.answers.numbers import exact_number
 
@@ -36,7 +36,7 @@ def asks_for_percent(question: str) -> bool:
 
 def is_copied(gold: Answer, answer: Answer, question: str) -> bool:
     """Whether a right answer is a formula of the question that the gold has worked out."""
-    if not question or answer.key == gold.key:
+    if not question or answer.key == gold.key or isinstance(gold, Words):  # "true or false?" has both
         return False
     if isinstance(gold, Relation) and isinstance(answer, Relation) and gold.value and not answer.value:
         return _stands_in(question, _tokens(answer.text))

@@ -17,6 +17,7 @@ from megatron_t1.reward.answers.equal import equal
 from megatron_t1.reward.answers.explain import explain
 from megatron_t1.reward.answers.normalize import normalize
 from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
+from megatron_t1.reward.answers.quantities import same_in_asked_base
 from megatron_t1.reward.answers.question import asks_for_percent, is_copied
 from megatron_t1.reward.answers.read import read_both
 from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
@@ -89,8 +90,9 @@ def verify_fully(
     if _names_option(normalized_gold(gold, mode), answer):
         return Verdict("correct", answer, _OPTION)
     try:
-        reads, spelled = read_both(normalized_gold(gold, mode), normalize(answer))
-        same = equal(reads, spelled, _for_question(equality, question))
+        known, given = normalized_gold(gold, mode), normalize(answer)
+        reads, spelled = read_both(known, given)
+        same = equal(reads, spelled, _for_question(equality, question)) or same_in_asked_base(known, given, question)
         copied = same and refuse_copies and is_copied(reads, spelled, question)
     except NO_MATHEMATICS as error:
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
