@@ -80,7 +80,8 @@ def run(cfg: LogprobsConfig) -> Comparison | None:
 
 def compare(ours: list[np.ndarray], theirs: list[np.ndarray], num_worst: int) -> Comparison:
     """A token that one of them has at minus infinity, or not at all, differs infinitely."""
-    differences = [np.abs(a.astype(np.float64) - b) for a, b in zip(ours, theirs, strict=True)]
+    with np.errstate(invalid="ignore"):  # of two infinite ones; what is no finite number is said below
+        differences = [np.abs(a.astype(np.float64) - b) for a, b in zip(ours, theirs, strict=True)]
     flat = np.concatenate(differences)
     flat[np.isnan(flat)] = math.inf
     owners = np.concatenate([np.full(len(d), i) for i, d in enumerate(differences)])

@@ -117,7 +117,7 @@ def test_synthesis_asks_its_own_model(how: str, server: Servers, other: Path, tm
             out=str(out),
             model=str(other),
             rollout=rollout,
-            num_attempts=1,
+            num_attempts=2,
             reward=RewardConfig(num_workers=1),
         )
     )
