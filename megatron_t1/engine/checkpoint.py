@@ -80,9 +80,9 @@ def _count_steps_without_parameters(engine: Engine) -> None:
     """A pipeline stage without experts has an optimizer of none, and Megatron asks torch's AdamW, whose state is by
     parameter, for the number of its step."""
     inners = [part.optimizer for part in engine.optimizer.chained_optimizers]
-    step = next(state["step"] for inner in inners for state in inner.state.values())
-    for inner in inners:
+    for inner in inners:  # Adams of Transformer Engine and Apex count elsewhere, and have no `step` to look for
         if isinstance(inner, torch.optim.AdamW) and not any(group["params"] for group in inner.param_groups):
+            step = next(state["step"] for other in inners for state in other.state.values())
             inner.state["no parameter"] = {"step": step.clone()}
 
 

@@ -174,19 +174,18 @@ def _exchange(
             spans: list[tuple[Span, torch.Tensor]] = []
             for owner in sorted(window):
                 for message in _messages(window[owner]):
-                    begin = end
+                    begin, alone = end, len(message) == 1
                     for span in message:
                         data, here = bucket[end : end + span.num_bytes], rows(span)
                         end += _aligned(span.num_bytes)
                         data = data.view(span.piece.tensor.torch_dtype).view(span.shape)
-                        alone = len(message) == 1
                         # The device may be another one: a folder's tensors are on the host.
                         if alone and here is not None and here.is_contiguous() and here.device == bucket.device:
                             data = here
                         elif members[owner] == group.rank:
                             data.copy_(here)
                         spans.append((span, data))
-                    whole = data.view(-1).view(torch.uint8) if len(message) == 1 else bucket[begin:end]
+                    whole = data.view(-1).view(torch.uint8) if alone else bucket[begin:end]
                     waits.append(group.broadcast(whole, members[owner]))
             under_way.append((waits, spans))
             if len(under_way) == 2:

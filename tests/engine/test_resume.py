@@ -144,6 +144,19 @@ def test_an_anchor_that_was_never_kept_is_not_made_up(tmp_path):
         checkpoint.load(tmp_path, SimpleNamespace(parallel=ParallelConfig()), object())
 
 
+def test_an_optimizer_that_counts_its_steps_elsewhere_is_left_alone():
+    """As Transformer Engine's and Apex's, which GPUs have: their state by parameter holds no step."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    inner = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.sum().backward()
+    for _ in range(2):
+        checkpoint._count_steps_without_parameters(
+            SimpleNamespace(optimizer=SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=inner)]))
+        )
+        inner.step()
+    assert [set(state) for state in inner.state.values()] == [{"momentum_buffer"}]
+
+
 def test_an_optimizer_of_another_kind_is_not_loaded(tmp_path):
     (tmp_path / "state.json").write_text('{"step": 1, "distributed_optimizer": true}')
     engine = SimpleNamespace(parallel=ParallelConfig(distributed_optimizer=False))

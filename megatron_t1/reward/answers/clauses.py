@@ -122,7 +122,7 @@ def _bare(s: str) -> re.Match[str] | None:
 
 def _begins(bound: str, value: str) -> bool:
     r"""Whether n \ge 1 tells where a sequence begins: x \ge 1 may be half of a region."""
-    return bool(_INDEX.fullmatch(bound.strip())) and not re.search(r"[<>]|\\[lg]e(?![a-z])", value)
+    return bool(_INDEX.fullmatch(bound)) and not re.search(r"[<>]|\\[lg]e(?![a-z])", value)
 
 
 def parted(s: str) -> tuple[str, Clause | None]:

@@ -279,13 +279,12 @@ _NAMED_BASES = {"binary": "2", "octal": "8", "hexadecimal": "16"}
 
 def same_in_asked_base(gold: str, answer: str, question: str) -> bool:
     """204 for 204_5, or the other way round, where the last base of the question is 5."""
-    based = in_base(gold) or in_base(answer)
-    asked = list(_ASKED_BASE.finditer(question)) if based else []
-    if not based or not asked or (in_base(gold) and in_base(answer)):
+    of_gold, of_answer = in_base(gold), in_base(answer)
+    if (of_gold is None) == (of_answer is None) or not (asked := list(_ASKED_BASE.finditer(question))):
         return False
-    digits, _, base = based.rpartition("_")
+    digits, _, base = (of_gold or of_answer or "").rpartition("_")
     named = (asked[-1][1] or asked[-1][2]).casefold()
-    plain = answer if in_base(gold) else gold
+    plain = answer if of_gold else gold
     return plain.strip().upper() == digits and base == _NAMED_BASES.get(named, NUMBER_WORDS.get(named, named))
 
 

@@ -98,7 +98,7 @@ def verify_fully(
         return Verdict("wrong", answer, f"cannot be compared: {error or type(error).__name__}"[:200])
     except Exception as error:
         return Verdict("crash", answer, f"{type(error).__name__}: {error}"[:200])
-    if same and names_another_quantity(normalize(answer), gold, question):
+    if same and names_another_quantity(given, gold, question):
         return Verdict("wrong", answer, "a label of another quantity than asked")
     if copied:
         return Verdict("wrong", answer, "a formula of the question, not computed")
