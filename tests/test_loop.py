@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, set_seed
 
 from megatron_t1.config import Config, RLConfig
 from megatron_t1.engine.config import ModelConfig
@@ -40,6 +40,7 @@ def data(t1, tmp_path_factory) -> Path:
     # Two layers and two KV heads, so that TP2 and PP2 divide them.
     sizes = {"num_key_value_heads": 2, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
     config = Qwen2Config.from_pretrained(folder / "model", **sizes)
+    set_seed(0)  # whether a model of this size learns enough to write chains is chance
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     return folder
 
