@@ -55,11 +55,16 @@ class PieceSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+        return tuple(stop - start for start, stop in self.index)
+
+    @property
+    def index(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) a dimension"""
+        return tuple(zip(self.start, self.stop, strict=True))
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The piece, aliasing the whole `tensor`."""
-        return tensor[tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))]
+        return tensor[tuple(slice(*bounds) for bounds in self.index)]
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The piece, aliasing `buffer`."""

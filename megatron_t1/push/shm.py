@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_t1.push.digests import digest, digest_kind
+from megatron_t1.push.digests import Summary, summarize
 from megatron_t1.push.layout import PieceSpec
 
 SHM_DIR = Path("/dev/shm")
@@ -40,11 +40,11 @@ class SharedFile:
         else:
             self.path, self.buffer = path, map_shared(path, num_bytes)
 
-    def write(self, views: list[tuple[torch.Tensor, PieceSpec]]) -> Iterator[str]:
-        """Writes this rank's pieces and yields the digest of each one's source, in order."""
+    def write(self, views: list[tuple[torch.Tensor, PieceSpec]]) -> Iterator[Summary]:
+        """Writes this rank's pieces and yields the summary of each one's source, in order."""
         for view, piece in views:
             piece.view(self.buffer).view(view.shape).copy_(view)
-            yield digest(view, digest_kind(view, piece.shape))
+            yield summarize(view, piece)
 
     def close(self) -> None:
         if self.owner:

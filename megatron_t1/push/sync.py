@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megatron_t1.models.weight_map import Piece
+from megatron_t1.push.digests import Summary
 from megatron_t1.push.fanout import Fanout
 from megatron_t1.push.layout import Layout
 from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
@@ -31,7 +32,8 @@ from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
 from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import HFFolder
-from megatron_t1.weights.plan import Plan, fingerprint
+from megatron_t1.weights.plan import Plan
+from megatron_t1.weights.sums import fingerprint
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,13 @@ class WeightSync:
         if self._pending is not None:
             wait([self._pending])  # servers may still read the file that is written next
         self._began = time.monotonic()
-        share = self.plan.share_of_fingerprint()
-        digests = self._transport.prepare()
+        summaries = self._transport.prepare()
         written = time.monotonic()
-        of_ranks = self.ranks.to_0("write", [share, *digests])
-        self.fingerprint = fingerprint(share for share, *_ in of_ranks)
-        gathered = [iter(of_rank) for _, *of_rank in of_ranks]
-        owners = [part.rank for tensor in self.plan.tensors for part in tensor.parts] if gathered else []
-        self._digests = [next(gathered[rank]) for rank in owners]
+        if of_ranks := [iter(of_rank) for of_rank in self.ranks.to_0("write", summaries)]:
+            summaries = [Summary(*next(of_ranks[piece.rank])) for piece in self.layout.pieces]
+            names = (piece.tensor.name for piece in self.layout.pieces)
+            self.fingerprint = fingerprint(zip(names, (summary.word_sum for summary in summaries), strict=True))
+            self._digests = [summary.digest for summary in summaries]
         self._seconds = {"write": written - self._began, "ranks": time.monotonic() - written}
         self._version = version
         self._pending = self._deliver(version, self._live_servers())

@@ -1,6 +1,6 @@
 """How the bytes of a push travel: one class a transport, all behind the same two calls of `WeightSync`.
 
-`prepare` runs on every rank and returns the digests of this rank's pieces; `deliver` brings the weights into the
+`prepare` runs on every rank and returns the summaries of this rank's pieces; `deliver` brings the weights into the
 servers through the `Fanout` that rank 0 holds, and says when it reads the trainer's parameters no more.
 
 | transport  | bytes travel                                  | a failure meanwhile leaves | the trainer stalls      |
@@ -29,10 +29,10 @@ from urllib.parse import urlsplit
 import torch
 
 from megatron_t1.push import collective
-from megatron_t1.push.digests import digest, digest_kind
+from megatron_t1.push.digests import Summary, summarize
 from megatron_t1.push.fanout import Fanout
 from megatron_t1.push.group import BROKE, Group, GroupError, Invitation, Meeting, import_nccl
-from megatron_t1.push.layout import Layout, PieceSpec
+from megatron_t1.push.layout import Layout
 from megatron_t1.push.ranks import NoServerError, Ranks, SyncError
 from megatron_t1.push.shm import SharedFile
 from megatron_t1.push.tcp import PieceServer
@@ -56,7 +56,7 @@ class Push:
 
 
 class Transport(Protocol):
-    def prepare(self) -> list[str]: ...
+    def prepare(self) -> list[Summary]: ...
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
         """On every rank, on a thread beside the training; `ranks` must not be used after `push.weights_free`."""
@@ -88,7 +88,7 @@ class ShmTransport:
         self.file = created or SharedFile(layout.num_bytes, path)
         self._init_info = {"path": path, **layout.to_json()}
 
-    def prepare(self) -> list[str]:
+    def prepare(self) -> list[Summary]:
         return list(self.file.write(self._views))
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
@@ -110,8 +110,8 @@ class TcpTransport:
         self._ranks = ranks
         self._init_info = {"timeout_s": ranks.timeout_s, "copy": secrets.token_hex(16), **layout.to_json()}
 
-    def prepare(self) -> list[str]:
-        return _digests(self._views)
+    def prepare(self) -> list[Summary]:
+        return [summarize(*view) for view in self._views]
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
         begun = None
@@ -162,8 +162,8 @@ class CollectiveTransport:
         self._workers: dict[Server, int] = {}
         self._token = ""
 
-    def prepare(self) -> list[str]:
-        return _digests(self._views)
+    def prepare(self) -> list[Summary]:
+        return [summarize(*view) for view in self._views]
 
     def deliver(self, fanout: Fanout | None, push: Push) -> None:
         if fanout is not None:
@@ -287,10 +287,6 @@ class CollectiveTransport:
         innocent = {server: error for server, error in errors.items() if BROKE in str(error) and server.healthy()}
         fanout.drop(phase, {s: error for s, error in errors.items() if s not in innocent}, spoils=False)
         return [str(error) for error in (errors if phase == "meet" else innocent).values()]
-
-
-def _digests(views: list[tuple[torch.Tensor, PieceSpec]]) -> list[str]:
-    return [digest(view, digest_kind(view, piece.shape)) for view, piece in views]
 
 
 def _listen_at(ranks: Ranks, server_hosts: list[str]) -> str:

@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_t1.models.spec import ModelSpec
 from megatron_t1.models.weight_map import Piece, Shards
+from megatron_t1.weights.sums import fingerprint, word_sum
 
 # Transformer Engine keeps a norm's weight in the linear layer that follows it.
 _TE_ALIAS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
 # One expert's matrix: in Megatron's SequentialMLP, or in Transformer Engine's grouped linear.
 _EXPERT = re.compile(r"^(.*mlp\.experts\.)(?:local_experts\.(\d+)\.(linear_fc\d\.weight)|(linear_fc\d\.weight)(\d+))$")
@@ -137,25 +136,13 @@ class Plan:
         return list(self._mine.values())
 
     def fingerprint(self) -> str:
-        """Collective: a digest of every number in the pieces, the same on all ranks and for every layout.
-
-        A sum of the numbers' bits, weighted by tensor: it tells weights apart that a step or a rounding changed.
-        """
-        share = self.share_of_fingerprint()
-        shares = [share] * (dist.get_world_size(self._group) if dist.is_initialized() else 1)
+        """Collective: a digest of every number in the pieces, the same on all ranks and for every layout."""
+        mine = [(name, word_sum(piece.view, index)) for (name, index), piece in self._mine.items()]
+        everyone = [mine]
         if dist.is_initialized():
-            dist.all_gather_object(shares, share, group=self._group)
-        return fingerprint(shares)
-
-    def share_of_fingerprint(self) -> int:
-        """What this rank's pieces add to the fingerprint."""
-        total = 0
-        for (name, _), piece in self._mine.items():
-            bits = piece.view.contiguous().view(_BITS[piece.dtype.itemsize])
-            # torch's own sum on the CPU makes a copy of all as int64 first, and takes seven times as long.
-            added = bits.sum(dtype=torch.int64) if bits.is_cuda else bits.numpy().sum(dtype=np.int64)
-            total += int(added) * (2 * zlib.crc32(name.encode()) + 1)
-        return total
+            everyone *= dist.get_world_size(self._group)
+            dist.all_gather_object(everyone, mine, group=self._group)
+        return fingerprint(chain.from_iterable(everyone))
 
     def gather(self, dst: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
         """Collective: rank `dst` gets (name, whole tensor on the CPU) one after the other, the others get nothing.
@@ -194,8 +181,3 @@ def _check_coverage(name: str, shape: tuple[int, ...], indices: list[tuple[tuple
     )
     if overlap or covered != math.prod(shape):
         raise ValueError(f"tensor {name} of shape {shape} is not covered exactly once by its parts {indices}")
-
-
-def fingerprint(shares: Iterable[int]) -> str:
-    """Of all ranks' shares."""
-    return f"{sum(shares) % (1 << 128):032x}"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_t1.push import collective
-from megatron_t1.push.digests import digest, digest_kind
+from megatron_t1.push.digests import summarize
 from megatron_t1.push.group import Group, GroupError, Invitation, Meeting
 from megatron_t1.push.layout import ALIGNMENT, Layout, PieceSpec, TensorSpec
 
@@ -92,7 +92,7 @@ def exchanged(
 
 
 def right_digests() -> list[str]:
-    return [digest(numbers(piece), digest_kind(numbers(piece), piece.shape)) for piece in layout().pieces]
+    return [summarize(numbers(piece), piece).digest for piece in layout().pieces]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_worker_on_another_device_than_the_group_copies_out_of_the_bucket(
 ) -> None:
     """gloo would write to a GPU's address as to the host's; torch's `meta` stands for the GPU."""
     monkeypatch.setattr(collective, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(collective, "digest", lambda view, kind: f"{kind}:")
+    monkeypatch.setattr(collective, "agrees", lambda view, expected: True)
     plan, invited = layout(), invitation(meeting, size=3)
     invited = dataclasses.replace(invited, num_owners=2, bucket_bytes=4096)
 

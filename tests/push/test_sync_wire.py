@@ -9,23 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_t1.push.digests import digest, digest_kind
+from megatron_t1.push.digests import agrees, summarize
+from megatron_t1.push.layout import PieceSpec, TensorSpec
 from megatron_t1.push.shm import SHM_DIR, SharedFile, map_shared
+
+
+def digest(view: torch.Tensor, shape: tuple[int, ...]) -> str:
+    """As the trainer makes it of its numbers of a piece of this shape."""
+    tensor = TensorSpec("a", str(view.dtype).removeprefix("torch."), shape, 0)
+    return summarize(view, PieceSpec(tensor, (0,) * len(shape), shape, 0)).digest
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(6, 8), (6, 7), (12,), (), (3, 4, 8)])
 def test_a_digest_sees_every_changed_byte(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape).to(dtype)
-    kind = digest_kind(tensor, shape)
-    expected = digest(tensor, kind)
+    expected = digest(tensor, shape)
     data = tensor.view(-1).view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
     for i in range(len(data)):
         for bit in (1, 128):
             data[i] ^= bit
-            assert digest(tensor, kind) != expected
+            assert not agrees(tensor, expected)
             data[i] ^= bit
-    assert digest(tensor, kind) == expected
+    assert agrees(tensor, expected)
 
 
 @pytest.mark.parametrize(("columns", "kind"), [(8, "rows"), (6, "crc32")])
@@ -33,14 +39,17 @@ def test_a_digest_does_not_depend_on_strides_or_split_dimensions(columns: int, k
     whole = torch.randn(12, 2 * columns).bfloat16()
     cut = whole[2:10, columns:]  # as the server sees a piece in the file
     split = cut.clone().view(2, 4, columns)  # as Megatron holds it
-    assert digest_kind(split, cut.shape) == kind
-    assert digest(cut, kind) == digest(split, kind) == digest(split.transpose(0, 1).contiguous().transpose(0, 1), kind)
-    assert digest(cut, kind) != digest(whole[3:11, columns:], kind)
+    expected = digest(split, cut.shape)
+    assert expected.startswith(f"{kind}:")
+    assert agrees(cut, expected)
+    assert digest(split.transpose(0, 1).contiguous().transpose(0, 1), cut.shape) == expected
+    assert not agrees(whole[3:11, columns:], expected)
 
 
 def test_swapped_rows_are_seen() -> None:
     tensor = torch.randn(4, 8)
-    assert digest(tensor, "rows") != digest(tensor[[1, 0, 2, 3]], "rows")
+    assert digest(tensor, (4, 8)).startswith("rows:")
+    assert not agrees(tensor[[1, 0, 2, 3]], digest(tensor, (4, 8)))
 
 
 def test_the_shared_file_is_private_and_goes_with_its_owner() -> None:

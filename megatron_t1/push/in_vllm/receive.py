@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.logger import init_logger
 
 from megatron_t1.push import collective
-from megatron_t1.push.digests import digest
+from megatron_t1.push.digests import agrees
 from megatron_t1.push.group import Group, GroupError, Invitation
 from megatron_t1.push.in_vllm.reload import Reload, check_names
 from megatron_t1.push.layout import Layout, PieceSpec
@@ -191,11 +191,11 @@ class Engine(WeightTransferEngine[Init, Update]):
         pieces = self.layout.pieces
         self._check_count(digests)
 
-        def agrees(piece: PieceSpec, expected: str) -> bool:
-            return digest(piece.view(buffer), expected.partition(":")[0]) == expected
+        def is_good(piece: PieceSpec, expected: str) -> bool:
+            return agrees(piece.view(buffer), expected)
 
         with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
-            results = list(pool.map(agrees, pieces, digests))
+            results = list(pool.map(is_good, pieces, digests))
         self._refuse([piece for piece, good in zip(pieces, results, strict=True) if not good])
 
     def _check_count(self, digests: list[str]) -> None:
