@@ -7,7 +7,8 @@
 #   t1_synthesize CONFIG [OPTIONS]    one process on the first node, vLLM servers beside it
 #   t1_convert WORDS...               one process on the first node
 #
-# OPTIONS are options of the `t1` command (--rl.steps 100). With T1_DRY_RUN=1 and
+# OPTIONS are options of the `t1` command (--rl.steps 100). Where DATA has heldout.jsonl, RL gets it as data.heldout and
+# curation as curate.evaluation, unless CONFIG or OPTIONS set these. With T1_DRY_RUN=1 and
 # T1_NODES="NAME NAME ..." the srun commands for these nodes are printed, not run. With T1_CONTAINER=IMAGE all of them run
 # in a container: by Apptainer when IMAGE ends in .sif, by the pyxis plugin of Slurm otherwise. It sees T1_HOME, RUN_DIR,
 # MODEL and DATA, or the folders in T1_MOUNTS (A,B), and T1_PYTHON is the Python inside.
@@ -91,7 +92,8 @@ t1_synthesize() {
   VLLM_NODES=0
   find_nodes synthesize
   [[ $config = /* ]] || config=$T1_HOME/$config
-  VLLM_TP=${VLLM_TP:-$(rollout tp --config "$config" "$@")}
+  [ -f "$config" ] || fail 2 "CONFIG=$config is not there: the chains' settings are those of t1 synthesize"
+  VLLM_TP=${VLLM_TP:-$(settings rollout.tp --config "$config" "$@")}
   OPTIONS=(--config "$config" --model "$MODEL" --questions "$DATA/questions.jsonl" --out "$RUN_DIR/synthesize"
     --rollout.tp "$VLLM_TP" --rollout.num_servers "${SERVERS_PER_NODE:-$((GPUS / VLLM_TP))}" "$@")
   run_trainer synthesize 1 "${NODES[0]}"
@@ -158,11 +160,18 @@ prepare() { # COMMAND CONFIG OPTIONS...: all of `find_nodes`, and options; refus
   shift 2
   find_nodes "$command"
   [[ $config = /* ]] || config=$T1_HOME/$config
-  local tp
-  read -r tp SHARES < <(rollout "tp share_gpus" --config "$config" "$@")
+  local tp heldout evaluation
+  read -r tp SHARES heldout evaluation < <(settings "rollout.tp rollout.share_gpus data.heldout curate.evaluation" --config "$config" "$@")
   VLLM_TP=${VLLM_TP:-$tp}
   [ "$SHARES" = true ] && VLLM_GPUS=${VLLM_GPUS:-$GPUS}
   VLLM_GPUS=${VLLM_GPUS:-$((GPUS / 2))}
+  # What the model will be measured on stays out of what it learns.
+  if [ -f "${DATA:-}/heldout.jsonl" ]; then
+    case $command.$heldout.$evaluation in
+      rl.none.*) set -- --data.heldout "$DATA/heldout.jsonl" "$@" ;;
+      curate.*.'()') set -- "--curate.evaluation=[$DATA/heldout.jsonl]" "$@" ;;
+    esac
+  fi
   OPTIONS=(--config "$config" --run_dir "$RUN_DIR" --model.hf_path "$MODEL" "$@" --resume)
   REGISTRY=$RUN_DIR/servers/$SESSION
   [ -z "${T1_DRY_RUN:-}" ] || return 0
@@ -318,12 +327,13 @@ end_steps() {
   rm -rf "${REGISTRY:-}"
 }
 
-rollout() { # NAMES OPTIONS...: what the options make of settings of `rollout`; of wrong ones `t1 check` tells
+settings() { # NAMES OPTIONS...: what the options make of settings, a word each; of wrong ones `t1 check` tells
   python -c 'import sys
+from operator import attrgetter
 from megatron_t1.cli.options import parse
 from megatron_t1.config import Config
 cfg, _ = parse(Config, sys.argv[2:])
-print(*(str(getattr((cfg or Config()).rollout, name)).lower() for name in sys.argv[1].split()))' "$@"
+print(*("".join(str(attrgetter(name)(cfg or Config())).lower().split()) for name in sys.argv[1].split()))' "$@"
 }
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }

@@ -9,9 +9,10 @@
 set -euo pipefail
 T1_HOME=${T1_HOME:-$PWD}
 MODEL=${MODEL:-}                                    # Hugging Face folder of the base model
+SYNTHESIZE_MODEL=${SYNTHESIZE_MODEL:-$MODEL}        # of the model that writes the chains: an instructed one
 DATA=${DATA:-}                                      # folder with sft.jsonl or questions.jsonl, rl.jsonl or raw.jsonl, heldout.jsonl
 RUN_DIR=${RUN_DIR:?folder of the run, on a file system that all nodes share}
-CONFIGS=${CONFIGS:-examples/qwen2.5-32b}            # folder with sft.yaml, rl.yaml (and synthesize.yaml)
+CONFIGS=${CONFIGS:-examples/qwen2.5-32b}            # folder with sft.yaml, rl.yaml, and synthesize.yaml where chains are written
 [ -f "$T1_HOME/slurm/lib.sh" ] || { echo "start it in the project's folder, or set T1_HOME to it"; exit 2; }
 if [ -z "${STAGES:-}" ]; then
   STAGES='sft rl evaluate scaling'
@@ -52,11 +53,28 @@ if [ "${1:-}" = status ]; then
   status
   exit
 fi
+has() { [[ " $STAGES " = *" $1 "* ]]; }
+
+# What an earlier stage of the chain wrote, or will have written: by STAGES, or there from a call before.
+made() { has "$1" || is_done "$1"; }
+
+config_of() {
+  case $1 in
+    synthesize | sft) echo "$CONFIGS/$1.yaml" ;;
+    *) echo "$CONFIGS/rl.yaml" ;;
+  esac
+}
+
 : "${MODEL:?}" "${DATA:?}"
 export T1_HOME DATA RUN_DIR
+for stage in $STAGES; do # nothing is submitted of a chain that can't end
+  [ -n "${RESULT[$stage]:-}" ] || { echo "STAGES has $stage; there are ${!RESULT[*]}"; exit 2; }
+  config=$(config_of "$stage")
+  [[ $config = /* ]] || config=$T1_HOME/$config
+  is_done "$stage" || [ -f "$config" ] || { echo "$stage: $config is not there: CONFIGS names the folder of the settings"; exit 2; }
+done
 before=
 for stage in $STAGES; do
-  [ -n "${RESULT[$stage]:-}" ] || { echo "STAGES has $stage; there are ${!RESULT[*]}"; exit 2; }
   if is_done "$stage"; then
     echo "$stage: done"
     continue
@@ -67,18 +85,17 @@ for stage in $STAGES; do
     before=$job
     continue
   fi
-  model=$RUN_DIR/rl/hf config=$CONFIGS/rl.yaml options=("$@")
+  model=$RUN_DIR/rl/hf options=("$@")
   case $stage in
-    synthesize) model=$MODEL config=$CONFIGS/synthesize.yaml options=() ;;
-    sft) model=$MODEL config=$CONFIGS/sft.yaml ;;
-    curate) model=$RUN_DIR/sft/hf ;;
-    rl) model=$RUN_DIR/sft/hf ;;
+    synthesize) model=$SYNTHESIZE_MODEL options=() ;;
+    sft) model=$MODEL ;;
+    curate | rl) model=$RUN_DIR/sft/hf ;;
     *) options+=(--label rl) ;;
   esac
-  [[ $stage = sft && $STAGES = *synthesize* ]] && options+=(--data.sft "$RUN_DIR/synthesize/sft.jsonl")
-  [[ $stage = rl && $STAGES = *curate* ]] && options+=(--data.train "$RUN_DIR/curate/prompts.jsonl")
+  [ "$stage" != sft ] || ! made synthesize || options=(--data.sft "$RUN_DIR/synthesize/sft.jsonl" "$@")
+  [ "$stage" != rl ] || ! made curate || options=(--data.train "$RUN_DIR/curate/prompts.jsonl" "$@")
   # shellcheck disable=SC2086  # words
-  job=$(MODEL=$model CONFIG=$config sbatch --parsable ${SBATCH_OPTIONS:-} ${before:+--dependency=afterok:$before} \
+  job=$(MODEL=$model CONFIG=$(config_of "$stage") sbatch --parsable ${SBATCH_OPTIONS:-} ${before:+--dependency=afterok:$before} \
     --kill-on-invalid-dep=yes "$T1_HOME/slurm/$stage.sh" ${options[@]+"${options[@]}"})
   before=${job%%;*}
   remember "$stage" "$before"

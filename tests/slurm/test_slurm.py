@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,8 @@ def slurm() -> None:
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     make_tiny_qwen2(folder / "model")
-    questions = [{"id": str(i), "prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(8)]
-    for name in ("rl", "heldout"):
+    for name, more in (("rl", 1), ("heldout", 2)):
+        questions = [{"id": str(i), "prompt": f"{i}+{more}?", "answer": str(i + more)} for i in range(8)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     example = {"prompt": "1+1?", "response": "\\boxed{2}"}
     (folder / "sft.jsonl").write_text((json.dumps(example) + "\n") * 8)
@@ -95,21 +96,102 @@ def test_the_scripts_are_alike() -> None:
         assert any(wanted in line for line in directives(SCRIPTS[0])), wanted
 
 
+def dry_run(script: str, *options: object, **variables: object) -> str:
+    """The srun commands of a batch script, without the shell's backslashes."""
+    env = {"T1_DRY_RUN": "1", "T1_NODES": "n1 n2", "T1_HOME": ROOT, "T1_PYTHON": sys.executable, "VLLM_NODES": 0}
+    done = subprocess.run(
+        ["bash", ROOT / f"slurm/{script}.sh", *map(str, options)], capture_output=True, text=True, cwd=ROOT,
+        env=environment(**{name: str(value) for name, value in (env | variables).items()}),
+    )  # fmt: skip
+    return done.stdout.replace("\\", "") if done.returncode == 0 else f"{done.returncode}: {done.stdout}"
+
+
+@pytest.mark.parametrize(("script", "option"), [("rl", "--data.heldout "), ("curate", "--curate.evaluation=[")])
+def test_held_out_questions_stay_out_of_the_training(tmp_path: Path, script: str, option: str) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    given = f"{option}{heldout}"
+    assert option not in dry_run(script, DATA=tmp_path)
+    heldout.write_text('{"id": "1", "prompt": "1+1?", "answer": "2"}\n')
+    lines = dry_run(script, DATA=tmp_path).splitlines()
+    assert len(lines) == 3
+    assert all(given in line for line in lines)
+    assert given not in dry_run("evaluate", DATA=tmp_path)
+    config = tmp_path / "own.yaml"
+    config.write_text("data: {heldout: /own.jsonl}\ncurate: {evaluation: [math500]}\n")
+    assert given not in dry_run(script, DATA=tmp_path, CONFIG=config)
+    own = ("--data.heldout", "/own.jsonl", "--curate.evaluation", "[math500]")
+    assert given not in dry_run(script, *own, DATA=tmp_path)
+
+
+def test_chains_are_not_written_without_settings(tmp_path: Path) -> None:
+    for config in ("glm-4-9b", "qwen2.5-14b", "qwen2.5-32b"):
+        assert "--rollout.tp " in dry_run("synthesize", CONFIG=f"examples/{config}/synthesize.yaml")
+    assert re.match("2: .*FAILED: CONFIG=/none.yaml is not there", dry_run("synthesize", CONFIG="/none.yaml"))
+
+
 def test_where_servers_and_trainer_go_when_no_node_is_for_vllm_alone(tmp_path: Path) -> None:
-    env = {"T1_DRY_RUN": "1", "T1_NODES": "n1 n2", "T1_HOME": ROOT, "T1_PYTHON": sys.executable, "RUN_DIR": tmp_path,
-           "VLLM_NODES": "0", "VLLM_TP": "2"}  # fmt: skip
-    for script, tasks, nodes, gpus in (("rl", 8, r"n1\,n2", "4,5,6,7"), ("evaluate", 1, "n1", "0,1,2,3,4,5,6,7")):
-        done = subprocess.run(
-            ["bash", ROOT / f"slurm/{script}.sh"], capture_output=True, text=True, cwd=ROOT,
-            env=environment(**{name: str(value) for name, value in env.items()}),
-        )  # fmt: skip
-        *serve, trainer = done.stdout.splitlines()
+    for script, tasks, nodes, gpus in (("rl", 8, "n1,n2", "4,5,6,7"), ("evaluate", 1, "n1", "0,1,2,3,4,5,6,7")):
+        *serve, trainer = dry_run(script, RUN_DIR=tmp_path, VLLM_TP=2).splitlines()
         assert [re.findall(r"--nodelist=(\S+) .* -m megatron_t1 serve", line) for line in serve] == [["n1"], ["n2"]]
         assert f"--ntasks={tasks} --nodelist={nodes} " in trainer
         assert f"-m megatron_t1 {script} " in trainer
         assert f"--rollout.await_servers {len(gpus.split(','))} " in trainer
         for line in (*serve, trainer):
-            assert "--rollout.gpu_ids [" + gpus + "] " in line.replace("\\", "")
+            assert "--rollout.gpu_ids [" + gpus + "] " in line
+
+
+def chains(tmp_path: Path, commands: dict[str, str], **variables: str) -> Callable[..., tuple[int, list[str]]]:
+    """pipeline.sh with stand-ins for Slurm's commands; its exit code and what it says."""
+    for name, script in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "calls").touch()
+    env = {"MODEL": "/m", "DATA": "/d", "RUN_DIR": str(tmp_path / "run"), "T1_HOME": str(ROOT),
+           "PATH": f"{tmp_path}:{os.environ['PATH']}", **variables}  # fmt: skip
+
+    def pipeline(*words: str, **more: str) -> tuple[int, list[str]]:
+        command = ["bash", ROOT / "slurm/pipeline.sh", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(**(env | more)))
+        return done.returncode, done.stdout.splitlines()
+
+    return pipeline
+
+
+def test_a_stage_takes_what_the_one_before_wrote(tmp_path: Path) -> None:
+    stand_ins = {"sbatch": 'echo "$MODEL $CONFIG $@" >>calls; wc -l <calls', "squeue": "", "scontrol": "exit 1"}
+    pipeline = chains(tmp_path, stand_ins, CONFIGS="examples/glm-4-9b", SYNTHESIZE_MODEL="/instructed")
+    run = tmp_path / "run"
+
+    def submitted() -> list[str]:
+        calls = (tmp_path / "calls").read_text().splitlines()
+        (tmp_path / "calls").write_text("")
+        (run / "pipeline/jobs").unlink()
+        return [re.sub(r" --parsable .*slurm", "", call) for call in calls]
+
+    (tmp_path / "empty").mkdir()
+    code, said = pipeline(CONFIGS=str(tmp_path / "empty"))
+    assert code == 2
+    assert said[0].startswith(f"synthesize: {tmp_path}/empty/synthesize.yaml is not there")
+    assert not (tmp_path / "calls").read_text(), "nothing was submitted"
+    chain, curated = f"--data.sft {run}/synthesize/sft.jsonl", f"--data.train {run}/curate/prompts.jsonl"
+    config = "examples/glm-4-9b"
+    assert pipeline("--seed", "1")[0] == 0
+    assert submitted()[:4] == [
+        f"/instructed {config}/synthesize.yaml/synthesize.sh",
+        f"/m {config}/sft.yaml/sft.sh {chain} --seed 1",
+        f"{run}/sft/hf {config}/rl.yaml/curate.sh --seed 1",
+        f"{run}/sft/hf {config}/rl.yaml/rl.sh {curated} --seed 1",
+    ]
+    assert pipeline(STAGES="sft rl")[0] == 0
+    assert submitted() == [f"/m {config}/sft.yaml/sft.sh", f"{run}/sft/hf {config}/rl.yaml/rl.sh"], "files of DATA"
+    for name in ("synthesize/sft.jsonl", "curate/prompts.jsonl"):
+        (run / name).parent.mkdir()
+        (run / name).touch()
+    assert pipeline(STAGES="sft rl")[0] == 0
+    assert submitted() == [
+        f"/m {config}/sft.yaml/sft.sh {chain}",
+        f"{run}/sft/hf {config}/rl.yaml/rl.sh {curated}",
+    ], "what a chain of before wrote"
 
 
 def test_a_chain_that_sbatch_refuses_half_way_is_gone_on_with(tmp_path: Path) -> None:
@@ -120,18 +202,7 @@ echo "$@" >>calls; wc -l <calls""",
         "squeue": '[ "$*" = "-h -o %i -t pending,running,suspended -j 2" ] && echo 2',
         "scontrol": "echo 'Invalid job id specified' >&2; exit 1",
     }
-    for name, script in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "calls").touch()
-    env = {"MODEL": "/m", "DATA": "/d", "RUN_DIR": str(tmp_path / "run"), "T1_HOME": str(ROOT),
-           "PATH": f"{tmp_path}:{os.environ['PATH']}", "STAGES": "sft rl evaluate"}  # fmt: skip
-
-    def pipeline(*words: str) -> tuple[int, list[str]]:
-        command = ["bash", ROOT / "slurm/pipeline.sh", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(**env))
-        return done.returncode, done.stdout.splitlines()
-
+    pipeline = chains(tmp_path, commands, STAGES="sft rl evaluate")
     assert pipeline()[0] == 1
     forgotten = "is not known to Slurm any more, and left no result"
     assert pipeline("status") == (0, [f"{stage}: job {n} {forgotten}" for n, stage in enumerate(("sft", "rl"), 1)])
