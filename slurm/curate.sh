@@ -15,7 +15,7 @@
 # What becomes a question for RL: raw questions cleaned, and those kept that the model solves seldom.
 # Edit account, partition (above) and the paths (below); then: sbatch slurm/curate.sh [options of t1]
 MODEL=${MODEL:-/path/to/runs/sft/sft/hf}     # Hugging Face folder: the fine-tuned model
-DATA=${DATA:-/path/to/data}                  # folder with raw.jsonl
+DATA=${DATA:-/path/to/data}                  # folder with raw.jsonl; what is in heldout.jsonl, if there, is left out
 RUN_DIR=${RUN_DIR:-/path/to/runs/curate}     # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml} # settings; options after the script's name override them
 # shellcheck source=slurm/lib.sh

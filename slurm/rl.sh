@@ -15,7 +15,7 @@
 # T1's reinforcement learning, on 4 nodes of 8 x 80 GB; 9B to 32B by CONFIG.
 # Edit account, partition (above) and the paths (below); then: sbatch slurm/rl.sh [options of t1]
 MODEL=${MODEL:-/path/to/runs/sft/sft/hf}     # Hugging Face folder: the fine-tuned model
-DATA=${DATA:-/path/to/data}                  # folder with rl.jsonl
+DATA=${DATA:-/path/to/data}                  # folder with rl.jsonl; heldout.jsonl, if there, must share no question
 RUN_DIR=${RUN_DIR:-/path/to/runs/rl}         # on a file system that all nodes share
 CONFIG=${CONFIG:-examples/qwen2.5-32b/rl.yaml} # settings; options after the script's name override them
 VLLM_NODES=${VLLM_NODES:-2}                  # nodes for vLLM, the others train; 0: every node does both (docs/cluster.md)

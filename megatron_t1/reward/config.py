@@ -37,8 +37,8 @@ class RewardConfig:
     penalties: PenaltyConfig = field(default_factory=PenaltyConfig)
     """Bad patterns that replace the reward by -1."""
     deadline_s: float = 1.0
-    """CPU seconds one answer may use before its grader is killed; honest answers need 0.3 ms, the worst known 15 ms,
-    the penalties of a response of 128k tokens 200 ms."""
+    """CPU seconds one answer may use before its grader is killed; honest answers need 0.3 ms, the worst known 150
+    ms, the penalties of a response of 128k tokens 200 ms."""
     num_workers: int = 0
     """Grader processes working at a time; 0 means one a CPU core, at most 8."""
     memory_mb: int = 1024
