@@ -149,6 +149,7 @@ def save(
         for _ in plan.gather():
             pass
     else:
+        out_dir = out_dir.resolve()  # a link to a larger disk stays one, and what is built is built there
         building, old = (out_dir.with_name(out_dir.name + suffix) for suffix in (".tmp", ".old"))
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)

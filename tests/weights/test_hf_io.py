@@ -98,6 +98,29 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_as_the_head(tmp_path):
     hf_io.load(pieces, source)
 
 
+def read_whole(folder):
+    """A piece of every tensor of a folder."""
+    return [Piece(name=name, shape=tuple(tensor.shape), index=tuple(slice(0, n) for n in tensor.shape), view=tensor)
+            for name, tensor in load_file(folder / "model.safetensors").items()]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["a folder", "not yet"])
+def test_a_link_to_another_disk_stays_one_at_every_export(is_there, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    pieces, out = read_whole(source), tmp_path / "run/hf"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    out.symlink_to(tmp_path / "disk/hf")
+    if is_there:
+        (tmp_path / "disk/hf").mkdir()
+    for number in range(3):
+        pieces[0].view.fill_(number)
+        hf_io.save(pieces, source, out)
+        assert out.is_symlink()
+        assert load_file(tmp_path / "disk/hf/model.safetensors")[pieces[0].name].unique().tolist() == [number]
+    assert [path.name for path in (*(tmp_path / "run").iterdir(), *(tmp_path / "disk").iterdir())] == ["hf", "hf"]
+
+
 def piece(rows, shape=(4, 2), name="w"):
     size = rows.stop - rows.start
     return Piece(name=name, shape=shape, index=(rows, slice(0, shape[1])), view=torch.zeros(size, shape[1]))
