@@ -143,6 +143,9 @@ def save(
     the tensors with a prefix in `carried`.
 
     Collective. `out_dir` is replaced as a whole at the end; rank 0 holds one tensor at a time.
+
+    Raises:
+        OSError: the disk is too full, known before a byte is written, or writing failed. What was written is removed.
     """
     plan = Plan(pieces)
     if plan.rank != 0:
@@ -153,14 +156,11 @@ def save(
         building, old = (out_dir.with_name(out_dir.name + suffix) for suffix in (".tmp", ".old"))
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        copy_beside(like_dir, building)
-        name_dtype(building / "config.json", plan.tensors[0].dtype)
-        announced = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in plan.tensors}
-        extra = Carried(like_dir, carried)
-        writer = ShardWriter(building, announced | extra.tensors, max_shard_bytes)
-        for name, tensor in chain(plan.gather(), ((name, extra.read(name)) for name in extra.tensors)):
-            writer.write(name, tensor)
-        writer.finish()
+        try:
+            _build(plan, like_dir, building, max_shard_bytes, carried)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         shutil.rmtree(old, ignore_errors=True)
         if out_dir.exists():
             os.rename(out_dir, old)
@@ -168,3 +168,21 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _build(plan: Plan, like_dir: Path, building: Path, max_shard_bytes: int, carried: tuple[str, ...]) -> None:
+    """Rank 0: the whole folder, under the name that it has until then."""
+    announced = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in plan.tensors}
+    extra = Carried(like_dir, carried)
+    needed = sum(info.num_bytes for info in (announced | extra.tensors).values())
+    if (free := shutil.disk_usage(building).free) < needed:
+        raise OSError(
+            f"{building.with_suffix('')} needs {needed / 1e9:.2f} GB and {building.parent} has {free / 1e9:.2f} GB "
+            "free: free some space"
+        )
+    copy_beside(like_dir, building)
+    name_dtype(building / "config.json", plan.tensors[0].dtype)
+    writer = ShardWriter(building, announced | extra.tensors, max_shard_bytes)
+    for name, tensor in chain(plan.gather(), ((name, extra.read(name)) for name in extra.tensors)):
+        writer.write(name, tensor)
+    writer.finish()

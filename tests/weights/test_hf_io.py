@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,26 @@ def test_a_link_to_another_disk_stays_one_at_every_export(is_there, tmp_path):
         assert out.is_symlink()
         assert load_file(tmp_path / "disk/hf/model.safetensors")[pieces[0].name].unique().tolist() == [number]
     assert [path.name for path in (*(tmp_path / "run").iterdir(), *(tmp_path / "disk").iterdir())] == ["hf", "hf"]
+
+
+def test_an_export_that_fails_leaves_the_one_before_and_nothing_else(monkeypatch, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    pieces, out = read_whole(source), tmp_path / "rl/hf"
+    hf_io.save(pieces, source, out)
+
+    def fails(said):
+        with pytest.raises(OSError, match=said):
+            hf_io.save(pieces, source, out)
+        assert [path.name for path in out.parent.iterdir()] == ["hf"]
+        assert len(load_file(out / "model.safetensors")) == len(pieces)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_io.ShardWriter, "write", no_space)
+    fails("No space left")
+    monkeypatch.setattr(hf_io.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    fails(r"rl/hf needs 0.00 GB and \S+/rl has 0.00 GB free: free some space")
 
 
 def piece(rows, shape=(4, 2), name="w"):
