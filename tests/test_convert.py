@@ -281,6 +281,18 @@ def test_what_training_left_alone_and_a_checkpoint_lacks_is_said(tmp_path, capsy
     assert capsys.readouterr().err.count("speaks of") == 0
 
 
+@pytest.mark.parametrize("family", ["glm4_moe extra layer", "chatglm"])
+def test_config_and_tokenizer_may_be_in_a_folder_without_weights(family, tmp_path, capsys):
+    source = FAMILIES[family](tmp_path / "hf")
+    to_megatron(source, tmp_path / "megatron")
+    shutil.rmtree(tmp_path / "megatron/carried")
+    (source / "model.safetensors").rename(tmp_path / "weights")
+    to_hf(tmp_path / "megatron", tmp_path / "back", hf_dir=source)
+    assert "which its config.json speaks of" in capsys.readouterr().err
+    (tmp_path / "weights").rename(source / "model.safetensors")
+    assert {difference.what for difference in verify(source, tmp_path / "back")} == {f"only in {source}"}
+
+
 def test_nothing_is_overwritten(pair, tmp_path):
     source, megatron = pair
     before = contents(source)

@@ -96,6 +96,11 @@ class HFFolder:
         return tensor
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has safetensors, be they whole or not: config and tokenizer may be in one of their own."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
 def is_torch_dist(folder: Path) -> bool:
     """Whether the folder is a Megatron checkpoint, which `torch_dist.py` reads, and not one of Hugging Face."""
     return (folder / TORCH_DIST_INDEX).is_file()

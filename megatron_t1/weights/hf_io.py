@@ -26,7 +26,7 @@ from megatron_t1.weights.hf_folder import (
     ShardWriter,
     TensorInfo,
     copy_beside,
-    is_torch_dist,
+    has_weights,
     name_dtype,
 )
 from megatron_t1.weights.plan import Plan
@@ -46,11 +46,13 @@ class Carried:
     def __init__(self, folder: Path, prefixes: tuple[str, ...]) -> None:
         """
         Args:
-            folder: a Hugging Face folder, or a Megatron checkpoint that was converted from one.
+            folder: a Hugging Face folder, possibly of config and tokenizer only, or a Megatron checkpoint that was
+                converted from one.
         """
         self.tensors: dict[str, TensorInfo] = {}
-        if prefixes and (not is_torch_dist(folder) or (folder / CARRIED).exists()):
-            self._source = HFFolder(folder / CARRIED if (folder / CARRIED).exists() else folder)
+        source = folder / CARRIED if (folder / CARRIED).exists() else folder
+        if prefixes and has_weights(source):
+            self._source = HFFolder(source)
             self.tensors = {n: info for n, info in self._source.tensors.items() if n.startswith(prefixes)}
         if prefixes and not self.tensors:
             warn(
