@@ -182,8 +182,15 @@ def _build(plan: Plan, like_dir: Path, building: Path, max_shard_bytes: int, car
             f"{building.with_suffix('')} needs {needed / 1e9:.2f} GB and {building.parent} has {free / 1e9:.2f} GB "
             "free: free some space"
         )
-    copy_beside(like_dir, building)
-    name_dtype(building / "config.json", plan.tensors[0].dtype)
+    try:
+        copy_beside(like_dir, building)
+    except OSError as error:  # the folder was scratch that is purged; the weights are trained all the same
+        warn(
+            f"{building.with_suffix('')} will lack config or tokenizer, which could not be copied ({error}): copy them "
+            "there from another copy of the model's folder"
+        )
+    if (building / "config.json").exists():
+        name_dtype(building / "config.json", plan.tensors[0].dtype)
     writer = ShardWriter(building, announced | extra.tensors, max_shard_bytes)
     for name, tensor in chain(plan.gather(), ((name, extra.read(name)) for name in extra.tensors)):
         writer.write(name, tensor)
