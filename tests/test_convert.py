@@ -270,6 +270,53 @@ def test_a_vocabulary_that_is_not_stored_is_no_row_of_zeros(vocab_size, pair, tm
         to_hf(other, tmp_path / "back")
 
 
+def with_vocabulary(megatron: Path, vocab_size: int, out: Path) -> Path:
+    shutil.copytree(megatron, out)
+    config = json.loads((megatron / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    return out
+
+
+@pytest.mark.parametrize("vocab_size", [320, 200, 1])
+def test_a_smaller_vocabulary_drops_no_learned_row(vocab_size, pair, tmp_path):
+    _, megatron = pair
+    other = with_vocabulary(megatron, vocab_size, tmp_path / "other")
+    said = rf"has 321 rows and row {vocab_size} is learned, vocab_size = {vocab_size} .*: set vocab_size to 321"
+    with pytest.raises(CheckpointError, match=said):
+        to_hf(other, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "last", "is_padding"),
+    [
+        (384, 1, 1.0, True),  # Megatron's default: a multiple of 128 rows for each rank
+        (384, 2, 1.0, False),
+        (512, 1, 1.0, False),  # 191 rows more than 321 can be no padding to a multiple of 128,
+        (512, 2, 1.0, True),  # but to one of 256
+        (322, 2, 1.0, True),
+        (324, 2, 1.0, False),
+        (322, 1, 1.0, False),
+        (1000, 1, 0.0, True),  # rows of zeros are nobody's
+        (322, 1, float("nan"), False),
+    ],
+)
+def test_what_pads_a_vocabulary_is_left_out(vocab_size, tp, last, is_padding, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf", vocab_size=vocab_size)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][321:] = 0
+    tensors["model.embed_tokens.weight"][-1] = last
+    save_file(tensors, source / "model.safetensors")
+    to_megatron(source, tmp_path / "megatron", tp=tp)
+    other = with_vocabulary(tmp_path / "megatron", 321, tmp_path / "other")
+    if is_padding:
+        to_hf(other, tmp_path / "back")
+        kept = load_file(tmp_path / "back/model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(kept, tensors["model.embed_tokens.weight"][:321])
+    else:
+        with pytest.raises(CheckpointError, match=f"row {vocab_size - 1} is learned"):
+            to_hf(other, tmp_path / "back")
+
+
 def test_what_training_left_alone_and_a_checkpoint_lacks_is_said(tmp_path, capsys):
     source = FAMILIES["glm4_moe extra layer"](tmp_path / "hf")
     to_megatron(source, tmp_path / "megatron")

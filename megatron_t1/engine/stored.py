@@ -33,6 +33,7 @@ from megatron_t1.weights.hf_io import CARRIED, Carried
 from megatron_t1.weights.plan import Named, local_pieces, weights_of
 from megatron_t1.weights.torch_dist import Box, TorchDistReader
 
+_ROWS_AT_ONCE = 4096
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
@@ -160,10 +161,34 @@ def check_keys(params: list[StoredParam], reader: TorchDistReader) -> None:
         found = reader.shape(key)
         if found != shape and not (may_have_more and found[0] >= shape[0] and found[1:] == shape[1:]):
             raise CheckpointError(f"{reader.folder}: {key} has shape {found}, the config asks for {shape}")
+        if may_have_more and (row := _learned_row(reader, key, shape[0])) is not None:
+            raise CheckpointError(
+                f"{reader.folder}: {key} has {found[0]} rows and row {row} is learned, vocab_size = {shape[0]} in "
+                f"config.json would drop it: set vocab_size to {found[0]}"
+            )
     if extra := sorted(reader.keys() - wanted.keys()):
         raise CheckpointError(
             f"{reader.folder} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"
         )
+
+
+def _learned_row(reader: TorchDistReader, key: str, vocab_size: int) -> int | None:
+    """The first row past the vocabulary that is no padding: not 0, and more of them than Megatron pads.
+
+    Our own padding is 0. Megatron's may hold numbers: it makes the rows a multiple of the ranks that cut them, by
+    default of 128 times as many.
+    """
+    rows, width = reader.shape(key)
+    ranks = reader.num_cuts(key)
+    if any(rows % multiple == 0 and rows - vocab_size < multiple for multiple in (ranks, 128 * ranks)):
+        return None
+    for start in range(vocab_size, rows, _ROWS_AT_ONCE):
+        few = min(_ROWS_AT_ONCE, rows - start)
+        block = torch.empty(few, width, dtype=reader.dtype(key))
+        reader.read(Box(key, (start, 0), (few, width)), block)
+        if len(learned := block.any(dim=1).nonzero()):
+            return start + int(learned[0])
+    return None
 
 
 @torch.no_grad()

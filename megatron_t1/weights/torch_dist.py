@@ -123,6 +123,11 @@ class TorchDistReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._tensors[key].size)
 
+    def num_cuts(self, key: str) -> int:
+        """Into how many equal parts its rows are cut, as by the ranks that wrote them; 1 where parts differ."""
+        rows = {chunk.sizes[0] for chunk in self._tensors[key].chunks}
+        return self.shape(key)[0] // rows.pop() if len(rows) == 1 and 0 not in rows else 1
+
     def read(self, box: Box, into: torch.Tensor) -> None:
         """Fill `into` (of the box's shape, in any precision) with the numbers of a box.
 
