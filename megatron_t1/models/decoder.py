@@ -16,10 +16,11 @@ HF_ATTENTION = HF_LAYER + "self_attn."
 
 
 def fields(hf: HFConfig) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig, but for what a family decides itself. Refuses another activation and
-    dropout."""
+    """Fields of Megatron's TransformerConfig, but for what a family decides itself. Refuses another activation,
+    dropout, and attention to later tokens."""
     hf.only("hidden_act", "silu")
     hf.only("attention_dropout", 0, 0.0)
+    hf.only("is_causal", True)
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     if hf.get("head_dim") is None and hidden % heads:
         raise ValueError(f"{hf.origin}: hidden_size = {hidden} must be a multiple of num_attention_heads = {heads}")

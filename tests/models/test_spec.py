@@ -83,6 +83,8 @@ def test_yarn_reaches_further(release, tmp_path):
         ("glm-4-9b-chat", {"quantization_bit": 4}, "quantization_bit = 4"),
         ("GLM-4.5", {"norm_topk_prob": False}, "norm_topk_prob = False with num_experts_per_tok = 8"),
         ("GLM-4.5", {"n_group": 8, "topk_group": 2}, "n_group = 8 .* they are 8 and 2"),
+        *((release, {"is_causal": False}, "is_causal = False is not supported")
+          for release in ("Qwen2.5-32B", "Qwen3-32B", "Qwen3-30B-A3B", "glm-4-9b-hf", "GLM-4-32B-0414", "GLM-4.5")),
         ("GLM-4.5", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("GLM-4.5", {"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not known; known: ChatGLM"),
     ],
@@ -101,6 +103,7 @@ def test_what_changes_the_function_is_refused(release, change, message, tmp_path
         {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "num_beams": 1, "max_length": 20, "length_penalty": 1.0},
         {"rope_scaling": {"rope_type": "default", "rope_theta": 1000000.0}},
         {"rope_scaling": {"type": "default"}},
+        {"is_causal": True},
     ],
 )
 def test_what_changes_nothing_is_read_over(fields, tmp_path):
