@@ -340,6 +340,17 @@ def test_config_and_tokenizer_may_be_in_a_folder_without_weights(family, tmp_pat
     assert {difference.what for difference in verify(source, tmp_path / "back")} == {f"only in {source}"}
 
 
+@pytest.mark.parametrize("world_size", [None, "1"])
+def test_one_process_meets_nobody_at_the_address_that_a_job_script_exports(world_size, pair, tmp_path, monkeypatch):
+    source, _ = pair
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")  # nobody's (RFC 5737)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    to_megatron(source, tmp_path / "again")
+
+
 def test_nothing_is_overwritten(pair, tmp_path):
     source, megatron = pair
     before = contents(source)
