@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_t1.convert import to_hf, to_megatron, verify
 from megatron_t1.models.spec import FAMILIES as KNOWN
+from megatron_t1.weights import torch_dist
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
-from megatron_t1.weights.torch_dist import TorchDistReader
+from megatron_t1.weights.torch_dist import Box, TorchDistReader, TorchDistWriter
 from tests.forks import ROOT, WORKERS, environment
 from tests.models.families import FAMILIES
 from tests.tiny import ARCHITECTURES, make_tiny, make_tiny_qwen2
@@ -213,6 +214,36 @@ def test_an_index_that_is_not_true_is_refused_by_name(tmp_path):
     save_file(tensors, source / "a.safetensors")
     (source / "model.safetensors").write_bytes(single)
     refused("has both model.safetensors and model.safetensors.index.json")
+
+
+def test_a_box_of_a_stack_is_looked_for_among_its_own_chunks(tmp_path, monkeypatch):
+    """6144 experts took more than an hour of comparing each with every other."""
+    numbers, key = torch.arange(3 * 40 * 4 * 5.0).view(3, 40, 4, 5), "experts"
+    writer = TorchDistWriter(tmp_path)
+    for layer in range(3):
+        for expert in range(40):
+            for half in (0, 2):
+                box = Box(key, (layer, expert, half, 0), (1, 1, 2, 5))
+                writer.write(box, numbers[layer, expert, half : half + 2], full_shape=(3, 40, 4, 5), file_name="__0_0")
+    writer.finish()
+    reader, looked_at = TorchDistReader(tmp_path), []
+
+    def counted(box, chunk, overlap=torch_dist._overlap):
+        looked_at.append(chunk)
+        return overlap(box, chunk)
+
+    monkeypatch.setattr(torch_dist, "_overlap", counted)
+    for layer in range(3):
+        for expert in range(40):
+            into = torch.empty(1, 1, 3, 5)
+            reader.read(Box(key, (layer, expert, 1, 0), (1, 1, 3, 5)), into)
+            assert torch.equal(into[0, 0], numbers[layer, expert, 1:])
+    assert len(looked_at) == 3 * 40 * 2
+    several = torch.empty(2, 7, 4, 2)
+    reader.read(Box(key, (1, 30, 0, 3), (2, 7, 4, 2)), several)
+    assert torch.equal(several, numbers[1:, 30:37, :, 3:])
+    with pytest.raises(CheckpointError, match=r"not stored exactly once at \(2, 40, 0, 0\)"):
+        reader.read(Box(key, (2, 40, 0, 0), (1, 1, 4, 5)), torch.empty(1, 1, 4, 5))
 
 
 class Exploit:

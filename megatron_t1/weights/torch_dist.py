@@ -114,6 +114,8 @@ class TorchDistReader:
             if isinstance(stored, TensorStorageMetadata) and not key.startswith(_NOT_WEIGHTS)
         }
 
+        self._by_place: dict[str, tuple[int, dict[tuple[int, ...], list[ChunkStorageMetadata]]]] = {}
+
     def keys(self) -> set[str]:
         return set(self._tensors)
 
@@ -135,13 +137,27 @@ class TorchDistReader:
             CheckpointError: files that do not hold what the index says.
         """
         missing = math.prod(box.shape)
-        for chunk in self._tensors[box.key].chunks:
+        for chunk in self._chunks_around(box):
             if overlap := _overlap(box, chunk):
                 here, there = overlap
                 self._load(box.key, chunk, there, into[here])
                 missing -= into[here].numel()
         if missing != 0:
             raise CheckpointError(f"{self.folder}: {box.key} is not stored exactly once at {box.offset} of {box.shape}")
+
+    def _chunks_around(self, box: Box) -> list[ChunkStorageMetadata]:
+        """All chunks that a box may meet. Of a stack of thousands of experts it meets those of one."""
+        chunks = self._tensors[box.key].chunks
+        if box.key not in self._by_place:
+            num_stacked = min((_num_leading_ones(chunk.sizes) for chunk in chunks), default=0)
+            places: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in chunks:
+                places.setdefault(tuple(chunk.offsets[:num_stacked]), []).append(chunk)
+            self._by_place[box.key] = num_stacked, places
+        num_stacked, places = self._by_place[box.key]
+        if _num_leading_ones(box.shape) < num_stacked:
+            return chunks
+        return places.get(box.offset[:num_stacked], [])
 
     def _load(self, key: str, chunk: ChunkStorageMetadata, there: tuple[slice, ...], into: torch.Tensor) -> None:
         """Fill `into` with a part of a chunk: by plain reads when it is one run of bytes in the file and in memory."""
@@ -273,6 +289,10 @@ def _is_whole(tensor: TensorStorageMetadata) -> bool:
 
 def _are_sizes(values: tuple[Any, ...]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
+
+
+def _num_leading_ones(shape: tuple[int, ...]) -> int:
+    return next((dim for dim, size in enumerate(shape) if size != 1), len(shape))
 
 
 def _overlap(box: Box, chunk: ChunkStorageMetadata) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
