@@ -11,6 +11,7 @@ from megatron_t1.models.spec import HFConfig, ModelSpec, family
 def qwen3_moe(hf: HFConfig) -> ModelSpec:
     refuse_sliding_window(hf)
     hf.only("attention_bias", False)
+    hf.only("use_qk_norm", True)
     hf.only("output_router_logits", False)
     hf.get("router_aux_loss_coef")  # without effect while output_router_logits is off
     sizes = decoder.fields(hf)

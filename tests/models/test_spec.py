@@ -76,6 +76,7 @@ def test_yarn_reaches_further(release, tmp_path):
         ("Qwen2.5-32B", {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ("Qwen3-32B", {"layer_types": ["sliding_attention"]}, r"layer_types has \['sliding_attention'\]"),
         ("Qwen3-32B", {"attention_bias": True}, "attention_bias = True"),
+        ("Qwen3-32B", {"use_qk_norm": False}, "use_qk_norm = False is not supported"),
         ("Qwen3-32B", {"new_switch": 3}, "does not know and that may matter: new_switch = 3"),
         ("Qwen3-30B-A3B", {"output_router_logits": True}, "output_router_logits = True"),
         ("Qwen3-30B-A3B", {"decoder_sparse_step": 99}, "decoder_sparse_step = 99 .* leave no experts"),
@@ -109,6 +110,12 @@ def test_what_changes_the_function_is_refused(release, change, message, tmp_path
 def test_what_changes_nothing_is_read_over(fields, tmp_path):
     plain = read(tmp_path, RELEASED["Qwen2.5-32B"])
     assert read(tmp_path, {**RELEASED["Qwen2.5-32B"], **fields}) == plain
+
+
+@pytest.mark.parametrize("release", ["Qwen3-32B", "Qwen3-30B-A3B"])
+def test_qwen3_coder_says_what_qwen3_is(release, tmp_path):
+    fields = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+    assert read(tmp_path, {**RELEASED[release], **fields}) == read(tmp_path, RELEASED[release])
 
 
 @pytest.mark.parametrize(
