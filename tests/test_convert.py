@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -258,6 +260,22 @@ def test_a_hostile_index_runs_no_code(pair, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"asks for (posix|os)\.system"):
         to_hf(megatron, tmp_path / "back")
     assert not (tmp_path / "exploited").exists()
+
+
+def test_an_index_by_torchs_own_writer_is_read(tmp_path):
+    numbers, index = torch.arange(6.0), tmp_path / "new/.metadata"
+    dcp.save({"a": numbers}, storage_writer=dcp.FileSystemWriter(index.parent), no_dist=True)
+    plain = pickle.dumps(dcp.FileSystemReader(index.parent).read_metadata(), protocol=2)
+    for name in (b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath"):  # as Python 3.13 calls it
+        renamed, count = re.subn(rb"cpathlib(\._local)?\nPosixPath", name, plain)
+        assert count == 1
+        index.write_bytes(renamed)
+        into = torch.empty(6)
+        TorchDistReader(index.parent).read(Box("a", (0,), (6,)), into)
+        assert torch.equal(into, numbers)
+    index.write_bytes(renamed.replace(name, b"cpathlib\nPath"))
+    with pytest.raises(CheckpointError, match=r"asks for pathlib\.Path"):
+        TorchDistReader(index.parent)
 
 
 def test_hostile_and_damaged_numbers_are_refused(pair, tmp_path, monkeypatch):

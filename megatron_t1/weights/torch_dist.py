@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO, IOBase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -60,6 +60,8 @@ _HARMLESS = {
     },
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
+# Where torch's own writer notes the folder; read as a path that no file system is asked about.
+_PATHS = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
 # What a run's checkpoint holds besides the weights.
 _NOT_WEIGHTS = ("optimizer.", "chained_", "anchor.")
 
@@ -256,6 +258,8 @@ class _Restricted(pickle.Unpickler):
             return getattr(torch, name)
         if name in _HARMLESS.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) in _PATHS:
+            return PurePosixPath
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which an index has no use for; do not load it")
 
 
