@@ -92,7 +92,8 @@ def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Convert
     carried = Carried(hf_dir, spec.carried)
     stored_dtypes = _stored_dtypes(params, source)
     num_bytes = sum(source.tensors[name].num_bytes for name in names)
-    with new_folder(out, num_bytes) as building, _progress("to-megatron", num_bytes) as done:
+    needed = num_bytes + sum(info.num_bytes for info in carried.tensors.values())
+    with new_folder(out, needed) as building, _progress("to-megatron", num_bytes) as done:
         copy_beside(hf_dir, building)
         changed = {
             piece.name: SPELLING[source.tensors[piece.name].dtype]
