@@ -11,6 +11,7 @@ files are cut, so that ranks of that layout read no more than their own.
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -271,7 +272,8 @@ def _compare(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None:
         if differs.any():
             count += int(differs.sum())
             first = first if first >= 0 else start + int(differs.nonzero()[0])
-            largest = max(largest, float((x - y)[differs].abs().max()))
+            apart = (x - y)[differs].abs().nan_to_num(nan=math.inf)  # of a number and none
+            largest = max(largest, float(apart.max()))
     if count == 0:
         return None
     what = (

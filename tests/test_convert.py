@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_t1.convert import to_hf, to_megatron, verify
+from megatron_t1.convert import to_hf, to_megatron, verify, verify_and_say
 from megatron_t1.models.spec import FAMILIES as KNOWN
 from megatron_t1.weights import torch_dist
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
@@ -158,6 +158,20 @@ def test_verify_names_what_differs(pair, tmp_path):
     )
     assert done.returncode == 1
     assert "differ in 6 tensors" in done.stdout
+
+
+def test_a_number_and_none_are_infinitely_far_apart(tmp_path, capsys):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    other = shutil.copytree(source, tmp_path / "other")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    tensors["model.norm.weight"][4] += 0.5
+    save_file(tensors, other / "model.safetensors")
+    for one, two in ((source, other), (other, source)):
+        (found,) = verify(one, two)
+        assert found.what.startswith("2 of 128 numbers differ, by at most inf; the first is number 3:")
+        assert verify_and_say(one, two) == 1
+        assert "differ in 1 tensors, by at most inf" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
