@@ -252,6 +252,6 @@ def name_dtype(config: Path, dtype: torch.dtype) -> None:
     """A model in another precision than its checkpoint came in must not be announced in the old one."""
     fields = read_json(config, dict[str, Any])
     name = str(dtype).removeprefix("torch.")
-    key = "torch_dtype" if "torch_dtype" in fields else "dtype"
-    if fields.get(key, name) != name:
-        config.write_text(json.dumps({**fields, key: name}, indent=2) + "\n")
+    named = {key: name for key in ("torch_dtype", "dtype") if key in fields}  # old and new spelling, or both
+    if fields != fields | named:
+        config.write_text(json.dumps(fields | named, indent=2) + "\n")

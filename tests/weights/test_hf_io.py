@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_t1.models import spec_of
 from megatron_t1.models.weight_map import QKV, GateUp, Piece, Rename, Shard, Vocab
 from megatron_t1.weights import hf_io
+from megatron_t1.weights.hf_folder import name_dtype
 from megatron_t1.weights.plan import Plan
 from tests.tiny import make_tiny_qwen2
 
@@ -148,6 +149,17 @@ def test_weights_are_exported_without_the_folder_that_config_and_tokenizer_come_
     written = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(written[each.name], each.view) for each in pieces)
     assert f"{tmp_path / 'out'} will lack config or tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keys", [(), ("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_the_dtype_is_named_in_every_spelling_that_is_there(keys, tmp_path):
+    config = tmp_path / "config.json"
+    for before, after in (("bfloat16", "float32"), ("float32", "float32")):
+        text = json.dumps(dict.fromkeys(keys, before))
+        config.write_text(text)
+        name_dtype(config, torch.float32)
+        assert json.loads(config.read_text()) == dict.fromkeys(keys, after)
+    assert config.read_text() == text, "what is right already stays as it is"
 
 
 def piece(rows, shape=(4, 2), name="w"):
