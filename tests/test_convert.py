@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -412,6 +413,16 @@ def test_one_process_meets_nobody_at_the_address_that_a_job_script_exports(world
     if world_size:
         monkeypatch.setenv("WORLD_SIZE", world_size)
     to_megatron(source, tmp_path / "again")
+
+
+def test_space_is_asked_for_all_that_is_written(tmp_path, monkeypatch):
+    source = FAMILIES["glm4_moe extra layer"](tmp_path / "hf")
+    weights = sum(info.num_bytes for info in HFFolder(source).tensors.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights - 1))
+    with pytest.raises(OSError, match="free"):
+        to_megatron(source, tmp_path / "megatron")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights))
+    to_megatron(source, tmp_path / "megatron")
 
 
 def test_nothing_is_overwritten(pair, tmp_path):
