@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -14,6 +16,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,6 +25,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_t1.convert import to_hf, to_megatron, verify, verify_and_say
+from megatron_t1.engine import stored
 from megatron_t1.models.spec import FAMILIES as KNOWN
 from megatron_t1.weights import torch_dist
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
@@ -423,6 +427,33 @@ def test_space_is_asked_for_all_that_is_written(tmp_path, monkeypatch):
         to_megatron(source, tmp_path / "megatron")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights))
     to_megatron(source, tmp_path / "megatron")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_conversion_leaves_a_scripts_generators_and_process_group_alone(fails, pair, tmp_path, monkeypatch):
+    source, _ = pair
+
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    def seeded():
+        random.seed(7)
+        np.random.seed(7)
+        torch.manual_seed(7)
+
+    def no_build(*_):
+        raise ValueError("a config that Megatron refuses")
+
+    seeded()
+    expected = drawn()
+    seeded()
+    if fails:
+        monkeypatch.setattr(stored, "build_model", no_build)
+    with pytest.raises(ValueError, match="Megatron refuses") if fails else contextlib.nullcontext():
+        to_megatron(source, tmp_path / "again")
+    assert drawn() == expected
+    assert not torch.distributed.is_initialized()
+    assert not stored.mpu.model_parallel_is_initialized()
 
 
 def test_nothing_is_overwritten(pair, tmp_path):

@@ -9,11 +9,15 @@ which is found anew in the first steps.
 from __future__ import annotations
 
 import copy
+import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -250,15 +254,38 @@ class MegatronCheckpoint:
 
 
 def meta_params(folder: Path) -> list[StoredParam]:
-    """Every weight of the model that the folder's config.json describes, uncut and without memory."""
+    """Every weight of the model that the folder's config.json describes, uncut and without memory.
+
+    The caller's generators and process group are left as they were.
+    """
     platform, parallel, spec = setup(), ParallelConfig(), spec_of(folder)
-    alone = not dist.is_initialized()
-    initialize(parallel, platform, 0)
     meta = torch.device("meta")
-    with meta:
-        _, chunks = build_model(ModelConfig(hf_path=str(folder), layers="local"), spec, parallel, platform, meta)
-    params = [param for chunk in chunks for param in stored_params(chunk, spec)]
-    if alone:  # Megatron's groups were needed to build the model and are in nobody's way afterwards
-        mpu.destroy_model_parallel()
-        dist.destroy_process_group()
-    return params
+    with _generators_kept(), _groups_kept():
+        initialize(parallel, platform, 0)
+        with meta:
+            _, chunks = build_model(ModelConfig(hf_path=str(folder), layers="local"), spec, parallel, platform, meta)
+        return [param for chunk in chunks for param in stored_params(chunk, spec)]
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+@contextmanager
+def _groups_kept() -> Iterator[None]:
+    """Megatron's groups are needed to build a model, and are in nobody's way afterwards."""
+    alone = not dist.is_initialized()
+    try:
+        yield
+    finally:
+        if alone and dist.is_initialized():
+            mpu.destroy_model_parallel()
+            dist.destroy_process_group()
