@@ -229,7 +229,14 @@ def _stored_dtypes(params: list[StoredParam], source: HFFolder) -> dict[str, tor
         for piece in param.pieces:
             for key in param.keys:
                 dtype = source.tensors[piece.name].dtype
-                dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
+                try:
+                    dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
+                except RuntimeError:  # of 8 bits
+                    raise CheckpointError(
+                        f"{source.file_of(piece.name)}: tensor {piece.name} has {dtype}, which can't be stored in one "
+                        f"tensor with the {dtypes[key]} of its like in other layers; take the release that is not "
+                        "quantised"
+                    ) from None
     return dtypes
 
 

@@ -199,6 +199,45 @@ def test_a_folder_that_is_not_the_model_is_refused_by_name_and_leaves_nothing(ch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+def test_weights_that_were_not_downloaded_are_said_with_what_to_do(tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    single, index = source / "model.safetensors", source / "model.safetensors.index.json"
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            to_megatron(source, tmp_path / "megatron")
+
+    single.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n")
+    refused(r"hf/model.safetensors is what Git LFS keeps .*: run git lfs pull in \S+/hf")
+    single.unlink()
+    single.symlink_to("../blobs/00")
+    refused(r"hf/model.safetensors is a link to ../blobs/00, which is not there: download the model again")
+    single.rename(source / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "a.safetensors"}}))
+    refused(r"hf/a.safetensors is a link to ../blobs/00, .* download the model again")
+    index.unlink()
+    index.symlink_to("../blobs/01")
+    refused(r"index.json is a link to ../blobs/01, .* download the model again")
+
+
+def test_a_layer_of_8_bits_among_others_is_refused_by_name(tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"hf/model.safetensors: tensor {name} has torch.float8_e4m3fn, which"):
+        to_megatron(source, tmp_path / "megatron")
+
+
+def test_what_lies_among_the_chat_templates_and_is_none_stays(pair, tmp_path):
+    source, _ = pair
+    (source / "additional_chat_templates/.ipynb_checkpoints").mkdir(parents=True)
+    (source / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    to_megatron(source, tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again/additional_chat_templates").iterdir()] == ["tools.jinja"]
+
+
 def sharded(folder: Path, first: dict, second: dict, weight_map: dict) -> None:
     (folder / "model.safetensors").unlink()
     save_file(first, folder / "a.safetensors")
