@@ -225,17 +225,20 @@ def _open(folder: Path, hf_dir: Path | None) -> HFFolder | MegatronCheckpoint:
 def _stored_dtypes(params: list[StoredParam], source: HFFolder) -> dict[str, torch.dtype]:
     """The precision of each tensor: one that holds exactly all that Megatron stacks or fuses in it."""
     dtypes: dict[str, torch.dtype] = {}
+    first: dict[str, str] = {}
     for param in params:
         for piece in param.pieces:
             for key in param.keys:
                 dtype = source.tensors[piece.name].dtype
+                first.setdefault(key, piece.name)
                 try:
                     dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
                 except RuntimeError:  # of 8 bits
+                    name, other = sorted((piece.name, first[key]), key=lambda name: source.tensors[name].dtype.itemsize)
                     raise CheckpointError(
-                        f"{source.file_of(piece.name)}: tensor {piece.name} has {dtype}, which can't be stored in one "
-                        f"tensor with the {dtypes[key]} of its like in other layers; take the release that is not "
-                        "quantised"
+                        f"{source.file_of(name)}: tensor {name} has {source.tensors[name].dtype}, which can't be "
+                        f"stored in one tensor with {other} in {source.tensors[other].dtype}; take the release that "
+                        "is not quantised"
                     ) from None
     return dtypes
 

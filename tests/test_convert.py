@@ -220,10 +220,11 @@ def test_weights_that_were_not_downloaded_are_said_with_what_to_do(tmp_path):
     refused(r"index.json is a link to ../blobs/01, .* download the model again")
 
 
-def test_a_layer_of_8_bits_among_others_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_of_8_bits_among_others_is_refused_by_name(layer, tmp_path):
     source = make_tiny_qwen2(tmp_path / "hf")
     tensors = load_file(source / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"hf/model.safetensors: tensor {name} has torch.float8_e4m3fn, which"):
