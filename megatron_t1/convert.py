@@ -11,6 +11,7 @@ files are cut, so that ranks of that layout read no more than their own.
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -92,7 +93,8 @@ def to_megatron(hf_dir: Path, out: Path, *, tp: int = 1, pp: int = 1) -> Convert
     carried = Carried(hf_dir, spec.carried)
     stored_dtypes = _stored_dtypes(params, source)
     num_bytes = sum(source.tensors[name].num_bytes for name in names)
-    with new_folder(out, num_bytes) as building, _progress("to-megatron", num_bytes) as done:
+    needed = num_bytes + sum(info.num_bytes for info in carried.tensors.values())
+    with new_folder(out, needed) as building, _progress("to-megatron", num_bytes) as done:
         copy_beside(hf_dir, building)
         changed = {
             piece.name: SPELLING[source.tensors[piece.name].dtype]
@@ -223,11 +225,21 @@ def _open(folder: Path, hf_dir: Path | None) -> HFFolder | MegatronCheckpoint:
 def _stored_dtypes(params: list[StoredParam], source: HFFolder) -> dict[str, torch.dtype]:
     """The precision of each tensor: one that holds exactly all that Megatron stacks or fuses in it."""
     dtypes: dict[str, torch.dtype] = {}
+    first: dict[str, str] = {}
     for param in params:
         for piece in param.pieces:
             for key in param.keys:
                 dtype = source.tensors[piece.name].dtype
-                dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
+                first.setdefault(key, piece.name)
+                try:
+                    dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
+                except RuntimeError:  # of 8 bits
+                    name, other = sorted((piece.name, first[key]), key=lambda name: source.tensors[name].dtype.itemsize)
+                    raise CheckpointError(
+                        f"{source.file_of(name)}: tensor {name} has {source.tensors[name].dtype}, which can't be "
+                        f"stored in one tensor with {other} in {source.tensors[other].dtype}; take the release that "
+                        "is not quantised"
+                    ) from None
     return dtypes
 
 
@@ -270,7 +282,8 @@ def _compare(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None:
         if differs.any():
             count += int(differs.sum())
             first = first if first >= 0 else start + int(differs.nonzero()[0])
-            largest = max(largest, float((x - y)[differs].abs().max()))
+            apart = (x - y)[differs].abs().nan_to_num(nan=math.inf)  # of a number and none
+            largest = max(largest, float(apart.max()))
     if count == 0:
         return None
     what = (

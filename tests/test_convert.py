@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pickle
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_t1.convert import to_hf, to_megatron, verify
+from megatron_t1.convert import to_hf, to_megatron, verify, verify_and_say
+from megatron_t1.engine import stored
 from megatron_t1.models.spec import FAMILIES as KNOWN
+from megatron_t1.weights import torch_dist
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder
-from megatron_t1.weights.torch_dist import TorchDistReader
+from megatron_t1.weights.torch_dist import Box, TorchDistReader, TorchDistWriter
 from tests.forks import ROOT, WORKERS, environment
 from tests.models.families import FAMILIES
 from tests.tiny import ARCHITECTURES, make_tiny, make_tiny_qwen2
@@ -157,6 +165,20 @@ def test_verify_names_what_differs(pair, tmp_path):
     assert "differ in 6 tensors" in done.stdout
 
 
+def test_a_number_and_none_are_infinitely_far_apart(tmp_path, capsys):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    other = shutil.copytree(source, tmp_path / "other")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    tensors["model.norm.weight"][4] += 0.5
+    save_file(tensors, other / "model.safetensors")
+    for one, two in ((source, other), (other, source)):
+        (found,) = verify(one, two)
+        assert found.what.startswith("2 of 128 numbers differ, by at most inf; the first is number 3:")
+        assert verify_and_say(one, two) == 1
+        assert "differ in 1 tensors, by at most inf" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -175,6 +197,46 @@ def test_a_folder_that_is_not_the_model_is_refused_by_name_and_leaves_nothing(ch
         to_megatron(source, tmp_path / "megatron")
     assert message in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_weights_that_were_not_downloaded_are_said_with_what_to_do(tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    single, index = source / "model.safetensors", source / "model.safetensors.index.json"
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            to_megatron(source, tmp_path / "megatron")
+
+    single.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n")
+    refused(r"hf/model.safetensors is what Git LFS keeps .*: run git lfs pull in \S+/hf")
+    single.unlink()
+    single.symlink_to("../blobs/00")
+    refused(r"hf/model.safetensors is a link to ../blobs/00, which is not there: download the model again")
+    single.rename(source / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "a.safetensors"}}))
+    refused(r"hf/a.safetensors is a link to ../blobs/00, .* download the model again")
+    index.unlink()
+    index.symlink_to("../blobs/01")
+    refused(r"index.json is a link to ../blobs/01, .* download the model again")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_of_8_bits_among_others_is_refused_by_name(layer, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    tensors = load_file(source / "model.safetensors")
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"hf/model.safetensors: tensor {name} has torch.float8_e4m3fn, which"):
+        to_megatron(source, tmp_path / "megatron")
+
+
+def test_what_lies_among_the_chat_templates_and_is_none_stays(pair, tmp_path):
+    source, _ = pair
+    (source / "additional_chat_templates/.ipynb_checkpoints").mkdir(parents=True)
+    (source / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    to_megatron(source, tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again/additional_chat_templates").iterdir()] == ["tools.jinja"]
 
 
 def sharded(folder: Path, first: dict, second: dict, weight_map: dict) -> None:
@@ -215,6 +277,36 @@ def test_an_index_that_is_not_true_is_refused_by_name(tmp_path):
     refused("has both model.safetensors and model.safetensors.index.json")
 
 
+def test_a_box_of_a_stack_is_looked_for_among_its_own_chunks(tmp_path, monkeypatch):
+    """6144 experts took more than an hour of comparing each with every other."""
+    numbers, key = torch.arange(3 * 40 * 4 * 5.0).view(3, 40, 4, 5), "experts"
+    writer = TorchDistWriter(tmp_path)
+    for layer in range(3):
+        for expert in range(40):
+            for half in (0, 2):
+                box = Box(key, (layer, expert, half, 0), (1, 1, 2, 5))
+                writer.write(box, numbers[layer, expert, half : half + 2], full_shape=(3, 40, 4, 5), file_name="__0_0")
+    writer.finish()
+    reader, looked_at = TorchDistReader(tmp_path), []
+
+    def counted(box, chunk, overlap=torch_dist._overlap):
+        looked_at.append(chunk)
+        return overlap(box, chunk)
+
+    monkeypatch.setattr(torch_dist, "_overlap", counted)
+    for layer in range(3):
+        for expert in range(40):
+            into = torch.empty(1, 1, 3, 5)
+            reader.read(Box(key, (layer, expert, 1, 0), (1, 1, 3, 5)), into)
+            assert torch.equal(into[0, 0], numbers[layer, expert, 1:])
+    assert len(looked_at) == 3 * 40 * 2
+    several = torch.empty(2, 7, 4, 2)
+    reader.read(Box(key, (1, 30, 0, 3), (2, 7, 4, 2)), several)
+    assert torch.equal(several, numbers[1:, 30:37, :, 3:])
+    with pytest.raises(CheckpointError, match=r"not stored exactly once at \(2, 40, 0, 0\)"):
+        reader.read(Box(key, (2, 40, 0, 0), (1, 1, 4, 5)), torch.empty(1, 1, 4, 5))
+
+
 class Exploit:
     def __reduce__(self):
         return os.system, ("touch exploited",)
@@ -227,6 +319,22 @@ def test_a_hostile_index_runs_no_code(pair, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"asks for (posix|os)\.system"):
         to_hf(megatron, tmp_path / "back")
     assert not (tmp_path / "exploited").exists()
+
+
+def test_an_index_by_torchs_own_writer_is_read(tmp_path):
+    numbers, index = torch.arange(6.0), tmp_path / "new/.metadata"
+    dcp.save({"a": numbers}, storage_writer=dcp.FileSystemWriter(index.parent), no_dist=True)
+    plain = pickle.dumps(dcp.FileSystemReader(index.parent).read_metadata(), protocol=2)
+    for name in (b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath"):  # as Python 3.13 calls it
+        renamed, count = re.subn(rb"cpathlib(\._local)?\nPosixPath", name, plain)
+        assert count == 1
+        index.write_bytes(renamed)
+        into = torch.empty(6)
+        TorchDistReader(index.parent).read(Box("a", (0,), (6,)), into)
+        assert torch.equal(into, numbers)
+    index.write_bytes(renamed.replace(name, b"cpathlib\nPath"))
+    with pytest.raises(CheckpointError, match=r"asks for pathlib\.Path"):
+        TorchDistReader(index.parent)
 
 
 def test_hostile_and_damaged_numbers_are_refused(pair, tmp_path, monkeypatch):
@@ -270,6 +378,53 @@ def test_a_vocabulary_that_is_not_stored_is_no_row_of_zeros(vocab_size, pair, tm
         to_hf(other, tmp_path / "back")
 
 
+def with_vocabulary(megatron: Path, vocab_size: int, out: Path) -> Path:
+    shutil.copytree(megatron, out)
+    config = json.loads((megatron / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    return out
+
+
+@pytest.mark.parametrize("vocab_size", [320, 200, 1])
+def test_a_smaller_vocabulary_drops_no_learned_row(vocab_size, pair, tmp_path):
+    _, megatron = pair
+    other = with_vocabulary(megatron, vocab_size, tmp_path / "other")
+    said = rf"has 321 rows and row {vocab_size} is learned, vocab_size = {vocab_size} .*: set vocab_size to 321"
+    with pytest.raises(CheckpointError, match=said):
+        to_hf(other, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "last", "is_padding"),
+    [
+        (384, 1, 1.0, True),  # Megatron's default: a multiple of 128 rows for each rank
+        (384, 2, 1.0, False),
+        (512, 1, 1.0, False),  # 191 rows more than 321 can be no padding to a multiple of 128,
+        (512, 2, 1.0, True),  # but to one of 256
+        (322, 2, 1.0, True),
+        (324, 2, 1.0, False),
+        (322, 1, 1.0, False),
+        (1000, 1, 0.0, True),  # rows of zeros are nobody's
+        (322, 1, float("nan"), False),
+    ],
+)
+def test_what_pads_a_vocabulary_is_left_out(vocab_size, tp, last, is_padding, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf", vocab_size=vocab_size)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][321:] = 0
+    tensors["model.embed_tokens.weight"][-1] = last
+    save_file(tensors, source / "model.safetensors")
+    to_megatron(source, tmp_path / "megatron", tp=tp)
+    other = with_vocabulary(tmp_path / "megatron", 321, tmp_path / "other")
+    if is_padding:
+        to_hf(other, tmp_path / "back")
+        kept = load_file(tmp_path / "back/model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(kept, tensors["model.embed_tokens.weight"][:321])
+    else:
+        with pytest.raises(CheckpointError, match=f"row {vocab_size - 1} is learned"):
+            to_hf(other, tmp_path / "back")
+
+
 def test_what_training_left_alone_and_a_checkpoint_lacks_is_said(tmp_path, capsys):
     source = FAMILIES["glm4_moe extra layer"](tmp_path / "hf")
     to_megatron(source, tmp_path / "megatron")
@@ -279,6 +434,66 @@ def test_what_training_left_alone_and_a_checkpoint_lacks_is_said(tmp_path, capsy
     to_hf(tmp_path / "megatron", tmp_path / "whole", hf_dir=source)
     assert list(verify(source, tmp_path / "whole")) == []
     assert capsys.readouterr().err.count("speaks of") == 0
+
+
+@pytest.mark.parametrize("family", ["glm4_moe extra layer", "chatglm"])
+def test_config_and_tokenizer_may_be_in_a_folder_without_weights(family, tmp_path, capsys):
+    source = FAMILIES[family](tmp_path / "hf")
+    to_megatron(source, tmp_path / "megatron")
+    shutil.rmtree(tmp_path / "megatron/carried")
+    (source / "model.safetensors").rename(tmp_path / "weights")
+    to_hf(tmp_path / "megatron", tmp_path / "back", hf_dir=source)
+    assert "which its config.json speaks of" in capsys.readouterr().err
+    (tmp_path / "weights").rename(source / "model.safetensors")
+    assert {difference.what for difference in verify(source, tmp_path / "back")} == {f"only in {source}"}
+
+
+@pytest.mark.parametrize("world_size", [None, "1"])
+def test_one_process_meets_nobody_at_the_address_that_a_job_script_exports(world_size, pair, tmp_path, monkeypatch):
+    source, _ = pair
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")  # nobody's (RFC 5737)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    to_megatron(source, tmp_path / "again")
+
+
+def test_space_is_asked_for_all_that_is_written(tmp_path, monkeypatch):
+    source = FAMILIES["glm4_moe extra layer"](tmp_path / "hf")
+    weights = sum(info.num_bytes for info in HFFolder(source).tensors.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights - 1))
+    with pytest.raises(OSError, match="free"):
+        to_megatron(source, tmp_path / "megatron")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=weights))
+    to_megatron(source, tmp_path / "megatron")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_conversion_leaves_a_scripts_generators_and_process_group_alone(fails, pair, tmp_path, monkeypatch):
+    source, _ = pair
+
+    def drawn():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    def seeded():
+        random.seed(7)
+        np.random.seed(7)
+        torch.manual_seed(7)
+
+    def no_build(*_):
+        raise ValueError("a config that Megatron refuses")
+
+    seeded()
+    expected = drawn()
+    seeded()
+    if fails:
+        monkeypatch.setattr(stored, "build_model", no_build)
+    with pytest.raises(ValueError, match="Megatron refuses") if fails else contextlib.nullcontext():
+        to_megatron(source, tmp_path / "again")
+    assert drawn() == expected
+    assert not torch.distributed.is_initialized()
+    assert not stored.mpu.model_parallel_is_initialized()
 
 
 def test_nothing_is_overwritten(pair, tmp_path):

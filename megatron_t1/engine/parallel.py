@@ -38,10 +38,10 @@ def initialize(cfg: ParallelConfig, platform: Platform, seed: int) -> None:
     backend = "gloo" if platform.backend == "gloo" else "cpu:gloo,cuda:nccl"
     if dist.is_initialized():
         pass  # the caller has joined, or had other model-parallel groups before
-    elif "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    elif int(os.environ["WORLD_SIZE"]) == 1:  # whatever MASTER_ADDR says, that a job script has exported
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     # While rank 0 generates, the others wait in the default group's gloo half: NCCL need not hold 32 GPUs for as long.
     timeout_s = min(cfg.timeout_s, _NCCL_TIMEOUT_S) if platform.backend == "nccl" else cfg.timeout_s
     mpu.initialize_model_parallel(

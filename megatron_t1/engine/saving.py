@@ -145,17 +145,30 @@ class Saving:
         try:
             written = [path for path in building.iterdir() if not path.name.startswith(".nfs")]  # removed, but open
             digests |= {path.name: digest(path) for path in written if path.name not in digests}
-            copy_beside(self._model, building)  # config and tokenizer: a model on its own
+            self._copy_model(building, final)
             write_json(building / "state.json", {**self._contents, "files": digests})
             sync_folder(building)
             if final.exists():  # a run that resumed from an older checkpoint comes by here again
                 os.rename(final, final.with_suffix(".replaced.tmp"))
             os.rename(building, final)
             sync_folder(final.parent)
-            _rotate(final.parent, final, self._cfg)
         except OSError as error:
             return str(error)
+        try:
+            _rotate(final.parent, final, self._cfg)
+        except OSError as error:  # the next one tries again
+            warn(f"{final} is written, but an older checkpoint beside it could not be moved away: {error}")
         return None
+
+    def _copy_model(self, building: Path, final: Path) -> None:
+        """Config and tokenizer, which make a checkpoint a model on its own. Weights are not lost for want of them."""
+        try:
+            copy_beside(self._model, building)
+        except OSError as error:  # the folder was scratch that is purged, or another run's checkpoint
+            warn(
+                f"{final} has its weights and lacks config or tokenizer, which could not be copied ({error}); to use "
+                f"it, name another copy of the model's folder: t1 convert to-hf {final} OUT --hf FOLDER"
+            )
 
 
 class Saver:

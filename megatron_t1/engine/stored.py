@@ -9,11 +9,15 @@ which is found anew in the first steps.
 from __future__ import annotations
 
 import copy
+import random
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -33,6 +37,7 @@ from megatron_t1.weights.hf_io import CARRIED, Carried
 from megatron_t1.weights.plan import Named, local_pieces, weights_of
 from megatron_t1.weights.torch_dist import Box, TorchDistReader
 
+_ROWS_AT_ONCE = 4096
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
@@ -160,10 +165,34 @@ def check_keys(params: list[StoredParam], reader: TorchDistReader) -> None:
         found = reader.shape(key)
         if found != shape and not (may_have_more and found[0] >= shape[0] and found[1:] == shape[1:]):
             raise CheckpointError(f"{reader.folder}: {key} has shape {found}, the config asks for {shape}")
+        if may_have_more and (row := _learned_row(reader, key, shape[0])) is not None:
+            raise CheckpointError(
+                f"{reader.folder}: {key} has {found[0]} rows and row {row} is learned, vocab_size = {shape[0]} in "
+                f"config.json would drop it: set vocab_size to {found[0]}"
+            )
     if extra := sorted(reader.keys() - wanted.keys()):
         raise CheckpointError(
             f"{reader.folder} has {len(extra)} tensors that the model does not use, the first: {extra[:5]}"
         )
+
+
+def _learned_row(reader: TorchDistReader, key: str, vocab_size: int) -> int | None:
+    """The first row past the vocabulary that is no padding: not 0, and more of them than Megatron pads.
+
+    Our own padding is 0. Megatron's may hold numbers: it makes the rows a multiple of the ranks that cut them, by
+    default of 128 times as many.
+    """
+    rows, width = reader.shape(key)
+    ranks = reader.num_cuts(key)
+    if any(rows % multiple == 0 and rows - vocab_size < multiple for multiple in (ranks, 128 * ranks)):
+        return None
+    for start in range(vocab_size, rows, _ROWS_AT_ONCE):
+        few = min(_ROWS_AT_ONCE, rows - start)
+        block = torch.empty(few, width, dtype=reader.dtype(key))
+        reader.read(Box(key, (start, 0), (few, width)), block)
+        if len(learned := block.any(dim=1).nonzero()):
+            return start + int(learned[0])
+    return None
 
 
 @torch.no_grad()
@@ -225,15 +254,38 @@ class MegatronCheckpoint:
 
 
 def meta_params(folder: Path) -> list[StoredParam]:
-    """Every weight of the model that the folder's config.json describes, uncut and without memory."""
+    """Every weight of the model that the folder's config.json describes, uncut and without memory.
+
+    The caller's generators and process group are left as they were.
+    """
     platform, parallel, spec = setup(), ParallelConfig(), spec_of(folder)
-    alone = not dist.is_initialized()
-    initialize(parallel, platform, 0)
     meta = torch.device("meta")
-    with meta:
-        _, chunks = build_model(ModelConfig(hf_path=str(folder), layers="local"), spec, parallel, platform, meta)
-    params = [param for chunk in chunks for param in stored_params(chunk, spec)]
-    if alone:  # Megatron's groups were needed to build the model and are in nobody's way afterwards
-        mpu.destroy_model_parallel()
-        dist.destroy_process_group()
-    return params
+    with _generators_kept(), _groups_kept():
+        initialize(parallel, platform, 0)
+        with meta:
+            _, chunks = build_model(ModelConfig(hf_path=str(folder), layers="local"), spec, parallel, platform, meta)
+        return [param for chunk in chunks for param in stored_params(chunk, spec)]
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+@contextmanager
+def _groups_kept() -> Iterator[None]:
+    """Megatron's groups are needed to build a model, and are in nobody's way afterwards."""
+    alone = not dist.is_initialized()
+    try:
+        yield
+    finally:
+        if alone and dist.is_initialized():
+            mpu.destroy_model_parallel()
+            dist.destroy_process_group()

@@ -16,19 +16,25 @@ HF_ATTENTION = HF_LAYER + "self_attn."
 
 
 def fields(hf: HFConfig) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig, but for what a family decides itself. Refuses another activation and
-    dropout."""
+    """Fields of Megatron's TransformerConfig, but for what a family decides itself. Refuses another activation,
+    dropout, and attention to later tokens."""
     hf.only("hidden_act", "silu")
     hf.only("attention_dropout", 0, 0.0)
+    hf.only("is_causal", True)
     hidden, heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     if hf.get("head_dim") is None and hidden % heads:
         raise ValueError(f"{hf.origin}: hidden_size = {hidden} must be a multiple of num_attention_heads = {heads}")
+    groups = hf.size("num_key_value_heads", heads)
+    if heads % groups:
+        raise ValueError(
+            f"{hf.origin}: num_attention_heads = {heads} must be a multiple of num_key_value_heads = {groups}"
+        )
     return {
         "num_layers": hf.count("num_hidden_layers"),
         "hidden_size": hidden,
         "ffn_hidden_size": hf.size("intermediate_size"),
         "num_attention_heads": heads,
-        "num_query_groups": hf.size("num_key_value_heads", heads),
+        "num_query_groups": groups,
         "kv_channels": hf.size("head_dim", hidden // heads),
         "layernorm_epsilon": hf.number("rms_norm_eps"),
         "normalization": "RMSNorm",

@@ -11,6 +11,7 @@ from megatron_t1.models.spec import HFConfig, ModelSpec, family
 def qwen3(hf: HFConfig) -> ModelSpec:
     refuse_sliding_window(hf)
     hf.only("attention_bias", False)
+    hf.only("use_qk_norm", True)
     sizes = decoder.fields(hf)
     return ModelSpec(
         **decoder.embeddings(hf),

@@ -11,9 +11,16 @@ from megatron_t1.models.spec import HFConfig, ModelSpec, family
 def qwen3_moe(hf: HFConfig) -> ModelSpec:
     refuse_sliding_window(hf)
     hf.only("attention_bias", False)
+    hf.only("use_qk_norm", True)
     hf.only("output_router_logits", False)
     hf.get("router_aux_loss_coef")  # without effect while output_router_logits is off
     sizes = decoder.fields(hf)
+    top_k, normalised = hf.size("num_experts_per_tok"), hf.flag("norm_topk_prob", False)
+    if top_k == 1 and normalised:
+        raise ValueError(
+            f"{hf.origin}: norm_topk_prob = True with num_experts_per_tok = 1 is not supported: the one expert's score "
+            "would be 1 whatever the router says"
+        )
     return ModelSpec(
         **decoder.embeddings(hf),
         **hf.rotary(),
@@ -23,9 +30,9 @@ def qwen3_moe(hf: HFConfig) -> ModelSpec:
             "moe_layer_freq": _sparse_layers(hf),
             "num_moe_experts": hf.count("num_experts", hf.get("num_local_experts")),
             "moe_ffn_hidden_size": hf.size("moe_intermediate_size"),
-            "moe_router_topk": hf.size("num_experts_per_tok"),
+            "moe_router_topk": top_k,
             # The softmax over the chosen experts only is the softmax over all of them, normalised again.
-            "moe_router_pre_softmax": not hf.flag("norm_topk_prob", False),
+            "moe_router_pre_softmax": not normalised,
         },
         weights={
             **decoder.weights(hf),

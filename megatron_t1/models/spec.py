@@ -222,6 +222,11 @@ class HFConfig:
             and name not in _WITHOUT_EFFECT
             and value not in (None, False, {}, [], _HARMLESS_VALUES.get(name))
         )
+        if "quantization_config" in unread:
+            raise ValueError(
+                f"{self.origin}: quantization_config = {self._fields['quantization_config']!r:.80}: quantised weights "
+                "can't be trained; take the release that is not quantised"
+            )
         if unread:
             listed = ", ".join(f"{name:.80} = {self._fields[name]!r:.80}" for name in unread)
             raise ValueError(f"{self.origin}: fields that this family does not know and that may matter: {listed}")

@@ -40,6 +40,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+_LFS_POINTER = b"version https://git-lfs"
 # Weights in any format, and what a Megatron checkpoint consists of: not carried from one folder to another.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".distcp", ".h5", ".msgpack", ".gguf", ".onnx"}
 _WEIGHT_FILES = {"metadata.json", "state.json", "hf_dtypes.json"}
@@ -96,6 +97,11 @@ class HFFolder:
         return tensor
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has safetensors, be they whole or not: config and tokenizer may be in one of their own."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
 def is_torch_dist(folder: Path) -> bool:
     """Whether the folder is a Megatron checkpoint, which `torch_dist.py` reads, and not one of Hugging Face."""
     return (folder / TORCH_DIST_INDEX).is_file()
@@ -104,6 +110,8 @@ def is_torch_dist(folder: Path) -> bool:
 def _indexed(folder: Path) -> dict[str, Path]:
     """Tensor name -> file as the index says it; empty when the folder has a single file and no index."""
     index, single = folder / INDEX, folder / SINGLE
+    for path in (index, single):
+        _refuse_dangling(path)
     if not index.exists():
         if not single.exists():
             megatron = (
@@ -139,6 +147,7 @@ class _Index(TypedDict):
 
 def _contents(path: Path) -> Iterable[tuple[str, TensorInfo, int]]:
     """Name, dtype and shape, and first byte in the file of every tensor."""
+    _refuse_dangling(path)
     try:
         with safe_open(path, "pt") as file:
             with path.open("rb") as raw:
@@ -153,7 +162,17 @@ def _contents(path: Path) -> Iterable[tuple[str, TensorInfo, int]]:
                 yield name, info, start
                 start += info.num_bytes
     except SafetensorError as error:
+        with path.open("rb") as raw:
+            if raw.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise CheckpointError(
+                    f"{path} is what Git LFS keeps in the place of the weights: run git lfs pull in {path.parent}"
+                ) from None
         raise CheckpointError(f"{path} is not a safetensors file: {error!s:.500}") from None
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} is a link to {path.readlink()}, which is not there: download the model again")
 
 
 class ShardWriter:
@@ -240,13 +259,14 @@ def copy_beside(source: Path, target: Path) -> None:
         elif path.is_dir() and path.name == "additional_chat_templates":
             (target / path.name).mkdir()
             for template in path.iterdir():
-                shutil.copyfile(template, target / path.name / template.name)
+                if template.is_file():
+                    shutil.copyfile(template, target / path.name / template.name)
 
 
 def name_dtype(config: Path, dtype: torch.dtype) -> None:
     """A model in another precision than its checkpoint came in must not be announced in the old one."""
     fields = read_json(config, dict[str, Any])
     name = str(dtype).removeprefix("torch.")
-    key = "torch_dtype" if "torch_dtype" in fields else "dtype"
-    if fields.get(key, name) != name:
-        config.write_text(json.dumps({**fields, key: name}, indent=2) + "\n")
+    named = {key: name for key in ("torch_dtype", "dtype") if key in fields}  # old and new spelling, or both
+    if fields != fields | named:
+        config.write_text(json.dumps(fields | named, indent=2) + "\n")

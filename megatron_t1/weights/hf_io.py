@@ -26,7 +26,7 @@ from megatron_t1.weights.hf_folder import (
     ShardWriter,
     TensorInfo,
     copy_beside,
-    is_torch_dist,
+    has_weights,
     name_dtype,
 )
 from megatron_t1.weights.plan import Plan
@@ -46,11 +46,13 @@ class Carried:
     def __init__(self, folder: Path, prefixes: tuple[str, ...]) -> None:
         """
         Args:
-            folder: a Hugging Face folder, or a Megatron checkpoint that was converted from one.
+            folder: a Hugging Face folder, possibly of config and tokenizer only, or a Megatron checkpoint that was
+                converted from one.
         """
         self.tensors: dict[str, TensorInfo] = {}
-        if prefixes and (not is_torch_dist(folder) or (folder / CARRIED).exists()):
-            self._source = HFFolder(folder / CARRIED if (folder / CARRIED).exists() else folder)
+        source = folder / CARRIED if (folder / CARRIED).exists() else folder
+        if prefixes and has_weights(source):
+            self._source = HFFolder(source)
             self.tensors = {n: info for n, info in self._source.tensors.items() if n.startswith(prefixes)}
         if prefixes and not self.tensors:
             warn(
@@ -143,23 +145,24 @@ def save(
     the tensors with a prefix in `carried`.
 
     Collective. `out_dir` is replaced as a whole at the end; rank 0 holds one tensor at a time.
+
+    Raises:
+        OSError: the disk is too full, known before a byte is written, or writing failed. What was written is removed.
     """
     plan = Plan(pieces)
     if plan.rank != 0:
         for _ in plan.gather():
             pass
     else:
+        out_dir = out_dir.resolve()  # a link to a larger disk stays one, and what is built is built there
         building, old = (out_dir.with_name(out_dir.name + suffix) for suffix in (".tmp", ".old"))
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        copy_beside(like_dir, building)
-        name_dtype(building / "config.json", plan.tensors[0].dtype)
-        announced = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in plan.tensors}
-        extra = Carried(like_dir, carried)
-        writer = ShardWriter(building, announced | extra.tensors, max_shard_bytes)
-        for name, tensor in chain(plan.gather(), ((name, extra.read(name)) for name in extra.tensors)):
-            writer.write(name, tensor)
-        writer.finish()
+        try:
+            _build(plan, like_dir, building, max_shard_bytes, carried)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         shutil.rmtree(old, ignore_errors=True)
         if out_dir.exists():
             os.rename(out_dir, old)
@@ -167,3 +170,28 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _build(plan: Plan, like_dir: Path, building: Path, max_shard_bytes: int, carried: tuple[str, ...]) -> None:
+    """Rank 0: the whole folder, under the name that it has until then."""
+    announced = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in plan.tensors}
+    extra = Carried(like_dir, carried)
+    needed = sum(info.num_bytes for info in (announced | extra.tensors).values())
+    if (free := shutil.disk_usage(building).free) < needed:
+        raise OSError(
+            f"{building.with_suffix('')} needs {needed / 1e9:.2f} GB and {building.parent} has {free / 1e9:.2f} GB "
+            "free: free some space"
+        )
+    try:
+        copy_beside(like_dir, building)
+    except OSError as error:  # the folder was scratch that is purged; the weights are trained all the same
+        warn(
+            f"{building.with_suffix('')} will lack config or tokenizer, which could not be copied ({error}): copy them "
+            "there from another copy of the model's folder"
+        )
+    if (building / "config.json").exists():
+        name_dtype(building / "config.json", plan.tensors[0].dtype)
+    writer = ShardWriter(building, announced | extra.tensors, max_shard_bytes)
+    for name, tensor in chain(plan.gather(), ((name, extra.read(name)) for name in extra.tensors)):
+        writer.write(name, tensor)
+    writer.finish()

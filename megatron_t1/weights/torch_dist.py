@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO, IOBase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -60,6 +60,8 @@ _HARMLESS = {
     },
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
+# Where torch's own writer notes the folder; read as a path that no file system is asked about.
+_PATHS = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
 # What a run's checkpoint holds besides the weights.
 _NOT_WEIGHTS = ("optimizer.", "chained_", "anchor.")
 
@@ -114,6 +116,8 @@ class TorchDistReader:
             if isinstance(stored, TensorStorageMetadata) and not key.startswith(_NOT_WEIGHTS)
         }
 
+        self._by_place: dict[str, tuple[int, dict[tuple[int, ...], list[ChunkStorageMetadata]]]] = {}
+
     def keys(self) -> set[str]:
         return set(self._tensors)
 
@@ -123,6 +127,11 @@ class TorchDistReader:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._tensors[key].size)
 
+    def num_cuts(self, key: str) -> int:
+        """Into how many equal parts its rows are cut, as by the ranks that wrote them; 1 where parts differ."""
+        rows = {chunk.sizes[0] for chunk in self._tensors[key].chunks}
+        return self.shape(key)[0] // rows.pop() if len(rows) == 1 and 0 not in rows else 1
+
     def read(self, box: Box, into: torch.Tensor) -> None:
         """Fill `into` (of the box's shape, in any precision) with the numbers of a box.
 
@@ -130,13 +139,27 @@ class TorchDistReader:
             CheckpointError: files that do not hold what the index says.
         """
         missing = math.prod(box.shape)
-        for chunk in self._tensors[box.key].chunks:
+        for chunk in self._chunks_around(box):
             if overlap := _overlap(box, chunk):
                 here, there = overlap
                 self._load(box.key, chunk, there, into[here])
                 missing -= into[here].numel()
         if missing != 0:
             raise CheckpointError(f"{self.folder}: {box.key} is not stored exactly once at {box.offset} of {box.shape}")
+
+    def _chunks_around(self, box: Box) -> list[ChunkStorageMetadata]:
+        """All chunks that a box may meet. Of a stack of thousands of experts it meets those of one."""
+        chunks = self._tensors[box.key].chunks
+        if box.key not in self._by_place:
+            num_stacked = min((_num_leading_ones(chunk.sizes) for chunk in chunks), default=0)
+            places: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in chunks:
+                places.setdefault(tuple(chunk.offsets[:num_stacked]), []).append(chunk)
+            self._by_place[box.key] = num_stacked, places
+        num_stacked, places = self._by_place[box.key]
+        if _num_leading_ones(box.shape) < num_stacked:
+            return chunks
+        return places.get(box.offset[:num_stacked], [])
 
     def _load(self, key: str, chunk: ChunkStorageMetadata, there: tuple[slice, ...], into: torch.Tensor) -> None:
         """Fill `into` with a part of a chunk: by plain reads when it is one run of bytes in the file and in memory."""
@@ -235,6 +258,8 @@ class _Restricted(pickle.Unpickler):
             return getattr(torch, name)
         if name in _HARMLESS.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) in _PATHS:
+            return PurePosixPath
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which an index has no use for; do not load it")
 
 
@@ -268,6 +293,10 @@ def _is_whole(tensor: TensorStorageMetadata) -> bool:
 
 def _are_sizes(values: tuple[Any, ...]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
+
+
+def _num_leading_ones(shape: tuple[int, ...]) -> int:
+    return next((dim for dim, size in enumerate(shape) if size != 1), len(shape))
 
 
 def _overlap(box: Box, chunk: ChunkStorageMetadata) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

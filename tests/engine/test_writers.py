@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_t1.convert import to_hf
 from tests.forks import WORKERS, Forks
 
 
@@ -41,6 +42,12 @@ def test_a_step_taken_meanwhile_is_not_in_the_checkpoint_which_a_full_disk_leave
 ) -> None:
     done = forks.run(WORKERS / "saving_worker.py", tiny_dir, tmp_path, "step", num_ranks=1, timeout_s=200)
     assert done.returncode == 0, done.stderr[-3000:]
+    # Nor is it lost for want of the model's folder, or because an older one stays.
+    last = tmp_path / "step_00000003"
+    assert f"{last} has its weights and lacks config or tokenizer" in done.stderr
+    assert f"t1 convert to-hf {last} OUT --hf FOLDER" in done.stderr
+    assert f"{last} is written, but an older checkpoint beside it could not be moved away: Stale" in done.stderr
+    to_hf(last, tmp_path / "hf", hf_dir=tiny_dir)
 
 
 def test_a_writer_that_is_lost_is_said(forks: Forks, tiny_dir: Path, tmp_path: Path) -> None:

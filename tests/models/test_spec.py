@@ -76,13 +76,20 @@ def test_yarn_reaches_further(release, tmp_path):
         ("Qwen2.5-32B", {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ("Qwen3-32B", {"layer_types": ["sliding_attention"]}, r"layer_types has \['sliding_attention'\]"),
         ("Qwen3-32B", {"attention_bias": True}, "attention_bias = True"),
+        ("Qwen3-32B", {"use_qk_norm": False}, "use_qk_norm = False is not supported"),
         ("Qwen3-32B", {"new_switch": 3}, "does not know and that may matter: new_switch = 3"),
         ("Qwen3-30B-A3B", {"output_router_logits": True}, "output_router_logits = True"),
+        ("Qwen3-30B-A3B", {"num_experts_per_tok": 1}, "norm_topk_prob = True with num_experts_per_tok = 1"),
+        ("Qwen2.5-32B", {"num_key_value_heads": 7}, "num_attention_heads = 40 .* multiple of num_key_value_heads = 7"),
+        ("GLM-4.5", {"num_key_value_heads": 192}, "num_attention_heads = 96 .* num_key_value_heads = 192"),
+        ("Qwen3-32B", {"quantization_config": {"quant_method": "fp8"}}, "'fp8'}: .* take the release that is not quan"),
         ("Qwen3-30B-A3B", {"decoder_sparse_step": 99}, "decoder_sparse_step = 99 .* leave no experts"),
         ("glm-4-9b-chat", {"original_rope": False}, "original_rope = False"),
         ("glm-4-9b-chat", {"quantization_bit": 4}, "quantization_bit = 4"),
         ("GLM-4.5", {"norm_topk_prob": False}, "norm_topk_prob = False with num_experts_per_tok = 8"),
         ("GLM-4.5", {"n_group": 8, "topk_group": 2}, "n_group = 8 .* they are 8 and 2"),
+        *((release, {"is_causal": False}, "is_causal = False is not supported")
+          for release in ("Qwen2.5-32B", "Qwen3-32B", "Qwen3-30B-A3B", "glm-4-9b-hf", "GLM-4-32B-0414", "GLM-4.5")),
         ("GLM-4.5", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("GLM-4.5", {"architectures": ["LlamaForCausalLM"]}, "'LlamaForCausalLM' is not known; known: ChatGLM"),
     ],
@@ -101,11 +108,18 @@ def test_what_changes_the_function_is_refused(release, change, message, tmp_path
         {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "num_beams": 1, "max_length": 20, "length_penalty": 1.0},
         {"rope_scaling": {"rope_type": "default", "rope_theta": 1000000.0}},
         {"rope_scaling": {"type": "default"}},
+        {"is_causal": True},
     ],
 )
 def test_what_changes_nothing_is_read_over(fields, tmp_path):
     plain = read(tmp_path, RELEASED["Qwen2.5-32B"])
     assert read(tmp_path, {**RELEASED["Qwen2.5-32B"], **fields}) == plain
+
+
+@pytest.mark.parametrize("release", ["Qwen3-32B", "Qwen3-30B-A3B"])
+def test_qwen3_coder_says_what_qwen3_is(release, tmp_path):
+    fields = {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
+    assert read(tmp_path, {**RELEASED[release], **fields}) == read(tmp_path, RELEASED[release])
 
 
 @pytest.mark.parametrize(

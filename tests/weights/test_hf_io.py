@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_t1.models import spec_of
 from megatron_t1.models.weight_map import QKV, GateUp, Piece, Rename, Shard, Vocab
 from megatron_t1.weights import hf_io
+from megatron_t1.weights.hf_folder import name_dtype
 from megatron_t1.weights.plan import Plan
 from tests.tiny import make_tiny_qwen2
 
@@ -96,6 +98,68 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_as_the_head(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, source / "model.safetensors")
     hf_io.load(pieces, source)
+
+
+def read_whole(folder):
+    """A piece of every tensor of a folder."""
+    return [Piece(name=name, shape=tuple(tensor.shape), index=tuple(slice(0, n) for n in tensor.shape), view=tensor)
+            for name, tensor in load_file(folder / "model.safetensors").items()]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["a folder", "not yet"])
+def test_a_link_to_another_disk_stays_one_at_every_export(is_there, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    pieces, out = read_whole(source), tmp_path / "run/hf"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    out.symlink_to(tmp_path / "disk/hf")
+    if is_there:
+        (tmp_path / "disk/hf").mkdir()
+    for number in range(3):
+        pieces[0].view.fill_(number)
+        hf_io.save(pieces, source, out)
+        assert out.is_symlink()
+        assert load_file(tmp_path / "disk/hf/model.safetensors")[pieces[0].name].unique().tolist() == [number]
+    assert [path.name for path in (*(tmp_path / "run").iterdir(), *(tmp_path / "disk").iterdir())] == ["hf", "hf"]
+
+
+def test_an_export_that_fails_leaves_the_one_before_and_nothing_else(monkeypatch, tmp_path):
+    source = make_tiny_qwen2(tmp_path / "hf")
+    pieces, out = read_whole(source), tmp_path / "rl/hf"
+    hf_io.save(pieces, source, out)
+
+    def fails(said):
+        with pytest.raises(OSError, match=said):
+            hf_io.save(pieces, source, out)
+        assert [path.name for path in out.parent.iterdir()] == ["hf"]
+        assert len(load_file(out / "model.safetensors")) == len(pieces)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_io.ShardWriter, "write", no_space)
+    fails("No space left")
+    monkeypatch.setattr(hf_io.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    fails(r"rl/hf needs 0.00 GB and \S+/rl has 0.00 GB free: free some space")
+
+
+def test_weights_are_exported_without_the_folder_that_config_and_tokenizer_come_from(tmp_path, capsys):
+    pieces = read_whole(make_tiny_qwen2(tmp_path / "hf"))
+    hf_io.save(pieces, tmp_path / "purged", tmp_path / "out", carried=("model.layers.4.",))
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(written[each.name], each.view) for each in pieces)
+    assert f"{tmp_path / 'out'} will lack config or tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("keys", [(), ("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_the_dtype_is_named_in_every_spelling_that_is_there(keys, tmp_path):
+    config = tmp_path / "config.json"
+    for before, after in (("bfloat16", "float32"), ("float32", "float32")):
+        text = json.dumps(dict.fromkeys(keys, before))
+        config.write_text(text)
+        name_dtype(config, torch.float32)
+        assert json.loads(config.read_text()) == dict.fromkeys(keys, after)
+    assert config.read_text() == text, "what is right already stays as it is"
 
 
 def piece(rows, shape=(4, 2), name="w"):

@@ -1,7 +1,8 @@
 """A trainer whose checkpoint is slow to write: each writer sleeps before its first tensor; or one dies there.
 
 argv: folder of the model, folder for the checkpoint, sleep | step | die. `step` takes one while the writers sleep a
-second, then loads what they wrote, and tries again with a full disk. With `die` the others say more than a pipe holds.
+second, then loads what they wrote, tries again with a full disk, and at last without the model's folder. With `die` the
+others say more than a pipe holds.
 """
 
 from __future__ import annotations
@@ -75,6 +76,15 @@ def main() -> None:
         with full_disk(), pytest.raises(OSError, match=r"step_00000002 could not be written .*File too large"):
             saver.finish()
         assert [path.name for path in folder.iterdir()] == ["step_00000001"]
+    engine.model_config = replace(model, hf_path=str(folder / "purged"))
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("Stale file handle")
+
+    saving._rotate = unreachable
+    saver.begin(3, engine, None, {}, score=0.0)
+    saver.finish()
+    checkpoint.load(folder / "step_00000003", engine, None)
 
 
 @contextlib.contextmanager
