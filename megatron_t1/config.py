@@ -15,7 +15,7 @@ from megatron_t1.algo.config import LossConfig
 from megatron_t1.data.config import INSTRUCTION, DataConfig, set_name
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, Dtype, ModelConfig, OptimConfig, ParallelConfig
 from megatron_t1.evaluation.config import NUM_SAMPLES, EvaluateConfig, ScalingConfig
-from megatron_t1.fields import FieldError, at_least, within
+from megatron_t1.fields import FieldError, another_file, at_least, within
 from megatron_t1.files import dump_yaml, write_text
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import SamplingConfig
@@ -146,6 +146,7 @@ class CurateConfig:
         for name, paths in (("inputs", self.inputs), ("evaluation", named)):
             if missing := [path for path in paths if not Path(path).is_file()]:
                 raise FieldError(name, missing, "must be files that are there")
+        another_file(self, "output", (*self.inputs, *named))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +325,7 @@ class LogprobsConfig:
     def __post_init__(self) -> None:
         if self.against not in (None, "transformers") and not self.against.startswith(("http://", "https://")):
             raise FieldError("against", self.against, "must be `transformers`, or the server's http:// URL")
+        another_file(self, "output", [self.input])
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -352,5 +354,4 @@ class GradeConfig:
     def __post_init__(self) -> None:
         if not Path(self.input).is_file():
             raise FieldError("input", str(self.input), "must be a file of JSON lines with id, gold and prediction")
-        if Path(self.output).exists() and Path(self.output).samefile(self.input):
-            raise FieldError("output", str(self.output), "must be another file than the input")
+        another_file(self, "output", [self.input])

@@ -20,6 +20,7 @@ from megatron_t1.data.config import INSTRUCTION, DataConfig
 from megatron_t1.data.prompts import load_prompts
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation.samplers import sample_seed
+from megatron_t1.fields import FieldError
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers.verify import verify
 from megatron_t1.reward.config import PenaltyConfig, RewardConfig
@@ -203,6 +204,20 @@ def test_config_errors_name_the_field(tmp_path: Path) -> None:
         CurateConfig(inputs=(str(tmp_path / "nothing.jsonl"),))
     with pytest.raises(ValueError, match="max_pass_rate = 30 must lie in"):
         CurateConfig(max_pass_rate=30)
+
+
+@pytest.mark.parametrize("role", ["inputs", "evaluation"])
+@pytest.mark.parametrize("spelling", ["the same", "relative", "link"])
+def test_what_is_read_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, spelling: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw, other = _write(tmp_path / "raw.jsonl", [{}]), _write(tmp_path / "other.jsonl", [{}])
+    (tmp_path / "link.jsonl").symlink_to(raw)
+    output = {"the same": raw, "relative": "raw.jsonl", "link": str(tmp_path / "link.jsonl")}[spelling]
+    with pytest.raises(FieldError, match=r"output = .* must be another file than .*raw\.jsonl"):
+        CurateConfig(**{"inputs": (other,), role: (other, raw)}, output=output)
+    CurateConfig(inputs=(raw,), output="prompts.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         GradeConfig(input=tmp_path / "nothing.jsonl", output=tmp_path / "out.jsonl")
 
 
+def test_the_answers_are_not_overwritten(tmp_path: Path) -> None:
+    source = _write(tmp_path / "in.jsonl", [])
+    with pytest.raises(ValueError, match=r"output = .* must be another file than"):
+        GradeConfig(input=source, output=source)
+
+
 def test_explain_says_what_was_read_and_which_rule_decided(tmp_path: Path) -> None:
     lines = [
         {"id": "unit", "gold": "5 m", "prediction": r"\boxed{500\text{ cm}}"},
