@@ -308,6 +308,21 @@ def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, 
     assert "- too_long " in table
 
 
+def test_a_prompt_that_fits_after_all_is_asked(
+    real: Rank0, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _candidates(tmp_path, 2)
+    prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
+    with monkeypatch.context() as patch:
+        for server in real.servers.usable():
+            patch.setattr(server, "max_model_len", len(prompts[0].token_ids))
+        for _ in range(2):  # and they are counted once, however often they do not fit
+            curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
+            assert [row["pass_rate"] for row in _read(tmp_path / "sampled.jsonl")] == [None, None]
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
+    assert {row["id"] for row in _read(tmp_path / "sampled.jsonl") if row["pass_rate"] is not None} == {"q0", "q1"}
+
+
 @pytest.mark.timeout(900)
 def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
     real: Rank0, server: Servers, start_t1, t1, template: Template, tiny_dir: Path, tmp_path: Path
