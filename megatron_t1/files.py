@@ -192,7 +192,9 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     attempt = f".{path.name}.{socket.gethostname()}."
     for left in path.parent.glob(f"{glob.escape(attempt)}*"):
-        if left.is_dir() and not psutil.pid_exists(int(left.name.removeprefix(attempt))):
+        pid = int(left.name.removeprefix(attempt))
+        # Our own number is an earlier process's: a container that is started again counts from 1 again.
+        if left.is_dir() and (pid == os.getpid() or not psutil.pid_exists(pid)):
             shutil.rmtree(left)
     if (free := shutil.disk_usage(path.parent).free) < num_bytes:
         raise OSError(f"{path} needs {num_bytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free")
