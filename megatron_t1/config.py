@@ -35,6 +35,7 @@ class RLConfig:
     steps: int = 500
     """Optimizer steps of the whole run; a resumed run goes on to the same number."""
     prompts_per_step: int = 32
+    """Questions of a batch; each is asked sampling.num_samples times."""
     lag: int = 0
     """Steps that a batch is asked ahead of its training. 0, as T1 does: generation and training take turns. 1: a batch
     is made by the weights of the step before, while that batch trains; lower optim.lr then, and give loss.importance a
@@ -182,7 +183,7 @@ class Config:
     """Go on from the newest checkpoint in run_dir; without it a run_dir that has one is refused."""
     resume_with_changes: bool = False
     """Go on although what decides the run (data, seed, batch size, model, optimizer, anchor, sampling, loss, grading,
-    plugins) is not the checkpoint's; what changed is kept in changes.jsonl of the stage."""
+    rl.lag, rl.refill, plugins) is not the checkpoint's; what changed is kept in changes.jsonl of the stage."""
     log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
