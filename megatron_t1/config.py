@@ -15,7 +15,7 @@ from megatron_t1.algo.config import LossConfig
 from megatron_t1.data.config import INSTRUCTION, DataConfig, set_name
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, Dtype, ModelConfig, OptimConfig, ParallelConfig
 from megatron_t1.evaluation.config import NUM_SAMPLES, EvaluateConfig, ScalingConfig
-from megatron_t1.fields import FieldError, at_least, within
+from megatron_t1.fields import FieldError, another_file, at_least, within
 from megatron_t1.files import dump_yaml, write_text
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import SamplingConfig
@@ -35,6 +35,7 @@ class RLConfig:
     steps: int = 500
     """Optimizer steps of the whole run; a resumed run goes on to the same number."""
     prompts_per_step: int = 32
+    """Questions of a batch; each is asked sampling.num_samples times."""
     lag: int = 0
     """Steps that a batch is asked ahead of its training. 0, as T1 does: generation and training take turns. 1: a batch
     is made by the weights of the step before, while that batch trains; lower optim.lr then, and give loss.importance a
@@ -146,6 +147,7 @@ class CurateConfig:
         for name, paths in (("inputs", self.inputs), ("evaluation", named)):
             if missing := [path for path in paths if not Path(path).is_file()]:
                 raise FieldError(name, missing, "must be files that are there")
+        another_file(self, "output", (*self.inputs, *named))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +183,7 @@ class Config:
     """Go on from the newest checkpoint in run_dir; without it a run_dir that has one is refused."""
     resume_with_changes: bool = False
     """Go on although what decides the run (data, seed, batch size, model, optimizer, anchor, sampling, loss, grading,
-    plugins) is not the checkpoint's; what changed is kept in changes.jsonl of the stage."""
+    rl.lag, rl.refill, plugins) is not the checkpoint's; what changed is kept in changes.jsonl of the stage."""
     log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -324,6 +326,7 @@ class LogprobsConfig:
     def __post_init__(self) -> None:
         if self.against not in (None, "transformers") and not self.against.startswith(("http://", "https://")):
             raise FieldError("against", self.against, "must be `transformers`, or the server's http:// URL")
+        another_file(self, "output", [self.input])
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -352,5 +355,4 @@ class GradeConfig:
     def __post_init__(self) -> None:
         if not Path(self.input).is_file():
             raise FieldError("input", str(self.input), "must be a file of JSON lines with id, gold and prediction")
-        if Path(self.output).exists() and Path(self.output).samefile(self.input):
-            raise FieldError("output", str(self.output), "must be another file than the input")
+        another_file(self, "output", [self.input])

@@ -281,7 +281,7 @@ class _Sampled(TypedDict):
 
 
 def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder: Path, seed: int) -> None:
-    """Measure the pass rate of every prompt that sampled.jsonl does not have yet; None for those that are too long.
+    """Measure the pass rate of every prompt that has none in sampled.jsonl yet; None for those that are too long.
     Beside it stands the share of its samples that were cut at `max_new_tokens`: few of them have an answer.
 
     Raises:
@@ -291,8 +291,9 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
     settings = {"weights": weights, "sampling": asdict(sampling), "seed": seed, "reward": rank0.scorer.cfg.deciding()}
     settings["prompts"] = prompts_identity(prompts)
     check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
-    rows = read_jsonl(path, _Sampled)
-    write_jsonl(path, rows)  # without a last line that was cut
+    # Those that were too long are not done: this time the servers may take longer ones.
+    rows = [row for row in read_jsonl(path, _Sampled) if row["pass_rate"] is not None]
+    write_jsonl(path, rows)
     done = {row["id"] for row in rows}
     left = [prompt for prompt in prompts if prompt.id not in done]
     max_tokens = min(server.max_model_len for server in rank0.servers.usable())

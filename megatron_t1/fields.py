@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from megatron_t1.plugins import Registry
@@ -53,6 +54,14 @@ def within(config: object, low: float, high: float, *names: str) -> None:
     for name in names:
         if not low <= getattr(config, name) <= high:
             raise FieldError(name, getattr(config, name), f"must lie in [{low}, {high}]")
+
+
+def another_file(config: object, name: str, inputs: Iterable[str | Path]) -> None:
+    """Raises FieldError when the file to write that the field names is one of `inputs`, be it by a link."""
+    output = str(getattr(config, name) or "")
+    for path in map(Path, inputs):
+        if path.is_file() and Path(output).is_file() and path.samefile(output):
+            raise FieldError(name, output, f"must be another file than {path}, which is read")
 
 
 def http_only(config: object, name: str) -> None:

@@ -192,7 +192,9 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     attempt = f".{path.name}.{socket.gethostname()}."
     for left in path.parent.glob(f"{glob.escape(attempt)}*"):
-        if left.is_dir() and not psutil.pid_exists(int(left.name.removeprefix(attempt))):
+        pid = int(left.name.removeprefix(attempt))
+        # Our own number is an earlier process's: a container that is started again counts from 1 again.
+        if left.is_dir() and (pid == os.getpid() or not psutil.pid_exists(pid)):
             shutil.rmtree(left)
     if (free := shutil.disk_usage(path.parent).free) < num_bytes:
         raise OSError(f"{path} needs {num_bytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free")
@@ -243,20 +245,50 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         journal.append(rows)
 
 
-def _cut_torn_line(file: IO[bytes]) -> None:
-    end = file.seek(0, os.SEEK_END)
+def _line_start(file: IO[bytes], end: int) -> int:
+    """Where the line begins whose bytes end at `end`."""
     start = end
     while start > 0:
         step = min(start, 1 << 16)
         file.seek(start - step)
         newline = file.read(step).rfind(b"\n")
         if newline >= 0:
-            start = start - step + newline + 1
-            break
+            return start - step + newline + 1
         start -= step
+    return start
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    end = file.seek(0, os.SEEK_END)
+    start = _line_start(file, end)
     if start < end:
         file.truncate(start)
     file.seek(0, os.SEEK_END)
+
+
+def cut_jsonl(path: Path, dropped: Callable[[dict[str, Any]], bool], shape: Any = dict[str, Any]) -> None:
+    """Cut off the last rows of a JSONL file as long as they are `dropped`, and a last line cut by a kill. What is kept
+    is not read, but for its last row; a file that is not there is made.
+
+    Raises:
+        ValueError: a row that was read is not JSON, or of another shape; the message names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        _cut_torn_line(file)
+        end = file.tell()
+        while end > 0:
+            start = _line_start(file, end - 1)
+            file.seek(start)
+            try:
+                row = of_shape(parse_json(file.read(end - start)), shape)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error!s:.500}; the line at byte {start} is not what was written") from None
+            if not dropped(row):
+                break
+            end = start
+        file.truncate(end)
+        os.fsync(file.fileno())
 
 
 class Journal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from megatron_t1.config import GradeConfig
 from megatron_t1.data.prompts import given, gold_of, parse_rows
+from megatron_t1.files import atomic_path
 from megatron_t1.reward.config import check_mode
 from megatron_t1.reward.score import Scorer
 from megatron_t1.types import FinishReason, Prompt, Reward, Sample, text_sample
@@ -132,15 +134,21 @@ def as_row(identifier: Any, reward: Reward) -> dict[str, Any]:
 def grade(cfg: GradeConfig) -> None:
     """Grade a file with a progress bar, and print how many ended how.
 
+    An earlier output stays until all is graded; but a link or a pipe is written to as the answers come.
+
     Raises:
         ValueError: a line of the input is not readable; the message names it.
     """
     rows = _read(Path(cfg.input), cfg.labels)
     outcomes: Counter[str] = Counter()
     agreement = Agreement()
+    output = Path(cfg.output)
+    # A pipe, or a link as /dev/stdout is, stays what it is.
+    in_place = output.is_symlink() or (output.exists() and not output.is_file())
     with (
         Scorer(cfg.reward, explain=cfg.explain) as scorer,
-        Path(cfg.output).open("w", encoding="utf-8", errors="backslashreplace") as out,
+        nullcontext(output) if in_place else atomic_path(output) as path,
+        path.open("w", encoding="utf-8", errors="backslashreplace") as out,
     ):
         rewards = scorer.score_iter((row.prompt, row.sample) for row in rows)
         for row, reward in zip(rows, tqdm(rewards, total=len(rows), unit="answer"), strict=True):

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from megatron_t1 import reasoning
-from megatron_t1.files import append_jsonl, read_jsonl, write_jsonl
+from megatron_t1.files import append_jsonl, cut_jsonl
 from megatron_t1.trace import Trace
 from megatron_t1.types import Group
 
@@ -70,7 +70,7 @@ class MetricsLog:
         self._path, self._samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
         self._groups_kept = groups_kept
         for path in (self._path, self._samples_path):
-            write_jsonl(path, [row for row in read_jsonl(path, _Step) if row["step"] <= first_step])
+            cut_jsonl(path, lambda row: row["step"] > first_step, _Step)
         self._trackers = trackers
 
     def log(self, step: int, values: dict[str, float]) -> None:

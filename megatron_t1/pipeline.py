@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,30 +275,33 @@ def run_all(cfg: Config) -> None:
             trainer.push()
 
         set_of = cfg.data.need("heldout").stem
-        sampler = ServerSampler(rank0, template) if rank0 else None
-        settings: dict[str, Any] = {"weights": weights_digest(hf_dir), "step": 0}
-        with watch("evaluate"):
-            if sampler and trainer.steps_done == 0:
-                _evaluate(cfg, sampler, questions, "sft", set_of, settings, replace_other=True)
-            from_main(None)  # a push would not wait as long, and NCCL would keep GPUs busy that servers share
+
+        def measure(label: str, model_dir: Path) -> dict[str, Any]:
+            assert rank0 is not None
+            settings = {"weights": weights_digest(model_dir), "step": trainer.steps_done}
+            sampler = ServerSampler(rank0, template)
+            _evaluate(cfg, sampler, questions, label, set_of, settings, replace_other=True)
+            return settings
+
+        def scale(settings: dict[str, Any]) -> None:
+            assert rank0 is not None
+            settings |= {"reward": cfg.reward.deciding()}
+            settings["prompts"] = prompts_identity(question.prompt(template) for question in questions)
+            folder = run_dir / "scaling" / "rl"
+            curve = Scaling(cfg.scaling, questions, folder, settings, cfg.seed, resume=cfg.resume, replace_other=True)
+            curve.think(rank0, template)
+            curve.answer(rank0, template, template)
+            curve.curve()
+
+        with watch("evaluate"):  # all ranks wait: a push would not as long, and NCCL would keep GPUs busy
+            if trainer.steps_done == 0:
+                rl.on_main(partial(measure, "sft", hf_dir))
         with watch("rl"):
             final = trainer.train()
         with watch("evaluate"):
-            if sampler:
-                settings = {"weights": weights_digest(final), "step": trainer.steps_done}
-                _evaluate(cfg, sampler, questions, "rl", set_of, settings, replace_other=True)
+            settings = rl.on_main(partial(measure, "rl", final))
         with watch("scaling"):
-            if rank0:
-                folder = run_dir / "scaling" / "rl"
-                settings |= {"reward": cfg.reward.deciding()}
-                settings["prompts"] = prompts_identity(question.prompt(template) for question in questions)
-                curve = Scaling(
-                    cfg.scaling, questions, folder, settings, cfg.seed, resume=cfg.resume, replace_other=True
-                )
-                curve.think(rank0, template)
-                curve.answer(rank0, template, template)
-                curve.curve()
-            from_main(None)
+            rl.on_main(partial(scale, settings))
         with watch("stop"):
             stack.close()
         if is_main():

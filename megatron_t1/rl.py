@@ -48,6 +48,21 @@ _NUM_FIRST_PROMPTS = 4
 """With which each server is held to the trainer before the first step."""
 
 
+def on_main(job: Callable[[], T]) -> T:
+    """What `job` returns on rank 0, on every rank; Stopped on all of them when rank 0 was asked to stop in it."""
+    outcome: tuple[str, Any] | None = None
+    if is_main():
+        try:
+            with STOP.interruptible():
+                outcome = ("done", job())
+        except Stopped:
+            outcome = ("stopped", None)
+    what, result = from_main(outcome)
+    if what == "stopped":
+        raise Stopped
+    return result
+
+
 class MismatchError(RuntimeError):
     """What the servers sample is not the policy that the trainer computes."""
 
@@ -304,7 +319,7 @@ class Trainer:
         """Held-out accuracy of the weights that the servers hold, every `rl.measure_every` steps."""
         if not self.milestones.due(self.steps_done):
             return {}
-        return self._on_main(partial(self.milestones.evaluate, self.steps_done, self.sync.fingerprint))
+        return on_main(partial(self.milestones.evaluate, self.steps_done, self.sync.fingerprint))
 
     def _idle_shares(self, seconds: dict[str, float], step_s: float) -> dict[str, float]:
         """Shares of a step in which trainer and servers compute nothing; {} on ranks that ask no servers."""
@@ -351,11 +366,11 @@ class Trainer:
         """
         for _ in range(_MAX_OUTAGES):
             self._finish_save(wait=False)  # if no server comes back, only what is finished is left of it
-            self._on_main(self._await_servers)
+            on_main(self._await_servers)
             for name in self._bring_up():
                 print(f"server {name} holds weights {self.steps_done} and is asked from now on", flush=True)
             self._ask(self.cfg.rl.lag)
-            batch = self._on_main(self._take)
+            batch = on_main(self._take)
             if batch is not None:
                 return batch
         raise ServerError(f"all servers were lost {_MAX_OUTAGES} times in step {self.steps_done + 1}; see their logs")
@@ -379,20 +394,6 @@ class Trainer:
         except NoServerLeftError as error:
             warn(f"{error}\nThey are started again; the samples that were finished are kept.")
             return None
-
-    def _on_main(self, job: Callable[[], T]) -> T:
-        """What `job` returns on rank 0, on every rank; Stopped on all of them when rank 0 was asked to stop in it."""
-        outcome: tuple[str, Any] | None = None
-        if self.rank0:
-            try:
-                with STOP.interruptible():
-                    outcome = ("done", job())
-            except Stopped:
-                outcome = ("stopped", None)
-        what, result = from_main(outcome)
-        if what == "stopped":
-            raise Stopped
-        return result
 
     def _await_servers(self) -> None:
         """Rank 0: starts lost servers anew, and waits when none is left. They have no weights yet: `bring_up` does."""

@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,21 +47,39 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
+    """Files in the run's folder. The first that can't be written, by a quota or a disk's error, is the last one tried:
+    its library would raise the same error for ever."""
+
     def __init__(self, folder: Path, first_step: int) -> None:
         """`first_step`: what an earlier process wrote of later steps is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._writer: SummaryWriter | None = None
+        with self._given_up():
+            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with self._given_up():
+            for name, value in values.items():
+                if self._writer:
+                    self._writer.add_scalar(name, value, step)
 
     def table(self, step: int, rows: Rows) -> None:
         pass  # it has no tables
 
     def close(self, error: BaseException | None) -> None:
-        self._writer.close()
+        with self._given_up():
+            if self._writer:
+                self._writer.close()
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """An OSError inside the block is said, and ends the writing."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            warn(f"TensorBoard is told no more: {error}; metrics.jsonl has all")
 
 
 class WandB:

@@ -20,6 +20,7 @@ from megatron_t1.data.config import INSTRUCTION, DataConfig
 from megatron_t1.data.prompts import load_prompts
 from megatron_t1.data.template import Template
 from megatron_t1.evaluation.samplers import sample_seed
+from megatron_t1.fields import FieldError
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers.verify import verify
 from megatron_t1.reward.config import PenaltyConfig, RewardConfig
@@ -205,6 +206,20 @@ def test_config_errors_name_the_field(tmp_path: Path) -> None:
         CurateConfig(max_pass_rate=30)
 
 
+@pytest.mark.parametrize("role", ["inputs", "evaluation"])
+@pytest.mark.parametrize("spelling", ["the same", "relative", "link"])
+def test_what_is_read_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, spelling: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw, other = _write(tmp_path / "raw.jsonl", [{}]), _write(tmp_path / "other.jsonl", [{}])
+    (tmp_path / "link.jsonl").symlink_to(raw)
+    output = {"the same": raw, "relative": "raw.jsonl", "link": str(tmp_path / "link.jsonl")}[spelling]
+    with pytest.raises(FieldError, match=r"output = .* must be another file than .*raw\.jsonl"):
+        CurateConfig(**{"inputs": (other,), role: (other, raw)}, output=output)
+    CurateConfig(inputs=(raw,), output="prompts.jsonl")
+
+
 @pytest.fixture(scope="module")
 def template(tiny_dir: Path) -> Template:
     return Template(tiny_dir)
@@ -291,6 +306,21 @@ def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, 
     path, table = curate.select(cfg, tmp_path, {"read": 2})
     assert [row["id"] for row in _read(path)] == ["q0"]
     assert "- too_long " in table
+
+
+def test_a_prompt_that_fits_after_all_is_asked(
+    real: Rank0, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _candidates(tmp_path, 2)
+    prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
+    with monkeypatch.context() as patch:
+        for server in real.servers.usable():
+            patch.setattr(server, "max_model_len", len(prompts[0].token_ids))
+        for _ in range(2):  # and they are counted once, however often they do not fit
+            curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
+            assert [row["pass_rate"] for row in _read(tmp_path / "sampled.jsonl")] == [None, None]
+    curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
+    assert {row["id"] for row in _read(tmp_path / "sampled.jsonl") if row["pass_rate"] is not None} == {"q0", "q1"}
 
 
 @pytest.mark.timeout(900)

@@ -8,14 +8,16 @@ import io
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
+from megatron_t1.cli.help import _docs
 from megatron_t1.cli.main import _COMMANDS, main
+from megatron_t1.cli.options import class_of_each
 from megatron_t1.config import Config, GradeConfig, LogprobsConfig, SyncCheckConfig
 from megatron_t1.data.quickstart import QuickstartDataConfig
 from megatron_t1.synthesize.config import SynthesizeConfig
@@ -196,6 +198,22 @@ def wrong_in(page: Path, text: str) -> list[str]:
         *wrong_settings(codes),
         *wrong_targets([*lines, *codes]),
     ]
+
+
+def configs_in(cls: Any) -> set[Any]:
+    below = (class_of_each(hint) or hint for hint in get_type_hints(cls).values())
+    return {cls}.union(*(configs_in(each) for each in below if is_dataclass(each)))
+
+
+def test_every_setting_says_what_it_means():
+    """`--help` prints the docstring of a setting, or else the first line of its class."""
+    silent = {
+        f"{cls.__name__}.{field.name}"
+        for cls in set().union(*map(configs_in, CONFIGS.values()))
+        for field in fields(cls)
+        if not (_docs(cls).get(field.name) or is_dataclass(get_type_hints(cls)[field.name]))
+    }
+    assert silent == {f"OptimConfig.{name}" for name in ("adam_beta1", "adam_beta2", "adam_eps", "weight_decay")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

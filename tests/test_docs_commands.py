@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,59 @@ def test_every_target_of_make_is_one() -> None:
     for target in targets:
         done = subprocess.run(["make", "-n", target], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
+
+
+FAKE_PYTHON = """#!/bin/sh
+if [ "$1" = -m ]; then
+    mkdir -p "$3/bin"
+    printf '#!/bin/sh\\ntest ! -e offline' > "$3/bin/pip"
+    chmod +x "$3/bin/pip"
+fi
+"""
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Our Makefile in a folder of its own; its Python makes environments whose pip fails where a file `offline` is."""
+    for name in ("Makefile", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "PYTHON=./python", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
+
+    return run
+
+
+def test_an_environment_that_make_did_not_make_is_left_alone(make, tmp_path: Path) -> None:
+    for venv, words in ((".venv", ["install"]), (".venv-gpu", ["quickstart", "GPU=/proc/driver/nvidia/gpus/0"])):
+        (tmp_path / venv / "bin").mkdir(parents=True)
+        refused = make(*words)
+        assert refused.returncode != 0
+        assert f"error: {venv} was not made by make" in refused.stdout
+        assert [path.name for path in (tmp_path / venv).rglob("*")] == ["bin"]
+    assert make("install", "VENV=other").returncode == 0
+    assert (tmp_path / "other/.installed").exists()
+
+
+def test_an_installation_that_was_cut_is_begun_again(make, tmp_path: Path) -> None:
+    (tmp_path / "offline").touch()
+    assert make("install").returncode != 0
+    (tmp_path / "offline").unlink()
+    assert make("install").returncode == 0
+    assert {path.name for path in (tmp_path / ".venv").iterdir()} == {"bin", ".installed"}
+    os.utime(tmp_path / ".venv/.installed", (0, 0))  # the requirements are newer
+    assert "pip install" in make("install").stdout
+    assert "pip install" not in make("install").stdout
+
+
+def test_make_keeps_results_and_goes_on_with_a_run(make, tmp_path: Path) -> None:
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    assert make("install").returncode == 0
+    assert make("clean").returncode == 0
+    assert (tmp_path / "runs/quickstart").exists()
+    assert not (tmp_path / ".venv").exists()
+    assert "--run_dir runs/second --seed 0 --resume" in make("-n", "quickstart", "RUN=runs/second").stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,18 @@ def test_a_folder_that_can_not_be_renamed_to_is_refused_at_once(
     for path in (Path("."), tmp_path, Path("/proc")):
         with pytest.raises(OSError, match="name a folder inside it"), new_folder(path, 1):
             raise AssertionError("the work had begun")
+
+
+def test_what_a_killed_process_left_is_removed_also_where_it_had_our_number(tmp_path: Path) -> None:
+    attempt = f".out.{socket.gethostname()}."
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for pid in (os.getpid(), gone.pid, os.getppid()):
+        (tmp_path / f"{attempt}{pid}").mkdir()
+        (tmp_path / f"{attempt}{pid}" / "half").touch()
+    with new_folder(tmp_path / "out", 1) as building:
+        assert list(building.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"out", f"{attempt}{os.getppid()}"}
 
 
 def test_what_was_made_stays_when_it_can_not_be_renamed(tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +15,8 @@ from megatron_t1.cli.main import main
 from megatron_t1.config import GradeConfig
 from megatron_t1.grade import grade, pair_from_row
 from megatron_t1.reward.config import RewardConfig
+from megatron_t1.reward.score import Scorer
+from megatron_t1.types import Reward
 from tests.reward.cases import rows
 
 
@@ -34,6 +40,40 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
     assert [row["correct"] for row in graded] == [True, True, True, True, False]
     assert graded[4]["outcome"] == "no_answer"
     assert set(graded[0]) == {"id", "correct", "outcome", "extracted", "reason", "penalties", "seconds"}
+
+
+def test_what_was_there_stays_until_all_is_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _write(tmp_path / "in.jsonl", [{"id": i, "gold": 4, "prediction": "4"} for i in range(3)])
+    out = _write(tmp_path / "out.jsonl", ["of an earlier run"])
+    before, score = out.read_bytes(), Scorer.score_iter
+
+    def interrupted(*args: Any) -> Iterator[Reward]:
+        yield next(score(*args))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "score_iter", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            grade(GradeConfig(input=source, output=out))
+    assert out.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+    grade(GradeConfig(input=source, output=out))
+    assert [json.loads(line)["id"] for line in out.open()] == [0, 1, 2]
+
+
+def test_a_pipe_or_link_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    source = _write(tmp_path / "in.jsonl", [{"id": 1, "gold": 4, "prediction": "4"}])
+    os.mkfifo(out := tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(out.read_text)
+        grade(GradeConfig(input=source, output=out))
+        assert json.loads(read.result())["id"] == 1
+    assert out.is_fifo()
+    (out := tmp_path / "link").symlink_to(target := tmp_path / "out.jsonl")
+    for _ in range(2):
+        grade(GradeConfig(input=source, output=out))
+        assert json.loads(target.read_text())["id"] == 1
+        assert out.is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +144,12 @@ def test_text_quality_is_graded_too(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="input ="):
         GradeConfig(input=tmp_path / "nothing.jsonl", output=tmp_path / "out.jsonl")
+
+
+def test_the_answers_are_not_overwritten(tmp_path: Path) -> None:
+    source = _write(tmp_path / "in.jsonl", [])
+    with pytest.raises(ValueError, match=r"output = .* must be another file than"):
+        GradeConfig(input=source, output=source)
 
 
 def test_explain_says_what_was_read_and_which_rule_decided(tmp_path: Path) -> None:

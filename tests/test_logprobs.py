@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_t1.config import LogprobsConfig
 from megatron_t1.convert import to_megatron
 from megatron_t1.data.prompts import load_texts
 from megatron_t1.data.template import Template
@@ -91,6 +92,11 @@ def test_cp2_against_a_running_server_and_a_wrong_weight_found(t1, tiny_dir, tex
     output = t1("logprobs", other, *against, "--num_shown", 1)
     assert largest_difference(output) > 0.1
     assert re.search(r"^  3, \d: .*after", output, re.MULTILINE), output
+
+
+def test_the_texts_are_not_overwritten(texts):
+    with pytest.raises(ValueError, match=r"output = .* must be another file than"):
+        LogprobsConfig(model="model", input=str(texts), output=str(texts))
 
 
 def test_the_worst_tokens_come_first_and_nan_is_the_worst():

@@ -168,6 +168,29 @@ def test_rl_is_the_same_on_every_layout(layout, count, t1, tuned, server, tmp_pa
 _REFERENCE = pytest.StashKey[tuple]()
 
 
+def test_a_run_stops_in_its_evaluations_and_scaling(data, forks, server, tmp_path):
+    """Rank 0 is asked, both ranks end; what was measured is kept, and the last process ends the run."""
+    few = {"scaling.budgets": "[8,16]", "evaluate.sampling.num_samples": 1, "scaling.sampling.num_samples": 1}
+    arguments = options(data, tmp_path, **server, **few, **{"parallel.nproc_per_node": 2, "rl.steps": 1})
+    parts = {
+        "evaluate/sft/heldout/responses": "evaluate/sft/heldout/summary.json",
+        "evaluate/rl/heldout/responses": "evaluate/rl/heldout/summary.json",
+        "scaling/rl/thinkings": "scaling/rl/points.json",
+        "scaling/rl/forced": "scaling/rl/points.json",
+        "nothing": "nothing",
+    }
+    for part, not_written in parts.items():
+        more = ["--resume"] if (tmp_path / "sft").exists() else []
+        done = forks.run(WORKERS / "stopped_run_worker.py", part, *arguments, *more, num_ranks=2)
+        assert not (tmp_path / not_written).exists()
+        assert done.returncode == (0 if part == "nothing" else 75), done.stderr[-3000:]
+    assert "stopped as asked" not in done.stderr
+    for name in ("sft", "rl"):
+        responses = rows(tmp_path / f"evaluate/{name}/heldout/responses.jsonl")
+        assert len(responses) == len(rows(data / "heldout.jsonl"))
+    assert (tmp_path / "summary.json").exists()
+
+
 def test_servers_that_compute_another_function_end_the_run_before_a_step(
     t1, forks, fork_servers, tuned, server, tmp_path
 ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,28 @@ def test_resume_drops_what_came_after_its_step(tmp_path: Path) -> None:
     assert [(row["step"], row["id"]) for row in rows(tmp_path / "rl/samples.jsonl")] == [(1, "a"), (2, "a")]
     read = EventAccumulator(str(tmp_path / "tensorboard/rl")).Reload()
     assert [(e.step, round(e.value, 3)) for e in read.Scalars("reward")] == [(1, 0.1), (2, 0.2), (3, 9.0)]
+
+
+def test_resume_holds_no_more_than_a_line_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rl/samples.jsonl"
+    path.parent.mkdir()
+    line = json.dumps({"step": 0, "response": "x" * 100_000}) + "\n"  # longer than what is read at once
+    path.write_text("".join(line.replace("0", str(step), 1) for step in range(1, 201) for _ in range(2)))
+    tracemalloc.start()
+    MetricsLog(tmp_path, "rl", first_step=150)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [row["step"] for row in rows(path)] == [step for step in range(1, 151) for _ in range(2)]
+    assert most < 2e6 < path.stat().st_size
+    MetricsLog(tmp_path, "rl", first_step=0)
+    assert path.read_bytes() == b""
+
+
+def test_a_last_line_that_nobody_wrote_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl/metrics.jsonl").write_text('{"step": 1}\n{"step": "two"}\n')
+    with pytest.raises(ValueError, match=r"rl/metrics\.jsonl: .*the line at byte 12 is not what was written"):
+        MetricsLog(tmp_path, "rl", first_step=1)
 
 
 def test_rollout_metrics_by_hand() -> None:

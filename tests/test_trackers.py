@@ -22,7 +22,7 @@ from megatron_t1.cli.options import parse
 from megatron_t1.config import Config
 from megatron_t1.stop import EXIT_STOPPED
 from megatron_t1.trackers import Once
-from tests.forks import WORKERS, environment
+from tests.forks import ROOT, WORKERS, environment
 
 INSTALLED = os.environ.get("T1_TRACKERS", "")
 needs_them = pytest.mark.skipif(not INSTALLED, reason="T1_TRACKERS names no folder with wandb and mlflow")
@@ -152,6 +152,35 @@ def test_a_tracker_that_fails_is_said_and_costs_nothing(tmp_path: Path, capsys: 
     assert full.told == [1, 4, 5, 6, 7, 8, 1, 4, 5]
     assert ids[0] == ids[1] != ids[2], "a run that begins anew in the folder is another"
     assert "It was not told: ConnectionError: no room" in capsys.readouterr().err
+
+
+# A thread of its library writes, as a process does that has met its quota: EFBIG here.
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from megatron_t1.trackers import TensorBoard
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+before = TensorBoard(Path(sys.argv[1]) / "before", 0)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), hard))
+after = TensorBoard(Path(sys.argv[1]) / "after", 0)
+for board in (before, after):
+    for step in range(1, 200):
+        board.log(step, {f"metric{i}": 1.0 for i in range(30)})
+    board.close(None)
+print("trained to its end")
+"""
+
+
+@pytest.mark.parametrize("num_bytes", [0, 10, 4096, 200_000])
+def test_a_full_disk_under_tensorboard_is_said_once_and_ends_no_run(tmp_path: Path, num_bytes: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(num_bytes)],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.stdout == "trained to its end\n", done.stderr[-3000:]
+    assert done.returncode == 0
+    assert done.stderr.count("warning: TensorBoard is told no more: [Errno 27] File too large") == 2, "one each"
 
 
 def test_a_tracker_that_hangs_holds_no_step_up(

@@ -68,9 +68,9 @@ def _describe(group: Any, parser: Any, cls: Any, field: Field[Any], path: str, p
 
 @functools.cache
 def _docs(cls: Any) -> dict[str, str]:
-    """What stands under each field of a dataclass."""
-    parsed = docstring_parser.parse_from_object(cls)
-    return {param.arg_name: " ".join((param.description or "").split()) for param in parsed.params}
+    """What stands under each field of a dataclass, or of one that it extends."""
+    parsed = [docstring_parser.parse_from_object(each) for each in reversed(cls.__mro__) if is_dataclass(each)]
+    return {param.arg_name: " ".join((param.description or "").split()) for each in parsed for param in each.params}
 
 
 def _shown(value: Any) -> str:

@@ -162,13 +162,15 @@ def _eval_samples(responses: dict[str, Path]) -> Iterator[dict[str, Any]]:
 
 def _rl_samples(run_dir: Path) -> Iterator[dict[str, Any]]:
     """The first question of some steps."""
-    rows = read_jsonl(run_dir / "rl" / "samples.jsonl", _ShownStep)
-    steps = sorted({row["step"] for row in rows})
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for row in iter_jsonl(run_dir / "rl" / "samples.jsonl", _ShownStep):
+        shown = by_step.setdefault(row["step"], [])
+        if not shown or (row["id"] == shown[0]["id"] and len(shown) < MAX_SAMPLES):
+            shown.append(_shown(row, f"RL step {row['step']}"))
+    steps = sorted(by_step)
     count = min(MAX_STEPS, len(steps))
     for step in dict.fromkeys(steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)):
-        of_step = [row for row in rows if row["step"] == step]
-        for row in [row for row in of_step if row["id"] == of_step[0]["id"]][:MAX_SAMPLES]:
-            yield _shown(row, f"RL step {step}")
+        yield from by_step[step]
 
 
 def _shown(row: dict[str, Any], source: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron_t1.evaluation.figures import summarize
 from megatron_t1.evaluation.results import published
 from megatron_t1.files import write_json, write_jsonl, write_text
 from megatron_t1.report import plots
-from megatron_t1.report.report import MAX_CHARS, write_report
+from megatron_t1.report.report import MAX_CHARS, MAX_SAMPLES, _rl_samples, write_report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\u202e$x^$ {{ 7*7 }} ]]></style>\x00\ud800"
 
@@ -130,6 +130,15 @@ def test_evaluations_along_the_training_are_a_curve_and_the_ends_of_it_are_shown
     assert curve in {attrs.get("alt") for _, attrs in page.tags}
     assert "sft → rl$" in page.text
     assert "middle" not in page.text
+
+
+def test_of_some_steps_the_first_question_is_shown(tmp_path: Path) -> None:
+    asked = [*["b"] * (MAX_SAMPLES + 1), "a", "b"]
+    lines = [{"step": i, **row(name, f"{name}{k}", True)} for i in range(20) for k, name in enumerate(asked)]
+    write_jsonl(tmp_path / "rl/samples.jsonl", lines)
+    shown = [(row["source"], row["response"]) for row in _rl_samples(tmp_path)]
+    steps = (0, 4, 8, 11, 15, 19)
+    assert shown == [(f"RL step {step}", f"b{k}") for step in steps for k in range(MAX_SAMPLES)]
 
 
 def headings(run_dir: Path) -> list[str]:
