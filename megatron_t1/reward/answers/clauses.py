@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_t1.reward.answers.brackets import OPERATOR
 from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.relations import INEQUALITY
 from megatron_t1.reward.answers.words import is_prose
 
 
@@ -122,7 +123,7 @@ def _bare(s: str) -> re.Match[str] | None:
 
 def _begins(bound: str, value: str) -> bool:
     r"""Whether n \ge 1 tells where a sequence begins: x \ge 1 may be half of a region."""
-    return bool(_INDEX.fullmatch(bound)) and not re.search(r"[<>]|\\[lg]e(?![a-z])", value)
+    return bool(_INDEX.fullmatch(bound)) and not INEQUALITY.search(value)
 
 
 def parted(s: str) -> tuple[str, Clause | None]:

@@ -47,10 +47,6 @@ _FUNCTIONS = {
     "arcsinh": sympy.asinh, "arccosh": sympy.acosh, "arctanh": sympy.atanh, "cosh": sympy.cosh,
     "tanh": sympy.tanh, "cis": _cis, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
 }  # fmt: skip
-_INVERSES = {
-    "sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan, "cot": sympy.acot, "sinh": sympy.asinh,
-    "cosh": sympy.acosh, "tanh": sympy.atanh,
-}  # fmt: skip
 _DECORATIONS = {"overline", "overrightarrow", "vec", "hat", "bar", "tilde", "angle", "triangle"}
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\{": "\\}"}
 _TIMES = {"\\cdot", "\\times"}
@@ -291,8 +287,8 @@ class _Parser(Tokens):
                 power = self.argument()
             else:
                 base = self.argument()
-        if name in _INVERSES and power == -1:
-            function, power = _INVERSES[name], None
+        if power == -1 and f"arc{name}" in _FUNCTIONS:
+            function, power = _FUNCTIONS[f"arc{name}"], None
         if self.next in ("(", "["):
             argument = self.bracketed()
         else:

@@ -318,12 +318,11 @@ def _rows_of_cases(match: re.Match[str]) -> str:
 
 _DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _BETWEEN_BRACKETS = re.compile(r"[^()\[\]{}]+")
-_GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 
 
 def _without_thousands(match: re.Match[str]) -> str:
     """1,000, 2,000 as 1000, 2000: where some commas have a space, those without are no list's."""
-    return _GROUPED.sub(lambda m: m[0].replace(",", ""), match[0]) if ", " in match[0] else match[0]
+    return ungrouped(match[0]) if ", " in match[0] else match[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -352,11 +351,25 @@ def normalize(text: str) -> str:
     if s.endswith("}") and not s.endswith("\\}") and s.count("}") == s.count("{") + 1:
         s = s[:-1]
     s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :.").casefold()
+    bare = untexted(s).strip(" :.").casefold()
     if agreed := _YES_OR_NO.fullmatch(bare):
         return agreed[1] or agreed[2]
     said = _PHRASE.fullmatch(bare)
     return _SPELLINGS[(said.lastindex or 0) - 1] if said else s
+
+
+_GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+_IN_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+
+
+def ungrouped(s: str) -> str:
+    """Numbers without the commas of their thousands."""
+    return _GROUPED.sub(lambda m: m[0].replace(",", ""), s)
+
+
+def untexted(s: str) -> str:
+    r"""Without \text around its words."""
+    return _IN_TEXT.sub(r"\1", s)
 
 
 _MEANT_SPACE = re.compile(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|(?<=\d) (?=\d)")

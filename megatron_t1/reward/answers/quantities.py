@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_t1.reward.answers.brackets import split_top
+from megatron_t1.reward.answers.normalize import untexted
 from megatron_t1.reward.answers.numbers import exact_number
 from megatron_t1.reward.answers.words import CJK, NOT_COUNTED, NUMBER_WORDS, is_prose
 
@@ -145,7 +146,7 @@ def date(s: str) -> str | None:
 
 def clock(s: str) -> tuple[int, str] | None:
     """(seconds after midnight or noon, "a", "p" or "" when that is not said) of a time of the day."""
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip()
+    bare = untexted(s).strip()
     if named := _NOON.fullmatch(bare):
         return 0, "a" if named[1].casefold() == "midnight" else "p"
     m = _CLOCK.fullmatch(bare)
@@ -166,7 +167,7 @@ def compound(s: str) -> tuple[Fraction, Unit] | None:
     """(value, unit) of 1 hour 30 minutes, 5 ft 6 in, 30^\\circ 15': units of one kind, each smaller than the last."""
     total, units, at = Fraction(0), list[Unit](), 0
     while m := _PART.match(s, at):
-        name = re.sub(r"\\text\{([^{}]*)\}", r"\1", m[2]).strip(" ,")
+        name = untexted(m[2]).strip(" ,")
         name = "min" if name == "m" and units and units[0].kind == (("s", 1),) else name  # 1h30m
         unit = Unit(_ANGLES[name], DEGREES.kind) if name in _ANGLES else _known([(name, 1)])
         if unit is None or (units and (unit.kind != units[0].kind or unit.factor >= units[-1].factor)):

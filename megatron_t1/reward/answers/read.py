@@ -31,6 +31,7 @@ from megatron_t1.reward.answers.kinds import (
     Words,
 )
 from megatron_t1.reward.answers.matrices import matrix_cells
+from megatron_t1.reward.answers.normalize import ungrouped
 from megatron_t1.reward.answers.numbers import Exact, exact_number
 from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, date, in_base, ratio, split_unit
 from megatron_t1.reward.answers.relations import (
@@ -69,7 +70,6 @@ _REMAINDER = re.compile(r"\d+\\text\{ R \}\d+")
 _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F(x,y)
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
-_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 _DECLARED = re.compile(r"(?<![\\a-zA-Z])([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]")
 _LABEL = re.compile(
     r"(?:\\text\{\s*)?([A-Za-z]{2,}(?: [A-Za-z]+){0,2}(?<=\w{3}))(?=[\s:}])\s?:?\s?\}?\s?:?\s?([-(\[\d\\].*)", re.S
@@ -136,7 +136,7 @@ def read(text: str) -> Answer:
         return _item(s, 0)
     if len(items) > MAX_ITEMS:
         return Literal(s, f"a list of {len(items)} items")
-    joined = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
+    joined = ungrouped(s)
     return List(s, _items(items, 0), _region(s, 0), None if "," in joined else _item(joined, 0))
 
 

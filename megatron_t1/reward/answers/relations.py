@@ -99,7 +99,7 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
         elif named and not operators:  # x \ne 1, 2
             excluded += list_items(piece)
         elif (
-            operators == ["="] and is_name(sides[0]) and "\\lor" in s and _INEQUALITY.search(s.replace(piece, ""))
+            operators == ["="] and is_name(sides[0]) and "\\lor" in s and INEQUALITY.search(s.replace(piece, ""))
         ):  # x < 1 or x = 5
             found.append(([(sides[1], True, sides[1], True)], sides[0]))
         else:
@@ -113,7 +113,7 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     return _without(region, excluded) if excluded else region
 
 
-_INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
+INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 _SET_BUILDER = re.compile(r"\\\{([^|:{}]*(?:\{[^{}]*\}[^|:{}]*)?)[|:](.*)\\\}", re.S)
 _WHOLE_NUMBERS = re.compile(r"\\in\s*(?:\\mathbb)?\s*\{?[ZN]")
 _LINE: list[_Bounds] = [("-\\infty", False, "\\infty", False)]

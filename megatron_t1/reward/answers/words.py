@@ -6,6 +6,8 @@ import re
 from collections.abc import Set
 
 CJK = r"[\u3040-\u30ff\u4e00-\u9fff]+"
+JOINT = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
+"""What `normalize` leaves, after a comma, of an "and" or an "or"."""
 _OTHER_WORDS = """
 half halves third thirds quarter quarters
 or and nor but not no non never isn't is are was were be been am equals equal at least most more less fewer
@@ -68,7 +70,6 @@ def in_digits(s: str) -> str:
     return s
 
 
-_JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
 _HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})|(?<=[^\W\d_]{2})-(?=[^\W\d_])")
 """Between the parts of a word: twenty-one, x-axis; no x - y, no Cl^-."""
 _CHARGE = re.compile(r"\^\s*\{?(?=\d*[-+](?!\s*\d))")
@@ -80,7 +81,7 @@ _STOP_WORDS = {"the", "a", "an", "is", "are"}
 
 def words(s: str) -> str:
     """Plain words of a text answer, for comparison, and the signs among them: C++, Cl^-."""
-    s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
+    s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", JOINT.sub("", s))
     s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
     s = _CHARGE.sub(" ", _HYPHEN.sub(" ", s))
     s = _SIGNS.sub(r" \1 ", s)
@@ -91,7 +92,7 @@ def words(s: str) -> str:
 
 def is_text(s: str) -> bool:
     r"""Words, not mathematics: all \text{...}, capital letters naming points, or words of four letters and more."""
-    s = _JOINTS.sub("", s)
+    s = JOINT.sub("", s)
     if s.casefold() in _SHORT_WORDS or s.casefold().replace("-", " ") in NUMBER_WORDS:
         return True
     outside = re.sub(r"\\text\{[^{}]*\}", "", s)
