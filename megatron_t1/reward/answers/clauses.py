@@ -71,22 +71,6 @@ _FOR_EACH = re.compile(r"\s*,?\s*for (?:each|every)((?:\s+[a-z-]{2,20}){0,3})\s*
 _BUILDER = re.compile(r"\\\{([^|:]+)[|:]([^|:]+)\\\}(\s*\)?)")
 _LEADS_TO_SET = re.compile(r"^$|(?:[=:(]|\bis|\\text\{[^{}]*\})\s?$")
 
-_OTHER_QUANTITY = re.compile(
-    r"(?:\\text\{)?\s*(?:(?:the|its|their|an?)\s+)?(?:(?:multiplicative|additive|natural|common)\s+)?"
-    r"(square|cube|reciprocal|inverse|opposite|negation|logarithm|half|double|twice|square root|cube root)s?"
-    r"(?:\s+of\s+(?:it|this|that|the\s+(?:answer|result|value|number|solution))(?![a-z])|\s*\}?\s*(?:(?:is|are|equals?)\b|[:=}]))",
-    re.I,
-)
-
-
-def names_another_quantity(answer: str, *known: str) -> bool:
-    """Whether an answer says what it is, and that is another thing than asked: "its reciprocal is 5", for 5.
-
-    `known` are the texts, gold and question, of which one asks for it if it has the word.
-    """
-    named = _OTHER_QUANTITY.match(answer)
-    return named is not None and not any(named[1].casefold() in text.casefold() for text in known)
-
 
 def without_clause(s: str) -> tuple[str, Clause | None]:
     """(value, what its clause says); the text as it is, and None, when it has none.

@@ -12,6 +12,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from megatron_t1.reward.answers.words import SMALL_NUMBERS
+
 _LETTERS = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
 upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"""
 GREEK = tuple(_LETTERS.split())
@@ -82,7 +84,7 @@ def _parts(text: str) -> str:
     return ", ".join(rf"\text{{part {name}}}={value}" for name, value in zip("abcdefgh", values, strict=False))
 
 
-_CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
+_CURRENCIES = {"$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
 _MONEY = re.compile(
     r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\s*(thousand|[mb]illion|(?-i:[MB])\b))?\.?\s*",
     re.I,
@@ -175,10 +177,6 @@ def _rules(*rules: tuple[str, str, _Replacement]) -> tuple[tuple[str, re.Pattern
     return tuple((sign, re.compile(pattern), replacement) for sign, pattern, replacement in rules)
 
 
-_NUMBER_WORD = (
-    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen"
-    "|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
-)
 _JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor", "且": "\\land"}
 _LETTER_END = r"(?![a-zA-Z])"
 _UNIT = r"\\text\{[^{}]*\}(?:\^(?:\{-?\d\}|\d))?"
@@ -206,10 +204,9 @@ _RULES = _rules(
     ("\\&", r"\\&", " and "),
     ("<su", r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}"),
     ("\\", r"(?<!\\)\\[()\[\]]", " "),
-    ("\\,", r"\\,", " "),
     ("{", r"(?<!\\text)\{([,:])\}", r"\1"),
     ("", r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots "),
-    ("", rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
+    ("", rf"(?<!\\)\\(?:[,;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
     # words and fonts
     ("\\mathrm", r"\\mathrm\s*\{?\s*C\s*\}?\s*_\s*\{?(\w+)\}?\s*\^\s*\{?(\w)\}?", r"\\binom{\1}{\2}"),
     ("\\", r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
@@ -223,7 +220,6 @@ _RULES = _rules(
      r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN]|mol|Pa|Hz)\}?\s*$", _sign_of_unit),
     ("p", r"\\text\{\s*(?:per ?cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|per ?cent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
-    ("\\text", r"\\text\{\s*\}", " "),
     ("", r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
      r"\\text\{\s*(?:degrees?|度)\s*\}|(?<=\d)\s*(?:degrees?\b|度)|\\text\{\s*degrees?(?=\s)",
      lambda m: r"^\circ " + (r"\text{" if m[0].startswith("\\text{") and not m[0].endswith("}") else "")),
@@ -248,12 +244,11 @@ _RULES = _rules(
      lambda m: rf"C_{{{m[1] or m[2]}}}^{{{m[3]}}}"),  # 10C3
     ("abs", r"(?:\\text\{abs\}|(?<![\\a-zA-Z])abs)\s*\(([^()|]*)\)", r"|\1|"),
     ("E", r"(?<=\d)\s*E\s*\{\s*([+-]?\d+)\s*\}", r"e\1"),
-    ("", rf"^\s*(\\text\{{)?\s*(?:negative|minus)\s+(?=(?:{_NUMBER_WORD})|\d)", lambda m: f"-{m[1] or ''}"),
+    ("", rf"^\s*(\\text\{{)?\s*(?:negative|minus)\s+(?=(?:{'|'.join(SMALL_NUMBERS)})|\d)", lambda m: f"-{m[1] or ''}"),
     ("", r"^\s*\\text\{\s*(?:negative|minus)\s*\}\s*(?=\d|\\frac)", "-"),
     ("\\not", r"\\not\s*=", r"\\ne "), ("\\not", r"\\not\s*\\in(?![a-z])", r"\\notin "),
     # arguments in braces
-    ("\\frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    ("\\frac", r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    ("\\frac", r"\\frac\s*(\d)\s*", r"\\frac{\1}"),
     ("\\frac", r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
     ("\\", r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1"),
     ("\\sqrt", r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
@@ -331,7 +326,7 @@ def normalize(text: str) -> str:
     if _DECIMAL.fullmatch(text):
         return text
     if money := _MONEY.fullmatch(text):
-        code = re.sub(r"\\text|[{}.\s]", "", money[2])
+        code = re.sub(r"\\(?:text)?|[{}.\s]", "", money[2])
         text = rf"{money[1]}{money[3]}\text{{ {_SHORT.get(money[4], money[4]) or ''} {_CURRENCIES.get(code, code)}}}"
     elif money := _MONEY_BEHIND.fullmatch(text):
         text = rf"{money[1]}\text{{ {_CURRENCIES.get(money[2], money[2])}}}"

@@ -11,7 +11,6 @@ import re
 
 from megatron_t1.reward.answers.brackets import bracketed_items, list_items, set_items, unwrap
 from megatron_t1.reward.answers.clauses import Clause, parted, without_clause
-from megatron_t1.reward.answers.formulas import formula
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -32,8 +31,9 @@ from megatron_t1.reward.answers.kinds import (
 )
 from megatron_t1.reward.answers.matrices import matrix_cells
 from megatron_t1.reward.answers.normalize import ungrouped
+from megatron_t1.reward.answers.notations import clock, date, formula, in_base, ratio
 from megatron_t1.reward.answers.numbers import Exact, exact_number
-from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, date, in_base, ratio, split_unit
+from megatron_t1.reward.answers.quantities import NO_UNIT, compound, split_unit
 from megatron_t1.reward.answers.relations import (
     SUBSCRIPT,
     bounds_of_region,

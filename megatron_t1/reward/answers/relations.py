@@ -211,24 +211,24 @@ def _bounds_of_interval(s: str) -> tuple[list[_Bounds], str] | None:
     if operators[0] in (">", "\\ge"):
         sides, operators = sides[::-1], [MIRRORED[o] for o in reversed(operators)]
     closed = [o == "\\le" for o in operators]
-    if len(operators) == 1:
-        left, right = sides
-        if m := _BARS.fullmatch(left):
-            return [(_shifted(f"-({right})", m[2]), closed[0], _shifted(right, m[2]), closed[0])], m[1]
-        if m := _BARS.fullmatch(right):
-            below = ("-\\infty", False, _shifted(f"-({left})", m[2]), closed[0])
-            return [below, (_shifted(left, m[2]), closed[0], "\\infty", False)], m[1]
-        if is_name(left):
-            return [("-\\infty", False, right, closed[0])], left
-        return ([(left, closed[0], "\\infty", False)], right) if is_name(right) else None
-    if len(operators) != 2 or not set(operators) <= {"<", "\\le"}:
+    if len(operators) == 1 and (_BARS.fullmatch(sides[0]) or (is_name(sides[0]) and not _BARS.fullmatch(sides[1]))):
+        sides, closed = ["-\\infty", *sides], [False, *closed]
+    elif len(operators) == 1:
+        sides, closed = [*sides, "\\infty"], [*closed, False]
+    if len(sides) != 3 or not set(operators) <= {"<", "\\le"}:
         return None
-    if m := _BARS.fullmatch(sides[1]):
-        low, high = sides[0], sides[2]
-        below = (_shifted(f"-({high})", m[2]), closed[1], _shifted(f"-({low})", m[2]), closed[0])
-        return [below, (_shifted(low, m[2]), closed[0], _shifted(high, m[2]), closed[1])], m[1]
-    return ([(sides[0], closed[0], sides[2], closed[1])], sides[1]) if is_name(sides[1]) else None
+    (low, middle, high), (low_in, high_in) = sides, closed
+    if not (m := _BARS.fullmatch(middle)):
+        return ([(low, low_in, high, high_in)], middle) if is_name(middle) else None
+    top, bottom = _shifted(high, m[2]), _shifted(high, m[2], "-")
+    if low == "-\\infty":
+        return [(bottom, high_in, top, high_in)], m[1]
+    below, above = (bottom, high_in, _shifted(low, m[2], "-"), low_in), (_shifted(low, m[2]), low_in, top, high_in)
+    return [below, above], m[1]
 
 
-def _shifted(bound: str, offset: str | None) -> str:
+def _shifted(bound: str, offset: str | None, sign: str = "") -> str:
+    if bound == "\\infty":
+        return sign + bound
+    bound = f"-({bound})" if sign else bound
     return f"{bound}-({offset})" if offset else bound

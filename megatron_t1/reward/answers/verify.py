@@ -12,13 +12,11 @@ from dataclasses import replace
 
 from megatron_t1.reward.answers import choices as letters
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.clauses import names_another_quantity
 from megatron_t1.reward.answers.equal import equal
 from megatron_t1.reward.answers.explain import explain
 from megatron_t1.reward.answers.normalize import normalize
 from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
-from megatron_t1.reward.answers.quantities import same_in_asked_base
-from megatron_t1.reward.answers.question import asks_for_percent, is_copied
+from megatron_t1.reward.answers.question import asks_for_percent, is_copied, names_another_quantity, same_in_asked_base
 from megatron_t1.reward.answers.read import read_both
 from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
 from megatron_t1.reward.answers.values import equal_cheaply
