@@ -47,7 +47,7 @@ _FUNCTIONS = {
     "arcsinh": sympy.asinh, "arccosh": sympy.acosh, "arctanh": sympy.atanh, "cosh": sympy.cosh,
     "tanh": sympy.tanh, "cis": _cis, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
 }  # fmt: skip
-_DECORATIONS = {"overline", "overrightarrow", "vec", "hat", "bar", "tilde", "angle", "triangle"}
+_DECORATIONS = {"overline", "overrightarrow", "vec", "hat", "tilde", "angle", "triangle"}
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\{": "\\}"}
 _TIMES = {"\\cdot", "\\times"}
 _BINDERS = {"sum", "prod", "lim", "int"}

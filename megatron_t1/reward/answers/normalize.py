@@ -19,6 +19,7 @@ upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"""
 GREEK = tuple(_LETTERS.split())
 """Letters' names, without pi."""
 _UNICODE = {
+    **{chr(0x2460 + i): f"{i + 1}," for i in range(20)},  # ①, ②
     **dict(zip("αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ", (f"\\{name} " for name in GREEK), strict=True)),
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
     "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "−": "-",
@@ -31,7 +32,6 @@ _UNICODE = {
 }  # fmt: skip
 """Characters that their compatible form (NFKC) does not spell as LaTeX does."""
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
-_CIRCLED = {chr(0x2460 + i): f"{i + 1}," for i in range(20)}
 _COMMANDS = {
     "leq": "\\le", "leqslant": "\\le", "leqq": "\\le", "geq": "\\ge", "geqslant": "\\ge", "geqq": "\\ge",
     "neq": "\\ne", "lt": "<", "gt": ">", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom",
@@ -85,13 +85,13 @@ def _parts(text: str) -> str:
 
 
 _CURRENCIES = {"$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
+_AMOUNT = r"(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)"
 _MONEY = re.compile(
-    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\s*(thousand|[mb]illion|(?-i:[MB])\b))?\.?\s*",
+    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*"
+    rf"{_AMOUNT}(?:\s*(thousand|[mb]illion|(?-i:[MB])\b))?\.?\s*",
     re.I,
 )
-_MONEY_BEHIND = re.compile(
-    r"\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\\[,;: ]|~|\s)*(?:\\text\{\s*)?([£€¥￥₹])\s*\}?\.?\s*"
-)
+_MONEY_BEHIND = re.compile(rf"\s*{_AMOUNT}(?:\\[,;: ]|~|\s)*(?:\\text\{{\s*)?([£€¥￥₹])\s*\}}?\.?\s*")
 _SHORT = {"M": "million", "B": "billion"}
 
 
@@ -148,13 +148,13 @@ def _unicode(text: str) -> str:
 
 def _form(char: str) -> str:
     """Of ² "<super", of ₂ "<sub", of ½ "<fraction", of most ''."""
-    spelled = char.isascii() or char in _UNICODE or char in _CIRCLED
+    spelled = char.isascii() or char in _UNICODE
     return "" if spelled else unicodedata.decomposition(char).partition(">")[0]
 
 
 def _compatible(text: str) -> str:
     shown = (char for char in text if char.isascii() or unicodedata.category(char) != "Cf")
-    return "".join(_UNICODE.get(c) or _CIRCLED.get(c) or (c if c.isascii() else _nfkc(c)) for c in shown)
+    return "".join(_UNICODE.get(c) or (c if c.isascii() else _nfkc(c)) for c in shown)
 
 
 def _nfkc(text: str) -> str:
@@ -220,15 +220,14 @@ _RULES = _rules(
      r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN]|mol|Pa|Hz)\}?\s*$", _sign_of_unit),
     ("p", r"\\text\{\s*(?:per ?cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|per ?cent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
-    ("", r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
+    ("", r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|"
      r"\\text\{\s*(?:degrees?|度)\s*\}|(?<=\d)\s*(?:degrees?\b|度)|\\text\{\s*degrees?(?=\s)",
      lambda m: r"^\circ " + (r"\text{" if m[0].startswith("\\text{") and not m[0].endswith("}") else "")),
     ("\\circ", r"(\^\s*\^?\\circ\s*)+", r"^\\circ "),
     ("prime", r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda m: "'" * m[1].count("p")),
     ("sq.", r"\bsq\.", "sq"),
     ("比", r"(?<=\d)\s*比\s*(?=\d)", ":"),
-    ("^", r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
-     lambda m: rf"\text{{{m[1] or m[2]}}}"),
+    ("^", r"\^\s*\{?\s*(?:\\text\{\s*)?(st|nd|rd|th)\s*\}\s*\}?", r"\\text{\1}"),
     ("百", r"百分之\s*(\d[\d.]*)", r"\1%"),
     ("负", r"负\s*(?=[\d\\零一二三四五六七八九十百两])", "-"),
     ("except", r"(?:\\text\{)?\s*(?:all )?real(?: number)?s (?:except|other than)(?: for)?\s*\}?\s*(.+)$",
@@ -246,7 +245,7 @@ _RULES = _rules(
     ("E", r"(?<=\d)\s*E\s*\{\s*([+-]?\d+)\s*\}", r"e\1"),
     ("", rf"^\s*(\\text\{{)?\s*(?:negative|minus)\s+(?=(?:{'|'.join(SMALL_NUMBERS)})|\d)", lambda m: f"-{m[1] or ''}"),
     ("", r"^\s*\\text\{\s*(?:negative|minus)\s*\}\s*(?=\d|\\frac)", "-"),
-    ("\\not", r"\\not\s*=", r"\\ne "), ("\\not", r"\\not\s*\\in(?![a-z])", r"\\notin "),
+    ("\\not", r"\\not\s*(?:=|\\in(?![a-z]))", lambda m: r"\ne " if m[0][-1] == "=" else r"\notin "),
     # arguments in braces
     ("\\frac", r"\\frac\s*(\d)\s*", r"\\frac{\1}"),
     ("\\frac", r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
@@ -262,7 +261,7 @@ _RULES = _rules(
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
     ("{", r"(?<=(?<![_\\])\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})", lambda m: m[0].replace(",", "")),
     ("\\mathbb", r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
-    ("\\", r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
+    ("\\", r"\\(?:vec|hat)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
     ("\\", r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2"),
     # plain text spellings
     ("sqrt", r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),

@@ -23,14 +23,14 @@ class Exact:
 _DECIMAL = re.compile(r"(\d*)\.(\d+)|(\d+)\.?")
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(
-    r"(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\((\d+)\)|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
+    r"(\d*)\.(\d*)\s*(?:\\overline\s*\{(\d+)\}|\((\d+)\)|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
 )
 _GOES_ON = re.compile(r"(\d{0,20})\.(\d{0,20}?)(?:(\d)\3{2,59}|(\d{2,20}?)\4{1,29})\\ldots")
 """Few digits: what repeats is searched for."""
 _SCIENTIFIC = re.compile(r"([^+-].*?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([\d.]+)[eE]([+-]?\d+)")
 _SPACED = re.compile(r"\d{1,3}( \d{3})+(\.\d+)?")
 _FRACTION = re.compile(r"(\d+)?\s*\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
-_POSSIBLE = re.compile(r"(?=.*\d)(?:[\d\s+\-.,/(){}^eEx]|\\(?:frac|times|cdot|overline|bar|dot|ldots))+", re.S)
+_POSSIBLE = re.compile(r"(?=.*\d)(?:[\d\s+\-.,/(){}^eEx]|\\(?:frac|times|cdot|overline|dot|ldots))+", re.S)
 """What all of them are made of."""
 _MAX_DIGITS = 1000
 

@@ -57,8 +57,7 @@ def is_name(s: str) -> bool:
 
 
 _DERIVATIVE = re.compile(
-    r"\\frac\{d\s*([a-zA-Z])\}\{d\s*([a-zA-Z])\}|d\s*([a-zA-Z])\s*/\s*d\s*([a-zA-Z])"
-    r"|\\frac\{\\partial\s*([a-zA-Z])\}\{\\partial\s*([a-zA-Z])\}|\\partial\s*([a-zA-Z])\s*/\s*\\partial\s*([a-zA-Z])"
+    r"\\frac\{(d|\\partial)\s*([a-zA-Z])\}\{\1\s*([a-zA-Z])\}|(d|\\partial)\s*([a-zA-Z])\s*/\s*\4\s*([a-zA-Z])"
 )
 
 
@@ -69,7 +68,7 @@ def symbol_of(side: str) -> str:
         return f"p_{{{bare[1:].replace('_', '')}}}"
     if not (m := _DERIVATIVE.fullmatch(side.strip())):
         return side
-    of, by = (group for group in m.groups() if group)
+    _, of, by = (group for group in m.groups() if group)
     return f"{of}_{{{by}}}" if "partial" in side else f"{of}'" if by in "xt" else f"{of}_{{{by}}}'"
 
 
@@ -161,7 +160,7 @@ def _position(end: str) -> Any:
 
 def whole_numbers(s: str) -> list[str] | None:
     r"""Members of \{x \in \mathbb{Z} \mid -2 \le x \le 2\}; None of everything else, and when they are too many."""
-    m = _SET_BUILDER.fullmatch(s) if "|" in s else None
+    m = _SET_BUILDER.fullmatch(s)
     found = bounds_of_region(m[2].strip()) if m and _WHOLE_NUMBERS.search(m[1]) else None
     if not found or len(found[0]) != 1:
         return None
