@@ -36,7 +36,6 @@ from megatron_t1.reward.answers.names import (
     members_in_order,
     names,
     names_clash,
-    sorted_by_name,
     unlabelled,
     value_of,
 )
@@ -65,7 +64,6 @@ class Comparison(Leaves):
             return True
         if not answer.text:
             return False
-        gold, answer = sorted_by_name(gold), sorted_by_name(answer)
         match gold, answer:
             case Number(), Number():
                 return self.numbers_equal(gold.exact, answer.exact)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_t1.reward.answers.brackets import depths, in_alphabet
 from megatron_t1.reward.answers.kinds import Answer, List, Matrix, Number, Quantity, Relation, Set, Tuple
@@ -68,20 +67,6 @@ def value_of(answer: Answer) -> Answer:
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
-
-
-def sorted_by_name(answer: Answer) -> Answer:
-    """(y, x) = (1, 2) as (x, y) = (2, 1); every other answer as it is."""
-    match answer:
-        case Relation(name=name, value=Tuple(items=items) as value) if name.startswith("("):
-            letters = compact(name)[1:-1].split(",")
-            order = in_alphabet(letters)
-            if len(letters) == len(items) and order != sorted(order):
-                items = tuple(items[i] for i in order)
-                value = replace(value, text=f"({', '.join(item.text for item in items)})", items=items, region=None)
-                name = f"({','.join(letters[i] for i in order)})"
-                return replace(answer, text=f"{name}={value.text}", name=name, value=value, value_of_x=value)
-    return answer
 
 
 def members_in_order(gold: Answer, answer: Answer) -> tuple[Sequence[Answer], Sequence[Answer]]:

@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 
-from megatron_t1.reward.answers.brackets import bracketed_items, list_items, set_items, unwrap
+from megatron_t1.reward.answers.brackets import bracketed_items, in_alphabet, list_items, set_items, unwrap
 from megatron_t1.reward.answers.clauses import Clause, parted, without_clause
 from megatron_t1.reward.answers.kinds import (
     Answer,
@@ -231,6 +231,11 @@ def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -
     if operators == ["="] and is_name(sides[1]) and not is_name(sides[0]):  # 5 = x
         sides = sides[::-1]
     named = is_name(sides[0])
+    if named and operators == ["="] and sides[0][0] == "(":  # (y, x) = (1, 2)
+        letters, values = sides[0][1:-1].split(","), bracketed_items(sides[1])
+        order = in_alphabet(letters) if len(letters) == len(values) else []
+        if order != sorted(order):
+            sides = [f"({', '.join(each[i] for i in order)})" for each in (letters, values)]
     if operators[-1] == "\\approx" and not (len(operators) == 1 and named):
         exact = re.split(r"\\(?:approx|sim|simeq)(?![a-zA-Z])", s)[0]
         return Approximation(s, _item(exact, depth), _items(sides[operators.index("\\approx") + 1 :], depth))

@@ -205,10 +205,8 @@ def _bounds_of_interval(s: str) -> tuple[list[_Bounds], str] | None:
     if len(pair := bracketed_items(s)) == 2:
         return [(pair[0], s[0] == "[", pair[1], s[-1] == "]")], ""
     sides, operators = split_relation(s)
-    if not operators or any(o not in MIRRORED for o in operators):
-        return None
-    if operators[0] in (">", "\\ge"):
-        sides, operators = sides[::-1], [MIRRORED[o] for o in reversed(operators)]
+    if operators in ([">"], ["\\ge"]):
+        sides, operators = sides[::-1], [MIRRORED[operators[0]]]
     closed = [o == "\\le" for o in operators]
     if len(operators) == 1 and (_BARS.fullmatch(sides[0]) or (is_name(sides[0]) and not _BARS.fullmatch(sides[1]))):
         sides, closed = ["-\\infty", *sides], [False, *closed]
