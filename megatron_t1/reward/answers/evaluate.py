@@ -37,8 +37,6 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "Abs": mpmath.fabs, "floor": lambda x: mpmath.floor(_snapped(x)),
     "ceiling": lambda x: mpmath.ceil(_snapped(x)), "Max": max, "Min": min,
 }  # fmt: skip
-
-
 SALT = "\\salt"
 """Among the values: what is made up differs with it."""
 COMPUTED = {"bmod", "gcd", "lcm"}

@@ -6,10 +6,9 @@ here raises `UndecidableError`: such a gold is compared as text only, and `t1 cu
 Conventions: an argument without brackets runs to the next operator or function (sin 2t cos t is sin(2t) cos(t));
 a number before a numeric fraction is a mixed number, and before another number nothing; f, g, h before a bracket are
 functions, so are letters with primes, capitals before one name and everything before one number (P(0), zeta(3)), other
-letters are factors; an odd root of a negative number is the real one, as a
-power 1/3 too;
-log without base is decimal; `i` stays a symbol here; a sum, product or limit takes the next term; an integral runs
-to its dx; a remainder is that of all before it.
+letters are factors; an odd root of a negative number is the real one, as a power 1/3 too; log without base is decimal;
+`i` stays a symbol here; a sum, product or limit takes the next term; an integral runs to its dx; a remainder is that of
+all before it.
 """
 
 from __future__ import annotations
@@ -61,8 +60,6 @@ _INFIX: dict[str | None, Callable[[Any, Any], Any]] = {
 }
 """Of all that stands before them in their group with all behind them."""
 _ENDS = {None, "+", "-", "/", ")", "]", "}", "\\}", ",", "\\rfloor", "\\rceil", *_TIMES, *_REMAINDERS, *_INFIX}
-
-
 _CHOOSE = re.compile(r"_ (?:\{ )?(\d+) (?:\} )?\^ (?:\{ )?(\d+)(?: \})?(?= |$)")
 """After the C of C_{10}^{4}."""
 

@@ -41,6 +41,8 @@ _NAME = re.compile(
 _BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")
 _Bounds = tuple[str, bool, str, bool]
 """(low, low closed, high, high closed)"""
+_Bounded = tuple[list[_Bounds], str]
+"""Intervals, and whose values they are; '' when that isn't said."""
 
 
 def split_relation(s: str) -> tuple[list[str], list[str]]:
@@ -72,7 +74,7 @@ def symbol_of(side: str) -> str:
     return f"{of}_{{{by}}}" if "partial" in side else f"{of}'" if by in "xt" else f"{of}_{{{by}}}'"
 
 
-def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
+def bounds_of_region(s: str) -> _Bounded | None:
     """A union of intervals, written as intervals, inequalities or a set of x with a condition; and whose values."""
     if s == "\\mathbb{R}":
         return [*_LINE], ""
@@ -90,7 +92,7 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
         return _without(bounds_of_region(m[1]), set_items(m[2]) or [])
     excluded: list[str] = []
     named = ""
-    found: list[tuple[list[_Bounds], str] | None] = []
+    found: list[_Bounded | None] = []
     for piece in split_top(s, ",;") if operators else [s]:
         sides, operators = split_relation(piece)
         if operators == ["\\ne"] and is_name(sides[0]):
@@ -118,7 +120,7 @@ _WHOLE_NUMBERS = re.compile(r"\\in\s*(?:\\mathbb)?\s*\{?[ZN]")
 _LINE: list[_Bounds] = [("-\\infty", False, "\\infty", False)]
 
 
-def _joined(regions: list[tuple[list[_Bounds], str] | None], variable: str = "") -> tuple[list[_Bounds], str] | None:
+def _joined(regions: list[_Bounded | None], variable: str = "") -> _Bounded | None:
     """All of them, when they are regions of one variable."""
     bounds: list[_Bounds] = []
     for region in regions:
@@ -128,7 +130,7 @@ def _joined(regions: list[tuple[list[_Bounds], str] | None], variable: str = "")
     return bounds, variable
 
 
-def _without(region: tuple[list[_Bounds], str] | None, values: list[str]) -> tuple[list[_Bounds], str] | None:
+def _without(region: _Bounded | None, values: list[str]) -> _Bounded | None:
     """A region but for some points; None when it is unclear where they lie."""
     if region is None or not values:
         return None
@@ -200,7 +202,7 @@ def _common(bounds: list[_Bounds]) -> list[_Bounds] | None:
     return [(*bounds[first][:2], *bounds[last][2:])]
 
 
-def _bounds_of_interval(s: str) -> tuple[list[_Bounds], str] | None:
+def _bounds_of_interval(s: str) -> _Bounded | None:
     """The intervals of one piece, and whose values they are."""
     if len(pair := bracketed_items(s)) == 2:
         return [(pair[0], s[0] == "[", pair[1], s[-1] == "]")], ""

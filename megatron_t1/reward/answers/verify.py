@@ -85,10 +85,11 @@ def verify_fully(
     equality: EqualityConfig = DEFAULT,
 ) -> Verdict:
     """The verdict on an extracted answer; the question, when it is known, says whether it is copied."""
-    if _names_option(normalized_gold(gold, mode), answer):
+    known = normalized_gold(gold, mode)
+    if _names_option(known, answer):
         return Verdict("correct", answer, _OPTION)
     try:
-        known, given = normalized_gold(gold, mode), normalize(answer)
+        given = normalize(answer)
         reads, spelled = read_both(known, given)
         same = equal(reads, spelled, _for_question(equality, question)) or same_in_asked_base(known, given, question)
         copied = same and refuse_copies and is_copied(reads, spelled, question)
