@@ -124,6 +124,9 @@ class Leaves:
         match gold, answer:
             case Number(exact=Exact(decimals=int()) as number), _:
                 return self.agrees_with(answer, number)
+            case _, Number(exact=number) if number.digits >= 4 and _PLAIN_FRACTION.fullmatch(gold.text):
+                # a decimal for a closed form is a guess (3.14159 for pi) unless it is itself a plain fraction
+                return self.agrees_with(gold, number)
         return False
 
     def agrees_with(self, answer: Answer, number: Exact) -> bool:
@@ -177,6 +180,9 @@ def _is_near(exact: tuple[Any, Any], other: tuple[Any, Any], unit: Fraction) -> 
     if off < 1 or (off <= abs(exact[0]) / 20 and (off < float(unit) or not unit)):
         return True
     return (exact[0] != exact[1] or other[0] != other[1]) and off_by_unit <= abs(exact[1]) / 20
+
+
+_PLAIN_FRACTION = re.compile(r"[\d\s.{}()+\-/*]*(?:\\(?:frac|cdot|times)[\d\s.{}()+\-/*]*)*")
 
 
 def _scaled(value: Answer, factor: Fraction) -> Answer:
