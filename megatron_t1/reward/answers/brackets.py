@@ -6,9 +6,9 @@ import itertools
 import re
 
 from megatron_t1.reward.answers.normalize import GREEK
+from megatron_t1.reward.answers.words import JOINT
 
-JOINT = re.compile(r"^\s*\\(?:land|lor)(?![a-zA-Z])\s*")
-"""What `normalize` leaves, after a comma, of an "and" or an "or"."""
+_LEADING_JOINT = re.compile(rf"^{JOINT.pattern}\s*")
 _OR = re.compile(r",\s*\\lor(?![a-zA-Z])")
 _OPEN, _CLOSE = "([{", ")]}"
 OPERATOR = re.compile(
@@ -31,7 +31,7 @@ def depths(s: str) -> list[int]:
 def split_top(s: str, separators: str) -> list[str]:
     """Split at single-character separators outside every bracket; empty pieces are dropped, and "and" and "or"."""
     pieces = split_at(s, re.compile(f"[{re.escape(separators)}]"))[0]
-    return [piece for piece in (JOINT.sub("", p) for p in pieces) if piece]
+    return [piece for piece in (_LEADING_JOINT.sub("", p) for p in pieces) if piece]
 
 
 def split_at(s: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:

@@ -69,17 +69,19 @@ def _text_key(text: str) -> str:
     return re.sub(r"[\s.$*\\{}()]+", " ", re.sub(r"\\text|\\mathrm", "", text)).strip().casefold()
 
 
+def _letter_of(meant: list[bool]) -> str | None:
+    """Of the one option that is meant."""
+    return "ABCDEFGHIJ"[meant.index(True)] if meant.count(True) == 1 and True in meant[:10] else None
+
+
 def _match_choice(text: str, choices: tuple[str, ...]) -> str | None:
-    keys = [_text_key(c) for c in choices]
-    key = _text_key(text)
-    return "ABCDEFGHIJ"[keys.index(key)] if keys.count(key) == 1 and keys.index(key) < 10 else None
+    return _letter_of([_text_key(choice) == _text_key(text) for choice in choices])
 
 
 def _named_choice(text: str, choices: tuple[str, ...]) -> str | None:
     """The one option whose words stand in the text."""
     said, *options = (re.sub(r"\W+", " ", _text_key(t)).strip() for t in (text, *choices[:10]))
-    named = [i for i, option in enumerate(options) if option and f" {option} " in f" {said} "]
-    return "ABCDEFGHIJ"[named[0]] if len(named) == 1 else None
+    return _letter_of([bool(option) and f" {option} " in f" {said} " for option in options])
 
 
 def gold_letter(gold: str, choices: tuple[str, ...]) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_t1.reward.answers.brackets import OPERATOR
 from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.relations import INEQUALITY
 from megatron_t1.reward.answers.words import is_prose
 
 
@@ -53,11 +54,12 @@ _BARE = re.compile(rf"(?:[,(]\s?\(?\s?(?P<letters>{_LETTERS})|\s\(?{_LETTER})\s?
 _INDEX = re.compile(r"[kmn]\s*(?:\\ge\s*[01]|>\s*0)")
 _ARTICLE = re.compile(r"\b(?:an?|the)\s+(?=[a-z-]{2})")
 _WORD = re.compile(rf"\\[a-z]+|[A-Za-z-]{{2,}}|{_LETTER}|[^\s,()]")
-_DOMAINS = {"integer": "Z", "real": "R", "rational": "Q", "complex": "C", "natural": "Z", "whole": "Z"}
-_SIGNS = {
-    "natural": "N", "whole": "N", "positive": "+", "nonnegative": "0+", "non-negative": "0+", "nonzero": "*",
-    "non-zero": "*",
+_SAYS = {
+    "integer": ("Z", ""), "real": ("R", ""), "rational": ("Q", ""), "complex": ("C", ""), "natural": ("Z", "N"),
+    "whole": ("Z", "N"), "positive": ("", "+"), "nonnegative": ("", "0+"), "non-negative": ("", "0+"),
+    "nonzero": ("", "*"), "non-zero": ("", "*"),
 }  # fmt: skip
+"""(domain, sign) of a clause with such a word."""
 _SAYS_NOTHING = {
     "for", "where", "with", "all", "any", "every", "each", "some", "is", "are", "be", "number", "constant", "parameter",
     "value", "arbitrary", "fixed", "and", "\\land",
@@ -65,26 +67,10 @@ _SAYS_NOTHING = {
 _DEFINED = re.compile(
     rf"\s*,?\s*where\s+({_LETTER})\s+(?:is|denotes)\s+(?:an?|the)\s+((?:[a-z-]{{1,20}}\s+){{0,5}}[a-z-]{{1,20}})\s*"
 )
-_RESTRICTS = {*_DOMAINS, *_SIGNS, "even", "odd", "prime", "other"}
+_RESTRICTS = {*_SAYS, "even", "odd", "prime", "other"}
 _FOR_EACH = re.compile(r"\s*,?\s*for (?:each|every)((?:\s+[a-z-]{2,20}){0,3})\s*")
 _BUILDER = re.compile(r"\\\{([^|:]+)[|:]([^|:]+)\\\}(\s*\)?)")
 _LEADS_TO_SET = re.compile(r"^$|(?:[=:(]|\bis|\\text\{[^{}]*\})\s?$")
-
-_OTHER_QUANTITY = re.compile(
-    r"(?:\\text\{)?\s*(?:(?:the|its|their|an?)\s+)?(?:(?:multiplicative|additive|natural|common)\s+)?"
-    r"(square|cube|reciprocal|inverse|opposite|negation|logarithm|half|double|twice|square root|cube root)s?"
-    r"(?:\s+of\s+(?:it|this|that|the\s+(?:answer|result|value|number|solution))(?![a-z])|\s*\}?\s*(?:(?:is|are|equals?)\b|[:=}]))",
-    re.I,
-)
-
-
-def names_another_quantity(answer: str, *known: str) -> bool:
-    """Whether an answer says what it is, and that is another thing than asked: "its reciprocal is 5", for 5.
-
-    `known` are the texts, gold and question, of which one asks for it if it has the word.
-    """
-    named = _OTHER_QUANTITY.match(answer)
-    return named is not None and not any(named[1].casefold() in text.casefold() for text in known)
 
 
 def without_clause(s: str) -> tuple[str, Clause | None]:
@@ -122,7 +108,7 @@ def _bare(s: str) -> re.Match[str] | None:
 
 def _begins(bound: str, value: str) -> bool:
     r"""Whether n \ge 1 tells where a sequence begins: x \ge 1 may be half of a region."""
-    return bool(_INDEX.fullmatch(bound)) and not re.search(r"[<>]|\\[lg]e(?![a-z])", value)
+    return bool(_INDEX.fullmatch(bound)) and not INEQUALITY.search(value)
 
 
 def parted(s: str) -> tuple[str, Clause | None]:
@@ -141,25 +127,25 @@ def _understood(tail: str) -> Clause | None:
     if (each := _FOR_EACH.fullmatch(tail)) and not is_prose(each[1], _RESTRICTS):
         return Clause(())
     fact = _FACT.search(tail)
-    domains, signs = _of_fact(fact) if fact else ([], [])
-    names, says = [], set()
+    facts = [_of_fact(fact)] if fact else []
+    names, words = [], set()
     for word in _WORD.findall(_ARTICLE.sub("", tail[: fact.start()] if fact else tail)):
         kind = word.casefold() if word in _SAYS_NOTHING else word.casefold().removesuffix("s")
-        if kind in _DOMAINS or kind in _SIGNS:
-            domains += [_DOMAINS[kind]] if kind in _DOMAINS else []
-            signs += [_SIGNS[kind]] if kind in _SIGNS else []
+        if kind in _SAYS:
+            facts.append(_SAYS[kind])
         elif kind not in _SAYS_NOTHING:
             names.append(word)
-        says.add(kind)
-    if not all(re.fullmatch(_LETTER, name) for name in names) or len(set(domains)) > 1 or len(set(signs)) > 1:
+        words.add(kind)
+    domains, signs = ({each[i] for each in facts} - {""} for i in (0, 1))
+    if not all(re.fullmatch(_LETTER, name) for name in names) or len(domains) > 1 or len(signs) > 1:
         return None
-    if not names and (fact or "some" in says or not domains):  # for all real numbers
+    if not names and (fact or "some" in words or not domains):  # for all real numbers
         return None
-    return Clause(tuple(names), "".join(set(domains)), "".join(set(signs))) if len(names) <= 4 else None
+    return Clause(tuple(names), "".join(domains), "".join(signs)) if len(names) <= 4 else None
 
 
-def _of_fact(fact: re.Match[str]) -> tuple[list[str], list[str]]:
-    r"""Domains and signs that a formula says: k \in \mathbb{Z}^+, n \ge 1, n = 1, 2, \ldots"""
+def _of_fact(fact: re.Match[str]) -> tuple[str, str]:
+    r"""(domain, sign) that a formula says: k \in \mathbb{Z}^+, n \ge 1, n = 1, 2, \ldots"""
     if letter := fact["set"]:
         which = fact["which"]
         if "\\cdot" in which or "*" in which:
@@ -168,11 +154,11 @@ def _of_fact(fact: re.Match[str]) -> tuple[list[str], list[str]]:
             sign = "0+"
         else:
             sign = "+" if re.search(r"\+|>|\\g", which) else "N" if letter == "N" else ""
-        return ["Z" if letter == "N" else letter], [sign] if sign else []
+        return "Z" if letter == "N" else letter, sign
     if first := fact["first"]:
-        return ["Z"], ["0+" if first == "0" else "+"]
+        return "Z", "0+" if first == "0" else "+"
     if interval := fact["interval"]:
-        return ["R"], [compact(interval)]
+        return "R", compact(interval)
     at = fact["operator"] + fact["bound"]
     sign = {"\\ge0": "0+", ">0": "+", "\\ge1": "+"}.get(at, at)
-    return ["Z"] * (at == "\\ge1"), [sign]
+    return "Z" if at == "\\ge1" else "", sign

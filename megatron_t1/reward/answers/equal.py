@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_t1.reward.answers.compare_trees import decimal_value, is_open, same_relation, solves
-from megatron_t1.reward.answers.joints import joints_clash
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -32,11 +31,11 @@ from megatron_t1.reward.answers.kinds import (
     Words,
 )
 from megatron_t1.reward.answers.names import (
+    joints_clash,
     labels,
     members_in_order,
     names,
     names_clash,
-    sorted_by_name,
     unlabelled,
     value_of,
 )
@@ -65,7 +64,6 @@ class Comparison(Leaves):
             return True
         if not answer.text:
             return False
-        gold, answer = sorted_by_name(gold), sorted_by_name(answer)
         match gold, answer:
             case Number(), Number():
                 return self.numbers_equal(gold.exact, answer.exact)
@@ -83,7 +81,7 @@ class Comparison(Leaves):
                 return True
             case (List(), _) | (_, List()):
                 return self.lists_equal(gold, answer)
-            case (Matrix(), _) | (_, Matrix()) if not _is_relation(gold, answer):
+            case (Matrix(), _) | (_, Matrix()) if not isinstance(gold, Relation) and not isinstance(answer, Relation):
                 g_rows, a_rows = _rows(gold), _rows(answer)
                 same_shape = [len(row) for row in g_rows] == [len(row) for row in a_rows]
                 return same_shape and self.in_order(list(itertools.chain(*g_rows)), list(itertools.chain(*a_rows)))
@@ -173,11 +171,7 @@ class Comparison(Leaves):
             return self.labelled_equal(gold.items, answer.items)
         g_items, a_items = members_in_order(gold, answer)
         match value_of(gold), value_of(answer):
-            case (Tuple(opening="[", items=(_, _, _, *_)), _) | (_, Tuple(opening="[", items=(_, _, _, *_))):
-                return self.in_order(g_items, a_items)
-            case (Matrix(), _) | (_, Matrix()):
-                return self.in_order(g_items, a_items)
-            case (Tuple(opening="(", closing=")"), _) | (_, Tuple(opening="(", closing=")")):
+            case (value, other) if _is_ordered(value) or _is_ordered(other):
                 return self.in_order(g_items, a_items)
             case (Set(), _) | (_, Set()):
                 return self.in_any_order(g_items, a_items)
@@ -363,5 +357,9 @@ def _rows(answer: Answer) -> Sequence[Sequence[Answer]]:
     return []
 
 
-def _is_relation(*answers: Answer) -> bool:
-    return any(isinstance(answer, Relation) for answer in answers)
+def _is_ordered(answer: Answer) -> bool:
+    """Whether it gives its parts in order; [1, 2] may be a list in brackets."""
+    match answer:
+        case Matrix() | Tuple(opening="(", closing=")") | Tuple(opening="[", items=(_, _, _, *_)):
+            return True
+    return False

@@ -31,17 +31,12 @@ MAX_WORK_US = 100_000
 MAX_FACTORIAL = 10_000
 MAX_GAMMA_DIGITS = 400
 """Factorials and binomials of other numbers than integers: beyond these digits mpmath needs minutes."""
-_ELEMENTARY: dict[str, Callable[..., Any]] = {
-    "sin": mpmath.sin, "cos": mpmath.cos, "tan": mpmath.tan, "cot": mpmath.cot, "sec": mpmath.sec, "csc": mpmath.csc,
-    "asin": mpmath.asin, "acos": mpmath.acos, "atan": mpmath.atan, "acot": mpmath.acot, "sinh": mpmath.sinh,
-    "cosh": mpmath.cosh, "tanh": mpmath.tanh, "asinh": mpmath.asinh, "acosh": mpmath.acosh, "atanh": mpmath.atanh,
-}  # fmt: skip
+_TRIGONOMETRY = "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh asinh acosh atanh"
+_ELEMENTARY: dict[str, Callable[..., Any]] = {name: getattr(mpmath, name) for name in _TRIGONOMETRY.split()}
 _PLAIN: dict[str, Callable[..., Any]] = {
     "Abs": mpmath.fabs, "floor": lambda x: mpmath.floor(_snapped(x)),
     "ceiling": lambda x: mpmath.ceil(_snapped(x)), "Max": max, "Min": min,
 }  # fmt: skip
-
-
 SALT = "\\salt"
 """Among the values: what is made up differs with it."""
 COMPUTED = {"bmod", "gcd", "lcm"}
@@ -115,12 +110,8 @@ def _gamma_like(meter: Meter, name: str, args: list[Any]) -> Any:
     return mpmath.factorial(args[0]) if name == "factorial" else mpmath.binomial(args[0], args[1])
 
 
-def _double_factorial(n: int) -> int:
-    return math.prod(range(n, 0, -2))
-
-
 _WHOLE: dict[str, Callable[..., int]] = {
-    "factorial": math.factorial, "binomial": math.comb, "factorial2": _double_factorial,
+    "factorial": math.factorial, "binomial": math.comb, "factorial2": lambda n: math.prod(range(n, 0, -2)),
 }  # fmt: skip
 
 

@@ -50,18 +50,11 @@ class _Told(Comparison):
 
 
 def _short(part: Any) -> str:
-    text = (
-        part.text
-        if isinstance(part, Answer)
-        else ", ".join(_short(item) for item in part)
-        if _many(part)
-        else str(part)
-    )
+    if isinstance(part, (list, tuple)):
+        text = ", ".join(map(_short, part))
+    else:
+        text = part.text if isinstance(part, Answer) else str(part)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _many(part: Any) -> bool:
-    return isinstance(part, (list, tuple))
 
 
 def described(answer: Answer) -> str:

@@ -35,7 +35,8 @@ _ANCHOR = re.compile(
     re.I | re.M,
 )
 _COPULA = re.compile(r"\b(?:is|are|equals|be)\b|[是为=]")
-_MATH = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+_QUOTED = re.compile(rf"{FORMULA.pattern}|\"([^\"\n]+)\"", re.S)
 _GOES_ON = re.compile(
     r"\s*\**\s*(?:[A-Za-z]{1,12}\s+)?(?:[,;/|&]|or\b|and\b|或|和)\s*"
     r"(?:(?:or|and|maybe|perhaps|possibly|else|even|just)\s+){0,3}(?:\$|\\[(\[]|\"|-?\d)"
@@ -117,9 +118,9 @@ def phrase(text: str) -> str | None:
     if not anchors:
         return None
     rest = text[anchors[-1].end() :].lstrip(" \n*").rstrip()
-    math = re.match(r"\$\$?(.+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]|\"([^\"\n]+)\"", rest, re.S)
+    math = _QUOTED.match(rest)
     if math and not _GOES_ON.match(rest, math.end()):
-        return next(g for g in math.groups() if g is not None).strip() or None
+        return math[math.lastindex or 0].strip() or None
     sentence = re.split(r"\n(?!\s*or\b)|。|(?<!\d)\.(?:\s|$)|\.\s*$|\.(?=\s+[A-Z])", rest, maxsplit=1)[0]
     copulas = [m.end() for m in _COPULA.finditer(sentence) if m.end() < len(sentence)]  # "the volume is 120"
     before = sentence[: copulas[-1]] if copulas else ""
@@ -174,7 +175,7 @@ def response_answer(text: str) -> tuple[str | None, str]:
     if bare and len(bare) <= 200 and "\n" not in bare:
         return bare, "whole response"
     if alone := _ALONE.search(bare):
-        return next(group for group in alone.groups() if group is not None).strip(), "last line"
+        return alone[alone.lastindex or 0].strip(), "last line"
     return None, "no box and no final phrase"
 
 
@@ -192,7 +193,7 @@ def sentence_answer(text: str) -> tuple[str | None, str]:
     if said is not None and (len(said) <= 40 or not _NUMBER.search(said)):
         return said[:MAX_ANSWER_CHARS], "final phrase"
     end = tail[-MAX_ANSWER_CHARS:]
-    formulas = [next(g for g in m.groups() if g is not None).strip() for m in _MATH.finditer(end)]
+    formulas = [m[m.lastindex or 0].strip() for m in FORMULA.finditer(end)]
     if formulas and formulas[-1]:
         return formulas[-1][:MAX_ANSWER_CHARS], "last formula"
     numbers = _NUMBER.findall(said if said is not None else tail)

@@ -47,7 +47,7 @@ class Literal(Answer):
 
 @dataclass(frozen=True)
 class Words(Answer):
-    """A text, a name of points, a clock time."""
+    """A text, or a name of points."""
 
 
 @dataclass(frozen=True)

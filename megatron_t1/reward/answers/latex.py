@@ -6,10 +6,9 @@ here raises `UndecidableError`: such a gold is compared as text only, and `t1 cu
 Conventions: an argument without brackets runs to the next operator or function (sin 2t cos t is sin(2t) cos(t));
 a number before a numeric fraction is a mixed number, and before another number nothing; f, g, h before a bracket are
 functions, so are letters with primes, capitals before one name and everything before one number (P(0), zeta(3)), other
-letters are factors; an odd root of a negative number is the real one, as a
-power 1/3 too;
-log without base is decimal; `i` stays a symbol here; a sum, product or limit takes the next term; an integral runs
-to its dx; a remainder is that of all before it.
+letters are factors; an odd root of a negative number is the real one, as a power 1/3 too; log without base is decimal;
+`i` stays a symbol here; a sum, product or limit takes the next term; an integral runs to its dx; a remainder is that of
+all before it.
 """
 
 from __future__ import annotations
@@ -47,11 +46,7 @@ _FUNCTIONS = {
     "arcsinh": sympy.asinh, "arccosh": sympy.acosh, "arctanh": sympy.atanh, "cosh": sympy.cosh,
     "tanh": sympy.tanh, "cis": _cis, "exp": sympy.exp, "ln": sympy.log, "log": sympy.log, "lg": sympy.log,
 }  # fmt: skip
-_INVERSES = {
-    "sin": sympy.asin, "cos": sympy.acos, "tan": sympy.atan, "cot": sympy.acot, "sinh": sympy.asinh,
-    "cosh": sympy.acosh, "tanh": sympy.atanh,
-}  # fmt: skip
-_DECORATIONS = {"overline", "overrightarrow", "vec", "hat", "bar", "tilde", "angle", "triangle"}
+_DECORATIONS = {"overline", "overrightarrow", "vec", "hat", "tilde", "angle", "triangle"}
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\{": "\\}"}
 _TIMES = {"\\cdot", "\\times"}
 _BINDERS = {"sum", "prod", "lim", "int"}
@@ -65,8 +60,6 @@ _INFIX: dict[str | None, Callable[[Any, Any], Any]] = {
 }
 """Of all that stands before them in their group with all behind them."""
 _ENDS = {None, "+", "-", "/", ")", "]", "}", "\\}", ",", "\\rfloor", "\\rceil", *_TIMES, *_REMAINDERS, *_INFIX}
-
-
 _CHOOSE = re.compile(r"_ (?:\{ )?(\d+) (?:\} )?\^ (?:\{ )?(\d+)(?: \})?(?= |$)")
 """After the C of C_{10}^{4}."""
 
@@ -291,8 +284,8 @@ class _Parser(Tokens):
                 power = self.argument()
             else:
                 base = self.argument()
-        if name in _INVERSES and power == -1:
-            function, power = _INVERSES[name], None
+        if power == -1 and f"arc{name}" in _FUNCTIONS:
+            function, power = _FUNCTIONS[f"arc{name}"], None
         if self.next in ("(", "["):
             argument = self.bracketed()
         else:

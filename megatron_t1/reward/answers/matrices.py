@@ -12,8 +12,6 @@ _MATRIX = re.compile(
     r"\[?\s*\\begin\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?((?:(?!\\begin).)*?)\\end\{[a-zA-Z]+\}\s*\]?",
     re.S,
 )
-
-
 _COLUMN = re.compile(r"((?:^|[-+\d})\s]|(?<![\\A-Za-z])[a-eik-z])\s*)\(([^(),]+(?:,[^(),]+)+)\)")
 _COMBINATION = re.compile(r"(?:\\(?:frac|sqrt|cdot|pi)(?![a-zA-Z])|(?<![\\a-zA-Z])[a-z](?![a-z])|[-+\d\s/{}])*")
 """What may stand around (1,0,2) + t(3,1,-1)."""

@@ -1,17 +1,22 @@
-r"""Names of values: which two cannot be meant for one value, and the order in which named values make a tuple."""
+r"""Names of values: which two cannot be meant for one value, and the order in which named values make a tuple; and
+whether "and" and "or" make a difference between the items of two lists.
+
+They list the same of values of one thing: 2 and 3, x = 2 or x = 3, two lines. They do not where the items are said of
+different things, x = 0 or y = 0; a comma is an "and" there. Of bare letters (p, q) it depends on whether both say one.
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
-from megatron_t1.reward.answers.brackets import in_alphabet
-from megatron_t1.reward.answers.kinds import Answer, List, Matrix, Quantity, Relation, Set, Tuple
+from megatron_t1.reward.answers.brackets import depths, in_alphabet
+from megatron_t1.reward.answers.kinds import Answer, List, Matrix, Number, Quantity, Relation, Set, Tuple
 from megatron_t1.reward.answers.normalize import compact
 from megatron_t1.reward.answers.quantities import Unit
 from megatron_t1.reward.answers.relations import SYMBOL, is_name
+from megatron_t1.reward.answers.words import JOINT
 
 _FAMILIES = [
     set(line.split())
@@ -31,6 +36,7 @@ _ALIASES = {
     "average": "mean", "var": "variance", "sd": "deviation", "std": "deviation", "maximum": "max", "minimum": "min",
     "hcf": "gcd", "gcf": "gcd", "breadth": "width",
 }  # fmt: skip
+_LETTER = re.compile(r"(?:\\neg\s*)?[A-Za-z]")
 _POINTS = re.compile(r"(?:\\(angle|triangle|vec|overrightarrow|overline) ?)?[{|]?([A-Z]{1,4})[|}]?")
 
 
@@ -61,20 +67,6 @@ def value_of(answer: Answer) -> Answer:
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
-
-
-def sorted_by_name(answer: Answer) -> Answer:
-    """(y, x) = (1, 2) as (x, y) = (2, 1); every other answer as it is."""
-    match answer:
-        case Relation(name=name, value=Tuple(items=items) as value) if name.startswith("("):
-            letters = compact(name)[1:-1].split(",")
-            order = in_alphabet(letters)
-            if len(letters) == len(items) and order != sorted(order):
-                items = tuple(items[i] for i in order)
-                value = replace(value, text=f"({', '.join(item.text for item in items)})", items=items, region=None)
-                name = f"({','.join(letters[i] for i in order)})"
-                return replace(answer, text=f"{name}={value.text}", name=name, value=value, value_of_x=value)
-    return answer
 
 
 def members_in_order(gold: Answer, answer: Answer) -> tuple[Sequence[Answer], Sequence[Answer]]:
@@ -166,3 +158,35 @@ def _same_points(gold: re.Match[str], answer: re.Match[str]) -> bool:
     if "angle" in kinds:
         return short in (long, long[::-1]) or ((len(short), len(long)) == (1, 3) and short == long[1])
     return short not in long if len(short) == 1 else sorted(short) == sorted(long)
+
+
+# --- and, or ----------------------------------------------------------------------------------------------------------
+
+
+def joints_clash(gold: Answer, answer: Answer) -> bool:
+    """Whether one says "or" and the other doesn't, of items where that matters."""
+    joints = [_joints(each) for each in (gold, answer)]
+    if ("\\lor" in joints[0]) == ("\\lor" in joints[1]):
+        return False
+    lists = [each.items for each in (gold, answer) if isinstance(each, List)]
+    return any(map(_are_conditions, lists)) or (all(joints) and any(map(_are_letters, lists)))
+
+
+def _joints(answer: Answer) -> set[str]:
+    """Outside its brackets."""
+    found = list(JOINT.finditer(answer.text)) if isinstance(answer, List) else []
+    depth = depths(answer.text) if found else []
+    return {m[0] for m in found if depth[m.start()] == 0}
+
+
+def _are_conditions(items: Sequence[Answer]) -> bool:
+    """Inequalities, or numbers for different names."""
+    relations = [item for item in items if isinstance(item, Relation)]
+    if any(not set(relation.operators) <= {"=", "\\in", "\\approx"} for relation in relations):
+        return True
+    named = {compact(item.name).split("_")[0] for item in relations if isinstance(item.value, (Number, Quantity))}
+    return len(named) > 1 and len(relations) == len(items) and all(item.value for item in relations)
+
+
+def _are_letters(items: Sequence[Answer]) -> bool:
+    return all(_LETTER.fullmatch(item.text) for item in items)

@@ -12,11 +12,14 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from megatron_t1.reward.answers.words import SMALL_NUMBERS
+
 _LETTERS = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
 upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"""
 GREEK = tuple(_LETTERS.split())
 """Letters' names, without pi."""
 _UNICODE = {
+    **{chr(0x2460 + i): f"{i + 1}," for i in range(20)},  # ①, ②
     **dict(zip("αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ", (f"\\{name} " for name in GREEK), strict=True)),
     "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
     "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "−": "-",
@@ -29,7 +32,6 @@ _UNICODE = {
 }  # fmt: skip
 """Characters that their compatible form (NFKC) does not spell as LaTeX does."""
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
-_CIRCLED = {chr(0x2460 + i): f"{i + 1}," for i in range(20)}
 _COMMANDS = {
     "leq": "\\le", "leqslant": "\\le", "leqq": "\\le", "geq": "\\ge", "geqslant": "\\ge", "geqq": "\\ge",
     "neq": "\\ne", "lt": "<", "gt": ">", "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "dbinom": "\\binom",
@@ -82,14 +84,14 @@ def _parts(text: str) -> str:
     return ", ".join(rf"\text{{part {name}}}={value}" for name, value in zip("abcdefgh", values, strict=False))
 
 
-_CURRENCIES = {"\\$": "dollars", "$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
+_CURRENCIES = {"$": "dollars", "£": "gbp", "€": "euros", "¥": "yuan", "￥": "yuan", "₹": "rupees"}
+_AMOUNT = r"(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)"
 _MONEY = re.compile(
-    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\s*(thousand|[mb]illion|(?-i:[MB])\b))?\.?\s*",
+    r"\s*(-?)(?:US)?(\\?\$|[£€¥￥₹]|(?:\\text\{\s*)?(?:Rs|USD|EUR|GBP|CNY|RMB|JPY|INR)\.?\s*\}?)\s*"
+    rf"{_AMOUNT}(?:\s*(thousand|[mb]illion|(?-i:[MB])\b))?\.?\s*",
     re.I,
 )
-_MONEY_BEHIND = re.compile(
-    r"\s*(-?\d(?:[\d,]|\{,\})*(?:\.\d+)?)(?:\\[,;: ]|~|\s)*(?:\\text\{\s*)?([£€¥￥₹])\s*\}?\.?\s*"
-)
+_MONEY_BEHIND = re.compile(rf"\s*{_AMOUNT}(?:\\[,;: ]|~|\s)*(?:\\text\{{\s*)?([£€¥￥₹])\s*\}}?\.?\s*")
 _SHORT = {"M": "million", "B": "billion"}
 
 
@@ -146,13 +148,13 @@ def _unicode(text: str) -> str:
 
 def _form(char: str) -> str:
     """Of ² "<super", of ₂ "<sub", of ½ "<fraction", of most ''."""
-    spelled = char.isascii() or char in _UNICODE or char in _CIRCLED
+    spelled = char.isascii() or char in _UNICODE
     return "" if spelled else unicodedata.decomposition(char).partition(">")[0]
 
 
 def _compatible(text: str) -> str:
     shown = (char for char in text if char.isascii() or unicodedata.category(char) != "Cf")
-    return "".join(_UNICODE.get(c) or _CIRCLED.get(c) or (c if c.isascii() else _nfkc(c)) for c in shown)
+    return "".join(_UNICODE.get(c) or (c if c.isascii() else _nfkc(c)) for c in shown)
 
 
 def _nfkc(text: str) -> str:
@@ -175,10 +177,6 @@ def _rules(*rules: tuple[str, str, _Replacement]) -> tuple[tuple[str, re.Pattern
     return tuple((sign, re.compile(pattern), replacement) for sign, pattern, replacement in rules)
 
 
-_NUMBER_WORD = (
-    "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen"
-    "|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
-)
 _JOINTS = {"and": "\\land", "or": "\\lor", "和": "\\land", "与": "\\land", "或": "\\lor", "且": "\\land"}
 _LETTER_END = r"(?![a-zA-Z])"
 _UNIT = r"\\text\{[^{}]*\}(?:\^(?:\{-?\d\}|\d))?"
@@ -206,10 +204,9 @@ _RULES = _rules(
     ("\\&", r"\\&", " and "),
     ("<su", r"<su([pb])>([^<>]*)</su[pb]>", lambda m: ("^" if m[1] == "p" else "_") + "{" + m[2] + "}"),
     ("\\", r"(?<!\\)\\[()\[\]]", " "),
-    ("\\,", r"\\,", " "),
     ("{", r"(?<!\\text)\{([,:])\}", r"\1"),
     ("", r"(?<=\d)\s*(?:\.\.\.|\\[lc]?dots)\.?\s*$", r"\\ldots "),
-    ("", rf"(?<!\\)\\(?:[;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
+    ("", rf"(?<!\\)\\(?:[,;:> \n]|q?quad|thinspace|enspace|hspace\*?\{{[^{{}}]*\}}|space{_LETTER_END})|~", " "),
     # words and fonts
     ("\\mathrm", r"\\mathrm\s*\{?\s*C\s*\}?\s*_\s*\{?(\w+)\}?\s*\^\s*\{?(\w)\}?", r"\\binom{\1}{\2}"),
     ("\\", r"\\(?:text|mbox|hbox|textbf|textit|textrm|textnormal|textsf|emph|textup)\s*\{([^{}]*)\}", _text),
@@ -223,7 +220,6 @@ _RULES = _rules(
      r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN]|mol|Pa|Hz)\}?\s*$", _sign_of_unit),
     ("p", r"\\text\{\s*(?:per ?cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|per ?cent|pct)(?![a-zA-Z])", "%"),
     ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
-    ("\\text", r"\\text\{\s*\}", " "),
     ("", r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
      r"\\text\{\s*(?:degrees?|度)\s*\}|(?<=\d)\s*(?:degrees?\b|度)|\\text\{\s*degrees?(?=\s)",
      lambda m: r"^\circ " + (r"\text{" if m[0].startswith("\\text{") and not m[0].endswith("}") else "")),
@@ -231,8 +227,7 @@ _RULES = _rules(
     ("prime", r"\^\s*\{?\s*((?:\\prime\s*)+)\}?", lambda m: "'" * m[1].count("p")),
     ("sq.", r"\bsq\.", "sq"),
     ("比", r"(?<=\d)\s*比\s*(?=\d)", ":"),
-    ("^", r"\^\s*\{?\s*\\text\{\s*(st|nd|rd|th)\s*\}\s*\}?|\^\s*\{\s*(st|nd|rd|th)\s*\}",
-     lambda m: rf"\text{{{m[1] or m[2]}}}"),
+    ("^", r"\^\s*\{?\s*(?:\\text\{\s*)?(st|nd|rd|th)\s*\}\s*\}?", r"\\text{\1}"),
     ("百", r"百分之\s*(\d[\d.]*)", r"\1%"),
     ("负", r"负\s*(?=[\d\\零一二三四五六七八九十百两])", "-"),
     ("except", r"(?:\\text\{)?\s*(?:all )?real(?: number)?s (?:except|other than)(?: for)?\s*\}?\s*(.+)$",
@@ -248,12 +243,11 @@ _RULES = _rules(
      lambda m: rf"C_{{{m[1] or m[2]}}}^{{{m[3]}}}"),  # 10C3
     ("abs", r"(?:\\text\{abs\}|(?<![\\a-zA-Z])abs)\s*\(([^()|]*)\)", r"|\1|"),
     ("E", r"(?<=\d)\s*E\s*\{\s*([+-]?\d+)\s*\}", r"e\1"),
-    ("", rf"^\s*(\\text\{{)?\s*(?:negative|minus)\s+(?=(?:{_NUMBER_WORD})|\d)", lambda m: f"-{m[1] or ''}"),
+    ("", rf"^\s*(\\text\{{)?\s*(?:negative|minus)\s+(?=(?:{'|'.join(SMALL_NUMBERS)})|\d)", lambda m: f"-{m[1] or ''}"),
     ("", r"^\s*\\text\{\s*(?:negative|minus)\s*\}\s*(?=\d|\\frac)", "-"),
-    ("\\not", r"\\not\s*=", r"\\ne "), ("\\not", r"\\not\s*\\in(?![a-z])", r"\\notin "),
+    ("\\not", r"\\not\s*(?:=|\\in(?![a-z]))", lambda m: r"\ne " if m[0][-1] == "=" else r"\notin "),
     # arguments in braces
-    ("\\frac", r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    ("\\frac", r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+    ("\\frac", r"\\frac\s*(\d)\s*", r"\\frac{\1}"),
     ("\\frac", r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
     ("\\", r"\\(frac|sqrt|binom)\s+(?=[{\[])", r"\\\1"),
     ("\\sqrt", r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
@@ -267,7 +261,7 @@ _RULES = _rules(
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
     ("{", r"(?<=(?<![_\\])\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})", lambda m: m[0].replace(",", "")),
     ("\\mathbb", r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
-    ("\\", r"\\(?:vec|hat|mathbf|boldsymbol)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
+    ("\\", r"\\(?:vec|hat)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
     ("\\", r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2"),
     # plain text spellings
     ("sqrt", r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
@@ -318,12 +312,11 @@ def _rows_of_cases(match: re.Match[str]) -> str:
 
 _DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _BETWEEN_BRACKETS = re.compile(r"[^()\[\]{}]+")
-_GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 
 
 def _without_thousands(match: re.Match[str]) -> str:
     """1,000, 2,000 as 1000, 2000: where some commas have a space, those without are no list's."""
-    return _GROUPED.sub(lambda m: m[0].replace(",", ""), match[0]) if ", " in match[0] else match[0]
+    return ungrouped(match[0]) if ", " in match[0] else match[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -332,7 +325,7 @@ def normalize(text: str) -> str:
     if _DECIMAL.fullmatch(text):
         return text
     if money := _MONEY.fullmatch(text):
-        code = re.sub(r"\\text|[{}.\s]", "", money[2])
+        code = re.sub(r"\\(?:text)?|[{}.\s]", "", money[2])
         text = rf"{money[1]}{money[3]}\text{{ {_SHORT.get(money[4], money[4]) or ''} {_CURRENCIES.get(code, code)}}}"
     elif money := _MONEY_BEHIND.fullmatch(text):
         text = rf"{money[1]}\text{{ {_CURRENCIES.get(money[2], money[2])}}}"
@@ -352,11 +345,25 @@ def normalize(text: str) -> str:
     if s.endswith("}") and not s.endswith("\\}") and s.count("}") == s.count("{") + 1:
         s = s[:-1]
     s = re.sub(rf"^\\approx{_LETTER_END}\s*", "", s)
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip(" :.").casefold()
+    bare = untexted(s).strip(" :.").casefold()
     if agreed := _YES_OR_NO.fullmatch(bare):
         return agreed[1] or agreed[2]
     said = _PHRASE.fullmatch(bare)
     return _SPELLINGS[(said.lastindex or 0) - 1] if said else s
+
+
+_GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+_IN_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+
+
+def ungrouped(s: str) -> str:
+    """Numbers without the commas of their thousands."""
+    return _GROUPED.sub(lambda m: m[0].replace(",", ""), s)
+
+
+def untexted(s: str) -> str:
+    r"""Without \text around its words."""
+    return _IN_TEXT.sub(r"\1", s)
 
 
 _MEANT_SPACE = re.compile(r"(\\[a-zA-Z]+) (?=[a-zA-Z])|(?<=\d) (?=\d)")

@@ -20,19 +20,17 @@ class Exact:
     """Digits written after the point: 2 in 1.25e-2."""
 
 
-_DECIMAL = re.compile(r"([+-]?)(\d*)\.(\d+)|([+-]?)(\d+)\.?")
-_THOUSANDS = re.compile(r"([+-]?[1-9]\d{0,2})((?:,\d{3})+)(\.\d+)?")
+_DECIMAL = re.compile(r"(\d*)\.(\d+)|(\d+)\.?")
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _REPEATING = re.compile(
-    r"([+-]?)(\d*)\.(\d*)\s*(?:\\(?:overline|bar)\s*\{(\d+)\}|\((\d+)\)|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
+    r"(\d*)\.(\d*)\s*(?:\\overline\s*\{(\d+)\}|\((\d+)\)|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
 )
-_GOES_ON = re.compile(r"([+-]?)(\d{0,20})\.(\d{0,20}?)(?:(\d)\4{2,59}|(\d{2,20}?)\5{1,29})\\ldots")
+_GOES_ON = re.compile(r"(\d{0,20})\.(\d{0,20}?)(?:(\d)\3{2,59}|(\d{2,20}?)\4{1,29})\\ldots")
 """Few digits: what repeats is searched for."""
-_SCIENTIFIC = re.compile(r"(.+?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([+-]?[\d.]+)[eE]([+-]?\d+)")
-_SPACED = re.compile(r"[+-]? ?\d{1,3}( \d{3})+(\.\d+)?")
-_FRACTION = re.compile(
-    r"([+-]?)(?:(\d+)?\s*\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?:(\d+)\s+)?(\d+)\s*/\s*(\d+))"
-)
-_POSSIBLE = re.compile(r"(?=.*\d)(?:[\d\s+\-.,/(){}^eEx]|\\(?:frac|times|cdot|overline|bar|dot|ldots))+", re.S)
+_SCIENTIFIC = re.compile(r"([^+-].*?)(?:\\times|\\cdot|x)\s*10\^(?:\{\s*([+-]?\d+)\s*\}|(\d))|([\d.]+)[eE]([+-]?\d+)")
+_SPACED = re.compile(r"\d{1,3}( \d{3})+(\.\d+)?")
+_FRACTION = re.compile(r"(\d+)?\s*\\frac\{\s*([+-]?\d+)\s*\}\{\s*([+-]?\d+)\s*\}|(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
+_POSSIBLE = re.compile(r"(?=.*\d)(?:[\d\s+\-.,/(){}^eEx]|\\(?:frac|times|cdot|overline|dot|ldots))+", re.S)
 """What all of them are made of."""
 _MAX_DIGITS = 1000
 
@@ -44,33 +42,31 @@ def exact_number(s: str) -> Exact | None:
         return None
     while len(s) > 2 and (s[0], s[-1]) in (("(", ")"), ("{", "}")) and not any(c in "(){}," for c in s[1:-1]):
         s = s[1:-1].strip()
-    if m := _THOUSANDS.fullmatch(s):
-        s = m[1] + m[2].replace(",", "") + (m[3] or "")
-    if " " in s:
-        s = s.replace(" ", "") if _SPACED.fullmatch(s) else s[0] + s[1:].lstrip() if s[0] in "+-" else s
+    sign = -1 if s[0] == "-" else 1
+    s = s[1:].lstrip() if s[0] in "+-" else s
+    if _THOUSANDS.fullmatch(s):
+        s = s.replace(",", "")
+    if " " in s and _SPACED.fullmatch(s):
+        s = s.replace(" ", "")
     if m := _DECIMAL.fullmatch(s):
-        if m[3] is None:
-            return Exact(Fraction(int(m[5])) * (-1 if m[4] == "-" else 1))
-        value = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3])) * (-1 if m[1] == "-" else 1)
-        return Exact(value, len(m[3]), len((m[2] + m[3]).lstrip("0")), len(m[3]))
+        if m[3] is not None:
+            return Exact(Fraction(sign * int(m[3])))
+        value = Fraction(sign * int(m[1] + m[2]), 10 ** len(m[2]))
+        return Exact(value, len(m[2]), len((m[1] + m[2]).lstrip("0")), len(m[2]))
     if m := _REPEATING.fullmatch(s) or _GOES_ON.fullmatch(s.replace(" ", "")):
-        block = "".join(digits or "" for digits in m.groups()[3:])
-        head = Fraction(int((m[2] or "0") + m[3]), 10 ** len(m[3]))
-        value = head + Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(m[3]))
-        return Exact(-value if m[1] == "-" else value)
+        block = "".join(digits or "" for digits in m.groups()[2:])
+        head = Fraction(int((m[1] or "0") + m[2]), 10 ** len(m[2]))
+        return Exact(sign * (head + Fraction(int(block), (10 ** len(block) - 1) * 10 ** len(m[2]))))
     if m := _FRACTION.fullmatch(s):
-        top, bottom = int(m[3] or m[6]), int(m[4] or m[7])
-        if bottom == 0:
-            return None
-        value = int(m[2] or m[5] or 0) + Fraction(top, bottom)
-        return Exact(-value if m[1] == "-" else value)
+        top, bottom = int(m[2] or m[5]), int(m[3] or m[6])
+        return Exact(sign * (int(m[1] or m[4] or 0) + Fraction(top, bottom))) if bottom else None
     if m := _SCIENTIFIC.fullmatch(s):
         base = exact_number(m[1] or m[4])
         power = int(m[2] or m[3] or m[5])
         if base is None or abs(power) > 400:
             return None
         decimals = None if base.decimals is None else base.decimals - power
-        return Exact(base.value * Fraction(10) ** power, decimals, base.digits, base.places)
+        return Exact(sign * base.value * Fraction(10) ** power, decimals, base.digits, base.places)
     return None
 
 

@@ -1,4 +1,4 @@
-r"""What is read in answers without structure: units, clock times, bases, words; and how numbers round.
+r"""Values with units.
 
 What follows a number is a unit when it is in the table below (units of one kind convert), or when it is a plain noun
 ("10 weeks", "3 red", 5个): words that change the value ("million") are multiplied in, and any other word ("or more",
@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from megatron_t1.reward.answers.brackets import split_top
+from megatron_t1.reward.answers.normalize import untexted
 from megatron_t1.reward.answers.numbers import exact_number
-from megatron_t1.reward.answers.words import CJK, NOT_COUNTED, NUMBER_WORDS, is_prose
+from megatron_t1.reward.answers.words import CJK, NOT_COUNTED, PARTS, is_prose
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,8 @@ for _entry in f"{_PREFIXED};{_OTHERS}".split(";"):
         for _prefix, _power in _known_prefixes.items():
             _unit = Fraction(_factor) * Fraction(10) ** _power, _powers(_kind)
             _UNITS |= dict.fromkeys((_prefix + _word, _prefix + _word + "s" * (len(_word) > 2)), _unit)
-_ORDINALS = """third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth
-sixteenth seventeenth eighteenth nineteenth twentieth"""
-_TENS = "thirt fort fift sixt sevent eight ninet"
 _LARGE = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_PARTS = {word: Fraction(1, n) for n, word in enumerate(_ORDINALS.split(), 3)}
-_PARTS |= {f"{ten}ieth": Fraction(1, 10 * n) for n, ten in enumerate(_TENS.split(), 3)}
-_PARTS |= {f"{name}th": Fraction(1, n) for name, n in _LARGE.items()}
+_PARTS = {word: Fraction(1, n) for word, n in (PARTS | {f"{name}th": n for name, n in _LARGE.items()}).items()}
 _SCALES: dict[str, Fraction | int] = {
     **_LARGE, "ten": 10, "dozen": 12, "lakh": 10**5, "crore": 10**7, "quadrillion": 10**15, "quintillion": 10**18,
     "sextillion": 10**21, "basis point": Fraction(1, 10**4),
@@ -88,7 +83,7 @@ _SCALES: dict[str, Fraction | int] = {
 _SCALES |= {f"{name}s": scale for name, scale in (_SCALES | _PARTS).items()}
 _SCALES |= {f"{parts}per {name}": Fraction(1, n) for parts in ("", "parts ") for name, n in _LARGE.items()}
 _SCALES |= {
-    "halves": Fraction(1, 2), "quarters": Fraction(1, 4), "per mille": Fraction(1, 1000), "ppm": Fraction(1, 10**6),
+    "halves": Fraction(1, 2), "per mille": Fraction(1, 1000), "ppm": Fraction(1, 10**6),
     "ppb": Fraction(1, 10**9), "score": 20, "mn": 10**6, "bn": 10**9, "百": 100,
     "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
@@ -122,40 +117,6 @@ _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
 _TAIL_CHARS = 120
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
 _HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
-_CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))?(?::(\d\d))?\s*(?:([ap])\.?\s*m\.?)?", re.I)
-_NOON = re.compile(r"(?:12(?::00)?\s*)?(noon|midnight)", re.I)
-_MONTHS = "january february march april may june july august september october november december"
-_DATE = re.compile(
-    r"(?:\w+day,? )?(?:(?P<month>[a-z]{3,9})\.? (?P<day>\d{1,2})|(?P<day2>\d{1,2}) (?:of )?(?P<month2>[a-z]{3,9})\.?)"
-    r"(?:,? (?P<year>\d{4}))?|(?:(?P<year2>\d{4})年)?(?P<month3>\d{1,2})月(?P<day3>\d{1,2})[日号]?"
-)
-
-
-def date(s: str) -> str | None:
-    """The one spelling of a day of the year."""
-    m = _DATE.fullmatch(re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", re.sub(r"\\text|[{}]", "", s).strip().casefold()))
-    if m is None:
-        return None
-    name = m["month"] or m["month2"] or ""
-    month = next(
-        (n for n, known in enumerate(_MONTHS.split(), 1) if name and known.startswith(name)), int(m["month3"] or 0)
-    )
-    return f"{m['year'] or m['year2'] or ''}-{month}-{int(m['day'] or m['day2'] or m['day3'])}" if month else None
-
-
-def clock(s: str) -> tuple[int, str] | None:
-    """(seconds after midnight or noon, "a", "p" or "" when that is not said) of a time of the day."""
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", s).strip()
-    if named := _NOON.fullmatch(bare):
-        return 0, "a" if named[1].casefold() == "midnight" else "p"
-    m = _CLOCK.fullmatch(bare)
-    if not m or not (m[2] or m[4]) or int(m[1]) > 24 or int(m[2] or 0) > 59 or int(m[3] or 0) > 59:
-        return None
-    hour, half = int(m[1]), (m[4] or "").casefold()
-    half = half or ("p" if hour > 12 else "")
-    return hour % 12 * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), half
-
-
 _PART = re.compile(
     rf"\s*(?:,?\s*\\land\s*)?(\d+(?:\.\d+)?)\s*(\^\\circ|'{{1,2}}|\\text\{{[^{{}}]*\}}|[A-Za-z]+|(?:(?!\d){CJK[:-1]})+)"
 )
@@ -166,7 +127,7 @@ def compound(s: str) -> tuple[Fraction, Unit] | None:
     """(value, unit) of 1 hour 30 minutes, 5 ft 6 in, 30^\\circ 15': units of one kind, each smaller than the last."""
     total, units, at = Fraction(0), list[Unit](), 0
     while m := _PART.match(s, at):
-        name = re.sub(r"\\text\{([^{}]*)\}", r"\1", m[2]).strip(" ,")
+        name = untexted(m[2]).strip(" ,")
         name = "min" if name == "m" and units and units[0].kind == (("s", 1),) else name  # 1h30m
         unit = Unit(_ANGLES[name], DEGREES.kind) if name in _ANGLES else _known([(name, 1)])
         if unit is None or (units and (unit.kind != units[0].kind or unit.factor >= units[-1].factor)):
@@ -268,44 +229,3 @@ def units_clash(gold: Unit, answer: Unit) -> bool:
     if answer.kind == _WITHOUT_DEGREES.get(gold.kind):
         return False
     return gold.kind != answer.kind or (bool(gold.kind) and gold.noun != answer.noun)
-
-
-_BASES = {"hex": "16", "0x": "16", "binary": "2", "0b": "2"}
-
-
-_ASKED_BASE = re.compile(r"\bbase[- ]*[${]*(\w+)|\b(binary|octal|hexadecimal)\b", re.I)
-_NAMED_BASES = {"binary": "2", "octal": "8", "hexadecimal": "16"}
-
-
-def same_in_asked_base(gold: str, answer: str, question: str) -> bool:
-    """204 for 204_5, or the other way round, where the last base of the question is 5."""
-    of_gold, of_answer = in_base(gold), in_base(answer)
-    if (of_gold is None) == (of_answer is None) or not (asked := list(_ASKED_BASE.finditer(question))):
-        return False
-    digits, _, base = (of_gold or of_answer or "").rpartition("_")
-    named = (asked[-1][1] or asked[-1][2]).casefold()
-    plain = answer if of_gold else gold
-    return plain.strip().upper() == digits and base == _NAMED_BASES.get(named, NUMBER_WORDS.get(named, named))
-
-
-def in_base(s: str) -> str | None:
-    """The one spelling of a number in a named base."""
-    if not ("_" in s or "base" in s or s.lstrip("-")[:2] in _BASES):
-        return None
-    bare = re.sub(r"^(-?)(0[xb])(?=\w)(.*)", r"\1\3_\2", re.sub(r"\\text|[(){}\s]", "", s))
-    m = re.fullmatch(r"(-?)([0-9A-Fa-f.]+)(?:_|_?(?:in)?base)(\d{1,2}|0[xb]|[a-z]{3,})", bare)
-    if (
-        not m
-        or (m[2].isalpha() and len(m[2]) < 2)
-        or not (base := _BASES.get(m[3], NUMBER_WORDS.get(m[3], m[3]))).isdecimal()
-    ):
-        return None
-    return f"{m[1]}{m[2].upper()}_{base}"
-
-
-def ratio(s: str) -> list[str]:
-    """Parts of a:b:c and of "a to b"; [] of everything else."""
-    if not (":" in s or "to" in s):
-        return []
-    parts = split_top(re.sub(r"^(\d+)\s*(?:\\text\{ *to *\}|to)\s*(\d+)$", r"\1:\2", s), ":")
-    return parts if len(parts) > 1 else []

@@ -9,9 +9,8 @@ import functools
 import itertools
 import re
 
-from megatron_t1.reward.answers.brackets import bracketed_items, list_items, set_items, unwrap
+from megatron_t1.reward.answers.brackets import bracketed_items, in_alphabet, list_items, set_items, unwrap
 from megatron_t1.reward.answers.clauses import Clause, parted, without_clause
-from megatron_t1.reward.answers.formulas import formula
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -31,8 +30,10 @@ from megatron_t1.reward.answers.kinds import (
     Words,
 )
 from megatron_t1.reward.answers.matrices import matrix_cells
+from megatron_t1.reward.answers.normalize import ungrouped
+from megatron_t1.reward.answers.notations import clock, date, formula, in_base, ratio
 from megatron_t1.reward.answers.numbers import Exact, exact_number
-from megatron_t1.reward.answers.quantities import NO_UNIT, clock, compound, date, in_base, ratio, split_unit
+from megatron_t1.reward.answers.quantities import NO_UNIT, compound, split_unit
 from megatron_t1.reward.answers.relations import (
     SUBSCRIPT,
     bounds_of_region,
@@ -69,7 +70,6 @@ _REMAINDER = re.compile(r"\d+\\text\{ R \}\d+")
 _BINDER = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _POINT = re.compile(rf"([ABDEI-Z]{SUBSCRIPT}?'*)\s*(\(.*\))")  # no C(5,2), no F(x,y)
 _TRANSPOSED = re.compile(r"(?<=[)\]}])\s*\^\s*\{?\s*(?:T|\\top|\\intercal|\\text\{\s*T\s*\})\s*\}?$")
-_THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 _DECLARED = re.compile(r"(?<![\\a-zA-Z])([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\s*\{?[ZNRQ]")
 _LABEL = re.compile(
     r"(?:\\text\{\s*)?([A-Za-z]{2,}(?: [A-Za-z]+){0,2}(?<=\w{3}))(?=[\s:}])\s?:?\s?\}?\s?:?\s?([-(\[\d\\].*)", re.S
@@ -136,7 +136,7 @@ def read(text: str) -> Answer:
         return _item(s, 0)
     if len(items) > MAX_ITEMS:
         return Literal(s, f"a list of {len(items)} items")
-    joined = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), s)
+    joined = ungrouped(s)
     return List(s, _items(items, 0), _region(s, 0), None if "," in joined else _item(joined, 0))
 
 
@@ -231,6 +231,11 @@ def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -
     if operators == ["="] and is_name(sides[1]) and not is_name(sides[0]):  # 5 = x
         sides = sides[::-1]
     named = is_name(sides[0])
+    if named and operators == ["="] and sides[0][0] == "(":  # (y, x) = (1, 2)
+        letters, values = sides[0][1:-1].split(","), bracketed_items(sides[1])
+        order = in_alphabet(letters) if len(letters) == len(values) else []
+        if order != sorted(order):
+            sides = [f"({', '.join(each[i] for i in order)})" for each in (letters, values)]
     if operators[-1] == "\\approx" and not (len(operators) == 1 and named):
         exact = re.split(r"\\(?:approx|sim|simeq)(?![a-zA-Z])", s)[0]
         return Approximation(s, _item(exact, depth), _items(sides[operators.index("\\approx") + 1 :], depth))

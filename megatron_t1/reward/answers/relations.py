@@ -41,6 +41,8 @@ _NAME = re.compile(
 _BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")
 _Bounds = tuple[str, bool, str, bool]
 """(low, low closed, high, high closed)"""
+_Bounded = tuple[list[_Bounds], str]
+"""Intervals, and whose values they are; '' when that isn't said."""
 
 
 def split_relation(s: str) -> tuple[list[str], list[str]]:
@@ -57,8 +59,7 @@ def is_name(s: str) -> bool:
 
 
 _DERIVATIVE = re.compile(
-    r"\\frac\{d\s*([a-zA-Z])\}\{d\s*([a-zA-Z])\}|d\s*([a-zA-Z])\s*/\s*d\s*([a-zA-Z])"
-    r"|\\frac\{\\partial\s*([a-zA-Z])\}\{\\partial\s*([a-zA-Z])\}|\\partial\s*([a-zA-Z])\s*/\s*\\partial\s*([a-zA-Z])"
+    r"\\frac\{(d|\\partial)\s*([a-zA-Z])\}\{\1\s*([a-zA-Z])\}|(d|\\partial)\s*([a-zA-Z])\s*/\s*\4\s*([a-zA-Z])"
 )
 
 
@@ -69,11 +70,11 @@ def symbol_of(side: str) -> str:
         return f"p_{{{bare[1:].replace('_', '')}}}"
     if not (m := _DERIVATIVE.fullmatch(side.strip())):
         return side
-    of, by = (group for group in m.groups() if group)
+    _, of, by = (group for group in m.groups() if group)
     return f"{of}_{{{by}}}" if "partial" in side else f"{of}'" if by in "xt" else f"{of}_{{{by}}}'"
 
 
-def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
+def bounds_of_region(s: str) -> _Bounded | None:
     """A union of intervals, written as intervals, inequalities or a set of x with a condition; and whose values."""
     if s == "\\mathbb{R}":
         return [*_LINE], ""
@@ -91,7 +92,7 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
         return _without(bounds_of_region(m[1]), set_items(m[2]) or [])
     excluded: list[str] = []
     named = ""
-    found: list[tuple[list[_Bounds], str] | None] = []
+    found: list[_Bounded | None] = []
     for piece in split_top(s, ",;") if operators else [s]:
         sides, operators = split_relation(piece)
         if operators == ["\\ne"] and is_name(sides[0]):
@@ -99,7 +100,7 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
         elif named and not operators:  # x \ne 1, 2
             excluded += list_items(piece)
         elif (
-            operators == ["="] and is_name(sides[0]) and "\\lor" in s and _INEQUALITY.search(s.replace(piece, ""))
+            operators == ["="] and is_name(sides[0]) and "\\lor" in s and INEQUALITY.search(s.replace(piece, ""))
         ):  # x < 1 or x = 5
             found.append(([(sides[1], True, sides[1], True)], sides[0]))
         else:
@@ -113,13 +114,13 @@ def bounds_of_region(s: str) -> tuple[list[_Bounds], str] | None:
     return _without(region, excluded) if excluded else region
 
 
-_INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
+INEQUALITY = re.compile(r"[<>]|\\[lg]e(?![a-z])")
 _SET_BUILDER = re.compile(r"\\\{([^|:{}]*(?:\{[^{}]*\}[^|:{}]*)?)[|:](.*)\\\}", re.S)
 _WHOLE_NUMBERS = re.compile(r"\\in\s*(?:\\mathbb)?\s*\{?[ZN]")
 _LINE: list[_Bounds] = [("-\\infty", False, "\\infty", False)]
 
 
-def _joined(regions: list[tuple[list[_Bounds], str] | None], variable: str = "") -> tuple[list[_Bounds], str] | None:
+def _joined(regions: list[_Bounded | None], variable: str = "") -> _Bounded | None:
     """All of them, when they are regions of one variable."""
     bounds: list[_Bounds] = []
     for region in regions:
@@ -129,7 +130,7 @@ def _joined(regions: list[tuple[list[_Bounds], str] | None], variable: str = "")
     return bounds, variable
 
 
-def _without(region: tuple[list[_Bounds], str] | None, values: list[str]) -> tuple[list[_Bounds], str] | None:
+def _without(region: _Bounded | None, values: list[str]) -> _Bounded | None:
     """A region but for some points; None when it is unclear where they lie."""
     if region is None or not values:
         return None
@@ -161,7 +162,7 @@ def _position(end: str) -> Any:
 
 def whole_numbers(s: str) -> list[str] | None:
     r"""Members of \{x \in \mathbb{Z} \mid -2 \le x \le 2\}; None of everything else, and when they are too many."""
-    m = _SET_BUILDER.fullmatch(s) if "|" in s else None
+    m = _SET_BUILDER.fullmatch(s)
     found = bounds_of_region(m[2].strip()) if m and _WHOLE_NUMBERS.search(m[1]) else None
     if not found or len(found[0]) != 1:
         return None
@@ -201,34 +202,32 @@ def _common(bounds: list[_Bounds]) -> list[_Bounds] | None:
     return [(*bounds[first][:2], *bounds[last][2:])]
 
 
-def _bounds_of_interval(s: str) -> tuple[list[_Bounds], str] | None:
+def _bounds_of_interval(s: str) -> _Bounded | None:
     """The intervals of one piece, and whose values they are."""
     if len(pair := bracketed_items(s)) == 2:
         return [(pair[0], s[0] == "[", pair[1], s[-1] == "]")], ""
     sides, operators = split_relation(s)
-    if not operators or any(o not in MIRRORED for o in operators):
-        return None
-    if operators[0] in (">", "\\ge"):
-        sides, operators = sides[::-1], [MIRRORED[o] for o in reversed(operators)]
+    if operators in ([">"], ["\\ge"]):
+        sides, operators = sides[::-1], [MIRRORED[operators[0]]]
     closed = [o == "\\le" for o in operators]
-    if len(operators) == 1:
-        left, right = sides
-        if m := _BARS.fullmatch(left):
-            return [(_shifted(f"-({right})", m[2]), closed[0], _shifted(right, m[2]), closed[0])], m[1]
-        if m := _BARS.fullmatch(right):
-            below = ("-\\infty", False, _shifted(f"-({left})", m[2]), closed[0])
-            return [below, (_shifted(left, m[2]), closed[0], "\\infty", False)], m[1]
-        if is_name(left):
-            return [("-\\infty", False, right, closed[0])], left
-        return ([(left, closed[0], "\\infty", False)], right) if is_name(right) else None
-    if len(operators) != 2 or not set(operators) <= {"<", "\\le"}:
+    if len(operators) == 1 and (_BARS.fullmatch(sides[0]) or (is_name(sides[0]) and not _BARS.fullmatch(sides[1]))):
+        sides, closed = ["-\\infty", *sides], [False, *closed]
+    elif len(operators) == 1:
+        sides, closed = [*sides, "\\infty"], [*closed, False]
+    if len(sides) != 3 or not set(operators) <= {"<", "\\le"}:
         return None
-    if m := _BARS.fullmatch(sides[1]):
-        low, high = sides[0], sides[2]
-        below = (_shifted(f"-({high})", m[2]), closed[1], _shifted(f"-({low})", m[2]), closed[0])
-        return [below, (_shifted(low, m[2]), closed[0], _shifted(high, m[2]), closed[1])], m[1]
-    return ([(sides[0], closed[0], sides[2], closed[1])], sides[1]) if is_name(sides[1]) else None
+    (low, middle, high), (low_in, high_in) = sides, closed
+    if not (m := _BARS.fullmatch(middle)):
+        return ([(low, low_in, high, high_in)], middle) if is_name(middle) else None
+    top, bottom = _shifted(high, m[2]), _shifted(high, m[2], "-")
+    if low == "-\\infty":
+        return [(bottom, high_in, top, high_in)], m[1]
+    below, above = (bottom, high_in, _shifted(low, m[2], "-"), low_in), (_shifted(low, m[2]), low_in, top, high_in)
+    return [below, above], m[1]
 
 
-def _shifted(bound: str, offset: str | None) -> str:
+def _shifted(bound: str, offset: str | None, sign: str = "") -> str:
+    if bound == "\\infty":
+        return sign + bound
+    bound = f"-({bound})" if sign else bound
     return f"{bound}-({offset})" if offset else bound

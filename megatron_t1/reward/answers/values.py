@@ -20,10 +20,10 @@ from megatron_t1.reward.answers.kinds import (
     Literal,
     Number,
     Quantity,
-    Relation,
     Words,
 )
-from megatron_t1.reward.answers.normalize import compact
+from megatron_t1.reward.answers.names import value_of
+from megatron_t1.reward.answers.normalize import compact, untexted
 from megatron_t1.reward.answers.numbers import Exact, exact_number, numbers_equal, rounds_to
 from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
 from megatron_t1.reward.answers.quantities import (
@@ -68,7 +68,6 @@ class Leaves:
                 return False
             case (Words(), _) | (_, Words()):
                 return same_words(gold, answer) or self.spelled_equal(gold, answer)
-        match gold, answer:
             case Clock(), Clock():
                 halves = {gold.half, answer.half} - {""}
                 return gold.seconds == answer.seconds and len(halves) < 2
@@ -92,7 +91,7 @@ class Leaves:
         r"""Mathematics that one side has in \text{...}: its letters stand alone, or they would be words."""
         if isinstance(gold, Words) == isinstance(answer, Words):
             return False
-        texts = [_untexted(each.text) for each in (gold, answer)]
+        texts = [untexted(each.text) for each in (gold, answer)]
         in_words = texts[isinstance(answer, Words)]
         mathematics = not re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2}", in_words) and re.search(r"[-+/^!|\d]", in_words)
         return bool(mathematics) and self.leaves_equal(*map(plain, texts))
@@ -150,8 +149,7 @@ class Leaves:
 
     def _amounts(self, answer: Answer) -> tuple[Any, Any]:
         """Its value as it is written, and in basic units; None when it has none."""
-        named = answer.value if isinstance(answer, Relation) and answer.value else answer
-        value, unit = _value_and_unit(named)
+        value, unit = _value_and_unit(value_of(answer))
         amount = decimal_value(value.tree, self.meter)
         factor = {PERCENT: Fraction(1, 100), DEGREES: Fraction(314159, 18 * 10**6)}.get(unit, unit.factor)
         return amount, amount and amount * factor.numerator / factor.denominator
@@ -213,12 +211,8 @@ def same_words(gold: Answer, answer: Answer) -> bool:
 
 
 def _joined_words(answer: Answer) -> tuple[list[str], bool]:
-    parts = [words(part) for part in re.split(r"[,;]", _untexted(answer.text))]
+    parts = [words(part) for part in re.split(r"[,;]", untexted(answer.text))]
     return sorted(NUMBER_WORDS.get(part, part) for part in parts if part), "\\lor" in answer.text
-
-
-def _untexted(text: str) -> str:
-    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
 
 
 def _value_and_unit(answer: Answer) -> tuple[Answer, Unit]:

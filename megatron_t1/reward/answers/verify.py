@@ -12,13 +12,11 @@ from dataclasses import replace
 
 from megatron_t1.reward.answers import choices as letters
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.clauses import names_another_quantity
 from megatron_t1.reward.answers.equal import equal
 from megatron_t1.reward.answers.explain import explain
 from megatron_t1.reward.answers.normalize import normalize
 from megatron_t1.reward.answers.policy import DEFAULT, EqualityConfig
-from megatron_t1.reward.answers.quantities import same_in_asked_base
-from megatron_t1.reward.answers.question import asks_for_percent, is_copied
+from megatron_t1.reward.answers.question import asks_for_percent, is_copied, names_another_quantity, same_in_asked_base
 from megatron_t1.reward.answers.read import read_both
 from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
 from megatron_t1.reward.answers.values import equal_cheaply
@@ -87,10 +85,11 @@ def verify_fully(
     equality: EqualityConfig = DEFAULT,
 ) -> Verdict:
     """The verdict on an extracted answer; the question, when it is known, says whether it is copied."""
-    if _names_option(normalized_gold(gold, mode), answer):
+    known = normalized_gold(gold, mode)
+    if _names_option(known, answer):
         return Verdict("correct", answer, _OPTION)
     try:
-        known, given = normalized_gold(gold, mode), normalize(answer)
+        given = normalize(answer)
         reads, spelled = read_both(known, given)
         same = equal(reads, spelled, _for_question(equality, question)) or same_in_asked_base(known, given, question)
         copied = same and refuse_copies and is_copied(reads, spelled, question)

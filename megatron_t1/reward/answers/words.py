@@ -6,6 +6,8 @@ import re
 from collections.abc import Set
 
 CJK = r"[\u3040-\u30ff\u4e00-\u9fff]+"
+JOINT = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
+"""What `normalize` leaves, after a comma, of an "and" or an "or"."""
 _OTHER_WORDS = """
 half halves third thirds quarter quarters
 or and nor but not no non never isn't is are was were be been am equals equal at least most more less fewer
@@ -13,12 +15,9 @@ greater smaller larger bigger higher lower than over under above below up down a
 probably possibly approximately roughly almost nearly wrong incorrect false true right correct squared cubed
 root point times plus minus divided multiplied by mod modulo to too from if when where for with without which
 that then else otherwise unless except only between either neither cannot can could might may must should would
-some both zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty
-factorial double twice triple thrice inverse negative positive power base binary hexadecimal the a an it as so
-because since instead rather actually wait unknown undefined
+some both zero factorial double twice triple thrice inverse negative positive power base binary hexadecimal the a an
+it as so because since instead rather actually wait unknown undefined
 """
-NOT_COUNTED = set(_OTHER_WORDS.split())
-"""Words that are not counted: no nouns."""
 _OPERATIONS = "sin cos tan cot sec csc log ln exp lim sqrt abs floor ceil gcd lcm square cube every each all"
 OPERATIONS = set(_OPERATIONS.split())
 """Words that do something to the value behind them."""
@@ -29,7 +28,8 @@ _SHORT_WORDS = {"yes", "no", "odd", "dne", "all", "sat", "sun", "mon", "tue", "w
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen"""
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_UP_TO_9 = ("", *_SMALL.split()[1:10])
+SMALL_NUMBERS = (*_SMALL.split()[1:], *_TENS.split())
+_UP_TO_9 = ("", *SMALL_NUMBERS[:9])
 _ENGLISH = [*_SMALL.split(), *(f"{ten} {one}".strip() for ten in _TENS.split() for one in _UP_TO_9)]
 _ENGLISH += [f"{n} hundred {rest}".strip() for n in _UP_TO_9[1:] for rest in ("", *_ENGLISH[1:])]
 _DIGITS = "零一二三四五六七八九"
@@ -38,9 +38,13 @@ _AFTER_100 = ["", *(f"零{n}" for n in _DIGITS[1:]), *("一" * (n < 20) + _CHINE
 _CHINESE += [f"{n}百{rest}" for n in _DIGITS[1:] for rest in _AFTER_100]
 NUMBER_WORDS = {word: str(n) for names in (_ENGLISH, _CHINESE) for n, word in enumerate(names)} | {"两": "2"}
 """Words of the numbers below 1000."""
-_PARTS = {"half": 2, "halve": 2, "quarter": 4}
-_ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth"
-_PARTS |= {word: n for n, word in enumerate(_ORDINALS.split(), 3)}
+_ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+PARTS = {"half": 2, "quarter": 4}
+PARTS |= {word: n for n, word in enumerate([*_ORDINALS.split(), *(f"{n}th" for n in SMALL_NUMBERS[12:19])], 3)}
+PARTS |= {f"{ten[:-1]}ieth": 10 * n for n, ten in enumerate(_TENS.split(), 2)}
+"""Words of parts, with how many of them are a whole."""
+NOT_COUNTED = {*_OTHER_WORDS.split(), *SMALL_NUMBERS}
+"""Words that are not counted: no nouns."""
 _FIRST_WORD = re.compile(r"-?\s*(?:\\text\{\s*)?(?:a |[A-Za-z]{3,})|-?[零一二三四五六七八九十百两]")
 _CHINESE_NUMBER = re.compile(rf"(-?)([{_DIGITS}十百两]+)(?:分之([{_DIGITS}十百两]+)|([个种次天人位条张元岁]?))")
 
@@ -61,14 +65,13 @@ def in_digits(s: str) -> str:
         name = " ".join(tokens[:k]).replace("-", " ").casefold()
         above, _, part = name.rpartition(" ")
         number = NUMBER_WORDS.get(name)
-        if number is None and (above in NUMBER_WORDS or above == "a") and part.removesuffix("s") in _PARTS:
-            number = f"{NUMBER_WORDS.get(above, 1)}/{_PARTS[part.removesuffix('s')]}"
+        if number is None and (above in NUMBER_WORDS or above == "a") and part.removesuffix("s") in PARTS:
+            number = f"{NUMBER_WORDS.get(above, 1)}/{PARTS[part.removesuffix('s')]}"
         if number is not None:
             return " ".join(["-"[: bare.startswith("-")] + number, *tokens[k:]])
     return s
 
 
-_JOINTS = re.compile(r"\\(?:land|lor)(?![a-zA-Z])")
 _HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_]{2})|(?<=[^\W\d_]{2})-(?=[^\W\d_])")
 """Between the parts of a word: twenty-one, x-axis; no x - y, no Cl^-."""
 _CHARGE = re.compile(r"\^\s*\{?(?=\d*[-+](?!\s*\d))")
@@ -80,7 +83,7 @@ _STOP_WORDS = {"the", "a", "an", "is", "are"}
 
 def words(s: str) -> str:
     """Plain words of a text answer, for comparison, and the signs among them: C++, Cl^-."""
-    s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", _JOINTS.sub("", s))
+    s = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", JOINT.sub("", s))
     s = re.sub(r"\b([a-z])\.\s?([a-z])\.", r"\1\2", s.casefold())  # p.m., i.e.
     s = _CHARGE.sub(" ", _HYPHEN.sub(" ", s))
     s = _SIGNS.sub(r" \1 ", s)
@@ -91,7 +94,7 @@ def words(s: str) -> str:
 
 def is_text(s: str) -> bool:
     r"""Words, not mathematics: all \text{...}, capital letters naming points, or words of four letters and more."""
-    s = _JOINTS.sub("", s)
+    s = JOINT.sub("", s)
     if s.casefold() in _SHORT_WORDS or s.casefold().replace("-", " ") in NUMBER_WORDS:
         return True
     outside = re.sub(r"\\text\{[^{}]*\}", "", s)
