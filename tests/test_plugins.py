@@ -59,6 +59,20 @@ HOSTILE = {
         "import gc\nraise ValueError([o for o in gc.get_objects() if isinstance(o, dict) and o.get('returns')])",
         "ValueError: []",
     ),
+    "looks for earlier samples": (
+        "import re, sys\nct = sys.modules['ctypes']\nlibc = ct.CDLL(None)\n"
+        "libc.sbrk.restype = libc.mremap.restype = ct.c_ssize_t\n"
+        "page, found = libc.sbrk(ct.c_ssize_t(0)) & ~4095, set()\n"
+        "while libc.mremap(ct.c_ssize_t(page := page - 4096), ct.c_size_t(4096), ct.c_size_t(4096), 0) == page:\n"
+        "    found |= set(re.findall(rb'SECR[E]T-[a-z]+', ct.string_at(page, 4096)))\n"
+        "raise ValueError(sorted(found))",
+        "ValueError: []",
+    ),
+}
+SECRET = {  # its source, its inputs and its outputs, large enough to lie on the heap
+    "gold": json.dumps({"function": "f", "calls": [["SECRET-input " * 99]], "returns": ["SECRET-output " * 99]}),
+    "prediction": program(f"def f(x): return x.replace('input', 'output')  {'# SECRET-source ' * 99}"),
+    "mode": "unit_tests",
 }
 
 
@@ -70,6 +84,7 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
         {"id": "last", "gold": "12", "prediction": "first 3, then 12", "mode": "last_integer"},
         {"id": "good", "gold": NEED, "prediction": good, "mode": "unit_tests"},
         {"id": "half", "gold": NEED, "prediction": program("def add(a, b): return 3"), "mode": "unit_tests"},
+        {"id": "secret", **SECRET},
         *({"id": name, "gold": NEED, "prediction": program(body), "mode": "unit_tests"}
           for name, (body, _) in HOSTILE.items()),
         {"id": "still good", "gold": NEED, "prediction": good, "mode": "unit_tests"},
@@ -88,7 +103,7 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
              "--reward.num_workers", 1)  # fmt: skip
     graded = {row["id"]: row for row in map(json.loads, out.open())}
     assert graded["sorry"]["penalties"] == {"apology": "it apologizes"}
-    assert {name for name, row in graded.items() if row["correct"]} == {"sorry", "last", "good", "still good"}
+    assert {name for name, row in graded.items() if row["correct"]} == {"sorry", "last", "good", "secret", "still good"}
     assert graded["half"]["reason"] == "1 of 2 calls return what they must"
     for name, (_, reason) in HOSTILE.items():
         assert reason in graded[name]["reason"], name

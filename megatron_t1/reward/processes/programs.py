@@ -1,11 +1,16 @@
 """Programs that a model wrote, run for a verifier: unit tests of code and the like.
 
-    grader (gold, verdict) --source, inputs--> runner --fork--> a process for this program alone --outputs--> grader
+    grader (gold, verdict) --source, inputs--> keeper --fork--> a process for this program alone
+                           <------outputs-----
+
+The runner, forked once a grader, forks a keeper for each program; it reads no source and no output itself, since all
+later programs have its memory.
 
 A program may expect Python, the modules of `PRELOADED`, some CPU seconds and memory. What the user may rely on:
 
-- The program's process never holds the expected outputs, nor any other task's: the runner is forked before its grader
-  has a task, and is told source and inputs alone. The grader compares, and reads nothing from it but JSON.
+- The program's process never holds the expected outputs, nor anything of another task: the runner is forked before its
+  grader has a task, and a keeper is told one program's source and inputs. The grader compares, and reads nothing but
+  JSON.
 - A seccomp filter leaves it memory, the clock, random numbers, one pipe and its own end. Files, sockets, processes,
   threads, signals to others, sleeping, tracing: the kernel refuses each (EPERM), for root too.
 - It ends at its CPU limit or its memory limit, and its process with it: nothing is left for the next program.
@@ -161,20 +166,37 @@ def _serve(requests: socket.socket, grader: int) -> None:
     os.closerange(0, kept)  # the grader's own connection above all
     os.closerange(kept + 1, 1 << 16)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    frames = Frames()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            for request in frames.feed(requests.recv(1 << 20)):
-                requests.sendall(encode(_run(request)))
+    runner = os.getpid()
+    with contextlib.suppress(OSError):
+        while requests.recv(1, socket.MSG_PEEK):  # what it read would be in the memory of every later program
+            if (keeper := os.fork()) == 0:
+                try:
+                    _keep(requests, runner)
+                finally:
+                    os._exit(1)
+            if os.waitpid(keeper, 0)[1]:
+                return
+
+
+def _keep(requests: socket.socket, runner: int) -> NoReturn:
+    """One program, from its request to its reply."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != runner:
+        os._exit(1)
+    frames, asked = Frames(), list[Any]()
+    while not asked:
+        asked = frames.feed(requests.recv(1 << 20))
+    requests.sendall(encode(_run(asked[0])))
+    os._exit(0)
 
 
 def _run(request: dict[str, Any]) -> tuple[str, int]:
     """What the program's process wrote, and its wait status."""
     reading, writing = os.pipe()
-    runner, pid = os.getpid(), os.fork()
+    keeper, pid = os.getpid(), os.fork()
     if pid == 0:
         try:
-            _be_the_program(request, writing, runner)
+            _be_the_program(request, writing, keeper)
         finally:
             os._exit(1)
     os.close(writing)
@@ -190,10 +212,10 @@ def _run(request: dict[str, Any]) -> tuple[str, int]:
     return output.decode(errors="replace"), os.waitpid(pid, 0)[1]
 
 
-def _be_the_program(request: dict[str, Any], writing: int, runner: int) -> NoReturn:
+def _be_the_program(request: dict[str, Any], writing: int, keeper: int) -> NoReturn:
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != runner:
+    if os.getppid() != keeper:
         os._exit(1)
     os.closerange(0, writing)
     os.closerange(writing + 1, 1 << 16)
