@@ -63,6 +63,11 @@ def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
     return value
 
 
+def storable(text: str) -> str:
+    """With a question mark for each half of a surrogate pair, which no file takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object from its entries, for `json`. Raises ValueError for a key that is there twice: which one counts?"""
     entries = dict(pairs)

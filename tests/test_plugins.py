@@ -55,6 +55,7 @@ HOSTILE = {
         "    except OSError: pass\nos._exit(0)",
         "ended without its outputs",
     ),
+    "says what no file takes": ("raise ValueError(chr(0xd800))", "ValueError: ?"),
     "looks for the gold": (
         "import gc\nraise ValueError([o for o in gc.get_objects() if isinstance(o, dict) and o.get('returns')])",
         "ValueError: []",

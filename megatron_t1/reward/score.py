@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_t1.files import storable
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.penalties import mean_and_worst_nll
 from megatron_t1.reward.processes.grader import Graded
@@ -139,7 +140,7 @@ class Scorer:
 
     def _reward(self, graded: Graded) -> Reward:
         first = graded.messages[0] if graded.messages else {"penalties": {}, "answer": None}
-        penalties = dict(first["penalties"])
+        penalties = {name: storable(reason) for name, reason in first["penalties"].items()}
         if graded.ending == "done":
             verdict = Verdict(**graded.messages[-1]["verdict"])
         elif graded.ending == "timeout":
@@ -152,8 +153,8 @@ class Scorer:
             value=-1.0 if penalties else float(correct),
             correct=correct,
             outcome=verdict.outcome,
-            extracted=verdict.extracted,
-            reason=verdict.reason,
+            extracted=None if verdict.extracted is None else storable(verdict.extracted),
+            reason=storable(verdict.reason),
             penalties=penalties,
             seconds=graded.seconds,
         )

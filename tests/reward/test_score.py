@@ -13,16 +13,17 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_t1.data.prompts import Question
+from megatron_t1.files import append_jsonl
 from megatron_t1.reward.config import PenaltyConfig, RewardConfig
 from megatron_t1.reward.processes import pool
-from megatron_t1.reward.processes.grader import Zygote
+from megatron_t1.reward.processes.grader import Graded, Zygote
 from megatron_t1.reward.processes.worker import encode
 from megatron_t1.reward.score import Scorer
 from megatron_t1.types import Message, text_sample
@@ -291,6 +292,20 @@ def test_a_response_of_100_mb_is_refused_unread() -> None:
         (reward,) = scorer.score_all([pair("4", "x" * 100_000_000 + r"\boxed{4}")])
     assert (reward.outcome, reward.value) == ("no_answer", 0)
     assert "characters" in reward.reason
+
+
+HALF = "\ud800"
+
+
+def test_every_reward_can_be_written(tmp_path: Path) -> None:
+    """Half of a surrogate pair, in a text or in an exception's, comes again in what was extracted and why."""
+    with Scorer(RewardConfig(num_workers=1, deadline_s=0.5), BURNING) as scorer:
+        rewards = scorer.score_all(pair(gold, rf"\boxed{{x+{HALF}}}") for gold in ("4", "x+1", BURNS))
+        failed = {"outcome": "crash", "extracted": None, "reason": HALF}
+        rewards.append(scorer._reward(Graded([{"penalties": {"p": HALF}, "answer": None, "verdict": failed}], "done")))
+    assert [reward.extracted for reward in rewards] == ["x+?", "x+?", "x+?", None]
+    assert (rewards[-1].reason, rewards[-1].penalties) == ("?", {"p": "?"})
+    append_jsonl(tmp_path / "rewards.jsonl", map(asdict, rewards))
 
 
 def test_penalties_can_be_switched_off() -> None:
