@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import random
-import resource
 import time
 import urllib.parse
 import urllib.request
@@ -27,7 +26,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_t1.files import storable
+from megatron_t1.files import raise_open_files_limit, storable
 from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.rollout.frozen_heap import frozen_heap
 from megatron_t1.types import FinishReason, Message
@@ -94,8 +93,7 @@ class ChatEndpoint:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> ChatEndpoint:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection a request; the usual limit is 1024
+        raise_open_files_limit()
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             connector=aiohttp.TCPConnector(limit=0),

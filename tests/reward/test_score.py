@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import selectors
@@ -15,6 +16,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +174,37 @@ def test_a_zygote_that_is_about_to_end_is_replaced() -> None:
     assert grader.frames.feed(grader.connection.recv(1 << 16))[0] > 0
     assert zygote.pids() != [dying]
     zygote.close()
+
+
+@pytest.mark.parametrize(("what", "number"), [("socket.socketpair", errno.EMFILE), ("subprocess.Popen", errno.EAGAIN)])
+def test_graders_that_cannot_be_started_now_are_started_later(
+    what: str, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And when they never can, what waits is told why, and the next task has its chance."""
+    monkeypatch.setattr(pool, "START_PAUSE_S", 0.01)
+    failures = 0
+
+    def flaky(*args: Any, **more: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OSError(number, os.strerror(number))
+        return real(*args, **more)
+
+    graders = pool.Pool("megatron_t1.reward.grading", 1, 5.0, 1 << 30, 1)
+    real = getattr(socket if "socket" in what else subprocess, what.split(".")[1])
+    monkeypatch.setattr(what, flaky)
+    try:
+        failures = 2
+        assert graders.submit({"gold_to_check": "4"}, "four").result(60).messages[-1]["problem"] is None
+        assert capsys.readouterr().err.count(f"no grader can be started at present: [Errno {number}]") == 2
+        os.kill(graders.pids()[0], signal.SIGKILL)
+        failures = pool.MAX_FAILED_STARTS
+        with pytest.raises(RuntimeError, match=rf"graders do not start \(\[Errno {number}\] .*\): `python -m"):
+            graders.submit({"gold_to_check": "5"}, "five").result(60)
+        assert graders.submit({"gold_to_check": "6"}, "six").result(60).messages[-1]["problem"] is None
+    finally:
+        graders.close()
 
 
 def test_an_event_loop_stays_free_while_answers_are_graded() -> None:
