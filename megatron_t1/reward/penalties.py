@@ -277,6 +277,8 @@ _GREEK_SIGNS = re.compile(  # begins with its first letter, which is faster than
 """Greek that is no word: one or two letters, four between other signs, a figure of eight, eight indices."""
 _FEW_MARKS = re.compile(rf"[{_MARKS}](?<![{_MARKS}][{_MARKS}])[{_MARKS}]?(?![{_MARKS}])")
 """Accents, apostrophes, arrows over vectors."""
+_MANY_MARKS = re.compile(r"([^\w\s\x00-\x7f]{30})")
+"""And signs: what is neither letter nor digit."""
 _SIGNS = re.compile(
     r"[\u2605\u2606\u2610-\u2612\u2640\u2642\u2654-\u2667\u266d-\u266f\u2680-\u2685\u26aa\u26ab\u2705\u2713-\u2718"
     r"\u274c\u274e\u2794-\u27bf\u2b00-\u2b1c\u2b50\u2b55\u3000-\u33ff]"
@@ -312,7 +314,8 @@ def letters_by_script(text: str) -> Counter[str]:
 def _by_script(text: str) -> Counter[str]:
     counts = Counter({"LATIN": 0})
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text)  # the sign of the ohm is an omega
+        # The sign of the ohm is an omega. Marks in a row take the square of their number: thirty at a time.
+        text = "".join(unicodedata.normalize("NFC", piece) for piece in _MANY_MARKS.split(text))
         text = _FEW_MARKS.sub(" ", _GREEK_SIGNS.sub(" ", text))
     for char, count in _characters(text):
         if script := script_of(char):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import unicodedata
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ from megatron_t1.reward.penalties import (
     Response,
     find_penalties,
     language,
+    letters_by_script,
     longest_periodic_run,
     mean_and_worst_nll,
     np,
@@ -240,6 +242,17 @@ def test_soup_is_penalized_as_a_whole_and_in_a_window() -> None:
 def test_tokens_without_text_are_garbled() -> None:
     assert "without text" in find_penalties(CONFIG, Response(text="x", num_hidden_tokens=5))["garbled"]
     assert not find_penalties(CONFIG, Response(text="x", num_hidden_tokens=4))
+
+
+@pytest.mark.parametrize(
+    "marks", ["\u0301\u0316", "\u093c\u094d", "\u05b0\u05c1", "\U0001d165\U0001d16d", "\u20d2\u20d0"]
+)
+def test_marks_in_a_row_are_read_in_time_and_all_of_them(marks: str) -> None:
+    """Bringing them into order takes the square of their number."""
+    before = time.process_time()
+    counts = letters_by_script("a" + marks * 32_000)
+    assert time.process_time() - before < 1
+    assert sum(counts.values()) == 64_001
 
 
 @pytest.mark.parametrize("letters", ["\u1782" * 300, "\u1208" * 300, "\u6211" * 300, "\u03b1\u03b2\u03b3\u03b4 " * 75])

@@ -28,7 +28,7 @@ from megatron_t1.reward.processes import pool
 from megatron_t1.reward.processes.grader import Graded, Zygote
 from megatron_t1.reward.processes.worker import encode
 from megatron_t1.reward.score import Scorer
-from megatron_t1.types import Message, text_sample
+from megatron_t1.types import FinishReason, Message, text_sample
 from tests.reward.burning import BURNS, BURNS_AT_ONCE, DIES, SLEEPS
 from tests.reward.cases import pair, rows
 from tests.reward.soak import soak
@@ -64,6 +64,30 @@ def test_a_bomb_is_killed_and_keeps_its_penalties() -> None:
         assert set(rewards[1].penalties) == {"overlong"}
         assert rewards[1].value == -1
         assert scorer.num_kills == 1
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "outcome"),
+    [
+        (BURNS_AT_ONCE, r"\boxed{x}", "timeout"),
+        (DIES, r"\boxed{x}", "crash"),
+        ("4", " " * 4_100_000 + r"\boxed{4}", "no_answer"),
+    ],
+    ids=["late", "deadly", "unread"],
+)
+def test_how_it_ended_costs_minus_one_whatever_comes_of_the_text(
+    gold: str, text: str, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "MAX_ATTEMPTS", 2)
+    with Scorer(RewardConfig(num_workers=1, deadline_s=0.1), BURNING) as scorer:
+        endings: list[FinishReason] = ["length", "repetition", "stop"]
+        rewards = scorer.score_all(pair(gold, text, finish_reason=ending) for ending in endings)
+    assert [reward.outcome for reward in rewards] == [outcome] * 3
+    assert [list(reward.penalties) for reward in rewards] == [["overlong"], ["repetition"], []]
+    assert [reward.value for reward in rewards] == [-1, -1, 0]
+    cfg = RewardConfig(num_workers=1, deadline_s=0.1, penalties=PenaltyConfig(enabled=("garbled",)))
+    with Scorer(cfg, BURNING) as scorer:
+        assert scorer.score_all([pair(gold, text, finish_reason="length")])[0].value == 0
 
 
 def test_only_the_late_one_is_late() -> None:
@@ -335,7 +359,9 @@ def test_every_reward_can_be_written(tmp_path: Path) -> None:
     with Scorer(RewardConfig(num_workers=1, deadline_s=0.5), BURNING) as scorer:
         rewards = scorer.score_all(pair(gold, rf"\boxed{{x+{HALF}}}") for gold in ("4", "x+1", BURNS))
         failed = {"outcome": "crash", "extracted": None, "reason": HALF}
-        rewards.append(scorer._reward(Graded([{"penalties": {"p": HALF}, "answer": None, "verdict": failed}], "done")))
+        rewards.append(
+            scorer._reward(Graded([{"penalties": {"p": HALF}, "answer": None, "verdict": failed}], "done"), "stop")
+        )
     assert [reward.extracted for reward in rewards] == ["x+?", "x+?", "x+?", None]
     assert (rewards[-1].reason, rewards[-1].penalties) == ("?", {"p": "?"})
     append_jsonl(tmp_path / "rewards.jsonl", map(asdict, rewards))
