@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +56,14 @@ HOSTILE = {
         "import os\nfor number in range(99):\n    try: os.write(number, b'{\"outputs\": [3]}')\n"
         "    except OSError: pass\nos._exit(0)",
         "ended without its outputs",
+    ),
+    "advises the kernel": (
+        "import sys\nct = sys.modules['ctypes']\nlibc = ct.CDLL(None, use_errno=True)\nerrors = []\n"
+        "for advice in (*range(30), 100, 101, 2**31 - 1, -1):\n"
+        "    ct.set_errno(0)\n    libc.madvise(ct.c_size_t(0x10000), ct.c_size_t(0), advice)\n"
+        "    errors.append((advice, ct.get_errno()))\n"
+        "raise ValueError([advice for advice, error in errors if error != 1])",
+        "ValueError: [4, 8, 14]",
     ),
     "says what no file takes": ("raise ValueError(chr(0xd800))", "ValueError: ?"),
     "looks for the gold": (
@@ -113,6 +123,26 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
     for name, field in (("no outcome", "outcome"), ("no text", "extracted")):
         assert graded[name]["outcome"] == "crash"
         assert re.search(rf"ValidationError: .* at `\$.{field}`", graded[name]["reason"]), graded[name]
+
+
+def test_a_program_of_root_has_no_capabilities() -> None:
+    code = (
+        "import ctypes, os, signal\n"
+        "from megatron_t1.reward.processes import programs, worker\n"
+        "reading, writing = os.pipe()\n"
+        "if (pid := os.fork()) == 0:\n"
+        "    libc = ctypes.CDLL(None)\n"
+        "    libc.prctl(worker.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)\n"
+        "    os.write(writing, b'+' if programs._confine(libc) else b'-')\n"
+        "    while True: pass\n"
+        "assert os.read(reading, 1) == b'+'\n"
+        "print(open(f'/proc/{pid}/status').read())\n"
+        "os.kill(pid, signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    held = dict(line.split(":\t") for line in done.stdout.splitlines() if line.startswith("Cap"))
+    assert {held[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
 
 
 def test_check_knows_what_it_adds(extended: Callable[..., str], tmp_path: Path) -> None:
