@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from megatron_t1.reward.processes.grader import Graded, Zygote
 from megatron_t1.reward.processes.worker import encode
 from megatron_t1.reward.score import Scorer
 from megatron_t1.types import FinishReason, Message, text_sample
+from tests.forks import ROOT
 from tests.reward.burning import BURNS, BURNS_AT_ONCE, DIES, SLEEPS
 from tests.reward.cases import pair, rows
 from tests.reward.soak import soak
@@ -386,3 +388,27 @@ def test_graders_start_where_t1_does(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert scorer.score_all([pair("4", r"\boxed{4}")])[0].correct
         environment = Path(f"/proc/{scorer.pids()[0]}/environ").read_bytes().decode().split("\0")
     assert {f"{name}={value}" for name, value in passed.items()} < set(environment)
+
+
+@pytest.mark.parametrize("others", [None, "/opt/theirs"])
+def test_graders_start_from_a_checkout_that_is_not_installed(others: str | None, tmp_path: Path) -> None:
+    """Python finds it as the working directory, which graders have not on their path."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "megatron_t1", checkout / "megatron_t1", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "gold": "4", "prediction": "\\\\boxed{4}"}\n')
+    code = (
+        "import runpy, sys\n"
+        "from megatron_t1.reward.processes import grader\n"
+        "start = grader.subprocess.Popen\n"
+        "grader.subprocess.Popen = lambda *a, **k: print(k['env']['PYTHONPATH']) or start(*a, **k)\n"
+        "sys.argv = ['t1', 'grade', '../in.jsonl', '../out.jsonl', '--reward.num_workers', '1']\n"
+        "runpy.run_module('megatron_t1', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300, cwd=checkout,
+        env=environment | ({"PYTHONPATH": others} if others else {}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 correct" in done.stdout
+    assert done.stdout.split()[0] == os.pathsep.join(filter(None, [str(checkout), others]))
