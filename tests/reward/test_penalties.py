@@ -62,6 +62,24 @@ def test_a_paragraph_said_twice_is_no_loop() -> None:
     assert "repetition" in find_penalties(CONFIG, Response(text=" ".join(words * 4)))
 
 
+@pytest.mark.parametrize("longest", [24, 25, 50, 63, 100, 250, 499, 500, 2000])
+@pytest.mark.parametrize("digits", [False, True])
+def test_a_run_counts_from_where_the_config_says(longest: int, digits: bool) -> None:
+    """Of words and of digits, whatever the other's limit; behind any text, with any period of which three fit."""
+    name, other = ("max_periodic_digits", "max_periodic_run") if digits else ("max_periodic_run", "max_periodic_digits")
+    generator = random.Random(longest)
+    for least in (longest, 3500):
+        cfg = PenaltyConfig(**{name: longest, other: max(least, longest)})  # type: ignore[arg-type]
+        for _ in range(20):
+            before = " ".join(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(generator.randrange(300)))
+            period = generator.randint(1, min(longest // 3, 400))
+            unit = generator.choices("0123456789" if digits else "abcdefghijklmnopqrstuvwxyz", k=period)
+            run = unit * (longest // period + 2)
+            for length, hit in ((longest, False), (longest + 1, True)):
+                found = find_penalties(cfg, Response(text=f"{before} = {' '.join(run[:length])} ; the end"))
+                assert ("repetition" in found) == hit, (period, length, before)
+
+
 @pytest.mark.parametrize("lengths", [(24, 54), (54, 24), (34, 44)])
 def test_a_loop_that_says_one_thing_at_uneven_distances_is_found(lengths: tuple[int, int]) -> None:
     """X Y X Z X Y X Z ...: what comes next after X is not where it comes again at the same distance."""
@@ -196,7 +214,11 @@ def test_fewer_foreign_letters_than_the_least_never_count() -> None:
     [
         ("enabled", ("repetitoin",)),
         ("min_foreign_letters", -1),
-        ("max_periodic_run", 0),
+        ("max_periodic_run", 23),
+        ("max_periodic_digits", 0),
+        ("max_garbled_chars", -1),
+        ("max_letters_without_space", 0),
+        ("max_letters_without_space", -1),
         ("max_ngram_repeats", -1),
         ("max_foreign_share", 2.0),
     ],
@@ -204,6 +226,14 @@ def test_fewer_foreign_letters_than_the_least_never_count() -> None:
 def test_config_errors_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         PenaltyConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_least_thresholds_punish_no_good_text() -> None:
+    """A penalty is switched off by its name; what looks like `off` is refused with that."""
+    with pytest.raises(ValueError, match=r"max_garbled_chars = -1 must .* leave it out of reward.penalties.enabled"):
+        PenaltyConfig(max_garbled_chars=-1)
+    cfg = PenaltyConfig(max_garbled_chars=0, max_periodic_run=24, max_periodic_digits=24)
+    assert not find_penalties(cfg, Response(text=r"So we take the root, and the answer is \boxed{4}."))
 
 
 @pytest.mark.parametrize("returned", [True, 1.5, ["x"]])
