@@ -199,6 +199,7 @@ class Config:
     curate: CurateConfig = field(default_factory=CurateConfig)
 
     def __post_init__(self) -> None:
+        within(self, 0, 2**32 - 1, "seed")  # what NumPy takes
         if self.resume_with_changes and not self.resume:
             raise FieldError("resume_with_changes", True, "needs --resume too")
         if self.rl.measure_every and not (self.evaluate.sets or self.data.heldout):

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 import socket
@@ -61,6 +62,17 @@ def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
     return value
+
+
+def raise_open_files_limit() -> None:
+    """As many files and sockets as the system allows: a request in flight is a socket, and the usual limit is 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def storable(text: str) -> str:
+    """With a question mark for each half of a surrogate pair, which no file takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from megatron_t1 import status
 from megatron_t1.config import Config
 from megatron_t1.data.template import Template
 from megatron_t1.data.tokenizer import hidden_ids
+from megatron_t1.files import raise_open_files_limit
 from megatron_t1.models import spec_of
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.client import RolloutClient
@@ -42,6 +43,7 @@ def open_rank0(
         trace: where generation and grading are noted.
         status_in: folder of the files that `t1 watch` reads.
     """
+    raise_open_files_limit()
     model_dir = Path(cfg.model.hf_path)
     with ExitStack() as stack:
         vocab_size = spec_of(model_dir).vocab_size

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from megatron_t1.config import Config, ModelConfig
 from megatron_t1.files import dump_yaml, new_folder, parse_yaml, read_text, write_text
+from megatron_t1.rank0 import open_rank0
 from megatron_t1.weights.hf_folder import copy_beside
 
 
@@ -106,3 +109,16 @@ def test_copies_of_read_only_files_can_be_written(tmp_path: Path) -> None:
     copy_beside(source, target)
     for path in ("config.json", "additional_chat_templates", "additional_chat_templates/rag.jinja"):
         assert (target / path).stat().st_mode & 0o200
+
+
+def test_rank_0_may_have_as_many_sockets_as_the_system_allows(tmp_path: Path) -> None:
+    before = _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for soft in (256, hard):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            no_model = Config(model=ModelConfig(hf_path=str(tmp_path)))
+            with pytest.raises(ValueError, match="has no config"), open_rank0(no_model, None):  # type: ignore[arg-type]
+                pass
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

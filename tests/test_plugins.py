@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,10 +57,33 @@ HOSTILE = {
         "    except OSError: pass\nos._exit(0)",
         "ended without its outputs",
     ),
+    "advises the kernel": (
+        "import sys\nct = sys.modules['ctypes']\nlibc = ct.CDLL(None, use_errno=True)\nerrors = []\n"
+        "for advice in (*range(30), 100, 101, 2**31 - 1, -1):\n"
+        "    ct.set_errno(0)\n    libc.madvise(ct.c_size_t(0x10000), ct.c_size_t(0), advice)\n"
+        "    errors.append((advice, ct.get_errno()))\n"
+        "raise ValueError([advice for advice, error in errors if error != 1])",
+        "ValueError: [4, 8, 14]",
+    ),
+    "says what no file takes": ("raise ValueError(chr(0xd800))", "ValueError: ?"),
     "looks for the gold": (
         "import gc\nraise ValueError([o for o in gc.get_objects() if isinstance(o, dict) and o.get('returns')])",
         "ValueError: []",
     ),
+    "looks for earlier samples": (
+        "import re, sys\nct = sys.modules['ctypes']\nlibc = ct.CDLL(None)\n"
+        "libc.sbrk.restype = libc.mremap.restype = ct.c_ssize_t\n"
+        "page, found = libc.sbrk(ct.c_ssize_t(0)) & ~4095, set()\n"
+        "while libc.mremap(ct.c_ssize_t(page := page - 4096), ct.c_size_t(4096), ct.c_size_t(4096), 0) == page:\n"
+        "    found |= set(re.findall(rb'SECR[E]T-[a-z]+', ct.string_at(page, 4096)))\n"
+        "raise ValueError(sorted(found))",
+        "ValueError: []",
+    ),
+}
+SECRET = {  # its source, its inputs and its outputs, large enough to lie on the heap
+    "gold": json.dumps({"function": "f", "calls": [["SECRET-input " * 99]], "returns": ["SECRET-output " * 99]}),
+    "prediction": program(f"def f(x): return x.replace('input', 'output')  {'# SECRET-source ' * 99}"),
+    "mode": "unit_tests",
 }
 
 
@@ -70,6 +95,7 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
         {"id": "last", "gold": "12", "prediction": "first 3, then 12", "mode": "last_integer"},
         {"id": "good", "gold": NEED, "prediction": good, "mode": "unit_tests"},
         {"id": "half", "gold": NEED, "prediction": program("def add(a, b): return 3"), "mode": "unit_tests"},
+        {"id": "secret", **SECRET},
         *({"id": name, "gold": NEED, "prediction": program(body), "mode": "unit_tests"}
           for name, (body, _) in HOSTILE.items()),
         {"id": "still good", "gold": NEED, "prediction": good, "mode": "unit_tests"},
@@ -88,7 +114,7 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
              "--reward.num_workers", 1)  # fmt: skip
     graded = {row["id"]: row for row in map(json.loads, out.open())}
     assert graded["sorry"]["penalties"] == {"apology": "it apologizes"}
-    assert {name for name, row in graded.items() if row["correct"]} == {"sorry", "last", "good", "still good"}
+    assert {name for name, row in graded.items() if row["correct"]} == {"sorry", "last", "good", "secret", "still good"}
     assert graded["half"]["reason"] == "1 of 2 calls return what they must"
     for name, (_, reason) in HOSTILE.items():
         assert reason in graded[name]["reason"], name
@@ -97,6 +123,26 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
     for name, field in (("no outcome", "outcome"), ("no text", "extracted")):
         assert graded[name]["outcome"] == "crash"
         assert re.search(rf"ValidationError: .* at `\$.{field}`", graded[name]["reason"]), graded[name]
+
+
+def test_a_program_of_root_has_no_capabilities() -> None:
+    code = (
+        "import ctypes, os, signal\n"
+        "from megatron_t1.reward.processes import programs, worker\n"
+        "reading, writing = os.pipe()\n"
+        "if (pid := os.fork()) == 0:\n"
+        "    libc = ctypes.CDLL(None)\n"
+        "    libc.prctl(worker.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)\n"
+        "    os.write(writing, b'+' if programs._confine(libc) else b'-')\n"
+        "    while True: pass\n"
+        "assert os.read(reading, 1) == b'+'\n"
+        "print(open(f'/proc/{pid}/status').read())\n"
+        "os.kill(pid, signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    held = dict(line.split(":\t") for line in done.stdout.splitlines() if line.startswith("Cap"))
+    assert {held[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
 
 
 def test_check_knows_what_it_adds(extended: Callable[..., str], tmp_path: Path) -> None:

@@ -71,7 +71,13 @@ class PenaltyConfig:
     def __post_init__(self) -> None:
         for name in self.enabled:
             known(self, "enabled", PENALTIES, name)
-        at_least(self, 1, "max_periodic_run", "max_periodic_digits", "max_period", "max_line_repeats", "ngram_size")
+        least = {"max_garbled_chars": 0, "max_letters_without_space": 1}
+        least |= dict.fromkeys(("max_periodic_run", "max_periodic_digits"), 24)  # 8-grams show three periods from there
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                rule = f"must be at least {value}; for no such penalty leave it out of reward.penalties.enabled"
+                raise FieldError(name, getattr(self, name), rule)
+        at_least(self, 1, "max_period", "max_line_repeats", "ngram_size")
         at_least(self, 1, "nll_window")
         at_least(self, 0, "max_ngram_repeats", "min_foreign_letters")
         if self.min_foreign_letters > self.max_foreign_letters:
@@ -154,10 +160,11 @@ def longest_periodic_run(ids: np.ndarray, max_period: int) -> tuple[int, int, in
     return best
 
 
-def _may_loop(text: str, stride: int = 100, probe: int = 40, window: int = 8000) -> bool:
+def _may_loop(text: str, longest: int, window: int = 8000) -> bool:
     """Whether some probe comes again twice, at equal distances within a window: true of every run that can be flagged
-    (500 characters and three periods at least) with a period that fits into the window, false of nearly all honest
-    texts, at a fraction of the cost. Spaces, which are no pieces, don't count."""
+    (more than `longest` characters and three periods at least) with a period that fits into the window, false of nearly
+    all honest texts, at a fraction of the cost. Spaces, which are no pieces, don't count."""
+    stride, probe = min(100, longest // 5), min(40, longest // 12)  # together less than a period of the longest
     text = "".join(text.split())
     for start in range(0, len(text) - probe, stride):
         piece = text[start : start + probe]
@@ -176,11 +183,12 @@ def repetition(cfg: PenaltyConfig, response: Response) -> str | None:
         return "the server ended it as a loop"
     length = start = period = 0
     text = response.text[-MAX_LOOP_CHARS:]
-    if _may_loop(text):
+    longest = min(cfg.max_periodic_run, cfg.max_periodic_digits)
+    if _may_loop(text, longest):
         pieces = _PIECE.findall(text)
         ids = np.fromiter(map(hash, pieces), dtype=np.int64, count=len(pieces))
         length, start, period = longest_periodic_run(ids, cfg.max_period)
-    if length > cfg.max_periodic_run:
+    if length > longest:
         unit = " ".join(pieces[start : start + period])
         limit = cfg.max_periodic_run if any(c.isalpha() for c in unit) else cfg.max_periodic_digits
         if length > limit and length >= 3 * period:
@@ -277,6 +285,8 @@ _GREEK_SIGNS = re.compile(  # begins with its first letter, which is faster than
 """Greek that is no word: one or two letters, four between other signs, a figure of eight, eight indices."""
 _FEW_MARKS = re.compile(rf"[{_MARKS}](?<![{_MARKS}][{_MARKS}])[{_MARKS}]?(?![{_MARKS}])")
 """Accents, apostrophes, arrows over vectors."""
+_MANY_MARKS = re.compile(r"([^\w\s\x00-\x7f]{30})")
+"""And signs: what is neither letter nor digit."""
 _SIGNS = re.compile(
     r"[\u2605\u2606\u2610-\u2612\u2640\u2642\u2654-\u2667\u266d-\u266f\u2680-\u2685\u26aa\u26ab\u2705\u2713-\u2718"
     r"\u274c\u274e\u2794-\u27bf\u2b00-\u2b1c\u2b50\u2b55\u3000-\u33ff]"
@@ -312,7 +322,8 @@ def letters_by_script(text: str) -> Counter[str]:
 def _by_script(text: str) -> Counter[str]:
     counts = Counter({"LATIN": 0})
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text)  # the sign of the ohm is an omega
+        # The sign of the ohm is an omega. Marks in a row take the square of their number: thirty at a time.
+        text = "".join(unicodedata.normalize("NFC", piece) for piece in _MANY_MARKS.split(text))
         text = _FEW_MARKS.sub(" ", _GREEK_SIGNS.sub(" ", text))
     for char, count in _characters(text):
         if script := script_of(char):

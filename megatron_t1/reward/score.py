@@ -12,16 +12,17 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
+from megatron_t1.files import storable
 from megatron_t1.reward.config import RewardConfig
-from megatron_t1.reward.penalties import mean_and_worst_nll
+from megatron_t1.reward.penalties import Response, find_penalties, mean_and_worst_nll
 from megatron_t1.reward.processes.grader import Graded
 from megatron_t1.reward.processes.pool import Pool
-from megatron_t1.types import Prompt, Reward, Sample, Verdict
+from megatron_t1.types import FinishReason, Prompt, Reward, Sample, Verdict
 from megatron_t1.warn import warn
 
 _FAILURES = ("no_answer", "timeout", "crash")
@@ -49,6 +50,8 @@ class Scorer:
         text."""
         self.cfg = cfg
         self._hidden_ids = np.array(hidden_ids, np.int64)
+        by_ending = tuple(name for name in cfg.penalties.enabled if name in ("repetition", "overlong"))
+        self._by_ending = replace(cfg.penalties, enabled=by_ending)
         self._without_logprobs = False  # and said so
         self._explain = explain
         self.outcomes: Counter[str] = Counter()
@@ -84,17 +87,22 @@ class Scorer:
 
     async def score(self, prompt: Prompt, sample: Sample) -> Reward:
         """The reward of one sample. It never raises for what the sample contains."""
-        return self._reward(await asyncio.wrap_future(self._submit(prompt, sample)))
+        return self._reward(await asyncio.wrap_future(self._submit(prompt, sample)), sample.finish_reason)
 
     def score_iter(self, pairs: Iterable[tuple[Prompt, Sample]], window: int = 1024) -> Iterator[Reward]:
         """Rewards in the order of the pairs; at most `window` are in flight."""
-        futures: deque[Future[Graded]] = deque()
+        futures: deque[tuple[Future[Graded], FinishReason]] = deque()
+
+        def first() -> Reward:
+            future, finish_reason = futures.popleft()
+            return self._reward(future.result(), finish_reason)
+
         for prompt, sample in pairs:
-            futures.append(self._submit(prompt, sample))
+            futures.append((self._submit(prompt, sample), sample.finish_reason))
             if len(futures) >= window:
-                yield self._reward(futures.popleft().result())
+                yield first()
         while futures:
-            yield self._reward(futures.popleft().result())
+            yield first()
 
     def score_all(self, pairs: Iterable[tuple[Prompt, Sample]]) -> list[Reward]:
         """Rewards in the order of the pairs."""
@@ -137,9 +145,11 @@ class Scorer:
             "config": self._deciding,
         }
 
-    def _reward(self, graded: Graded) -> Reward:
+    def _reward(self, graded: Graded, finish_reason: FinishReason) -> Reward:
         first = graded.messages[0] if graded.messages else {"penalties": {}, "answer": None}
-        penalties = dict(first["penalties"])
+        penalties = {name: storable(reason) for name, reason in first["penalties"].items()}
+        # How it ended is known also where no grader came to read it.
+        penalties |= find_penalties(self._by_ending, Response(text="", finish_reason=finish_reason))
         if graded.ending == "done":
             verdict = Verdict(**graded.messages[-1]["verdict"])
         elif graded.ending == "timeout":
@@ -152,8 +162,8 @@ class Scorer:
             value=-1.0 if penalties else float(correct),
             correct=correct,
             outcome=verdict.outcome,
-            extracted=verdict.extracted,
-            reason=verdict.reason,
+            extracted=None if verdict.extracted is None else storable(verdict.extracted),
+            reason=storable(verdict.reason),
             penalties=penalties,
             seconds=graded.seconds,
         )

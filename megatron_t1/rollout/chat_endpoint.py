@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import random
-import resource
 import time
 import urllib.parse
 import urllib.request
@@ -27,6 +26,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_t1.files import raise_open_files_limit, storable
 from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.rollout.frozen_heap import frozen_heap
 from megatron_t1.types import FinishReason, Message
@@ -93,8 +93,7 @@ class ChatEndpoint:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> ChatEndpoint:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection a request; the usual limit is 1024
+        raise_open_files_limit()
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             connector=aiohttp.TCPConnector(limit=0),
@@ -342,23 +341,18 @@ def _parse(reply: Any, prefill: str) -> Reply:
     if finish is not None and not isinstance(finish, str):
         raise _GarbageError(f"a reply whose finish_reason is {finish!r:.100}")
     if refusal or finish not in _FINISH_REASONS:
-        raise RefusedError(f"finish_reason {finish!r:.100}" + (f": {_storable(str(refusal)[:200])}" if refusal else ""))
+        raise RefusedError(f"finish_reason {finish!r:.100}" + (f": {storable(str(refusal)[:200])}" if refusal else ""))
     num_prompt, num_generated = (count if type(count) is int and count >= 0 else 0 for count in counts)
     if not (text or thinking or num_generated):  # a model may end at once; then it has generated its end token
         raise _GarbageError("a reply without text")
     if thinking:
         text = f"<think>{thinking}</think>{text}"
     return Reply(
-        text=_storable(prefill + text),
+        text=storable(prefill + text),
         finish_reason=_FINISH_REASONS[finish],
         num_prompt_tokens=num_prompt,
         num_tokens=num_generated,
     )
-
-
-def _storable(text: str) -> str:
-    """With a question mark for each half of a surrogate pair, which no file takes."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _text_of(content: Any) -> str:

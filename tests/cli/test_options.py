@@ -101,6 +101,13 @@ def test_paths_are_written_out_as_a_shell_does_it(monkeypatch):
         read(Config, ["--run_dir=$NOWHERE/x"])
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 5_000_000_000])
+def test_a_seed_that_no_generator_takes_is_told_at_once(seed: int) -> None:
+    assert told(Config, "--seed", str(seed)) == [f"seed = {seed} must lie in [0, {2**32 - 1}]"]
+    for good in (0, 2**32 - 1):
+        assert read(Config, ["--seed", str(good)]).seed == good
+
+
 @pytest.mark.parametrize("label", ["Qwen/Qwen2.5-7B", "step_10/final", "..", ".", ".hidden", "a\\b", "a\nb"])
 def test_a_label_that_would_be_a_path_is_refused(label):
     with pytest.raises(ValueError, match=r"label = .* must be a name without /"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import unicodedata
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ from megatron_t1.reward.penalties import (
     Response,
     find_penalties,
     language,
+    letters_by_script,
     longest_periodic_run,
     mean_and_worst_nll,
     np,
@@ -58,6 +60,24 @@ def test_a_paragraph_said_twice_is_no_loop() -> None:
     words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300)]
     assert not find_penalties(CONFIG, Response(text=" ".join(words * 2)))
     assert "repetition" in find_penalties(CONFIG, Response(text=" ".join(words * 4)))
+
+
+@pytest.mark.parametrize("longest", [24, 25, 50, 63, 100, 250, 499, 500, 2000])
+@pytest.mark.parametrize("digits", [False, True])
+def test_a_run_counts_from_where_the_config_says(longest: int, digits: bool) -> None:
+    """Of words and of digits, whatever the other's limit; behind any text, with any period of which three fit."""
+    name, other = ("max_periodic_digits", "max_periodic_run") if digits else ("max_periodic_run", "max_periodic_digits")
+    generator = random.Random(longest)
+    for least in (longest, 3500):
+        cfg = PenaltyConfig(**{name: longest, other: max(least, longest)})  # type: ignore[arg-type]
+        for _ in range(20):
+            before = " ".join(f"w{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(generator.randrange(300)))
+            period = generator.randint(1, min(longest // 3, 400))
+            unit = generator.choices("0123456789" if digits else "abcdefghijklmnopqrstuvwxyz", k=period)
+            run = unit * (longest // period + 2)
+            for length, hit in ((longest, False), (longest + 1, True)):
+                found = find_penalties(cfg, Response(text=f"{before} = {' '.join(run[:length])} ; the end"))
+                assert ("repetition" in found) == hit, (period, length, before)
 
 
 @pytest.mark.parametrize("lengths", [(24, 54), (54, 24), (34, 44)])
@@ -194,7 +214,11 @@ def test_fewer_foreign_letters_than_the_least_never_count() -> None:
     [
         ("enabled", ("repetitoin",)),
         ("min_foreign_letters", -1),
-        ("max_periodic_run", 0),
+        ("max_periodic_run", 23),
+        ("max_periodic_digits", 0),
+        ("max_garbled_chars", -1),
+        ("max_letters_without_space", 0),
+        ("max_letters_without_space", -1),
         ("max_ngram_repeats", -1),
         ("max_foreign_share", 2.0),
     ],
@@ -202,6 +226,14 @@ def test_fewer_foreign_letters_than_the_least_never_count() -> None:
 def test_config_errors_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         PenaltyConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_least_thresholds_punish_no_good_text() -> None:
+    """A penalty is switched off by its name; what looks like `off` is refused with that."""
+    with pytest.raises(ValueError, match=r"max_garbled_chars = -1 must .* leave it out of reward.penalties.enabled"):
+        PenaltyConfig(max_garbled_chars=-1)
+    cfg = PenaltyConfig(max_garbled_chars=0, max_periodic_run=24, max_periodic_digits=24)
+    assert not find_penalties(cfg, Response(text=r"So we take the root, and the answer is \boxed{4}."))
 
 
 @pytest.mark.parametrize("returned", [True, 1.5, ["x"]])
@@ -240,6 +272,17 @@ def test_soup_is_penalized_as_a_whole_and_in_a_window() -> None:
 def test_tokens_without_text_are_garbled() -> None:
     assert "without text" in find_penalties(CONFIG, Response(text="x", num_hidden_tokens=5))["garbled"]
     assert not find_penalties(CONFIG, Response(text="x", num_hidden_tokens=4))
+
+
+@pytest.mark.parametrize(
+    "marks", ["\u0301\u0316", "\u093c\u094d", "\u05b0\u05c1", "\U0001d165\U0001d16d", "\u20d2\u20d0"]
+)
+def test_marks_in_a_row_are_read_in_time_and_all_of_them(marks: str) -> None:
+    """Bringing them into order takes the square of their number."""
+    before = time.process_time()
+    counts = letters_by_script("a" + marks * 32_000)
+    assert time.process_time() - before < 1
+    assert sum(counts.values()) == 64_001
 
 
 @pytest.mark.parametrize("letters", ["\u1782" * 300, "\u1208" * 300, "\u6211" * 300, "\u03b1\u03b2\u03b3\u03b4 " * 75])

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_t1.data.prompts import Question
+from megatron_t1.files import append_jsonl
 from megatron_t1.reward.config import PenaltyConfig, RewardConfig
 from megatron_t1.reward.processes import pool
-from megatron_t1.reward.processes.grader import Zygote
+from megatron_t1.reward.processes.grader import Graded, Zygote
 from megatron_t1.reward.processes.worker import encode
 from megatron_t1.reward.score import Scorer
-from megatron_t1.types import Message, text_sample
+from megatron_t1.types import FinishReason, Message, text_sample
+from tests.forks import ROOT
 from tests.reward.burning import BURNS, BURNS_AT_ONCE, DIES, SLEEPS
 from tests.reward.cases import pair, rows
 from tests.reward.soak import soak
@@ -61,6 +66,30 @@ def test_a_bomb_is_killed_and_keeps_its_penalties() -> None:
         assert set(rewards[1].penalties) == {"overlong"}
         assert rewards[1].value == -1
         assert scorer.num_kills == 1
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "outcome"),
+    [
+        (BURNS_AT_ONCE, r"\boxed{x}", "timeout"),
+        (DIES, r"\boxed{x}", "crash"),
+        ("4", " " * 4_100_000 + r"\boxed{4}", "no_answer"),
+    ],
+    ids=["late", "deadly", "unread"],
+)
+def test_how_it_ended_costs_minus_one_whatever_comes_of_the_text(
+    gold: str, text: str, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "MAX_ATTEMPTS", 2)
+    with Scorer(RewardConfig(num_workers=1, deadline_s=0.1), BURNING) as scorer:
+        endings: list[FinishReason] = ["length", "repetition", "stop"]
+        rewards = scorer.score_all(pair(gold, text, finish_reason=ending) for ending in endings)
+    assert [reward.outcome for reward in rewards] == [outcome] * 3
+    assert [list(reward.penalties) for reward in rewards] == [["overlong"], ["repetition"], []]
+    assert [reward.value for reward in rewards] == [-1, -1, 0]
+    cfg = RewardConfig(num_workers=1, deadline_s=0.1, penalties=PenaltyConfig(enabled=("garbled",)))
+    with Scorer(cfg, BURNING) as scorer:
+        assert scorer.score_all([pair(gold, text, finish_reason="length")])[0].value == 0
 
 
 def test_only_the_late_one_is_late() -> None:
@@ -171,6 +200,37 @@ def test_a_zygote_that_is_about_to_end_is_replaced() -> None:
     assert grader.frames.feed(grader.connection.recv(1 << 16))[0] > 0
     assert zygote.pids() != [dying]
     zygote.close()
+
+
+@pytest.mark.parametrize(("what", "number"), [("socket.socketpair", errno.EMFILE), ("subprocess.Popen", errno.EAGAIN)])
+def test_graders_that_cannot_be_started_now_are_started_later(
+    what: str, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And when they never can, what waits is told why, and the next task has its chance."""
+    monkeypatch.setattr(pool, "START_PAUSE_S", 0.01)
+    failures = 0
+
+    def flaky(*args: Any, **more: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OSError(number, os.strerror(number))
+        return real(*args, **more)
+
+    graders = pool.Pool("megatron_t1.reward.grading", 1, 5.0, 1 << 30, 1)
+    real = getattr(socket if "socket" in what else subprocess, what.split(".")[1])
+    monkeypatch.setattr(what, flaky)
+    try:
+        failures = 2
+        assert graders.submit({"gold_to_check": "4"}, "four").result(60).messages[-1]["problem"] is None
+        assert capsys.readouterr().err.count(f"no grader can be started at present: [Errno {number}]") == 2
+        os.kill(graders.pids()[0], signal.SIGKILL)
+        failures = pool.MAX_FAILED_STARTS
+        with pytest.raises(RuntimeError, match=rf"graders do not start \(\[Errno {number}\] .*\): `python -m"):
+            graders.submit({"gold_to_check": "5"}, "five").result(60)
+        assert graders.submit({"gold_to_check": "6"}, "six").result(60).messages[-1]["problem"] is None
+    finally:
+        graders.close()
 
 
 def test_an_event_loop_stays_free_while_answers_are_graded() -> None:
@@ -293,6 +353,22 @@ def test_a_response_of_100_mb_is_refused_unread() -> None:
     assert "characters" in reward.reason
 
 
+HALF = "\ud800"
+
+
+def test_every_reward_can_be_written(tmp_path: Path) -> None:
+    """Half of a surrogate pair, in a text or in an exception's, comes again in what was extracted and why."""
+    with Scorer(RewardConfig(num_workers=1, deadline_s=0.5), BURNING) as scorer:
+        rewards = scorer.score_all(pair(gold, rf"\boxed{{x+{HALF}}}") for gold in ("4", "x+1", BURNS))
+        failed = {"outcome": "crash", "extracted": None, "reason": HALF}
+        rewards.append(
+            scorer._reward(Graded([{"penalties": {"p": HALF}, "answer": None, "verdict": failed}], "done"), "stop")
+        )
+    assert [reward.extracted for reward in rewards] == ["x+?", "x+?", "x+?", None]
+    assert (rewards[-1].reason, rewards[-1].penalties) == ("?", {"p": "?"})
+    append_jsonl(tmp_path / "rewards.jsonl", map(asdict, rewards))
+
+
 def test_penalties_can_be_switched_off() -> None:
     off = RewardConfig(num_workers=1, penalties=PenaltyConfig(enabled=()))
     with Scorer(off) as scorer:
@@ -312,3 +388,27 @@ def test_graders_start_where_t1_does(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert scorer.score_all([pair("4", r"\boxed{4}")])[0].correct
         environment = Path(f"/proc/{scorer.pids()[0]}/environ").read_bytes().decode().split("\0")
     assert {f"{name}={value}" for name, value in passed.items()} < set(environment)
+
+
+@pytest.mark.parametrize("others", [None, "/opt/theirs"])
+def test_graders_start_from_a_checkout_that_is_not_installed(others: str | None, tmp_path: Path) -> None:
+    """Python finds it as the working directory, which graders have not on their path."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "megatron_t1", checkout / "megatron_t1", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "gold": "4", "prediction": "\\\\boxed{4}"}\n')
+    code = (
+        "import runpy, sys\n"
+        "from megatron_t1.reward.processes import grader\n"
+        "start = grader.subprocess.Popen\n"
+        "grader.subprocess.Popen = lambda *a, **k: print(k['env']['PYTHONPATH']) or start(*a, **k)\n"
+        "sys.argv = ['t1', 'grade', '../in.jsonl', '../out.jsonl', '--reward.num_workers', '1']\n"
+        "runpy.run_module('megatron_t1', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300, cwd=checkout,
+        env=environment | ({"PYTHONPATH": others} if others else {}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 correct" in done.stdout
+    assert done.stdout.split()[0] == os.pathsep.join(filter(None, [str(checkout), others]))

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_t1.plugins import for_graders
@@ -100,6 +101,8 @@ _PASSED_ON = {
     *("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE"),
     "LD_LIBRARY_PATH",  # of a Python that an environment module brings
 }
+_HOME = Path(__file__).resolve().parents[3]
+"""The folder that this package lies in."""
 
 
 class Zygote:
@@ -117,6 +120,8 @@ class Zygote:
         ours, theirs = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+        if _HOME.name not in ("site-packages", "dist-packages"):  # a checkout that is found as the working directory
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_HOME), environment.get("PYTHONPATH")]))
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_t1.reward.processes.worker", str(theirs.fileno()), self._module,

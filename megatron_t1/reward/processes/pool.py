@@ -37,6 +37,8 @@ MAX_ATTEMPTS = 30
 START_TIMEOUT_S = 120.0
 """For the zygote's imports on a busy machine."""
 MAX_FAILED_STARTS = 3
+START_PAUSE_S = 1.0
+"""Before the next try when no grader could be asked for: descriptors, processes or memory may be free by then."""
 TICK_S = 0.02
 
 
@@ -63,6 +65,7 @@ class Pool:
         self._waiting: deque[Job] = deque()
         self._graders: list[Grader] = []
         self._failed_starts = 0
+        self._no_start_before = 0.0
         self._idle_s = 0.0
         """How long nothing was answered although something waits."""
         self._closed = self._asleep = False
@@ -157,7 +160,16 @@ class Pool:
         for grader in given:
             self._send(grader)
         while len(self._graders) < min(self._num_workers, len(self._graders) + len(self._waiting)):
-            grader = self._zygote.fork()
+            if time.monotonic() < self._no_start_before:
+                return
+            try:
+                grader = self._zygote.fork()
+            except OSError as error:
+                self._no_start_before = time.monotonic() + START_PAUSE_S
+                warn(f"grading: no grader can be started at present: {error}")
+                if not self._graders:  # else they do the work
+                    self._count_failed_start(f" ({error})")
+                return
             self._selector.register(grader.connection, selectors.EVENT_READ, grader)
             self._graders.append(grader)
 
@@ -252,17 +264,20 @@ class Pool:
         """It died, is stuck, or never came up: its jobs go to others."""
         if grader.pid:
             self.num_lost += 1
-        else:
-            self._failed_starts += 1
         if grader.jobs:
             grader.jobs[0].alone = True
             if grader.jobs[0].attempts >= MAX_ATTEMPTS:
                 self._finish(grader, "crash")
         self._drop(grader)
+        if not grader.pid:
+            self._count_failed_start()
+
+    def _count_failed_start(self, cause: str = "") -> None:
+        self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS * self._num_workers:
             self._failed_starts = 0
             command = " ".join(["python -m megatron_t1.reward.processes.worker 0", self._module, *for_graders()])
-            self._fail(RuntimeError(f"graders do not start: `{command}` may show why"))
+            self._fail(RuntimeError(f"graders do not start{cause}: `{command}` may show why"))
 
     def _fail(self, error: Exception) -> None:
         for job in self._waiting:

@@ -1,13 +1,19 @@
 """Programs that a model wrote, run for a verifier: unit tests of code and the like.
 
-    grader (gold, verdict) --source, inputs--> runner --fork--> a process for this program alone --outputs--> grader
+    grader (gold, verdict) --source, inputs--> keeper --fork--> a process for this program alone
+                           <------outputs-----
+
+The runner, forked once a grader, forks a keeper for each program; it reads no source and no output itself, since all
+later programs have its memory.
 
 A program may expect Python, the modules of `PRELOADED`, some CPU seconds and memory. What the user may rely on:
 
-- The program's process never holds the expected outputs, nor any other task's: the runner is forked before its grader
-  has a task, and is told source and inputs alone. The grader compares, and reads nothing from it but JSON.
+- The program's process never holds the expected outputs, nor anything of another task: the runner is forked before its
+  grader has a task, and a keeper is told one program's source and inputs. The grader compares, and reads nothing but
+  JSON.
 - A seccomp filter leaves it memory, the clock, random numbers, one pipe and its own end. Files, sockets, processes,
-  threads, signals to others, sleeping, tracing: the kernel refuses each (EPERM), for root too.
+  threads, signals to others, sleeping, tracing: the kernel refuses each (EPERM), for root too, whose capabilities it
+  has not.
 - It ends at its CPU limit or its memory limit, and its process with it: nothing is left for the next program.
 
 It is no defence against a fault of the kernel in the few calls that are left, nor does it hide the inputs: a test whose
@@ -52,10 +58,13 @@ _PR_GET_SECCOMP, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 21, 22, 2
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000  # _REFUSE: the call returns EPERM
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _CALLS = {
-    # write, mmap, munmap, brk, rt_sigreturn, mremap, madvise, exit, gettimeofday, clock_gettime, exit_group, getrandom
-    "x86_64": (0xC000003E, (1, 9, 11, 12, 15, 25, 28, 60, 96, 228, 231, 318)),
-    "aarch64": (0xC00000B7, (64, 222, 215, 214, 139, 216, 233, 93, 169, 113, 94, 278)),
+    # write, mmap, munmap, brk, rt_sigreturn, mremap, exit, gettimeofday, clock_gettime, exit_group, getrandom; madvise
+    "x86_64": (0xC000003E, (1, 9, 11, 12, 15, 25, 60, 96, 228, 231, 318), 28),
+    "aarch64": (0xC00000B7, (64, 222, 215, 214, 139, 216, 93, 169, 113, 94, 278), 233),
 }
+_ADVICES = (4, 8, 14)
+"""Of madvise, those that allocators give: DONTNEED, FREE, HUGEPAGE. Root may take memory out of use by others."""
+_CAPABILITIES_VERSION = 0x20080522
 _wanted = False
 _runner: socket.socket | None = None
 
@@ -161,20 +170,37 @@ def _serve(requests: socket.socket, grader: int) -> None:
     os.closerange(0, kept)  # the grader's own connection above all
     os.closerange(kept + 1, 1 << 16)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    frames = Frames()
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            for request in frames.feed(requests.recv(1 << 20)):
-                requests.sendall(encode(_run(request)))
+    runner = os.getpid()
+    with contextlib.suppress(OSError):
+        while requests.recv(1, socket.MSG_PEEK):  # what it read would be in the memory of every later program
+            if (keeper := os.fork()) == 0:
+                try:
+                    _keep(requests, runner)
+                finally:
+                    os._exit(1)
+            if os.waitpid(keeper, 0)[1]:
+                return
+
+
+def _keep(requests: socket.socket, runner: int) -> NoReturn:
+    """One program, from its request to its reply."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != runner:
+        os._exit(1)
+    frames, asked = Frames(), list[Any]()
+    while not asked:
+        asked = frames.feed(requests.recv(1 << 20))
+    requests.sendall(encode(_run(asked[0])))
+    os._exit(0)
 
 
 def _run(request: dict[str, Any]) -> tuple[str, int]:
     """What the program's process wrote, and its wait status."""
     reading, writing = os.pipe()
-    runner, pid = os.getpid(), os.fork()
+    keeper, pid = os.getpid(), os.fork()
     if pid == 0:
         try:
-            _be_the_program(request, writing, runner)
+            _be_the_program(request, writing, keeper)
         finally:
             os._exit(1)
     os.close(writing)
@@ -190,10 +216,10 @@ def _run(request: dict[str, Any]) -> tuple[str, int]:
     return output.decode(errors="replace"), os.waitpid(pid, 0)[1]
 
 
-def _be_the_program(request: dict[str, Any], writing: int, runner: int) -> NoReturn:
+def _be_the_program(request: dict[str, Any], writing: int, keeper: int) -> NoReturn:
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != runner:
+    if os.getppid() != keeper:
         os._exit(1)
     os.closerange(0, writing)
     os.closerange(writing + 1, 1 << 16)
@@ -222,10 +248,16 @@ def _be_the_program(request: dict[str, Any], writing: int, runner: int) -> NoRet
 
 
 def _confine(libc: ctypes.CDLL) -> bool:
-    """From here on, this process may make the calls of `_CALLS` and no others; False when the kernel refuses."""
-    architecture, calls = _CALLS[platform.machine()]
+    """From here on, this process has no capabilities, and may make the calls of `_CALLS` and no others; False when the
+    kernel refuses."""
+    if libc.capset(struct.pack("=Ii", _CAPABILITIES_VERSION, 0), bytes(24)):
+        return False
+    architecture, calls, madvise = _CALLS[platform.machine()]
     steps = [(_LOAD, 0, 0, 4), (_JUMP_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    steps += [(_JUMP_IF_EQUAL, len(calls) - i, 0, call) for i, call in enumerate(calls)]
+    steps += [(_JUMP_IF_EQUAL, len(calls) + 1, 0, madvise)]
+    steps += [(_JUMP_IF_EQUAL, len(calls) - i + len(_ADVICES) + 2, 0, call) for i, call in enumerate(calls)]
+    steps += [(_RETURN, 0, 0, _REFUSE), (_LOAD, 0, 0, 32)]  # its third argument, of which it takes these 32 bits
+    steps += [(_JUMP_IF_EQUAL, len(_ADVICES) - i, 0, advice) for i, advice in enumerate(_ADVICES)]
     steps += [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
     program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     described = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(program)))
