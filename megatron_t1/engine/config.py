@@ -216,9 +216,13 @@ class OptimConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up; the last of them has `lr`."""
     adam_beta1: float = 0.9
+    """Decay of the mean of gradients, a step."""
     adam_beta2: float = 0.95
+    """Decay of the mean of their squares, a step."""
     adam_eps: float = 1e-8
+    """Added to the root of that mean."""
     weight_decay: float = 0.0
+    """Share of each weight that a step takes off, times the learning rate."""
     clip_grad: float = 1.0
     """Global gradient norm limit; 0 turns clipping off."""
 
