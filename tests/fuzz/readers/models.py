@@ -25,7 +25,8 @@ def model_readers(tmp: Path, model: Path) -> list[Reader]:
 
     configs = []
     for name, fields in ARCHITECTURES.items():
-        made = getattr(transformers, name).config_class(hidden_size=128, num_attention_heads=4, **fields)
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        made = getattr(transformers, name).config_class(hidden_size=128, **heads, **fields)
         configs.append({**json.loads(made.to_json_string()), "architectures": [name], "vocab_size": 320})
     own = tmp / "model"
     own.mkdir()
