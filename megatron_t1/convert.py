@@ -282,7 +282,7 @@ def _compare(name: str, a: torch.Tensor, b: torch.Tensor) -> Difference | None:
         if differs.any():
             count += int(differs.sum())
             first = first if first >= 0 else start + int(differs.nonzero()[0])
-            apart = (x - y)[differs].abs().nan_to_num(nan=math.inf)  # of a number and none
+            apart = (x - y)[differs].abs().nan_to_num(nan=math.inf, posinf=math.inf)  # of a number and none
             largest = max(largest, float(apart.max()))
     if count == 0:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -67,7 +68,8 @@ def parse_json(text: str | bytes, *, halves: bool = False) -> Any:
 def raise_open_files_limit() -> None:
     """As many files and sockets as the system allows: a request in flight is a socket, and the usual limit is 1024."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ValueError):  # more than the kernel allows by now
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def storable(text: str) -> str:
@@ -204,9 +206,9 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     attempt = f".{path.name}.{socket.gethostname()}."
     for left in path.parent.glob(f"{glob.escape(attempt)}*"):
-        pid = int(left.name.removeprefix(attempt))
+        pid = left.name.removeprefix(attempt)
         # Our own number is an earlier process's: a container that is started again counts from 1 again.
-        if left.is_dir() and (pid == os.getpid() or not psutil.pid_exists(pid)):
+        if left.is_dir() and pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             shutil.rmtree(left)
     if (free := shutil.disk_usage(path.parent).free) < num_bytes:
         raise OSError(f"{path} needs {num_bytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free")

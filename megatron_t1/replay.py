@@ -77,8 +77,8 @@ def replay(cfg: Config, platform: Platform, prompts: list[Prompt], step: int, pr
         weights = from_main(_weights_of(batches, number) if is_main() else None)
         if number == 0 and weights != Plan(learner.engine.pieces()).fingerprint():
             raise ValueError(
-                f"the samples of step 1 were made by other weights than model.hf_path = {cfg.model.hf_path}: name the "
-                "folder that RL began with by --model.hf_path (t1 run: run_dir/sft/hf)"
+                f"the samples of step 1 were made by other weights than model.hf_path = {cfg.model.hf_path}, or by "
+                "another release: name the folder that RL began with by --model.hf_path (t1 run: run_dir/sft/hf)"
             )
         groups = from_main(
             batches.make(number, weights, stored(cfg.sampling, cfg.rollout)).groups if is_main() else None

@@ -165,11 +165,12 @@ def test_verify_names_what_differs(pair, tmp_path):
     assert "differ in 6 tensors" in done.stdout
 
 
-def test_a_number_and_none_are_infinitely_far_apart(tmp_path, capsys):
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_number_and_none_are_infinitely_far_apart(value, tmp_path, capsys):
     source = make_tiny_qwen2(tmp_path / "hf")
     other = shutil.copytree(source, tmp_path / "other")
     tensors = load_file(source / "model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
+    tensors["model.norm.weight"][3] = float(value)
     tensors["model.norm.weight"][4] += 0.5
     save_file(tensors, other / "model.safetensors")
     for one, two in ((source, other), (other, source)):

@@ -83,9 +83,12 @@ def test_what_a_killed_process_left_is_removed_also_where_it_had_our_number(tmp_
     for pid in (os.getpid(), gone.pid, os.getppid()):
         (tmp_path / f"{attempt}{pid}").mkdir()
         (tmp_path / f"{attempt}{pid}" / "half").touch()
+    kept = {"out", f"{attempt}{os.getppid()}", f"{attempt}bak", f"{attempt}notes"}
+    (tmp_path / f"{attempt}bak").mkdir()
+    (tmp_path / f"{attempt}notes").touch()
     with new_folder(tmp_path / "out", 1) as building:
         assert list(building.iterdir()) == []
-    assert {path.name for path in tmp_path.iterdir()} == {"out", f"{attempt}{os.getppid()}"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 def test_what_was_made_stays_when_it_can_not_be_renamed(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from megatron_t1.engine.step import Engine
 from megatron_t1.engine.writers import Writers, digest, results_in_this_process
 from megatron_t1.files import sync_folder, write_json
 from megatron_t1.warn import warn
-from megatron_t1.weights.hf_folder import copy_beside
+from megatron_t1.weights.hf_folder import copied_beside
 
 _REMOVER = ThreadPoolExecutor(1, thread_name_prefix="old checkpoints")
 """Hundreds of gigabytes take a file system a while, and the training need not wait for it. The process's end does."""
@@ -145,7 +145,11 @@ class Saving:
         try:
             written = [path for path in building.iterdir() if not path.name.startswith(".nfs")]  # removed, but open
             digests |= {path.name: digest(path) for path in written if path.name not in digests}
-            self._copy_model(building, final)
+            if lacking := copied_beside(self._model, building):  # config and tokenizer make it a model on its own
+                warn(
+                    f"{final} has its weights and lacks config or tokenizer, which could not be copied ({lacking}); to "
+                    f"use it, name another copy of the model's folder: t1 convert to-hf {final} OUT --hf FOLDER"
+                )
             write_json(building / "state.json", {**self._contents, "files": digests})
             sync_folder(building)
             if final.exists():  # a run that resumed from an older checkpoint comes by here again
@@ -159,16 +163,6 @@ class Saving:
         except OSError as error:  # the next one tries again
             warn(f"{final} is written, but an older checkpoint beside it could not be moved away: {error}")
         return None
-
-    def _copy_model(self, building: Path, final: Path) -> None:
-        """Config and tokenizer, which make a checkpoint a model on its own. Weights are not lost for want of them."""
-        try:
-            copy_beside(self._model, building)
-        except OSError as error:  # the folder was scratch that is purged, or another run's checkpoint
-            warn(
-                f"{final} has its weights and lacks config or tokenizer, which could not be copied ({error}); to use "
-                f"it, name another copy of the model's folder: t1 convert to-hf {final} OUT --hf FOLDER"
-            )
 
 
 class Saver:

@@ -7,6 +7,7 @@ memory until the file is closed. It has no way to write a file tensor by tensor,
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -261,6 +262,18 @@ def copy_beside(source: Path, target: Path) -> None:
             for template in path.iterdir():
                 if template.is_file():
                     shutil.copyfile(template, target / path.name / template.name)
+
+
+def copied_beside(source: Path, target: Path) -> str | None:
+    """`copy_beside`, for weights that must not be lost for want of the rest: the folder may be scratch that is purged,
+    or another run's checkpoint. Returns why config or tokenizer are lacking."""
+    try:
+        copy_beside(source, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EACCES):
+            raise
+        return str(error)
+    return None if (target / "config.json").exists() else f"{source} has no config.json"
 
 
 def name_dtype(config: Path, dtype: torch.dtype) -> None:

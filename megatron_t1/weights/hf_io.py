@@ -25,7 +25,7 @@ from megatron_t1.weights.hf_folder import (
     HFFolder,
     ShardWriter,
     TensorInfo,
-    copy_beside,
+    copied_beside,
     has_weights,
     name_dtype,
 )
@@ -182,12 +182,10 @@ def _build(plan: Plan, like_dir: Path, building: Path, max_shard_bytes: int, car
             f"{building.with_suffix('')} needs {needed / 1e9:.2f} GB and {building.parent} has {free / 1e9:.2f} GB "
             "free: free some space"
         )
-    try:
-        copy_beside(like_dir, building)
-    except OSError as error:  # the folder was scratch that is purged; the weights are trained all the same
+    if lacking := copied_beside(like_dir, building):
         warn(
-            f"{building.with_suffix('')} will lack config or tokenizer, which could not be copied ({error}): copy them "
-            "there from another copy of the model's folder"
+            f"{building.with_suffix('')} will lack config or tokenizer, which could not be copied ({lacking}): copy "
+            "them there from another copy of the model's folder"
         )
     if (building / "config.json").exists():
         name_dtype(building / "config.json", plan.tensors[0].dtype)

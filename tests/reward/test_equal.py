@@ -37,6 +37,7 @@ RIGHT = [
     ("10", r"\boxed{10 weeks}"), (r"5\sqrt2\text{ cm}", r"\boxed{5\sqrt2}"), (r"\$18.90", r"\boxed{18.9}"),
     (r"50\%", r"\boxed{50}"), ("0.5", r"\boxed{50\%}"), (r"30^\circ", r"\boxed{\frac{\pi}{6}}"), ("12", r"\boxed{12^{th}}"),
     ("2516_8", r"\boxed{2516_{8}}"), ("3:4", r"\boxed{\frac34}"),
+    ("5th", r"\boxed{{5^{th}}}"), (r"\text{Friday the 13th}", r"\boxed{\text{Friday the 13^{th}}}"),
     # text
     ("yes", r"\boxed{\text{Yes}}"), (r"\text{Monday}", r"\boxed{Monday}"), (r"\text{none}", r"\boxed{\emptyset}"),
     # where the answer stands

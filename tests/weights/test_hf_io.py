@@ -143,8 +143,13 @@ def test_an_export_that_fails_leaves_the_one_before_and_nothing_else(monkeypatch
     fails(r"rl/hf needs 0.00 GB and \S+/rl has 0.00 GB free: free some space")
 
 
-def test_weights_are_exported_without_the_folder_that_config_and_tokenizer_come_from(tmp_path, capsys):
+@pytest.mark.parametrize("left", ["nothing", "an empty folder", "a file"])
+def test_weights_are_exported_without_the_folder_that_config_and_tokenizer_come_from(left, tmp_path, capsys):
     pieces = read_whole(make_tiny_qwen2(tmp_path / "hf"))
+    if left == "an empty folder":
+        (tmp_path / "purged").mkdir()
+    elif left == "a file":
+        (tmp_path / "purged").touch()
     hf_io.save(pieces, tmp_path / "purged", tmp_path / "out", carried=("model.layers.4.",))
     written = load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(written[each.name], each.view) for each in pieces)

@@ -39,7 +39,7 @@ _CHINESE += [f"{n}百{rest}" for n in _DIGITS[1:] for rest in _AFTER_100]
 NUMBER_WORDS = {word: str(n) for names in (_ENGLISH, _CHINESE) for n, word in enumerate(names)} | {"两": "2"}
 """Words of the numbers below 1000."""
 _ORDINALS = "third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
-PARTS = {"half": 2, "quarter": 4}
+PARTS = {"half": 2, "halve": 2, "quarter": 4}
 PARTS |= {word: n for n, word in enumerate([*_ORDINALS.split(), *(f"{n}th" for n in SMALL_NUMBERS[12:19])], 3)}
 PARTS |= {f"{ten[:-1]}ieth": 10 * n for n, ten in enumerate(_TENS.split(), 2)}
 """Words of parts, with how many of them are a whole."""
