@@ -185,6 +185,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def need_space(path: Path, num_bytes: int) -> None:
+    """Raises OSError when the disk on which `path` will be made has less left."""
+    if (free := shutil.disk_usage(path.parent).free) < num_bytes:
+        raise OSError(
+            f"{path} needs {num_bytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free: free some space"
+        )
+
+
 @contextmanager
 def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
     """A temporary folder beside `path`, renamed to `path` when the block succeeds and removed when it raises.
@@ -210,8 +218,7 @@ def new_folder(path: Path, num_bytes: int) -> Iterator[Path]:
         # Our own number is an earlier process's: a container that is started again counts from 1 again.
         if left.is_dir() and pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             shutil.rmtree(left)
-    if (free := shutil.disk_usage(path.parent).free) < num_bytes:
-        raise OSError(f"{path} needs {num_bytes / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB free")
+    need_space(path, num_bytes)
     building = path.parent / f"{attempt}{os.getpid()}"
     building.mkdir()
     try:

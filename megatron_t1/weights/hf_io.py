@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from megatron_t1.files import need_space
 from megatron_t1.models.weight_map import Piece
 from megatron_t1.warn import warn
 from megatron_t1.weights.hf_folder import (
@@ -176,12 +177,7 @@ def _build(plan: Plan, like_dir: Path, building: Path, max_shard_bytes: int, car
     """Rank 0: the whole folder, under the name that it has until then."""
     announced = {tensor.name: TensorInfo(tensor.dtype, tensor.shape) for tensor in plan.tensors}
     extra = Carried(like_dir, carried)
-    needed = sum(info.num_bytes for info in (announced | extra.tensors).values())
-    if (free := shutil.disk_usage(building).free) < needed:
-        raise OSError(
-            f"{building.with_suffix('')} needs {needed / 1e9:.2f} GB and {building.parent} has {free / 1e9:.2f} GB "
-            "free: free some space"
-        )
+    need_space(building.with_suffix(""), sum(info.num_bytes for info in (announced | extra.tensors).values()))
     if lacking := copied_beside(like_dir, building):
         warn(
             f"{building.with_suffix('')} will lack config or tokenizer, which could not be copied ({lacking}): copy "

@@ -191,11 +191,8 @@ class Engine(WeightTransferEngine[Init, Update]):
         pieces = self.layout.pieces
         self._check_count(digests)
 
-        def is_good(piece: PieceSpec, expected: str) -> bool:
-            return agrees(piece.view(buffer), expected)
-
         with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
-            results = list(pool.map(is_good, pieces, digests))
+            results = list(pool.map(agrees, (piece.view(buffer) for piece in pieces), digests))
         self._refuse([piece for piece, good in zip(pieces, results, strict=True) if not good])
 
     def _check_count(self, digests: list[str]) -> None:
