@@ -111,7 +111,7 @@ def stages(num_tokens: int, folder: Path, template: Template) -> dict[str, Calla
         server="",
         reward=REWARD,
     )
-    server, raw = Server(url="http://x", key=""), reply(sample)
+    server, raw = Server(url="http://x", key="", version=0), reply(sample)
     request = Request("q", PROMPT.token_ids.tolist(), 1, 0, SamplingConfig(num_samples=1, max_new_tokens=1 << 20))
     group = Group(prompt=PROMPT, samples=[sample])
     question = Question(id="q", messages=[{"role": "user", "content": "Find x."}], gold="42")

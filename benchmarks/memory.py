@@ -221,8 +221,7 @@ def plan() -> None:
     from megatron_t1.models import spec_of
     from megatron_t1.models.sizes import Sizes
 
-    heads = "nodes | train + vLLM | TP x PP x DP | GB | weights | gradients | optimizer | anchor | activations | head"
-    print(f"| {heads} | s a step | generate | anchor | train | push |\n" + "|---" * 15 + "|")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = str(write_config(Path(folder), "qwen2.5-32b"))
         spec = spec_of(Path(model))
@@ -238,11 +237,13 @@ def plan() -> None:
             parts.pop("update")
             memory = " | ".join(f"{value / 1e9:.1f}" for value in parts.values())
             times = " | ".join(f"{value:.0f}" for value in seconds.values())
-            print(
+            rows.append(
                 f"| {nodes} | {nodes - vllm_nodes} + {vllm_nodes} | 8 x {pipeline} x {layout.data} | "
                 f"{'**does not fit:** ' if total > 76 else ''}{total:.1f} | {memory} | {sum(seconds.values()):.0f} | "
                 f"{times} |"
             )
+    heads = ["nodes", "train + vLLM", "TP x PP x DP", "GB", *parts, "s a step", *seconds]
+    print(f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows, sep="\n")
 
 
 def lengths() -> None:
