@@ -189,6 +189,7 @@ class Trainer:
         Raises:
             Stopped: the run was asked to stop; no step was taken, and the samples wait in the bank.
             MismatchError: the samples are not from the policy that was trained; the run must end here.
+            FloatingPointError: as `Engine.step`; so must it.
         """
         watch = self.watch
         with watch("push"):
@@ -203,15 +204,16 @@ class Trainer:
         self.turns.to_trainer()
         with watch("measure"):
             measured |= self.milestones.kl_to_start(self.steps_done, batch.groups)
-        metrics = self.learner.learn(batch.groups)
+        before = self.steps_done
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
         try:
+            metrics = self.learner.learn(batch.groups)
             bound = max_logprob_diff(self.cfg, of_step=True)
             _hold(metrics["logprob_diff"], bound, f"step {self.steps_done}, which is dropped")
-        except MismatchError:
+        except (MismatchError, FloatingPointError):
             if self.queue:
                 self.queue.close()
-                self.bank.drop_from(self.steps_done - 1)
+                self.bank.drop_from(before)
             raise
         if self.cfg.awaits_batches:
             with watch("generate"):  # no sample of two weights; and what a checkpoint needs of the past is in the bank

@@ -30,15 +30,19 @@ from megatron_t1.engine.config import ModelConfig, OptimConfig, ParallelConfig
 from megatron_t1.engine.cut import Cut, no_loss, zeros_onward
 from megatron_t1.engine.model import T1GPTModel, build_model, output_head, packed_seq_params, takes_te_layers, wrap_ddp
 from megatron_t1.engine.optimizer import build_optimizer
-from megatron_t1.engine.parallel import shards
+from megatron_t1.engine.parallel import is_main, shards
 from megatron_t1.models import spec_of
 from megatron_t1.models.sizes import Sizes
 from megatron_t1.models.weight_map import Piece
 from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch, TrainSequence
+from megatron_t1.warn import warn
 from megatron_t1.weights import hf_io
 from megatron_t1.weights.hf_folder import is_torch_dist
 from megatron_t1.weights.plan import local_pieces
+
+_MAX_SKIPPED = 3
+"""One bad batch must not end a run of weeks; a model that is beyond help must."""
 
 
 class ForwardEngine:
@@ -214,6 +218,7 @@ class Engine(ForwardEngine):
             optim, self.ddp, self.config.params_dtype, parallel, total_steps
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
+        self._num_skipped = 0
 
     @contextlib.contextmanager
     def _no_sync(self) -> Iterator[None]:
@@ -240,13 +245,16 @@ class Engine(ForwardEngine):
     ) -> dict[str, float]:
         """One optimizer step. Returns the loss's metrics (means over tokens, maxima), gradient norm and learning rate.
 
+        A gradient that is not finite changes nothing: `skipped` is 1 then, and there is no `grad_norm`.
+
         Args:
             num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
             anchor: chunks of the model that made `anchor_hidden` of the microbatches; token_loss is given the
                 full-vocabulary KL to it where there is one.
 
         Raises:
-            FloatingPointError: the loss is not finite (no step was taken), or the gradient norm was not.
+            FloatingPointError: the loss is not finite, or the gradient norm is not for the third time running: no step
+                was taken.
             Stopped: rank 0 was asked to stop before the last microbatch was begun: no step was taken.
         """
         for ddp in self.ddp:
@@ -285,12 +293,20 @@ class Engine(ForwardEngine):
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"the loss is {metrics['loss']}; no step was taken")
         self.scheduler.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
-        metrics["grad_norm"] = float(grad_norm or 0.0)
-        if not math.isfinite(metrics["grad_norm"]):
-            raise FloatingPointError(f"the gradient norm is {metrics['grad_norm']}; resume from the last checkpoint")
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return metrics
+        # Megatron's own step clips by whatever the norm is, and writes it into weights and moments.
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+            self._num_skipped = 0
+            return metrics | {"grad_norm": grad_norm, "skipped": 0.0}
+        self._num_skipped += 1
+        if self._num_skipped == _MAX_SKIPPED:
+            raise FloatingPointError(f"the gradient norm is {grad_norm}, in {_MAX_SKIPPED} steps one after another")
+        if is_main():
+            warn(f"the gradient norm is {grad_norm}: this step changes nothing")
+        return metrics | {"skipped": 1.0}
 
     def _reduce(self, per_microbatch: list[Metrics], num_targets: int) -> dict[str, float]:
         """Token sums and maxima of the last stage's ranks -> global means and maxima, the same on every rank."""

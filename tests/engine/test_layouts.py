@@ -214,7 +214,7 @@ def test_equals_the_plain_reference(tied, layout, reference, run_ranks, tmp_path
             if f"{key}_max" in got:
                 assert got[f"{key}_max"] == pytest.approx(values.max().item(), rel=1e-5), f"{name}: {key}_max"
         named = {key.removesuffix("_max") for key in got}
-        assert named == per_token.keys() | {"loss", "num_tokens", "grad_norm", "lr"}
+        assert named == per_token.keys() | {"loss", "num_tokens", "grad_norm", "lr", "skipped"}
         if not parallel.get("distributed_optimizer", True):
             assert_close(load_file(tmp_path / f"{name}.safetensors"), grads, 1e-5)
         norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
