@@ -48,8 +48,8 @@ class RLConfig:
     """Largest mean |trainer - servers| of logprobs; beyond it the run ends: when the servers got their first weights,
     or in a step, which is dropped. Rounding makes 3e-7 in float32 and 0.01 to 0.05 in bfloat16, more with FP8. null:
     0.01 where trainer and servers are set to float32, else 0.2; in the steps of a run with rl.lag, whose samples are
-    not of the policy that trains, 1; in those with sampling.top_p or min_p, which part the two by what they cut, none.
-    0: no bound."""
+    not of the policy that trains, 1; in those with sampling.top_p, top_k or min_p, which part the two by what they
+    cut, none. 0: no bound."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.5e-6))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     measure_every: int = 0

@@ -39,7 +39,7 @@ class Milestones:
         self._start = Path(cfg.model.hf_path)
         if not cfg.rl.measure_every or rank0 is None:
             return
-        self._sampler = ServerSampler(rank0, Template(self._start, cfg.data.chat_template))
+        self._sampler = ServerSampler(rank0, Template(self._start, cfg.data))
         self._sets = question_sets(cfg, cfg.evaluate.sets)
 
     def due(self, step: int) -> bool:

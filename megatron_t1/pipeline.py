@@ -73,7 +73,7 @@ def trainer_ranks(cfg: Config) -> Iterator[Platform]:
 
 def run_sft(cfg: Config) -> None:
     with trainer_ranks(cfg) as platform:
-        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
+        template = Template(Path(cfg.model.hf_path), cfg.data)
         hf_dir = sft.train(cfg, platform, load_sft(cfg.data.need("sft"), template, cfg.data))
         if is_main():
             template.keep_in(hf_dir)
@@ -82,7 +82,7 @@ def run_sft(cfg: Config) -> None:
 
 def run_rl(cfg: Config) -> None:
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
-        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
+        template = Template(Path(cfg.model.hf_path), cfg.data)
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
         if cfg.data.heldout:
             heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
@@ -105,7 +105,7 @@ def run_rl(cfg: Config) -> None:
 def run_rollout(cfg: Config) -> None:
     """Make and store the samples of `rl.steps` batches with the weights of model.hf_path; one process, no Megatron."""
     folder = Path(cfg.run_dir) / "rollout"
-    template = Template(cfg.model.folder(), cfg.data.chat_template)
+    template = Template(cfg.model.folder(), cfg.data)
     prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
     HFFolder(cfg.model.folder())  # whole, or refused before the servers start
     rl.check(cfg, prompts)
@@ -131,7 +131,7 @@ def run_rollout(cfg: Config) -> None:
 def run_replay(cfg: Config, step: int, *, profiled: bool) -> None:
     """Train step `step` of the run in run_dir again, from what is stored."""
     with trainer_ranks(cfg) as platform:
-        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
+        template = Template(Path(cfg.model.hf_path), cfg.data)
         prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
         to = Path(cfg.run_dir) / "replay" / f"step_{step}.json" if profiled else None
         _say(replay(cfg, platform, prompts, step, to).table())
@@ -164,7 +164,7 @@ def run_evaluate(cfg: Config, label: str) -> None:
             if not cfg.model.hf_path:
                 raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
             folder = cfg.model.folder()
-            template = Template(folder, cfg.data.chat_template)
+            template = Template(folder, cfg.data)
             HFFolder(folder)  # whole, or refused before the servers start
             _check_context(cfg, context_needs(cfg, "evaluate", template, measured=_longest_of(sets, template)))
             settings = {"weights": weights_digest(folder)}
@@ -182,10 +182,10 @@ def run_evaluate(cfg: Config, label: str) -> None:
 def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
     folder, other, of_answers = cfg.model.folder(), cfg.scaling.answer_model, cfg.of_answers()
-    template = Template(folder, cfg.data.chat_template)
+    template = Template(folder, cfg.data)
     HFFolder(folder)  # whole, or refused before the servers start
     HFFolder(answer_folder := Path(of_answers.model.hf_path))
-    answerer = Template(answer_folder, cfg.data.chat_template) if other else template
+    answerer = Template(answer_folder, cfg.data) if other else template
     sets = question_sets(cfg, [cfg.scaling.set])
     (questions,) = sets.values()
     _check_context(cfg, context_needs(cfg, "scaling", template, measured=_longest_of(sets, template)))
@@ -228,7 +228,7 @@ def run_curate(cfg: Config) -> None:
     sets_dir = Path(cfg.evaluate.sets_dir) if cfg.evaluate.sets_dir else None
     counts = curate.prepare(cfg.curate, cfg.reward, folder, sets_dir=sets_dir, resume=cfg.resume)
     if not cfg.curate.clean_only:
-        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
+        template = Template(Path(cfg.model.hf_path), cfg.data)
         prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
         with open_rank0(cfg, template) as rank0:
             serve_folder(rank0.servers)
@@ -246,7 +246,7 @@ def run_all(cfg: Config) -> None:
     began = time.perf_counter() - (time.time() - psutil.Process().create_time())  # Python and the imports included
     run_dir, watch = Path(cfg.run_dir), Stopwatch()
     with trainer_ranks(cfg) as platform, ExitStack() as stack:
-        template = Template(Path(cfg.model.hf_path), cfg.data.chat_template)
+        template = Template(Path(cfg.model.hf_path), cfg.data)
         train = load_prompts(cfg.data.need("train"), template, cfg.data)
         questions = load_questions(cfg.data.need("heldout"), cfg.data.system_prompt)
         refuse_shared((prompt.text for prompt in train), (question.text for question in questions))

@@ -72,7 +72,7 @@ def max_logprob_diff(cfg: Config, *, of_step: bool = False) -> float:
     step; inf: none. `RLConfig` has the figures behind it."""
     if cfg.rl.max_logprob_diff is not None:
         return cfg.rl.max_logprob_diff or math.inf
-    if of_step and (cfg.sampling.top_p < 1 or cfg.sampling.min_p > 0):
+    if of_step and cfg.sampling.cuts():
         return math.inf  # the servers' logprobs are of what is left, and more by -log of its mass
     if of_step and cfg.rl.lag:
         return 1.0

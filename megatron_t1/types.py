@@ -82,7 +82,7 @@ class Sample:
     token_ids: np.ndarray
     """int64 [num_response_tokens], the end token included when there is one."""
     logprobs: np.ndarray
-    """float32 [num_response_tokens], of the sampled tokens AFTER temperature (and min_p/top_p)."""
+    """float32 [num_response_tokens], of the sampled tokens AFTER temperature (and top_p, top_k, min_p)."""
     text: str
     """Detokenised response, special tokens left out; with the `<think>` before it that the prompt has opened."""
     finish_reason: FinishReason

@@ -234,7 +234,7 @@ def test_the_bound_is_of_the_precision_that_is_set():
     assert bound(asked=0.5) == 0.5
     assert bound(asked=0) == float("inf")
     assert (bound(lag=1), bound(lag=1, of_step=True)) == (0.01, 1)
-    for cut in ({"min_p": 0.05}, {"top_p": 0.99}):  # the check is asked without them
+    for cut in ({"min_p": 0.05}, {"top_p": 0.99}, {"top_k": 20}):  # the check is asked without them
         assert (bound(**cut), bound(**cut, of_step=True)) == (0.01, float("inf"))
         assert bound(**cut, asked=0.3, of_step=True) == 0.3
 
@@ -457,7 +457,7 @@ def test_a_package_of_the_users_trains_on_all_ranks(forks, tuned, server, tmp_pa
     site = install(tmp_path / "site", tmp_path / "extend")
     questions = [{**row, "mode": "last_integer"} for row in rows(tuned / "rl.jsonl")[:200]]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    own = {"plugins": PLUGINS, "data.train": tmp_path / "questions.jsonl", "loss.token_loss": "t1_length_free",
+    own = {"plugins": PLUGINS, "data.train": tmp_path / "questions.jsonl", "loss.token_loss": "t1_uncertain",
            "loss.advantage": "centered_ranks", "data.chat_template": "plain",
            "reward.penalties.enabled": "[apology]"}  # fmt: skip
     command = [WORKERS / "extended_worker.py", site, "rl", *options(tuned, tmp_path / "run", **server, **own)]

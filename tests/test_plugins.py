@@ -200,7 +200,7 @@ def test_what_no_plugin_brings_is_named(extended: Callable[..., str]) -> None:
     unknown = ["--loss.token_loss", "ppo", "--loss.advantage", "gae", "--data.chat_template", "x",
                "--reward.penalties.enabled", "[apology,other]"]  # fmt: skip
     told = extended("rl", "--plugins", PLUGINS, *unknown, expect=1)
-    assert "loss.token_loss = 'ppo' has the token loss 'ppo', which is not known; known: t1, t1_length_free" in told
+    assert "loss.token_loss = 'ppo' has the token loss 'ppo', which is not known; known: t1, t1_uncertain" in told
     assert "loss.advantage = 'gae' has the advantage 'gae'" in told
     assert "data.chat_template = 'x' has the chat template 'x', which is not known; known: plain" in told
     assert "the penalty 'other', which is not known; known: apology, garbled, language" in told

@@ -1,4 +1,6 @@
-"""Leave-one-out advantage (RLOO): A_i = r_i - mean of the other K-1 rewards of the same prompt.
+"""What the rewards of a prompt's samples make of each other: T1's leave-one-out, and GRPO's.
+
+Leave-one-out (RLOO): A_i = r_i - mean of the other K-1 rewards of the same prompt.
 
 Kool, van Hoof, Welling, "Buy 4 REINFORCE Samples, Get a Baseline for Free!" (2019); T1 uses it unscaled, without
 dividing by the group's standard deviation. Assumes that a group's samples are independent draws of one policy. Equals
@@ -29,6 +31,18 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     if len(rewards) == 1:
         return rewards
     return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+
+
+@ADVANTAGES.add
+def grpo(rewards: np.ndarray) -> np.ndarray:
+    """float [K] -> float64 [K]: (r_i - mean) / (standard deviation + 1e-6), of all K (Shao et al., arXiv 2402.03300).
+
+    The division weights prompts that are nearly always or nearly never solved more. K = 1 gives 0.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    if len(rewards) == 1:
+        return np.zeros(1)
+    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
 
 
 def assign(groups: list[Group], advantage: str = "leave_one_out") -> list[Group]:

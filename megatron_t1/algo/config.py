@@ -37,7 +37,8 @@ class LossConfig:
     token_loss: str = "t1"
     """The loss of a token; others come from `plugins`."""
     advantage: str = "leave_one_out"
-    """What the rewards of a prompt's samples make of each other; others come from `plugins`."""
+    """What the rewards of a prompt's samples make of each other: leave_one_out (T1) or grpo (their mean and standard
+    deviation); others come from `plugins`."""
 
     entropy_coef: float = 1e-3
     """alpha, the weight of the token entropy bonus; our choice, no published value is known to us."""
@@ -66,7 +67,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         known(self, "token_loss", TOKEN_LOSSES, self.token_loss, also=["t1"])  # those of torch stay unread here
-        known(self, "advantage", ADVANTAGES, self.advantage, also=["leave_one_out"])
+        known(self, "advantage", ADVANTAGES, self.advantage, also=["leave_one_out", "grpo"])
         for name in ("entropy_coef", "kl_coef"):
             if getattr(self, name) < 0:
                 raise FieldError(name, getattr(self, name), "must be 0 or more; 0 switches the term off")

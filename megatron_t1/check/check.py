@@ -94,7 +94,7 @@ def _elsewhere(cfg: Config, found: Findings) -> None:
 
 def _tokens(cfg: Config, model_dir: Path, spec: ModelSpec, found: Findings) -> Template | None:
     try:
-        template = Template(model_dir, cfg.data.chat_template)
+        template = Template(model_dir, cfg.data)
     except ValueError as error:
         found.problems.append(str(error))
         return None
@@ -183,12 +183,10 @@ def _sampling(cfg: Config, spec: ModelSpec, command: str, found: Findings) -> No
             found.problems.append(str(error))
     if command not in ("rl", "run"):
         return
-    for name in ("top_p", "min_p"):
-        value = getattr(sampling, name)
-        found.should(
-            value == (1.0 if name == "top_p" else 0.0),
+    for name, value in sampling.cuts().items():
+        found.warnings.append(
             f"sampling.{name} = {value} cuts the distribution that is sampled, not the one that is trained: the policy "
-            "gradient is biased, and tokens that were cut count as possible. T1 ablates it; the mismatch is logged",
+            "gradient is biased, and tokens that were cut count as possible. T1 ablates it; the mismatch is logged"
         )
     found.should(
         rollout.dtype in ("auto", cfg.model.dtype),

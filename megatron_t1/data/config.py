@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class DataConfig:
     chat_template: str | None = None
     """Chat template of a plugin, in place of the checkpoint's. The model that a training ends with brings it along; for
     its checkpoints and snapshots name it again."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables that the chat template reads: {enable_thinking: false}. Name them again wherever the model is asked."""
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:

@@ -6,6 +6,7 @@ out: code that comes with a checkpoint (`trust_remote_code` stays off), and whic
 
 from __future__ import annotations
 
+import inspect
 import re
 import secrets
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_t1.data.config import CHAT_TEMPLATES
+from megatron_t1.data.config import CHAT_TEMPLATES, DataConfig
 from megatron_t1.data.tokenizer import load_tokenizer
 from megatron_t1.types import Message
 
@@ -37,27 +38,41 @@ def opened_thinking(tokenizer: Any, prompt_ids: Sequence[int] | np.ndarray) -> s
 class Template:
     """Tokenizer and chat template of a Hugging Face folder."""
 
-    def __init__(self, model_dir: Path, named: str | None = None) -> None:
+    def __init__(self, model_dir: Path, data: DataConfig | None = None) -> None:
         """
         Args:
-            named: chat template of a plugin in place of the folder's.
+            data: what it says about the chat template.
 
         Raises:
-            ValueError: the folder has no tokenizer, no chat template or no end token.
+            ValueError: the folder has no tokenizer, no chat template or no end token; the chat template doesn't read a
+                variable that is given.
         """
-        self._folder, self._named = model_dir, named
+        data = data or DataConfig()
+        self._folder, self._named, self._variables = model_dir, data.chat_template, data.chat_template_kwargs
         self.tokenizer: Any = load_tokenizer(model_dir)
-        if named:
-            self.tokenizer.chat_template = CHAT_TEMPLATES[named]()
+        if self._named:
+            self.tokenizer.chat_template = CHAT_TEMPLATES[self._named]()
         if not self.tokenizer.chat_template:
             raise ValueError(f"{model_dir}: the tokenizer has no chat template; add chat_template.jinja to the folder")
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"{model_dir}: the tokenizer has no end token; set eos_token in tokenizer_config.json")
         self.eos_token_id = int(self.tokenizer.eos_token_id)
+        if self._variables:
+            self._check_variables()
         self._control = {
             token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
         self._control_pattern = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))))
+
+    def _check_variables(self) -> None:
+        """A misspelled one would change nothing, and one that is ours to give would change where the prompt ends."""
+        ours = {"messages"} | set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
+        for name, value in self._variables.items():
+            if name in ours or not re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template)):
+                raise ValueError(
+                    f"data.chat_template_kwargs has {name} = {value!r:.60}, which is no variable of the chat template "
+                    f"of {self._folder}: mend the name, or leave it out"
+                )
 
     def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
         """int64 [num_prompt_tokens]: the conversation with the opening of the assistant's turn.
@@ -76,7 +91,9 @@ class Template:
         if self._control:
             messages = [{**m, "content": self._control_pattern.sub(hide, m["content"])} for m in messages]
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **self._variables
+            )
         except Exception as error:  # a template is a program, which may divide by zero; and so its author refuses
             told = str(error) or type(error).__name__
             raise ValueError(f"the chat template refuses these messages: {told:.500} ({self._folder})") from None

@@ -22,6 +22,8 @@ class SetSampling:
     """0 is greedy."""
     top_p: float | None = None
     """Cuts the tail of the distribution."""
+    top_k: int | None = None
+    """Only the k most likely tokens; 0: all."""
     min_p: float | None = None
     """Cuts tokens below min_p x the most likely one's probability."""
     max_new_tokens: int | None = None

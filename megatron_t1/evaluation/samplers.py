@@ -117,6 +117,7 @@ class EndpointSampler:
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
+                top_k=sampling.top_k,
                 min_p=sampling.min_p,
                 seed=(sample_seed(seed, question.id) + number) % 2**31,  # what hosted endpoints take
                 stop=sampling.stop,

@@ -112,6 +112,7 @@ class ChatEndpoint:
         max_new_tokens: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         min_p: float = 0.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
@@ -131,6 +132,7 @@ class ChatEndpoint:
         }
         optional: dict[str, Any] = {
             "top_p": (top_p, 1.0),
+            "top_k": (top_k, 0),
             "min_p": (min_p, 0.0),
             "seed": (seed, None),
             "stop": (list(stop), []),

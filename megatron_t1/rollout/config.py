@@ -19,6 +19,8 @@ class SamplingConfig:
     """The trainer computes its logprobs at this temperature too. 0 is greedy (evaluation only)."""
     top_p: float = 1.0
     """Below 1 the sampled distribution is not the one the trainer differentiates: a bias, for evaluation only."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0: all. It biases the ratio as top_p does."""
     min_p: float = 0.0
     """Cuts tokens below min_p x the most likely one's probability; biases the ratio as top_p does (T1 ablates it)."""
     num_samples: int = 64
@@ -37,9 +39,17 @@ class SamplingConfig:
             raise FieldError("top_p", self.top_p, "must lie in (0, 1]")
         if not 0 <= self.min_p < 1:
             raise FieldError("min_p", self.min_p, "must lie in [0, 1)")
+        at_least(self, 0, "top_k")
         at_least(self, 1, "num_samples", "max_new_tokens")
         if self.temperature == 0 and self.num_samples > 1:
             raise FieldError("num_samples", self.num_samples, "must be 1 at temperature 0: greedy samples are the same")
+
+    def cuts(self) -> dict[str, float]:
+        """The fields that keep tokens from being sampled which the policy may choose, with their values."""
+        given = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return {
+            name: value for name, value in given.items() if value != SamplingConfig.__dataclass_fields__[name].default
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ class Request:
                 "n": self.count,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
                 "min_p": sampling.min_p,
                 "max_tokens": sampling.max_new_tokens,
                 "seed": self.seed,

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_t1.algo.advantage import assign, leave_one_out
+from megatron_t1.algo.advantage import assign, grpo, leave_one_out
 from megatron_t1.types import Group, Prompt, Reward, Sample
 
 
@@ -16,6 +17,13 @@ def test_is_the_reward_minus_the_mean_of_the_others():
 def test_equal_rewards_teach_nothing_and_the_sum_is_zero():
     assert not leave_one_out(np.ones(8)).any()
     assert abs(leave_one_out(np.array([1.0, 0, -1, 1])).sum()) < 1e-15
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 0, 0, -1, 1], [0.0, 1.0], [1.0, 1, 1], [-1.0]])
+def test_grpo_is_torch_s_standard_score(rewards: list[float]) -> None:
+    values = torch.tensor(rewards, dtype=torch.float64)
+    expected = (values - values.mean()) / (values.std() + 1e-6) if len(rewards) > 1 else torch.zeros(1)
+    np.testing.assert_allclose(grpo(np.array(rewards)), expected.numpy(), atol=1e-12)
 
 
 def test_an_ungraded_sample_is_refused():

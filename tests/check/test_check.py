@@ -166,9 +166,16 @@ def test_the_context_holds_every_sets_own_sampling(task: Path, tmp_path: Path, c
 
 
 def test_biased_sampling_and_mixed_precision_are_warned_of(task: Path) -> None:
-    found = found_in(task, "--sampling.top_p", 0.9, "--sampling.min_p", 0.1, "--rollout.dtype", "bfloat16")
+    found = found_in(
+        task, "--sampling.top_p", 0.9, "--sampling.min_p", 0.1, "--sampling.top_k", 20, "--rollout.dtype", "bfloat16"
+    )
     assert found.problems == []
-    for warning in ("sampling.top_p = 0.9 cuts", "sampling.min_p = 0.1 cuts", "rollout.dtype = bfloat16"):
+    for warning in (
+        "sampling.top_p = 0.9 cuts",
+        "sampling.min_p = 0.1 cuts",
+        "sampling.top_k = 20 cuts",
+        "rollout.dtype = bfloat16",
+    ):
         assert any(warning in text for text in found.warnings), warning
 
 

@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,3 +307,28 @@ def test_a_mark_before_the_chat_template_is_no_part_of_the_prompt(tmp_path: Path
     path = tmp_path / "chat_template.jinja"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert Template(tmp_path).prompt_ids([{"role": "user", "content": "hi"}]).tolist() == before.tolist()
+
+
+QWEN3_END = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}<think></think>{%- endif %}"
+)
+
+
+def test_the_chat_template_gets_its_variables(tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(QWEN3_END)
+
+    def asked(**variables: Any) -> str:
+        template = Template(tmp_path, DataConfig(chat_template_kwargs=variables))
+        return template.tokenizer.decode(template.prompt_ids([{"role": "user", "content": "hi"}]))
+
+    assert (asked(), asked(enable_thinking=True), asked(enable_thinking=False)) == ("hi", "hi", "hi<think></think>")
+
+
+@pytest.mark.parametrize("name", ["enable_thinkng", "thinking", "add_generation_prompt", "messages", "tools"])
+def test_a_variable_that_is_not_the_chat_templates_is_refused(name: str, tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(QWEN3_END + "{% if add_generation_prompt %}{{ tools }}{% endif %}")
+    with pytest.raises(ValueError, match=f"data.chat_template_kwargs has {name} = 1, which is no variable"):
+        Template(tmp_path, DataConfig(chat_template_kwargs={name: 1}))

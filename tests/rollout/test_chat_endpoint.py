@@ -107,9 +107,9 @@ def test_requests_say_what_was_asked_for_and_nothing_else() -> None:
     with serving(ScriptedEndpoint(lambda body: bodies.append(body) or "ok")) as server:
         cfg = EndpointConfig(urls=(server.url,), model="m", extra_body={"reasoning_effort": "high"})
         ask_all(cfg, ["x"])
-        ask_all(cfg, ["x"], temperature=0.5, top_p=0.9, seed=3, stop=("a",))
+        ask_all(cfg, ["x"], temperature=0.5, top_p=0.9, top_k=20, seed=3, stop=("a",))
     plain = {"model": "m", "messages": user("x"), "max_tokens": 9, "temperature": 1.0, "reasoning_effort": "high"}
-    assert bodies == [plain, {**plain, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["a"]}]
+    assert bodies == [plain, {**plain, "temperature": 0.5, "top_p": 0.9, "top_k": 20, "seed": 3, "stop": ["a"]}]
 
 
 def test_an_answer_that_ended_at_once_is_empty_and_no_garbage() -> None:

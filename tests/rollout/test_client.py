@@ -108,6 +108,21 @@ def test_greedy_continuations_are_those_of_transformers(client: RolloutClient, t
         assert sample.token_ids.tolist() == expected.tolist()
 
 
+def test_top_k_leaves_the_most_likely_tokens(client: RolloutClient, tiny_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
+    prefix = [5, 6, 7]
+    likely = model(torch.tensor([prefix])).logits[0, -1].topk(3).indices.tolist()
+    first = {k: set() for k in (1, 3, 0)}
+    for k, seen in first.items():
+        cut = SamplingConfig(temperature=1.2, top_k=k, num_samples=64, max_new_tokens=1)
+        (samples,) = client.complete_tokens([prefix], cut, seed=0)
+        seen.update(int(sample.token_ids[0]) for sample in samples)
+    assert first[1] == {likely[0]}
+    assert first[3] <= set(likely)
+    assert len(first[3]) > 1
+    assert not first[0] <= set(likely)
+
+
 def test_a_stop_string_ends_a_response(client: RolloutClient) -> None:
     (free,) = client.complete_tokens([[5, 6, 7]], dataclasses.replace(SAMPLING, num_samples=1), seed=2)
     text = free[0].text

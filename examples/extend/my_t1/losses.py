@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from torch import Tensor
 
@@ -10,13 +12,12 @@ from megatron_t1.algo.loss import Metrics, TokenFields, t1_token_loss
 
 
 @TOKEN_LOSSES.add
-def t1_length_free(
+def t1_uncertain(
     logprob: Tensor, entropy: Tensor, tokens: TokenFields, kl: Tensor | None = None, *, cfg: LossConfig
 ) -> tuple[Tensor, Metrics]:
-    """T1's loss, with the policy gradient of tokens that are all but certain (p > 0.99) left out. All are [T]."""
-    loss, metrics = t1_token_loss(logprob, entropy, tokens, kl, cfg=cfg)
-    certain = logprob.detach() > np.log(0.99)
-    return loss + certain * tokens.advantage * logprob, metrics
+    """T1's loss, with the reward's gradient of tokens that are all but certain (p > 0.99) left out. All are [T]."""
+    uncertain = logprob.detach() <= np.log(0.99)
+    return t1_token_loss(logprob, entropy, replace(tokens, advantage=tokens.advantage * uncertain), kl, cfg=cfg)
 
 
 @ADVANTAGES.add
