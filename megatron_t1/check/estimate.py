@@ -51,7 +51,6 @@ From a signal to stop to the end, at worst: it comes when the last microbatch of
     earlier      the checkpoint of the step before, as far as it was not written beside the training
     collect      what a checkpoint takes of a rank's host / _COPY_BYTES_PER_S
     write        the checkpoint / (nodes that hold its first copy x _DISK_BYTES_PER_S)
-    digest       the same again: it is read back
 
 The shares are what well-tuned systems reach, not what was measured here; the memory formulas were held to measured
 peaks on the CPU (benchmarks/memory.md). Left out: fragmentation, and what CUDA and NCCL take for themselves; where
@@ -290,8 +289,8 @@ def stop_seconds(
         finished["push"] = step["push"]
     if awaits_batch:
         finished["generate"] = max(0.0, step["generate"] - step["train"])
-    finished["earlier"] = max(0.0, 2 * disk - step["train"])
-    return {**finished, "collect": collected / _COPY_BYTES_PER_S, "write": disk, "digest": disk}
+    finished["earlier"] = max(0.0, disk - step["train"])
+    return {**finished, "collect": collected / _COPY_BYTES_PER_S, "write": disk}
 
 
 def checkpoint_bytes(sizes: Sizes, dtype: str, anchor: AnchorKind) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import multiprocessing
 import os
 import queue
@@ -58,7 +59,7 @@ class Writers:
         written, failures = {}, []
         for process, results in self._processes:  # all of them: one whose pipe is full waits for its reader
             try:
-                number, found = results.recv()
+                number, found, file = results.recv()
             except (EOFError, OSError):  # before it said anything, or in the midst of it
                 process.join()
                 found = RuntimeError(f"a writer ended with exit code {process.exitcode}")
@@ -68,13 +69,9 @@ class Writers:
                 failures.append(found)
             else:
                 written[number] = found
+                self.digests[self._buckets[number][1]] = file
         for process, _ in self._processes:
             process.join()
-        try:
-            for path, name, _ in self._buckets if not failures else ():
-                self.digests[name] = digest(Path(path))
-        except Exception as error:
-            failures.append(error)
         if self._processes:
             self._results.put(failures[0] if failures else written)
         self._buckets.clear()
@@ -87,34 +84,63 @@ def digest(path: Path) -> tuple[int, str]:
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Digested(io.BufferedWriter):
+    """A file whose SHA-256 is taken of what is written, one part after the other: it need not be read again."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(path, "w"), buffer_size=1 << 20)
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        self.num_bytes += memoryview(data).nbytes
+        return super().write(data)
+
+    def fileno(self) -> int:
+        """For Megatron's fsync, which comes before the last part has left the buffer."""
+        self.flush()
+        return super().fileno()
+
+    def result(self) -> tuple[int, str]:
+        return self.num_bytes, self._digest.hexdigest()
+
+
 class _Results:
-    """What Megatron's writer puts its outcome into."""
+    """What Megatron's writer opens its file by, and puts its outcome into."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
+        self._file: _Digested | None = None
+
+    def open(self, path: str, mode: str) -> _Digested:
+        assert mode == "wb"
+        self._file = _Digested(path)
+        return self._file
 
     def put(self, outcome: tuple[int, Any]) -> None:
         number, found = outcome
         while isinstance(found, Exception) and found.__context__:  # torch's own follows from a full disk's
             found = found.__context__
-        self._pipe.send((number, found))
+        self._pipe.send((number, found, self._file.result() if self._file else None))
 
 
 def _start(transforms: Any, number: int, bucket: Any) -> tuple[Any, Any]:
     ours, theirs = _CONTEXT.Pipe(duplex=False)
     unfinished = queue.Queue[int]()
     unfinished.put(number)  # what Megatron's writer ticks off, in its own memory
-    process = _CONTEXT.Process(
-        target=_write, args=(transforms, number, bucket, _Results(theirs), unfinished), kwargs={"use_fsync": True}
-    )
+    process = _CONTEXT.Process(target=_write, args=(transforms, number, bucket, _Results(theirs), unfinished))
     process.start()
     theirs.close()  # in this process: the end of a writer is the end of what it says
     return process, ours
 
 
-def _write(*arguments: Any, **options: Any) -> None:
+def _write(transforms: Any, number: int, bucket: Any, results: _Results, unfinished: Any) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     rank = multiprocessing.parent_process()
     if rank is not None and os.getppid() != rank.pid:  # it was killed before this process could ask
         os._exit(1)
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data(*arguments, **options)
+    filesystem_async.open = results.open  # type: ignore[attr-defined]  # in this fork alone
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transforms, number, bucket, results, unfinished, use_fsync=True
+    )

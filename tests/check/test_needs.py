@@ -244,15 +244,15 @@ def test_stopping_is_priced_and_held_to_the_grace(tmp_path: Path) -> None:
     assert ahead == seconds | {"generate": max(0, step["generate"] - step["train"])}
     assert seconds["train"] == pytest.approx(step["train"] * 2 / (layout.microbatches + 1))
     assert layout.microbatches > 100
-    assert seconds["write"] == seconds["digest"] == size / 2e9
-    assert 590 < sum(seconds.values()) < 660
+    assert seconds["write"] == size / 2e9
+    assert 300 < sum(seconds.values()) < 330
 
     found = Findings()
     _grace(seconds, dataclasses.replace(machines, grace_s=1740), found)
     assert not found.problems
     _grace(seconds, dataclasses.replace(machines, grace_s=270), found)
     assert re.fullmatch(
-        r"GRACE_S = 270 is less than stopping needs: .*; submit with GRACE_S=660 and sbatch --signal=B:USR1@720",
+        r"GRACE_S = 270 is less than stopping needs: .*; submit with GRACE_S=360 and sbatch --signal=B:USR1@420",
         found.problems[0],
     )
 
