@@ -232,7 +232,7 @@ class OptimConfig:
     adam_beta2: float = 0.95
     """Decay of the mean of their squares, a step."""
     adam_eps: float = 1e-8
-    """Added to the root of that mean."""
+    """Added to the root of that mean; without it a weight that no token has reached yet would become 0 / 0."""
     weight_decay: float = 0.0
     """Share of each weight that a step takes off, times the learning rate."""
     clip_grad: float = 1.0
@@ -240,6 +240,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "lr", "warmup_steps", "weight_decay", "clip_grad")
+        at_least(self, 1e-30, "adam_eps")  # in float32 it must be more than 0
         within(self, 0, 1, "min_lr_ratio")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
