@@ -59,8 +59,10 @@ class Learner:
         """Go on from the newest checkpoint of the run, if there is one.
 
         Raises:
-            ValueError: there is one and `resume` was not asked for, or it is of other settings.
+            ValueError: there is one and `resume` was not asked for, or it is of other settings; or a prompt has a token
+                that the model has no row for.
         """
+        self.engine.check_tokens(prompt.token_ids for prompt in prompts)
         self.settings = _settings(self.cfg, prompts) if is_main() else {}
         self.steps_done = checkpoint.resume(
             self.checkpoints,
@@ -119,6 +121,7 @@ def _settings(cfg: Config, prompts: list[Prompt]) -> dict[str, Any]:
     return named(
         **{"data.train": data_identity(rows), "seed": cfg.seed, "rl.prompts_per_step": cfg.rl.prompts_per_step},
         **{"rl.lag": cfg.rl.lag, "rl.refill": cfg.rl.refill},
+        **{"rl.steps": None if cfg.rl.optim.schedule == "constant" else cfg.rl.steps},  # as far as a rate rests on them
         **{"model": model_identity(cfg.model), "model.dtype": cfg.model.dtype, "rl.optim": cfg.rl.optim},
         sampling=cfg.sampling,
         loss=cfg.loss,

@@ -44,11 +44,19 @@ def batches(examples: list[TrainSequence], batch_size: int, seed: int, start: in
             number += 1
 
 
+def _num_steps(cfg: Config, examples: list[TrainSequence]) -> int:
+    """Of the whole run."""
+    of_epochs = len(examples) // cfg.sft.batch_size * cfg.sft.epochs
+    return min(of_epochs, cfg.sft.max_steps or of_epochs)
+
+
 def _settings(cfg: Config, examples: list[TrainSequence]) -> dict[str, Any]:
+    steps = None if cfg.sft.optim.schedule == "constant" else _num_steps(cfg, examples)
     rows = ((example.prompt_ids.tobytes(), example.response_ids.tobytes()) for example in examples)
     return named(
         **{"data.sft": data_identity(rows), "sft.batch_size": cfg.sft.batch_size, "sft.optim": cfg.sft.optim},
         **{"seed": cfg.seed, "model": model_identity(cfg.model), "model.dtype": cfg.model.dtype},
+        **{"steps of sft.optim.schedule (by sft.epochs, sft.max_steps)": steps},
         plugins=plugins.identity(),
     )
 
@@ -71,17 +79,17 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
     """Fine-tune `model.hf_path` on the examples; returns the exported Hugging Face folder. Collective.
 
     Raises:
-        ValueError: a batch larger than the data; a finished or begun run in run_dir without `resume`, or of other
-            settings.
+        ValueError: a batch larger than the data; a token that the model has no row for; a finished or begun run in
+            run_dir without `resume`, or of other settings.
         Stopped: the run was asked to stop; a checkpoint of the steps done is written.
     """
     folder = Path(cfg.run_dir) / "sft"
     if len(examples) < cfg.sft.batch_size:
         raise ValueError(f"sft.batch_size = {cfg.sft.batch_size} is larger than the {len(examples)} examples; lower it")
-    total = len(examples) // cfg.sft.batch_size * cfg.sft.epochs
-    total = min(total, cfg.sft.max_steps or total)
+    total = _num_steps(cfg, examples)
     cfg.sft.optim.check_steps(total, "sft.optim")
     engine = Engine(cfg.model, cfg.parallel, cfg.sft.optim, platform, total_steps=total, temperature=1.0)
+    engine.check_tokens(ids for example in examples for ids in (example.prompt_ids, example.response_ids))
     cfg.parallel.check_fits(max(example.num_tokens for example in examples), cfg.model)
     engine.load_weights(Path(cfg.model.hf_path))
     settings = _settings(cfg, examples) if is_main() else {}

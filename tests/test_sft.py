@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
-from megatron_t1 import sft
+from megatron_t1 import learner, sft
 from megatron_t1.config import Config
-from megatron_t1.engine.config import ModelConfig
+from megatron_t1.engine.config import ModelConfig, OptimConfig
+from megatron_t1.engine.resume_check import changes
 from megatron_t1.types import TrainSequence
 
 
@@ -47,3 +49,23 @@ def test_a_finished_one_is_compared_with_what_is_asked_for(alone: None, tiny_dir
     sft.check_finished(replace(other, resume_with_changes=True), examples)
     kept = json.loads((tmp_path / "sft/changes.jsonl").read_text())
     assert list(kept["changed"]) == ["sft.batch_size"]
+
+
+@pytest.mark.parametrize(("schedule", "decides"), [("constant", False), ("linear", True), ("cosine", True)])
+def test_the_number_of_steps_decides_a_run_whose_learning_rate_rests_on_it(
+    schedule: Any, decides: bool, tiny_dir: Path
+) -> None:
+    """Resumed with twice as many steps, a cosine that was at its end would be in its middle."""
+    optim, model = OptimConfig(lr=1e-3, schedule=schedule), ModelConfig(hf_path=str(tiny_dir))
+    cfg = Config(model=model)
+    cfg = replace(cfg, sft=replace(cfg.sft, batch_size=1, optim=optim), rl=replace(cfg.rl, optim=optim))
+    examples = [sequence(2, 3), sequence(4)]
+    of_sft, of_rl = sft._settings(cfg, examples), learner._settings(cfg, [])
+    longer = replace(cfg, sft=replace(cfg.sft, epochs=5), rl=replace(cfg.rl, steps=501))
+    more = changes(of_sft, sft._settings(longer, examples)), changes(of_rl, learner._settings(longer, []))
+    name = "steps of sft.optim.schedule (by sft.epochs, sft.max_steps)"
+    assert more == (({name: [6, 10]}, {"rl.steps": [500, 501]}) if decides else ({}, {}))
+    cut_alike = replace(cfg, sft=replace(cfg.sft, max_steps=6, epochs=9))
+    assert not changes(of_sft, sft._settings(cut_alike, examples))
+    of_older_release = {key: value for key, value in of_sft.items() if key != name}
+    assert not changes(of_older_release, sft._settings(longer, examples))

@@ -6,6 +6,7 @@ Read by the command line before anything heavy is: neither torch nor Megatron is
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,10 @@ from megatron_t1.fields import FieldError, above, at_least, within
 Dtype = Literal["float32", "bfloat16"]
 ATTENTION_BACKENDS = ("flash", "fused", "unfused", "local", "auto")
 """Megatron's `AttnBackend`, by name."""
+
+
+FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""Scaling recipe -> of which both dimensions of every matrix must be multiples, tokens included."""
 
 
 TRANSFORMER_FIELDS = (
@@ -33,6 +38,11 @@ TRANSFORMER_FIELDS = (
 )
 """What `model.transformer` may set: speed and memory. The other fields of Megatron's config change what is computed or
 how it is laid out; config.json, `parallel` and T1's loss decide those."""
+
+
+def fp8_multiple(transformer: Mapping[str, Any]) -> int:
+    """What FP8 asks of a matrix's dimensions, with these fields of Megatron's config; 1 without FP8."""
+    return FP8_MULTIPLES[transformer.get("fp8_recipe", "tensorwise")] if transformer.get("fp8") else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +81,16 @@ class ModelConfig:
             raise FieldError(
                 "transformer.attention_backend", backend, f"must be one of {', '.join(ATTENTION_BACKENDS)}"
             )
-        if "fp8_recipe" in self.transformer and not self.transformer.get("fp8"):
+        if (fp8 := self.transformer.get("fp8")) not in (None, "e4m3", "hybrid"):
+            raise FieldError("transformer.fp8", fp8, "must be e4m3, or hybrid (gradients in e5m2); null: no FP8")
+        if "fp8_recipe" in self.transformer and not fp8:
             raise FieldError(
                 "transformer.fp8_recipe", self.transformer["fp8_recipe"], "is not read without fp8: e4m3 or hybrid"
             )
-        if self.transformer.get("fp8_recipe") == "delayed":
+        if (recipe := self.transformer.get("fp8_recipe", "tensorwise")) not in FP8_MULTIPLES:
             raise FieldError(
                 "transformer.fp8_recipe",
-                "delayed",
+                recipe,
                 "must be tensorwise (the default), blockwise or mxfp8: delayed scaling takes its scales from the "
                 "training steps before, which a resumed run and the anchor's passes don't have",
             )
@@ -187,7 +199,7 @@ class ParallelConfig:
 
     def multiple_of_rank(self, model: ModelConfig) -> int:
         """Of which the tokens are that a rank has of a microbatch."""
-        return self.tensor * (16 if model.transformer.get("fp8") else 1)
+        return self.tensor * fp8_multiple(model.transformer)
 
     def check_fits(self, num_tokens: int, model: ModelConfig) -> None:
         """Raise ValueError, before any step, when `pack` would have no room for the longest sequence of a run."""
@@ -220,7 +232,7 @@ class OptimConfig:
     adam_beta2: float = 0.95
     """Decay of the mean of their squares, a step."""
     adam_eps: float = 1e-8
-    """Added to the root of that mean."""
+    """Added to the root of that mean; without it a weight that no token has reached yet would become 0 / 0."""
     weight_decay: float = 0.0
     """Share of each weight that a step takes off, times the learning rate."""
     clip_grad: float = 1.0
@@ -228,6 +240,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "lr", "warmup_steps", "weight_decay", "clip_grad")
+        at_least(self, 1e-30, "adam_eps")  # in float32 it must be more than 0
         within(self, 0, 1, "min_lr_ratio")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:

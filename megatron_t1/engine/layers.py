@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
@@ -64,7 +65,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class LocalPackedSeqParams(PackedSeqParams):
-    """Packed sequences for `PackedAttention`, which finds the padded layout computed once for all layers.
+    """Packed sequences for `PackedAttention`, which finds the padded layouts computed once for all layers.
 
     `qkv_format` stays `sbhd`: Megatron then applies the rotary embedding to the whole stream at once.
     """
@@ -77,13 +78,24 @@ class LocalPackedSeqParams(PackedSeqParams):
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
         )
-        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        column = torch.arange(max_seqlen, device=cu_seqlens.device)
-        # Rows past a sequence's end read its last token; causality keeps them out of every real token's result.
-        self.padded_index = starts[:, None] + torch.minimum(column[None, :], lengths[:, None] - 1)
-        self.valid = column[None, :] < lengths[:, None]
+        bounds = cu_seqlens.tolist()
+        starts, lengths = np.array(bounds[:-1]), np.diff(bounds)
+        self.padded_indices: list[torch.Tensor] = []
+        """int64 [n, longest] for the n sequences of like length: the rows of the stream, padded. All padded to the
+        longest of the stream, some short ones beside it would cost as much as if each were as long."""
+        place, num_rows = np.empty(bounds[-1], np.int64), 0
+        for power in np.unique(powers := np.frexp(lengths)[1]):  # within a factor of 2
+            first, length = starts[powers == power, None], lengths[powers == power, None]
+            column = np.arange(length.max())
+            # Rows past a sequence's end read its last token; causality keeps them out of every real token's result.
+            index = first + np.minimum(column, length - 1)
+            valid = np.flatnonzero(column < length)
+            place[index.ravel()[valid]] = num_rows + valid
+            num_rows += index.size
+            self.padded_indices.append(torch.from_numpy(index).to(cu_seqlens.device))
+        self.place = torch.from_numpy(place).to(cu_seqlens.device)
+        """int64 [s], where each row of the stream is among the padded ones, one layout after another."""
         if context_size > 1:
-            bounds = cu_seqlens.tolist()
             rows = [torch.from_numpy(rows_of(rank, context_size, bounds)) for rank in range(context_size)]
             self.rows = rows[context_rank].to(cu_seqlens.device)
             """int64 [s], those of the stream that this rank has."""
@@ -94,7 +106,8 @@ class LocalPackedSeqParams(PackedSeqParams):
 class PackedAttention(torch.nn.Module):
     """Causal attention within each packed sequence, on torch's scaled_dot_product_attention.
 
-    The packed stream is read as [num_sequences, max_seqlen] for one batched call and written back without the padding.
+    The packed stream is read as [n, longest], in one batched call for all sequences of like length, and written back
+    without the padding.
 
     Under context parallelism every rank gathers the keys and values of the stream and attends with its own queries,
     among zeros in the others' places: as much work as without, in memory that is freed behind each layer (the backward
@@ -147,21 +160,22 @@ class PackedAttention(torch.nn.Module):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: LocalPackedSeqParams
     ) -> torch.Tensor:
-        index, valid = packed.padded_index, packed.valid
-
-        def padded(x: torch.Tensor) -> torch.Tensor:
-            # [s, 1, n, d] -> [num_sequences, n, max_seqlen, d]
+        def padded(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            # [s, 1, heads, d] -> [n, heads, longest, d]
             return x.squeeze(1)[index].transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(
-            padded(query),
-            padded(key),
-            padded(value),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return out.transpose(1, 2)[valid].flatten(1).unsqueeze(1)
+        parts = []
+        for index in packed.padded_indices:
+            out = F.scaled_dot_product_attention(
+                padded(query, index),
+                padded(key, index),
+                padded(value, index),
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+            parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(parts)[packed.place].unsqueeze(1)
 
 
 class SandwichLayer(TransformerLayer):

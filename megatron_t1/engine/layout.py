@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from megatron_t1.engine.config import ParallelConfig
+from megatron_t1.engine.config import ParallelConfig, fp8_multiple
 from megatron_t1.models.spec import ModelSpec
 
 
@@ -61,6 +61,13 @@ def check_divisible(
             "model.transformer.apply_rope_fusion = True: the fused kernel leaves out the factor that YaRN puts on "
             "queries and keys, remove the setting"
         )
+    if multiple := fp8_multiple(transformer):
+        problems += [
+            f"model.transformer.fp8: {what} = {size} of a rank is no multiple of {multiple}, lower parallel.{group} or "
+            "leave FP8 out"
+            for what, group, size in _fp8_sizes(sizes, parallel, transformer)
+            if size % multiple
+        ]
     try:
         parallel.layers_of_stages(sizes["num_layers"])
     except ValueError as error:
@@ -81,3 +88,28 @@ def check_divisible(
             )
     if problems:
         raise ValueError(f"{spec.architecture}: " + "; ".join(problems))
+
+
+def _fp8_sizes(
+    sizes: Mapping[str, Any], parallel: ParallelConfig, transformer: Mapping[str, Any]
+) -> list[tuple[str, str, int]]:
+    """(what, the setting that cuts it, its numbers on a rank) of the matrices in the layers that compute in FP8."""
+    kinds, tensor = sizes.get("moe_layer_freq", 1), parallel.tensor
+    if not isinstance(kinds, list):
+        kinds = [int("num_moe_experts" in sizes)] * sizes["num_layers"]
+    if transformer.get("first_last_layers_bf16"):
+        at_start, at_end = (transformer.get(f"num_layers_at_{end}_in_bf16", 1) for end in ("start", "end"))
+        kinds = kinds[at_start : len(kinds) - at_end]
+    heads, kv_heads = sizes["num_attention_heads"], sizes["num_query_groups"]
+    found = [
+        ("num_attention_heads x kv_channels", "tensor", heads * sizes["kv_channels"] // tensor),
+        ("the QKV projection's rows", "tensor", (heads + 2 * kv_heads) * sizes["kv_channels"] // tensor),
+    ]
+    if 0 in kinds:
+        found.append(("ffn_hidden_size", "tensor", sizes["ffn_hidden_size"] // tensor))
+    if 1 in kinds:
+        expert_tensor = parallel.expert_tensor or tensor
+        found.append(("moe_ffn_hidden_size", "expert_tensor", sizes["moe_ffn_hidden_size"] // expert_tensor))
+        shared = sizes.get("moe_shared_expert_intermediate_size") or 0
+        found.append(("moe_shared_expert_intermediate_size", "tensor", shared // tensor))
+    return found

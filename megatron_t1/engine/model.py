@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings import rotary_pos_embedding as megatron_rotary
 from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as megatron_yarn
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -30,6 +31,10 @@ from megatron_t1.platform.detect import Platform
 from megatron_t1.types import Microbatch
 
 _APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
+# Megatron keeps the angles of the last 32 lengths: a gigabyte of a GPU for samples of 64k tokens, in the servers' turn
+# too. Here nearly every microbatch has another length.
+_rotary: Any = megatron_rotary.RotaryEmbedding
+_rotary.forward = _rotary.forward.__wrapped__
 
 
 class T1GPTModel(GPTModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,20 @@ class ForwardEngine:
             device=self.platform.device,
         )
 
+    def check_tokens(self, token_ids: Iterable[np.ndarray]) -> None:
+        """Refuse tokens that the model has no row for: tensor-parallel ranks would take 0 for their embeddings.
+
+        Raises:
+            ValueError: there is one.
+        """
+        highest = max((int(ids.max()) for ids in token_ids if len(ids)), default=0)
+        if highest >= self.spec.vocab_size:
+            raise ValueError(
+                f"a text has token {highest}, and the model has the vocab_size = {self.spec.vocab_size} of config.json "
+                f"in {self.model_config.hf_path}: its tokenizer knows more; add rows to the embedding, or take "
+                "away the tokens that were added"
+            )
+
     def balance(self, microbatches: list[Microbatch], sequences: list[TrainSequence]) -> dict[str, float]:
         """How well `pack` has spread the sequences of a step. Collective.
 
@@ -139,7 +153,12 @@ class ForwardEngine:
         return self._run(chunks, microbatches, loss_func, forward_only=True)
 
     def logprobs(self, sequences: list[TrainSequence]) -> list[np.ndarray]:
-        """float32 [num_response_tokens] of each sequence: the policy's logprobs after temperature, on every rank."""
+        """float32 [num_response_tokens] of each sequence: the policy's logprobs after temperature, on every rank.
+
+        Raises:
+            ValueError: a token that the model has no row for.
+        """
+        self.check_tokens(ids for s in sequences for ids in (s.prompt_ids, s.response_ids))
         computed = self.map_hidden(self.chunks, self.pack(sequences), _token_logprobs)
         mine = computed if mpu.get_tensor_model_parallel_rank() == 0 else []
         everyone: list[Any] = [None] * dist.get_world_size()

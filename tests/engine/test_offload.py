@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+from megatron_t1.engine import model  # noqa: F401
+from megatron_t1.platform.detect import setup
 from tests.forks import WORKERS
 from tests.tiny import make_tiny
 
@@ -37,3 +41,10 @@ def test_bit_equal_with_its_memory_given(case, run_ranks, tmp_path):
             assert found["freed"] == pytest.approx((per_parameter + fp8) * found["parameters"], rel=0.02)
         else:
             assert found["freed"] > (16 + fp8) * found["parameters"]
+
+
+def test_angles_of_earlier_lengths_hold_no_memory():
+    setup()
+    rotary = RotaryEmbedding(kv_channels=32, rotary_percent=1.0, use_cpu_initialization=True)
+    tables = [weakref.ref(rotary(length)) for length in (77, 78, 79)]
+    assert [table() for table in tables] == [None] * 3

@@ -1,4 +1,4 @@
-"""The learning rate of every step, against its formula."""
+"""The learning rate of every step, against its formula, and numbers of Adam that would destroy a model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from math import cos, pi
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_t1.engine.config import OptimConfig
 from megatron_t1.engine.optimizer import schedule_of
+from megatron_t1.fields import FieldError
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,16 @@ def test_the_peak_is_used_and_the_last_step_learns(given: dict, rates: list[floa
         schedule.step(increment=1)
         found.append(optimizer.param_groups[0]["lr"])
     assert found == pytest.approx([2 * rate for rate in rates])
+
+
+@pytest.mark.parametrize(("eps", "refused"), [(0.0, True), (1e-46, True), (-1e-8, True), (1e-30, False)])
+def test_a_weight_that_no_token_reached_stays_a_number(eps: float, refused: bool) -> None:
+    """The rows of an untied embedding whose tokens a batch lacks have gradients of 0, whose norm is no warning."""
+    if refused:
+        with pytest.raises(FieldError, match=r"adam_eps = .* must be at least 1e-30"):
+            OptimConfig(lr=1e-3, adam_eps=eps)
+        return
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.zeros(3)
+    torch.optim.AdamW([weight], lr=1e-3, eps=OptimConfig(lr=1e-3, adam_eps=eps).adam_eps, weight_decay=0.0).step()
+    assert weight.tolist() == [1, 1, 1]
