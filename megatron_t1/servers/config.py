@@ -77,7 +77,8 @@ class RolloutConfig:
     """Deadline for one generation request, queueing included; a server that misses it is started again. It must exceed
     the time of the longest sample and of those before it. (A server that hangs is noticed by its /health.)"""
     health_timeout_s: float = 60.0
-    """A busy server that answers no /health for so long counts as stuck; its requests are asked elsewhere."""
+    """A busy server that answers no /health for so long counts as stuck; its requests are asked elsewhere. So are those
+    at a host of which nothing is heard for so long."""
     sync_timeout_s: float = 600.0
     """Deadline for each phase of a weight push, and for a trainer rank to come to where the others are in it."""
     connect_retries: int = 3
