@@ -47,7 +47,7 @@ class RolloutConfig:
     """Servers to start on this host."""
     host: str = "127.0.0.1"
     """Address that the servers of this host listen on, behind the key: a loopback address keeps them to this host;
-    `auto` is this host's address as others see it."""
+    `auto` is this host's address as others see it, 0.0.0.0 all of its addresses."""
     ports: tuple[int, ...] = ()
     """A fixed port for every server; empty: free ones are taken."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
