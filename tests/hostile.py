@@ -32,8 +32,8 @@ def good_reply(request: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(answer: Callable[[dict[str, Any]], Any]):
-    """Serves `answer(request)` for every generation request on a free port; yields the URL.
+def serving(answer: Callable[[dict[str, Any]], Any], host: str = "127.0.0.1"):
+    """Serves `answer(request)` for every generation request on a free port of `host`; yields the URL.
 
     `answer` may return a dict (sent as JSON), bytes (sent as they are), an int (a status), both of these (status and
     body), or None (the connection is closed without an answer).
@@ -74,12 +74,12 @@ def serving(answer: Callable[[dict[str, Any]], Any]):
         def log_message(self, *_: Any) -> None:
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd = ThreadingHTTPServer((host, 0), Handler)
     httpd.daemon_threads = True
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{httpd.server_address[1]}"
+        yield f"http://{host}:{httpd.server_address[1]}"
     finally:
         httpd.shutdown()
         httpd.server_close()

@@ -49,7 +49,8 @@ class Fanout:
         self.each("pause", lambda server: self._post(server, f"/pause?mode={mode}"), spoils=False)
 
     def introduce(self, init_info: dict[str, Any]) -> None:
-        """Tells the servers that have not heard it yet what lies where, and which tensors will come."""
+        """Tells the servers that have not heard it yet what lies where, and which tensors will come; those that failed
+        since hear it again, for another process may answer at their URL by now."""
 
         def introduce(server: Server) -> None:
             if server not in self._introduced:
@@ -126,6 +127,7 @@ class Fanout:
     def _drop(self, server: Server, phase: str, error: ServerError, spoils: bool) -> None:
         message = f"push of version {self.version}, phase {phase}: {error}"
         self.targets.remove(server)
+        self._introduced.discard(server)
         if spoils:
             server.unusable = f"unknown weights: {message}"
         else:

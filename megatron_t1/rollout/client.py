@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -27,7 +28,7 @@ from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.rollout.finished_samples import StepBank
 from megatron_t1.rollout.reply import AbortedError, Request, RestartedError, Tokenizer, samples_of
 from megatron_t1.servers.config import RolloutConfig
-from megatron_t1.servers.server import NO_LOGPROB, Server, ServerError
+from megatron_t1.servers.server import NO_LOGPROB, Server, ServerError, watched_socket
 from megatron_t1.servers.servers import Servers
 from megatron_t1.trace import Trace
 from megatron_t1.types import Group, Prompt, Reward, Sample
@@ -274,6 +275,7 @@ class RolloutClient:
         """The least loaded usable server, once it has room: twice what it can run, so that it never runs dry."""
         while True:
             async with self._room:
+                pushing = self.servers.pushing
                 usable = [server for server in self.servers.usable() if only in (None, server)]
                 if usable:
                     server = min(usable, key=lambda s: self._load.get(s.url, 0))
@@ -283,7 +285,7 @@ class RolloutClient:
                         return server
                     await self._room.wait()
                     continue
-            if not self.servers.pushing:
+            if not (pushing or self.servers.pushing):  # one may begin, or end, while it is asked who is usable
                 raise NoServerLeftError(f"no server is left to generate:\n{self.servers.describe_failures()}")
             await asyncio.sleep(0.05)
 
@@ -298,9 +300,10 @@ class RolloutClient:
     async def _post(self, server: Server, body: dict[str, Any]) -> bytes:
         session = self._sessions.get(server.url)
         if session is None or session.closed:
+            factory = partial(watched_socket, silence_s=self.cfg.health_timeout_s)
             session = self._sessions[server.url] = aiohttp.ClientSession(
                 headers=server.headers,
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, socket_factory=factory),
                 json_serialize_bytes=msgspec.json.encode,
                 timeout=aiohttp.ClientTimeout(total=self.cfg.request_timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
             )

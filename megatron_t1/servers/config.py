@@ -8,12 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from megatron_t1.fields import FieldError, above, at_least, http_only
 
 Transport = Literal["shm", "tcp", "collective"]
 BACKEND = "t1"
 """Name, inside vLLM, of our own weight-transfer backend: the receiving end of every transport."""
+_NOT_VERBATIM = {
+    "middleware": "it would take the place of the guard that asks every request for the server's key",
+    "host": "rollout.host says it",
+    "port": "rollout.ports says it",
+    "api-key": "rollout.key_file says it",
+    "tensor-parallel-size": "rollout.tp says it",
+    "dtype": "rollout.dtype says it",
+    "max-model-len": "rollout.max_model_len says it",
+    "max-num-seqs": "rollout.max_num_seqs says it",
+    "gpu-memory-utilization": "rollout.gpu_memory_utilization says it",
+}
+"""Options of vLLM that are no matter of the servers alone -> why, or where they are said."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -34,7 +47,7 @@ class RolloutConfig:
     """Servers to start on this host."""
     host: str = "127.0.0.1"
     """Address that the servers of this host listen on, behind the key: a loopback address keeps them to this host;
-    `auto` is this host's address as others see it."""
+    `auto` is this host's address as others see it, 0.0.0.0 all of its addresses."""
     ports: tuple[int, ...] = ()
     """A fixed port for every server; empty: free ones are taken."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -77,7 +90,8 @@ class RolloutConfig:
     """Deadline for one generation request, queueing included; a server that misses it is started again. It must exceed
     the time of the longest sample and of those before it. (A server that hangs is noticed by its /health.)"""
     health_timeout_s: float = 60.0
-    """A busy server that answers no /health for so long counts as stuck; its requests are asked elsewhere."""
+    """A busy server that answers no /health for so long counts as stuck; its requests are asked elsewhere. So are those
+    at a host of which nothing is heard for so long."""
     sync_timeout_s: float = 600.0
     """Deadline for each phase of a weight push, and for a trainer rank to come to where the others are in it."""
     connect_retries: int = 3
@@ -87,8 +101,8 @@ class RolloutConfig:
     its own before it asks, and whose comparison before the first step then proves that all of them came by the push.
     `t1 rl` and `t1 run` start theirs so; for `t1 serve` the batch scripts set it."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
-    """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}. Not `middleware`,
-    which would take the place of the guard that asks for the servers' key."""
+    """More options of `vllm serve`: {"enable-expert-parallel": true, "max-num-batched-tokens": 8192}. Not those that a
+    field above sets, and not `middleware`, which would take the place of the guard that asks for the servers' key."""
     vllm_env: dict[str, str] = field(default_factory=dict)
     """More environment variables of the servers: {"VLLM_ATTENTION_BACKEND": "..."}."""
 
@@ -98,6 +112,8 @@ class RolloutConfig:
         above(self, 0, "startup_timeout_s", "request_timeout_s", "health_timeout_s", "sync_timeout_s")
         if self.ports and not self.urls and len(self.ports) != self.num_servers:
             raise FieldError("ports", self.ports, f"must be one for each of the {self.num_servers} servers, or none")
+        if len(set(self.ports)) < len(self.ports) or not all(0 < port < 1 << 16 for port in self.ports):
+            raise FieldError("ports", self.ports, "must be different numbers from 1 to 65535")
         if self.gpu_ids and len(self.gpu_ids) != self.num_servers * self.tp:
             raise FieldError(
                 "gpu_ids",
@@ -112,13 +128,26 @@ class RolloutConfig:
             raise FieldError("sleep", True, "needs rollout.share_gpus: nobody else would use the memory")
         if self.await_servers and self.urls:
             raise FieldError("await_servers", self.await_servers, "and rollout.urls exclude each other")
-        http_only(self, "urls")
         for name in ("hf-overrides", "hf_overrides"):
             if not isinstance(given := self.vllm_args.get(name, {}), dict):
                 raise FieldError(f"vllm_args.{name}", given, "must be a mapping: it is laid over what is set here")
-        if "middleware" in self.vllm_args:
-            rule = "must be left out: it would take the place of the guard that asks every request for the server's key"
-            raise FieldError("vllm_args.middleware", self.vllm_args["middleware"], rule)
+        for name, given in self.vllm_args.items():
+            if why := _NOT_VERBATIM.get(name.replace("_", "-")):
+                raise FieldError(f"vllm_args.{name}", given, f"must be left out: {why}")
+        if not self.host or ":" in self.host:
+            raise FieldError("host", self.host, "must be an IPv4 address, a host name, or auto")
+        self._check_urls()
+
+    def _check_urls(self) -> None:
+        http_only(self, "urls")
+        urls = [url.rstrip("/") for url in self.urls]
+        if len(set(urls)) < len(urls):
+            raise FieldError("urls", self.urls, "must name each server once")
+        for url in urls:
+            if url.endswith("/v1"):
+                raise FieldError("urls", self.urls, f"must be base URLs: {url.removesuffix('/v1')}")
+            if not (host := urlsplit(url).hostname) or ":" in host:
+                raise FieldError("urls", self.urls, "must have an IPv4 address or a host name each")
 
     @property
     def on_loopback(self) -> bool:

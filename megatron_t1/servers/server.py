@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import re
+import socket
 import subprocess
 import time
 import urllib.error
@@ -32,6 +34,7 @@ _METRICS_BYTES = 1 << 20
 _CACHE_USAGE = re.compile(rb"^vllm:kv_cache_usage_perc\{[^}]*\} ([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)$", re.M)
 _DISTURBED = "Error in memory profiling"
 """What vLLM says where other processes free memory of its GPU while it starts and measures what is free."""
+_NUM_PROBES, _MAX_PROBE_PAUSE_S = 5, 32767
 _BROKEN = (OSError, http.client.HTTPException)
 """What urllib raises: no connection, none in time, or an answer that is no HTTP or was cut off."""
 _TELLS_LENGTH = ("Content-Length", "Transfer-Encoding")
@@ -203,6 +206,21 @@ def parse_version(text: str) -> int:
     if not _VERSION.fullmatch(text):
         raise ValueError(f"weight version {text!r:.60}, which is no number")
     return int(text)
+
+
+def watched_socket(address: tuple[Any, ...], silence_s: float) -> socket.socket:
+    """For a connection to `address` (as `getaddrinfo` lists it) that breaks when its other end is gone for `silence_s`.
+
+    A host that lost its power closes no connection, and once it is back it knows of none: who waits for an answer and
+    sends nothing would wait on. The kernels ask each other meanwhile; that of a busy server answers too.
+    """
+    made = socket.socket(*address[:3])
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    pause_s = min(_MAX_PROBE_PAUSE_S, math.ceil(silence_s / (1 + _NUM_PROBES)))
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, pause_s)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, pause_s)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _NUM_PROBES)
+    return made
 
 
 def weights_in_words(version: int) -> str:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -103,12 +104,14 @@ class Servers:
         """
         self._source.look(self.all)
         refused = None
-        for server in self.all:
-            if not server.ready and not server.exited() and server.healthy(timeout_s=2.0):
-                try:
-                    server.introduce()
-                except ServerError as error:
-                    refused = error
+        starting = [server for server in self.all if not server.ready and not server.exited()]
+        with ThreadPoolExecutor(len(starting) or 1) as pool:  # of a host that is gone each takes all of its time
+            healthy = list(pool.map(lambda server: server.healthy(timeout_s=2.0), starting))
+        for server in compress(starting, healthy):
+            try:
+                server.introduce()
+            except ServerError as error:
+                refused = error
         if refused:
             raise refused
         if len(self.alive()) >= len(self.all):

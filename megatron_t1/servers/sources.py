@@ -67,6 +67,7 @@ class LocalServers(Source):
     def __init__(self, cfg: RolloutConfig, model_dir: Path, run_dir: Path, device: str) -> None:
         self._cfg, self._model_dir, self._run_dir, self._device = cfg, model_dir, run_dir, device
         self._host = public_address() if cfg.host == "auto" else cfg.host
+        self._address = public_address() if cfg.host == "0.0.0.0" else self._host  # to be reached at
         self._key = ""
         self._reserved: list[socket.socket] = []
         self.awaited = cfg.num_servers
@@ -126,7 +127,7 @@ class LocalServers(Source):
             device=self._device,
             log=log,
         )
-        return Server(url=f"http://{self._host}:{port}", key=self._key, process=process, log_path=log)
+        return Server(url=f"http://{self._address}:{port}", key=self._key, process=process, log_path=log)
 
     def _reserve(self, port: int) -> int:
         try:

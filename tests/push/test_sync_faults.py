@@ -26,6 +26,7 @@ from megatron_t1.push.sync import WeightSync, folder_pieces
 from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
+from megatron_t1.servers.launch import reserve_port
 from megatron_t1.servers.registry import Registry
 from megatron_t1.servers.server import Server, ServerError
 from megatron_t1.servers.servers import Servers
@@ -234,6 +235,30 @@ def test_a_server_lost_in_a_push_is_not_believed_what_it_holds(
         assert given.usable() == [again]
     server.all[0].introduce()  # another list pushed into it
     server.required_version = version
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp", "collective"])
+def test_a_server_that_somebody_starts_anew_at_its_url_gets_the_weights(
+    transport: str, fork_servers, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `rollout.urls`, between two pushes: nobody says so, and it is healthy all the time that it is looked at."""
+    with reserve_port("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    started = dataclasses.replace(CONFIG, num_servers=1, ports=(port,))
+    with fork_servers(started, folders[0], tmp_path) as servers:
+        monkeypatch.setenv("T1_SERVER_KEY", servers.all[0].key)
+        cfg = RolloutConfig(urls=(servers.all[0].url,), device="cpu", transport=transport, sync_timeout_s=60)
+        given = Servers(cfg, folders[0], tmp_path).start().wait_ready()
+        sync = WeightSync(folder_pieces(folders[1]), cfg, given)
+        assert sync.push(1).failed == {}
+    with sync, fork_servers(started, folders[0], tmp_path):
+        with contextlib.suppress(NoServerError):
+            sync.push(2)
+        given.revive()
+        given.wait_ready(minimum=1)
+        sync.bring_up()
+        with RolloutClient(given, NoText(), vocab_size=320) as client:
+            assert_serve(client, folders[1], 2, given.all)
 
 
 def test_a_server_announced_in_the_middle_is_brought_up_before_it_is_asked(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from megatron_t1.rollout.client import RolloutClient
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.servers import Servers
+from tests.hostile import good_reply, serving
 from tests.push import reference
 from tests.tiny import make_tiny_qwen2
 from tests.workers.trainer import NoText
@@ -80,3 +83,41 @@ def test_a_server_on_another_host_announces_itself_and_takes_weights(
         expected = reference.logprobs(model, PROMPT, sample.token_ids.tolist(), SAMPLING.temperature)
         np.testing.assert_allclose(sample.logprobs, expected, atol=1e-4)
         assert sample.weight_versions == ((1, 0, len(sample.token_ids)),)
+
+
+SILENT = """
+import sys, time
+from tests.hostile import serving
+def answer(request):
+    print("asked", flush=True)
+    time.sleep(1000)
+with serving(answer, sys.argv[1]) as url:
+    print(url, flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_requests_at_a_host_that_lost_its_power_are_asked_elsewhere(
+    other_host: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace, host = other_host
+    words = ["ip", "netns", "exec", namespace, sys.executable, "-c", SILENT, host]
+    silent = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setenv("T1_SERVER_KEY", "k")
+    try:
+        with serving(good_reply) as good, ThreadPoolExecutor(1) as pool:
+            urls = (silent.stdout.readline().strip(), good)
+            cfg = RolloutConfig(urls=urls, device="cpu", health_timeout_s=6, connect_retries=1)
+            servers = Servers(cfg, "", "").start().wait_ready()
+            with RolloutClient(servers, NoText(), vocab_size=9) as client:
+                running = pool.submit(client.complete_tokens, [[1]] * 2, SAMPLING, seed=0)
+                assert silent.stdout.readline() == "asked\n"
+                subprocess.run(["ip", "-n", namespace, "link", "set", f"t1b{os.getpid()}", "down"], check=True)
+                try:
+                    results = running.result(timeout=100)
+                finally:
+                    client.cancel()
+            assert {sample.server for samples in results for sample in samples} == {good}
+    finally:
+        silent.kill()
+        silent.wait()

@@ -374,6 +374,19 @@ def test_a_line_cut_by_a_kill_is_asked_again(tmp_path) -> None:
     assert Bank(tmp_path).step(0, "weights").find([1], 6, 1) is not None
 
 
+def test_a_push_may_end_while_a_request_looks_for_a_server(monkeypatch) -> None:
+    with serving(good_reply) as url, client_of(url, monkeypatch=monkeypatch) as client:
+        servers, usable, looks = client.servers, client.servers.usable, []
+
+        def look() -> list[Server]:
+            looks.append(None)
+            servers.pushing = len(looks) < 2
+            return usable() if len(looks) > 2 else []
+
+        monkeypatch.setattr(servers, "usable", look)
+        assert client.complete_tokens([[1]], dataclasses.replace(SAMPLING, num_samples=1), seed=0)
+
+
 def test_a_server_that_started_again_unnoticed_is_left(monkeypatch) -> None:
     sampling = dataclasses.replace(SAMPLING, num_samples=2)
     with serving(good_reply) as restarted, serving(_at_version("3")) as good:

@@ -38,6 +38,17 @@ def test_announced_servers_are_awaited_and_found(tmp_path: Path) -> None:
         assert {server.url for server in servers.usable()} == {one, two}
 
 
+def test_servers_that_do_not_answer_are_waited_for_at_the_same_time(tmp_path: Path, monkeypatch) -> None:
+    """A push looks at those of a host that is gone before every step."""
+    registry, all_asked = Registry(tmp_path / "servers"), threading.Barrier(3)
+    monkeypatch.setattr(Server, "healthy", lambda *_, **__: all_asked.wait(timeout=30) < 0)
+    with awaiting(tmp_path, 3) as servers:
+        for name in "abc":
+            registry.announce(name, f"http://{name}:1", tmp_path / "a.log")
+        servers.start().poll()
+    assert not all_asked.broken
+
+
 def test_a_server_that_came_back_elsewhere_replaces_itself(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "servers")
     with serving(good_reply) as old, serving(good_reply) as new, awaiting(tmp_path, 1) as servers:

@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.send_response(500 if (folder / "refuses").exists() else 200)
         self.end_headers()
-HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+HTTPServer(("", port), Handler).serve_forever()
 """
 SHARED = {"device": "cpu", "share_gpus": True, "sleep": True, "startup_timeout_s": 100}
 
@@ -84,6 +84,7 @@ def test_servers_start_in_their_turn_and_end_when_they_are_given_up(host, tmp_pa
     assert registry.entries() == {}
     with Servers(RolloutConfig(await_servers=1, **SHARED), "", tmp_path) as servers:
         (first,) = servers.start().wait_ready().all
+        assert not first.url.startswith("http://0.0.0.0:"), "nobody on another host would find it there"
         servers.sleep()
         assert first.version == ASLEEP
         servers.wake("kv_cache")

@@ -166,6 +166,15 @@ def test_a_server_that_is_killed_while_it_starts_is_started_again(
         ({"num_servers": 2, "ports": (1,)}, r"ports = \[1\] must be one for each of the 2"),
         ({"urls": ("localhost:8000",)}, "must start with http"),
         ({"tp": 2, "gpu_ids": (0,)}, r"gpu_ids = \[0\] must be 2 GPUs"),
+        ({"num_servers": 2, "ports": (8000, 8000)}, r"ports = \[8000, 8000\] must be different"),
+        ({"ports": (65536,)}, r"ports = \[65536\] must be .* from 1 to 65535"),
+        ({"urls": ("http://a:1", "http://a:1/")}, r"urls = .* must name each server once"),
+        ({"urls": ("http://a:1/v1/",)}, r"urls = .* must be base URLs: http://a:1$"),
+        ({"urls": ("http://[::1]:8000",)}, r"urls = .* must have an IPv4 address or a host name"),
+        ({"urls": ("http://:8000",)}, r"urls = .* must have an IPv4 address or a host name"),
+        ({"host": "::1"}, "host = '::1' must be an IPv4 address, a host name, or auto"),
+        ({"vllm_args": {"port": 8000}}, "vllm_args.port = 8000 must be left out: rollout.ports says it"),
+        ({"vllm_args": {"max_num_seqs": 8}}, "vllm_args.max_num_seqs = 8 must be left out: rollout.max_num_seqs says"),
     ],
 )
 def test_a_bad_config_names_the_field(options: dict, message: str) -> None:

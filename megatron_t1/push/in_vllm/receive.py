@@ -94,6 +94,8 @@ class Engine(WeightTransferEngine[Init, Update]):
         self.layout, self.timeout_s = layout, init_info.timeout_s
 
     def start_weight_update(self) -> None:
+        if not hasattr(self, "layout"):
+            raise RuntimeError("this server was started again, and has not been told yet which tensors will come")
         if self.reload and not self.may_start_over:
             raise RuntimeError("an earlier push ended half-way in its load and left mixed weights: restart this server")
 
