@@ -162,6 +162,8 @@ class Comparison(Leaves):
         match gold, answer:
             case (List(whole=Number()), Tuple()) | (Tuple(), List(whole=Number())):
                 return False  # 1,200 and (1,200)
+            case (List(items=items), Tuple(opening="(")) | (Tuple(opening="("), List(items=items)) if _one_name(items):
+                return False  # x = 2 or x = 3, and (2,3)
         g_region, a_region = _region(gold), _region(answer)
         if g_region and a_region:
             return self.in_any_order(self.merged(g_region), self.merged(a_region))
@@ -355,6 +357,10 @@ def _rows(answer: Answer) -> Sequence[Sequence[Answer]]:
         case Tuple():
             return [[item] for item in answer.items]
     return []
+
+
+def _one_name(items: Sequence[Answer]) -> bool:
+    return len(names(items)) == 1 < len(items) and all(isinstance(item, Relation) for item in items)
 
 
 def _is_ordered(answer: Answer) -> bool:

@@ -34,9 +34,10 @@ domain range""".splitlines()
 _FAMILIAR = set[str]().union(*_FAMILIES)
 _ALIASES = {
     "average": "mean", "var": "variance", "sd": "deviation", "std": "deviation", "maximum": "max", "minimum": "min",
-    "hcf": "gcd", "gcf": "gcd", "breadth": "width",
+    "hcf": "gcd", "gcf": "gcd", "breadth": "width", "E": "mean", "D": "variance", "Var": "variance",
 }  # fmt: skip
 _LETTER = re.compile(r"(?:\\neg\s*)?[A-Za-z]")
+_MARK = re.compile(r"'|\^\{-1\}")
 _POINTS = re.compile(r"(?:\\(angle|triangle|vec|overrightarrow|overline) ?)?[{|]?([A-Z]{1,4})[|}]?")
 
 
@@ -47,7 +48,8 @@ def labels(items: Sequence[Answer]) -> list[str]:
         match item:
             case Relation(name=name, value=Answer()):
                 label = re.sub(r"\\(?:text|(?=m[ai][xn]))|[{}]", "", compact(name)).split("_")[0]
-                found.append(label.casefold().removesuffix("imum") if len(label) > 2 else label)
+                label = label.casefold().removesuffix("imum").removesuffix("s") if len(label) > 2 else label
+                found.append(label)
             case Quantity(unit=Unit(kind=(), noun=noun)):
                 found.append(noun)
     return found if len(set(found)) == len(items) > 1 else []
@@ -129,7 +131,9 @@ def _two_clash(gold: str, answer: str) -> bool:
         return False
     if all(re.fullmatch(SYMBOL, name) for name in (gold, answer)):
         return _symbols_clash(gold, answer)
-    if gold[0] == answer[0] and ("^{-1}" in gold) != ("^{-1}" in answer):  # f and its inverse
+    if gold[0] == answer[0] and _MARK.findall(gold) != _MARK.findall(answer):  # f and its inverse, f and f'
+        return True
+    if ":" in gold and ":" in answer:
         return True
     familiar = [_familiar_words(name) for name in (gold, answer)]
     if all(familiar):
@@ -145,7 +149,8 @@ def _symbols_clash(gold: str, answer: str) -> bool:
 
 
 def _familiar_words(name: str) -> set[str]:
-    words = (_ALIASES.get(word, word) for word in re.findall(r"[a-z]+", name.partition("(")[0].casefold()))
+    said = re.findall(r"[A-Za-z]+", re.split(r"[(\[]", name)[0])
+    words = (_ALIASES.get(word) or _ALIASES.get(word.casefold(), word.casefold()) for word in said)
     return {word if word in _FAMILIAR else word.removesuffix("s") for word in words} & _FAMILIAR
 
 

@@ -51,9 +51,13 @@ _PHRASES = {
     r"(?:there (?:is|are) |(?:the|this) (?:equation|system|inequality) has )?no(?: real)? (?:solutions?|roots)"
     r"(?: exists?)?|none|(?:the )?empty set|\\\{ ?\\\}|空集"
     r"|(?:方程)?(?:无|没有)(?:实数?)?[解根]": r"\emptyset ",
-    r"infinity|\\infty": r"\infty ",
+    r"infinity|\\infty|infinite|(?:there (?:is|are) )?(?:infinitely many|an infinite number of)(?: (?:real |integer )?solutions)?"
+    r"|an infinite number|(?:有|共有)?无(?:穷|限)多[个组种条]?解?|(?:有|共有)?无数[个组种条]解?": r"\infty ",
+    r"(?:the set of )?(?:all (?:the )?)integers|所有整数|全体整数": r"\mathbb{Z}",
     r"(?:(?:the )?limit )?does(?: not|n['’]t) exist|undefined|不存在": r"\text{DNE}",
     r"(?:it |(?:(?:the|this) )?(?:series|integral|sequence) )?(?:diverges|(?:is )?divergent)": r"\text{diverges}",
+    r"(?:it )?(?:converges absolutely|(?:is )?absolutely convergent)|绝对收敛": r"\text{converges absolutely}",
+    r"(?:it )?(?:converges conditionally|(?:is )?conditionally convergent)|条件收敛": r"\text{converges conditionally}",
     r"(?:it |(?:(?:the|this) )?(?:series|integral|sequence) )?(?:converges|(?:is )?convergent)": r"\text{converges}",
 }  # fmt: skip
 _PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
@@ -233,7 +237,7 @@ _RULES = _rules(
     ("负", r"负\s*(?=[\d\\零一二三四五六七八九十百两])", "-"),
     ("except", r"(?:\\text\{)?\s*(?:all )?real(?: number)?s (?:except|other than)(?: for)?\s*\}?\s*(.+)$",
      r"(-\\infty,\\infty)\\setminus \\{\1\\}"),
-    ("周", r"周(?=[一二三四五六日天]$)", "星期"),
+    ("周", r"周(?=[一二三四五六日天]\s*\}?$)", "星期"),
     ("else", r"\belse(?:where)?\b", "otherwise"),
     ("//", r"//", r"\\parallel "),
     ("const", r"\\text\{\s*const(?:ant)?\.?\s*\}", "C"),

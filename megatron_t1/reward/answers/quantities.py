@@ -115,6 +115,7 @@ _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
     re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{CJK}\s*\}}?{_POWER})", re.S),
 )
 _TAIL_CHARS = 120
+_PERCENT_OF = re.compile(r"([^%]*)%\s*(\\text\{[^{}]{1,60}\})")
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
 _HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
 _PART = re.compile(
@@ -142,6 +143,8 @@ def split_unit(s: str) -> tuple[str, Unit] | None:
     s = s.strip()
     if s.endswith("%"):
         return s[:-1].strip(), PERCENT
+    if (m := _PERCENT_OF.fullmatch(s)) and (found := _read_unit(m[2], True, True)) and not found[1].kind:
+        return m[1].strip(), PERCENT if found[0] == 1 else NO_UNIT
     if s.endswith("^\\circ") and not _HAS_FUNCTION.search(s):
         return s[: -len("^\\circ")].strip(), DEGREES
     if m := _TEMPERATURE.fullmatch(s):

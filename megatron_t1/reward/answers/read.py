@@ -58,6 +58,8 @@ _HARMLESS_LEAD = re.compile(
     r"|^(?:the|answer)\b[a-z ]{0,40}(?-i:[A-Z]+ )?[a-z ]{0,40}\b(?:is|are|equals|=)(?=\W)",
     re.I,
 )
+_ANOTHER_LABEL = re.compile(r"[,;]\s*(?:\\land\s*)?(?:\\text\{\s*)?[A-Za-z][A-Za-z ]{0,40}:")
+"""Tom: 5, Ann: 7"""
 _COPULA = re.compile(r"\b(?:the|is|are|equals?|only|about|approximately)\b|\\text", re.I)
 _REMARK = re.compile(
     r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])([^()]*)\)\s*\}?$",
@@ -125,7 +127,10 @@ def read(text: str) -> Answer:
         exact, about = read(s[: remark.start()]), _item(remark[1].replace("\\text{", "").strip(" }"), 0)
         is_checked = isinstance(about, Quantity | Number) and not isinstance(exact, List | Literal | Words)
         return Approximation(s, exact, (about,)) if is_checked else exact
-    if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]) and not is_prose(_COPULA.sub("", lead[0])):
+    lead = _HARMLESS_LEAD.match(s)
+    if lead and lead[0].strip(" }").endswith(":") and _ANOTHER_LABEL.search(s, lead.end()):
+        lead = None
+    if lead and not NEGATION.search(lead[0]) and not is_prose(_COPULA.sub("", lead[0])):
         s = s[lead.end() :].strip(" :=")
     if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
         return Literal(text, "a sentence")

@@ -56,6 +56,8 @@ def in_digits(s: str) -> str:
     bare = re.sub(r"^(-?)\s*\\text\{([^{}]*)\}$", r"\1\2", s).strip()
     if m := _CHINESE_NUMBER.fullmatch(bare):
         number, above = NUMBER_WORDS.get(m[2]), NUMBER_WORDS.get(m[3])
+        if m[2] == "百" and above:  # 百分之二十五
+            return f"{m[1]}{above}%"
         if number is None or (m[3] and above is None):
             return s
         return m[1] + (f"{above}/{number}" if above else number + m[4])
@@ -65,6 +67,10 @@ def in_digits(s: str) -> str:
         name = " ".join(tokens[:k]).replace("-", " ").casefold()
         above, _, part = name.rpartition(" ")
         number = NUMBER_WORDS.get(name)
+        if name == "a" and k < len(tokens) and tokens[k].casefold() in ("dozen", "hundred", "thousand", "million"):
+            number = "1"
+        if name == "half" and len(tokens) == 1:
+            number = "1/2"
         if number is None and (above in NUMBER_WORDS or above == "a") and part.removesuffix("s") in PARTS:
             number = f"{NUMBER_WORDS.get(above, 1)}/{PARTS[part.removesuffix('s')]}"
         if number is not None:
