@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_t1.reward.answers.compare_trees import decimal_value, is_open, same_relation, solves
+from megatron_t1.reward.answers.compare_trees import (
+    decimal_value,
+    is_open,
+    same_but_for_constant,
+    same_relation,
+    solves,
+)
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -67,6 +73,10 @@ class Comparison(Leaves):
         match gold, answer:
             case Number(), Number():
                 return self.numbers_equal(gold.exact, answer.exact)
+            case (Matrix(rows=rows), Expression() as total) | (Expression() as total, Matrix(rows=rows)):
+                column = [row[0] for row in rows if len(row) == 1]
+                is_vector = len(column) == len(rows) and _is_vector(total, len(column))
+                return is_vector and self.expressions_equal(_vector(column), total)
             case List(whole=Answer() as whole), _ if self.surely_equal(whole, answer):
                 return True
             case _, List(whole=Answer() as whole) if self.surely_equal(gold, whole):
@@ -239,7 +249,14 @@ class Comparison(Leaves):
             case Relation(value=Answer() as g_value), Relation(value=Answer() as a_value):
                 if "(" in gold.name and "(" in answer.name:  # f(t) and f(x)
                     g_value, a_value = gold.value_of_x or g_value, answer.value_of_x or a_value
-                return not names_clash(gold, answer) and self.equal(g_value, a_value)
+                if names_clash(gold, answer):
+                    return False
+                return self.equal(g_value, a_value) or (
+                    _FUNCTION.fullmatch(compact(gold.name)) is not None
+                    and isinstance(g_value, Expression)
+                    and isinstance(a_value, Expression)
+                    and same_but_for_constant(g_value.tree, a_value.tree, self.meter)
+                )
             case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
                 return self.equal(g_value, answer)
             case Relation(sides=(*_, g_value)), _ if not isinstance(answer, Relation) and _is_computed(gold):
@@ -285,6 +302,8 @@ class Comparison(Leaves):
 
 
 _ZERO = plain("0")
+_FUNCTION = re.compile(r"[yu]|[fgxyu]\([txyz]\)")
+"""Names of what solves an equation for functions."""
 _OPEN = {"\\le": "<", "\\ge": ">"}
 
 

@@ -187,7 +187,7 @@ def _joints(answer: Answer) -> set[str]:
 def _are_conditions(items: Sequence[Answer]) -> bool:
     """Inequalities, or numbers for different names."""
     relations = [item for item in items if isinstance(item, Relation)]
-    if any(not set(relation.operators) <= {"=", "\\in", "\\approx"} for relation in relations):
+    if any(not set(relation.operators) <= {"=", "\\in", "\\approx", "\\equiv"} for relation in relations):
         return True
     named = {compact(item.name).split("_")[0] for item in relations if isinstance(item.value, (Number, Quantity))}
     return len(named) > 1 and len(relations) == len(items) and all(item.value for item in relations)

@@ -115,7 +115,9 @@ _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
     re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{CJK}\s*\}}?{_POWER})", re.S),
 )
 _TAIL_CHARS = 120
-_PERCENT_OF = re.compile(r"([^%]*)%\s*(\\text\{[^{}]{1,60}\})")
+_CHANGE = "increased?|decreased?|change|growth|gain|loss|profit|rise|fall|drop|discount|off|reduction|higher|lower"
+_PERCENT_OF = re.compile(rf"([^%]*)%\s*(\\text\{{(?!.*\b(?:{_CHANGE})\b)[^{{}}]{{1,60}}\}})")
+"""20% alcohol, 20% of the pupils; but 20% increase is no 20% decrease."""
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
 _HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
 _PART = re.compile(
@@ -179,7 +181,7 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
         by = (_SCALES if first[1] else _LAST)[first[0].casefold()]
         scale, text = scale * by, text[first.end() :].strip()
     text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
-    if text in ("", *_NAMELESS):
+    if text in ("", "times", *_NAMELESS):
         return scale, NO_UNIT
     direction = _DIRECTION.search(text)
     text = re.sub(r"(?:\b(?:square|sq)\s+|平方)(\w+)", r"\1^2", text, flags=re.I)
@@ -216,7 +218,8 @@ def _known(parts: list[tuple[str, int]]) -> Unit | None:
         factor *= found[0] ** power
         for base, exponent in found[1].items():
             kind[base] = kind.get(base, 0) + exponent * power
-    return Unit(factor, tuple(sorted(kind.items()))) if parts else None
+    left = tuple(sorted((base, power) for base, power in kind.items() if power))  # N/kg
+    return Unit(factor, left) if left else None
 
 
 _WITHOUT_DEGREES: dict[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]] = {

@@ -36,6 +36,7 @@ from megatron_t1.reward.answers.numbers import Exact, exact_number
 from megatron_t1.reward.answers.quantities import NO_UNIT, compound, split_unit
 from megatron_t1.reward.answers.relations import (
     SUBSCRIPT,
+    SYMBOL,
     bounds_of_region,
     is_name,
     split_relation,
@@ -78,6 +79,7 @@ _LABEL = re.compile(
 )
 """radius: 3, \text{vertex }(2,-3)"""
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*(?:\^\{{-1\}})?\s*\(\s*([a-zA-Z])\s*\)\s*")
+_UNIT_LETTER = re.compile(r"[\d}]\s*\\text\{\s*([A-Z])\s*\}$")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""
 
@@ -87,6 +89,9 @@ def read_both(gold: str, answer: str) -> tuple[Answer, Answer]:
     if (spelled := formula(gold)) and spelled == formula(answer):
         return read(gold), read(gold)
     (_, said), (value, says) = parted(gold), parted(answer)
+    unit = _UNIT_LETTER.search(gold)
+    if unit and answer.endswith(unit[1]) and exact_number(answer[:-1]):  # 5V, where the gold has V as a unit
+        answer = rf"{answer[:-1]}\text{{{unit[1]}}}"
     g, a = _parameter(gold, said), _parameter(answer, says)
     if said and says and said.clashes(says):
         return read(gold), Literal(answer, "a value whose parameters are of another kind")
@@ -247,7 +252,9 @@ def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -
     text = ""
     if named and operators == ["\\in"] and not sides[1].startswith("\\mathbb"):
         text = sides[1]
-    elif named and set(operators) <= {"=", "\\approx"}:
+    elif named and (
+        set(operators) <= {"=", "\\approx"} or (operators == ["\\equiv"] and re.fullmatch(SYMBOL, sides[0].strip()))
+    ):
         skipped = len(list(itertools.takewhile(is_name, sides[:-1])))  # x = y = 5
         text = sides[skipped]
         for operator, side in zip(operators[skipped:], sides[skipped + 1 :], strict=True):

@@ -35,6 +35,7 @@ from megatron_t1.reward.answers.quantities import (
     units_clash,
 )
 from megatron_t1.reward.answers.read import plain
+from megatron_t1.reward.answers.residues import same_residues
 from megatron_t1.reward.answers.tokens import UndecidableError
 from megatron_t1.reward.answers.trees import rational
 from megatron_t1.reward.answers.words import NUMBER_WORDS, words
@@ -162,6 +163,8 @@ class Leaves:
     def expressions_equal(self, gold: Answer, answer: Answer) -> bool:
         if not gold.text or not answer.text or _foreign_words(gold.text, answer.text):
             return False
+        if ("\\pmod" in gold.text) != ("\\pmod" in answer.text):
+            return same_residues(gold.tree, answer.tree, self.meter)
         return same_value(gold.tree, answer.tree, self.meter)
 
 

@@ -94,6 +94,7 @@ def words(s: str) -> str:
     s = _CHARGE.sub(" ", _HYPHEN.sub(" ", s))
     s = _SIGNS.sub(r" \1 ", s)
     s = re.sub(r"^\s*(?:it|this|that|the [a-z]+(?: [a-z]+)?) (?:is|are|was|will be) |条件\s*$", "", s)
+    s = re.sub(r"(?<=[a-z]{4}) triangle\s*$", "", s)  # isosceles
     telling = [w for w in s.split() if w not in _STOP_WORDS]
     return " ".join(telling if any(len(w) > 2 and w.isalpha() for w in telling) else s.split())
 
