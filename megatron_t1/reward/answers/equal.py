@@ -37,6 +37,7 @@ from megatron_t1.reward.answers.kinds import (
     Words,
 )
 from megatron_t1.reward.answers.names import (
+    all_names,
     joints_clash,
     labels,
     members_in_order,
@@ -185,8 +186,10 @@ class Comparison(Leaves):
         match value_of(gold), value_of(answer):
             case (value, other) if _is_ordered(value) or _is_ordered(other):
                 return self.in_order(g_items, a_items)
-            case (Set(), _) | (_, Set()):
+            case (Set(), _) | (_, Set()) if not (isinstance(gold, List) and labels(gold.items)):
                 return self.in_any_order(g_items, a_items)
+            case (_, Set()):
+                return self.in_order(g_items, a_items)
         # "15 39/40, or 639/40": several spellings of the one gold
         return isinstance(answer, List) and all(self.equal(gold, item) for item in answer.items)
 
@@ -245,6 +248,12 @@ class Comparison(Leaves):
 
     def relations_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a relation."""
+        for point, relation in ((value_of(gold), answer), (value_of(answer), gold)):
+            if isinstance(point, Tuple) and isinstance(relation, Relation) and relation.value:  # x = y = 5
+                shared = relation.value
+                num_names = len(all_names(relation))
+                if num_names > 1:
+                    return num_names == len(point.items) and all(self.equal(item, shared) for item in point.items)
         match gold, answer:
             case Relation(value=Answer() as g_value), Relation(value=Answer() as a_value):
                 if "(" in gold.name and "(" in answer.name:  # f(t) and f(x)

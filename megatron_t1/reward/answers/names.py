@@ -42,7 +42,7 @@ _POINTS = re.compile(r"(?:\\(angle|triangle|vec|overrightarrow|overline) ?)?[{|]
 
 
 def labels(items: Sequence[Answer]) -> list[str]:
-    """Names or nouns of items, when each has another one; x_1 and x_2 are one name for two values."""
+    """Names, nouns or kinds of units of items, when each has another one; x_1 and x_2 are one name for two values."""
     found = []
     for item in items:
         match item:
@@ -50,8 +50,8 @@ def labels(items: Sequence[Answer]) -> list[str]:
                 label = re.sub(r"\\(?:text|(?=m[ai][xn]))|[{}]", "", compact(name)).split("_")[0]
                 label = label.casefold().removesuffix("imum").removesuffix("s") if len(label) > 2 else label
                 found.append(label)
-            case Quantity(unit=Unit(kind=(), noun=noun)):
-                found.append(noun)
+            case Quantity(unit=Unit(kind=kind, noun=noun)):
+                found.append(noun or str(kind))
     return found if len(set(found)) == len(items) > 1 else []
 
 
@@ -112,7 +112,7 @@ def _members(answer: Answer) -> Sequence[Answer]:
 def names_clash(gold: Relation, answer: Relation) -> bool:
     """Whether none of the names of the one value (x = y = 5) can be meant for the other. Functions may name themselves
     and their argument as they like, but not an argument that their value leaves open, as in P(A) = p."""
-    pairs = itertools.product(_all_names(gold), _all_names(answer))
+    pairs = itertools.product(all_names(gold), all_names(answer))
     if all(_two_clash(g, a) for g, a in pairs):
         return True
     arguments = [compact(each.name).partition("(")[2].rstrip(")") for each in (gold, answer)]
@@ -120,7 +120,7 @@ def names_clash(gold: Relation, answer: Relation) -> bool:
     return is_open and not all(argument in "nstuxyz" for argument in arguments)
 
 
-def _all_names(relation: Relation) -> list[str]:
+def all_names(relation: Relation) -> list[str]:
     """Of x = y = 5, x and y."""
     own = itertools.takewhile(is_name, (side.text for side in relation.sides[:-1]))
     return [compact(name) for name in own] or [compact(relation.name)]

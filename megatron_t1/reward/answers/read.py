@@ -53,7 +53,8 @@ MAX_NESTING = 8
 _NOT_ANOTHER = re.compile(r",\s*(?:\\text\{\s*)?not\b\s*\}?(?:\\[a-z]+|[^a-z\\,]|[a-z](?![a-z]))*$")
 """17, not 18"""
 _HARMLESS_LEAD = re.compile(
-    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
+    r"^\\text\{\s*(?:for )?all\s*\}(?=\s*[a-z]\s*(?:\\[gln]e(?![a-z])|[<>]))"
+    r"|^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
     r"|[a-z ]{1,40}(?=:))\s*:?\s*\}"
     r"|^(?:\\text\{\s*)?(?:[A-Za-z]?[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
     r"|^(?:the|answer)\b[a-z ]{0,40}(?-i:[A-Z]+ )?[a-z ]{0,40}\b(?:is|are|equals|=)(?=\W)",

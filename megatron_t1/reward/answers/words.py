@@ -16,7 +16,7 @@ probably possibly approximately roughly almost nearly wrong incorrect false true
 root point times plus minus divided multiplied by mod modulo to too from if when where for with without which
 that then else otherwise unless except only between either neither cannot can could might may must should would
 some both zero factorial double twice triple thrice inverse negative positive power base binary hexadecimal the a an
-it as so because since instead rather actually wait unknown undefined
+it as so because since instead rather actually wait unknown undefined k kilo complement
 """
 _OPERATIONS = "sin cos tan cot sec csc log ln exp lim sqrt abs floor ceil gcd lcm square cube every each all"
 OPERATIONS = set(_OPERATIONS.split())
@@ -69,8 +69,8 @@ def in_digits(s: str) -> str:
         number = NUMBER_WORDS.get(name)
         if name == "a" and k < len(tokens) and tokens[k].casefold() in ("dozen", "hundred", "thousand", "million"):
             number = "1"
-        if name == "half" and len(tokens) == 1:
-            number = "1/2"
+        if name == "half" and tokens[1:2] in ([], ["a"], ["an"]):
+            return f"1/2 {' '.join(tokens[2:])}".strip()
         if number is None and (above in NUMBER_WORDS or above == "a") and part.removesuffix("s") in PARTS:
             number = f"{NUMBER_WORDS.get(above, 1)}/{PARTS[part.removesuffix('s')]}"
         if number is not None:
