@@ -3,7 +3,7 @@ r"""T1's bad patterns: any hit replaces a sample's reward by -1 (`score.py`), so
 Adding a penalty is one function `name(cfg, response) -> reason | None` with `@penalty` on it, and its thresholds in
 `PenaltyConfig`. All work in a few milliseconds on 10,000 tokens (benchmarks/long_samples.md): they run on every sample.
 
-The separator for loops is the longest exactly periodic run of text pieces (about one token each: a word, one digit,
+The separator for loops is how long an exactly periodic run of text pieces is (about one token each: a word, one digit,
 one symbol). n-gram ratios alone hit LaTeX matrices and miss digit loops; compression ratios miss a loop after a long
 good prefix. Mixing two languages of the Latin script, and words that make no sense, leave no trace in characters: they
 show in how little the policy itself expected them, so `perplexity` reads the logprobs that came with the sample.
@@ -129,35 +129,27 @@ MAX_LOOP_CHARS = 100_000
 _PIECE = re.compile(r"[A-Za-z]+|\S")
 
 
-def longest_periodic_run(ids: np.ndarray, max_period: int) -> tuple[int, int, int]:
-    """(length, start, period) of the longest stretch of `ids` that repeats itself exactly at least once.
+def periodic_runs(ids: np.ndarray, max_period: int, longest: int) -> Iterator[tuple[int, int, int]]:
+    """(length, start, period) of every stretch of `ids` that is longer than `longest` and one period three times or
+    more.
 
-    Candidate periods come from distances between equal 8-grams, so the cost is one sort instead of `max_period` scans.
+    The periods tried are the distances between equal 8-grams, so the cost is one sort and a scan for each of these.
     ids: int64 [n].
     """
     k, n = 8, len(ids)
     if n < 2 * k:
-        return 0, 0, 0
+        return
     multiplier = np.uint64(0x9E3779B97F4A7C15)
     hashes = np.zeros(n - k + 1, dtype=np.uint64)
     for i in range(k):
         hashes = hashes * multiplier + ids[i : n - k + 1 + i].astype(np.uint64)
     order = np.argsort(hashes, kind="stable")
     distance = np.diff(order)[hashes[order[1:]] == hashes[order[:-1]]]
-    distance = distance[distance <= max_period]
-    if not len(distance):
-        return 0, 0, 0
-    counts = np.bincount(distance)
-    best = (0, 0, 0)
-    for period in np.argsort(counts)[::-1][:6]:
-        if counts[period] == 0:
-            break
+    for period in np.flatnonzero(np.bincount(distance[distance <= max_period])):
         breaks = np.flatnonzero(np.concatenate(([True], ids[period:] != ids[:-period], [True])))
-        gaps = np.diff(breaks) - 1
-        longest = int(np.argmax(gaps))
-        if gaps[longest] and gaps[longest] + period > best[0]:
-            best = (int(gaps[longest] + period), int(breaks[longest]), int(period))
-    return best
+        lengths = np.diff(breaks) - 1 + period
+        for i in np.flatnonzero(lengths > max(longest, 3 * period - 1)):
+            yield int(lengths[i]), int(breaks[i]), int(period)
 
 
 def _may_loop(text: str, longest: int, window: int = 8000) -> bool:
@@ -181,18 +173,15 @@ def repetition(cfg: PenaltyConfig, response: Response) -> str | None:
     server itself ended as one."""
     if response.finish_reason == "repetition":
         return "the server ended it as a loop"
-    length = start = period = 0
     text = response.text[-MAX_LOOP_CHARS:]
     longest = min(cfg.max_periodic_run, cfg.max_periodic_digits)
     if _may_loop(text, longest):
         pieces = _PIECE.findall(text)
         ids = np.fromiter(map(hash, pieces), dtype=np.int64, count=len(pieces))
-        length, start, period = longest_periodic_run(ids, cfg.max_period)
-    if length > longest:
-        unit = " ".join(pieces[start : start + period])
-        limit = cfg.max_periodic_run if any(c.isalpha() for c in unit) else cfg.max_periodic_digits
-        if length > limit and length >= 3 * period:
-            return f"{length} pieces repeat with period {period}: {unit[:60]!r}"
+        for length, start, period in periodic_runs(ids, cfg.max_period, longest):
+            unit = " ".join(pieces[start : start + period])
+            if length > (cfg.max_periodic_run if any(c.isalpha() for c in unit) else cfg.max_periodic_digits):
+                return f"{length} pieces repeat with period {period}: {unit[:60]!r}"
     lines = response.text.splitlines()
     if len(lines) > cfg.max_line_repeats:
         prose: Counter[str] = Counter()

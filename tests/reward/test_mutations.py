@@ -43,7 +43,7 @@ def test_changed_answers_are_not() -> None:
     assert len(wrong) < MOST_ACCEPTED * len(verdicts), wrong
 
 
-@pytest.mark.parametrize("name", ["field", "kinds", "formats", "unseen", "unseen2"])
+@pytest.mark.parametrize("name", ["field", "kinds", "formats", "unseen", "unseen2", "unseen3"])
 def test_what_users_found_and_more_of_its_kinds(name: str) -> None:
     verdicts = [
         (row, verify(row["gold"], row["prediction"], row["mode"], tuple(row.get("choices", ())))) for row in rows(name)

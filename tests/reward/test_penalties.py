@@ -17,9 +17,9 @@ from megatron_t1.reward.penalties import (
     find_penalties,
     language,
     letters_by_script,
-    longest_periodic_run,
     mean_and_worst_nll,
     np,
+    periodic_runs,
     script_of,
 )
 from tests.reward.cases import rows
@@ -46,14 +46,25 @@ def test_periodic_runs_are_found_with_their_length(period: int) -> None:
     ids = np.concatenate(
         [generator.integers(5000, 9000, 3000), np.tile(unit, 1600 // period + 3), generator.integers(9000, 9999, 500)]
     )
-    length, start, found = longest_periodic_run(ids, 400)
-    assert found == period
-    assert (length, start) == (period * (1600 // period + 3), 3000)
+    assert list(periodic_runs(ids, 400, 24)) == [(period * (1600 // period + 3), 3000, period)]
 
 
 def test_random_text_has_no_long_run() -> None:
     ids = np.random.default_rng(0).integers(0, 50, 20_000)
-    assert longest_periodic_run(ids, 400)[0] < 500
+    assert list(periodic_runs(ids, 400, 24)) == []
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_longer_run_that_is_allowed_hides_no_loop(place: int) -> None:
+    """Digits may repeat for longer than words; nine such runs, each of another period, are more frequent than it."""
+    cfg = PenaltyConfig(max_periodic_run=100)
+    digits = [" ".join("0123456789"[:period] * (2000 // period)) for period in range(1, 10)]
+    loop = "so we try again and again, and then once more. " * 30
+    for parts in (digits[2:3], digits):
+        texts = [f"the digits {run} ;" for run in parts]
+        assert not find_penalties(cfg, Response(text="\n".join(texts)))
+        texts.insert(place * len(texts) // 2, loop)
+        assert "again" in find_penalties(cfg, Response(text="\n".join(texts)))["repetition"]
 
 
 def test_a_paragraph_said_twice_is_no_loop() -> None:

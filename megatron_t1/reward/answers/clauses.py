@@ -44,13 +44,15 @@ _SET = (
 )
 _BOUND = r"(?P<operator>\\[lg]e|\\ne|[<>])\s*(?P<bound>-?\d{1,3})"
 _INTERVAL = r"\\in\s*(?P<interval>[(\[][^()\[\]]{1,30},[^()\[\]]{1,30}[)\]])"
-_COUNTED = r"=\s*(?P<first>[01])(?:\s*,\s*\d){0,4}\s*,\s*\\ldots"
+_COUNTED = r"=\s*(?P<counted>\d+(?:\s*,\s*(?:\\land\s*)?(?:\d+|\\ldots|[a-z](?:-1)?))+)"
 _FACT = re.compile(rf"(?:{_SET}|{_BOUND}|{_COUNTED}|{_INTERVAL})\s*$")
 _WORDED = re.compile(
     r",?\s*\(?\s*(?:\\text\{[\s,(]*|(?<![a-zA-Z{]))"
     r"(?:with\b|for\b(?P<all> (?:all|any|every|each|some)\b)?|(?P<where>where\b))"
 )
-_BARE = re.compile(rf"(?:[,(]\s?\(?\s?(?P<letters>{_LETTERS})|\s\(?{_LETTER})\s?(?:{_SET}|{_BOUND})\s?\)?$")
+_BARE = re.compile(
+    rf"(?:[,(]\s?\(?\s?(?P<letters>{_LETTERS})|\s\(?(?P<letter>{_LETTER}))\s?(?:{_SET}|{_BOUND}|{_COUNTED})\s?\)?$"
+)
 _INDEX = re.compile(r"[kmn]\s*(?:\\ge\s*[01]|>\s*0)")
 _ARTICLE = re.compile(r"\b(?:an?|the)\s+(?=[a-z-]{2})")
 _WORD = re.compile(rf"\\[a-z]+|[A-Za-z-]{{2,}}|{_LETTER}|[^\s,()]")
@@ -93,7 +95,8 @@ def without_clause(s: str) -> tuple[str, Clause | None]:
     bare = _bare(s)
     if bare and (value := s[: bare.start()].strip()):
         tail = bare[0].strip(" ,()")
-        if (bare["set"] or _begins(tail, value)) and (clause := _understood(tail)):
+        counts = bare["counted"] and (bare["letters"] or bare["letter"]) in re.sub(r"\\[a-z]+", "", value)
+        if (bare["set"] or counts or _begins(tail, value)) and (clause := _understood(tail)):
             return value, clause
     return s, None
 
@@ -155,8 +158,12 @@ def _of_fact(fact: re.Match[str]) -> tuple[str, str]:
         else:
             sign = "+" if re.search(r"\+|>|\\g", which) else "N" if letter == "N" else ""
         return "Z" if letter == "N" else letter, sign
-    if first := fact["first"]:
-        return "Z", "0+" if first == "0" else "+"
+    if counted := fact["counted"]:
+        numbers = re.sub(r"\\land|\s", "", counted).split(",")
+        if numbers[-1] == "\\ldots" and numbers[0] in "01":
+            return "Z", "0+" if numbers[0] == "0" else "+"
+        in_a_row = numbers == [str(int(numbers[0]) + i) for i in range(len(numbers))]
+        return "Z", f"{numbers[0]} to {numbers[-1]}" if in_a_row or "\\ldots" in numbers else ",".join(numbers)
     if interval := fact["interval"]:
         return "R", compact(interval)
     at = fact["operator"] + fact["bound"]

@@ -122,7 +122,13 @@ def _vanishes(low: Any, high: Any) -> bool:
 
 def _uses_i_as_unit(trees: list[Any]) -> bool:
     names = {s.name for tree in trees for s in tree.free_symbols}
-    return "i" in names and not ({"j", "k", "n", "m"} & names)
+    return "i" in names and (not ({"j", "k", "n", "m"} & names) or any(map(_turns, trees)))
+
+
+def _turns(tree: Any) -> bool:
+    r"""Whether it has a power of e to some i \pi, as the n-th roots of 1 have."""
+    turn = {sympy.Symbol("i"), sympy.pi}
+    return any(node.base == sympy.E and turn <= node.exp.atoms() for node in tree.atoms(sympy.Pow, sympy.exp))
 
 
 def same_value(a: Any, b: Any, meter: Meter) -> bool:
@@ -163,7 +169,21 @@ def _counts_turns(tree: Any, letter: Any) -> bool:
     return sympy.pi in tree.atoms()
 
 
+def same_but_for_constant(a: Any, b: Any, meter: Meter) -> bool:
+    """Whether two functions are one family, C e^x and A e^x: each with one constant of its own.
+
+    Raises:
+        UndecidableError: see `same_value`.
+    """
+    only_a, only_b = a.free_symbols - b.free_symbols, b.free_symbols - a.free_symbols
+    families = all(len(own) == 1 and {s.name for s in own} <= _FACTORS for own in (only_a, only_b))
+    is_function = bool((_VARIABLES | {"arg"}) & {s.name for s in a.free_symbols})
+    return families and is_function and same_value(a, b.xreplace(dict(zip(only_b, only_a, strict=True))), meter)
+
+
 _CONSTANTS = ("C", "c", "K")
+_FACTORS = {"A", "C", "K", "c", "k", "C_1", "C_0"}
+"""Constants of a family also where they multiply."""
 _VARIABLES = set("rstuvwxyz") | {"theta"}
 """Of functions: without one of them, c is no constant of integration."""
 _NUMBERED = re.compile(r"[Cc]_\{?\d+\}?")

@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_t1.reward.answers.compare_trees import decimal_value, is_open, same_relation, solves
+from megatron_t1.reward.answers.compare_trees import (
+    decimal_value,
+    is_open,
+    same_but_for_constant,
+    same_relation,
+    solves,
+)
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -31,6 +37,7 @@ from megatron_t1.reward.answers.kinds import (
     Words,
 )
 from megatron_t1.reward.answers.names import (
+    all_names,
     joints_clash,
     labels,
     members_in_order,
@@ -67,6 +74,10 @@ class Comparison(Leaves):
         match gold, answer:
             case Number(), Number():
                 return self.numbers_equal(gold.exact, answer.exact)
+            case (Matrix(rows=rows), Expression() as total) | (Expression() as total, Matrix(rows=rows)):
+                column = [row[0] for row in rows if len(row) == 1]
+                is_vector = len(column) == len(rows) and _is_vector(total, len(column))
+                return is_vector and self.expressions_equal(_vector(column), total)
             case List(whole=Answer() as whole), _ if self.surely_equal(whole, answer):
                 return True
             case _, List(whole=Answer() as whole) if self.surely_equal(gold, whole):
@@ -162,6 +173,8 @@ class Comparison(Leaves):
         match gold, answer:
             case (List(whole=Number()), Tuple()) | (Tuple(), List(whole=Number())):
                 return False  # 1,200 and (1,200)
+            case (List(items=items), Tuple(opening="(")) | (Tuple(opening="("), List(items=items)) if _one_name(items):
+                return False  # x = 2 or x = 3, and (2,3)
         g_region, a_region = _region(gold), _region(answer)
         if g_region and a_region:
             return self.in_any_order(self.merged(g_region), self.merged(a_region))
@@ -173,8 +186,10 @@ class Comparison(Leaves):
         match value_of(gold), value_of(answer):
             case (value, other) if _is_ordered(value) or _is_ordered(other):
                 return self.in_order(g_items, a_items)
-            case (Set(), _) | (_, Set()):
+            case (Set(), _) | (_, Set()) if not (isinstance(gold, List) and labels(gold.items)):
                 return self.in_any_order(g_items, a_items)
+            case (_, Set()):
+                return self.in_order(g_items, a_items)
         # "15 39/40, or 639/40": several spellings of the one gold
         return isinstance(answer, List) and all(self.equal(gold, item) for item in answer.items)
 
@@ -233,11 +248,24 @@ class Comparison(Leaves):
 
     def relations_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a relation."""
+        for point, relation in ((value_of(gold), answer), (value_of(answer), gold)):
+            if isinstance(point, Tuple) and isinstance(relation, Relation) and relation.value:  # x = y = 5
+                shared = relation.value
+                num_names = len(all_names(relation))
+                if num_names > 1:
+                    return num_names == len(point.items) and all(self.equal(item, shared) for item in point.items)
         match gold, answer:
             case Relation(value=Answer() as g_value), Relation(value=Answer() as a_value):
                 if "(" in gold.name and "(" in answer.name:  # f(t) and f(x)
                     g_value, a_value = gold.value_of_x or g_value, answer.value_of_x or a_value
-                return not names_clash(gold, answer) and self.equal(g_value, a_value)
+                if names_clash(gold, answer):
+                    return False
+                return self.equal(g_value, a_value) or (
+                    _FUNCTION.fullmatch(compact(gold.name)) is not None
+                    and isinstance(g_value, Expression)
+                    and isinstance(a_value, Expression)
+                    and same_but_for_constant(g_value.tree, a_value.tree, self.meter)
+                )
             case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
                 return self.equal(g_value, answer)
             case Relation(sides=(*_, g_value)), _ if not isinstance(answer, Relation) and _is_computed(gold):
@@ -283,6 +311,8 @@ class Comparison(Leaves):
 
 
 _ZERO = plain("0")
+_FUNCTION = re.compile(r"[yu]|[fgxyu]\([txyz]\)")
+"""Names of what solves an equation for functions."""
 _OPEN = {"\\le": "<", "\\ge": ">"}
 
 
@@ -355,6 +385,10 @@ def _rows(answer: Answer) -> Sequence[Sequence[Answer]]:
         case Tuple():
             return [[item] for item in answer.items]
     return []
+
+
+def _one_name(items: Sequence[Answer]) -> bool:
+    return len(names(items)) == 1 < len(items) and all(isinstance(item, Relation) for item in items)
 
 
 def _is_ordered(answer: Answer) -> bool:

@@ -15,7 +15,6 @@ from megatron_t1.reward.answers.read import read_both
 from megatron_t1.reward.answers.tokens import NO_MATHEMATICS
 from megatron_t1.reward.answers.values import equal_cheaply
 
-_HALVES = {"a": "midnight", "p": "noon", "": "midnight or noon"}
 MAX_STEPS = 8
 """Rules told of one comparison: the last ones decide."""
 _RULES = {
@@ -66,7 +65,7 @@ def described(answer: Answer) -> str:
             factor = "" if unit.factor == 1 else f"{unit.factor} "
             return f"a quantity, {value.text} with the unit {factor}{powers or unit.noun}"
         case Clock(seconds=seconds, half=half):
-            return f"a clock time, {seconds} s after {_HALVES[half]}"
+            return f"a clock time, {seconds} s after midnight{'' if half else ' or noon'}"
         case Relation(name=name, value=Answer() as value) if name:
             return f"a name, {name}, with a value: {described(value)}"
         case Relation(region=Region() as region):

@@ -79,8 +79,9 @@ class Clock(Answer):
     """A time of the day."""
 
     seconds: int
+    """After midnight; or after noon, where the half isn't said."""
     half: str
-    """Of the day, "a" or "p"; '' when it isn't said."""
+    """Of the day, "a" or "p"; "24" where the hour says it (22:24, 0:30), '' when it isn't said."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,13 @@ def _permutations(n: Any, k: Any) -> Any:
     return sympy.Mul(sympy.binomial(n, k, evaluate=False), sympy.factorial(k, evaluate=False), evaluate=False)
 
 
+def _of_sets(extreme: Any, *sets: Any) -> Any:
+    """Union or intersection of names: largest and smallest of numbers obey the same laws."""
+    if not all(each.is_Symbol or isinstance(each, sympy.Max | sympy.Min) for each in sets):
+        raise UndecidableError("a union of what are no names")
+    return extreme(*sets, evaluate=False)
+
+
 _CHOSEN: dict[str, Callable[[Any, Any], Any]] = {
     "C": partial(sympy.binomial, evaluate=False), "A": _permutations, "P": _permutations,
 }  # fmt: skip
@@ -57,6 +64,8 @@ _REMAINDERS = {"\\bmod", "\\pmod"}
 _INFIX: dict[str | None, Callable[[Any, Any], Any]] = {
     "\\choose": partial(sympy.binomial, evaluate=False),
     "\\over": quotient,
+    "\\cup": partial(_of_sets, sympy.Max),
+    "\\cap": partial(_of_sets, sympy.Min),
 }
 """Of all that stands before them in their group with all behind them."""
 _ENDS = {None, "+", "-", "/", ")", "]", "}", "\\}", ",", "\\rfloor", "\\rceil", *_TIMES, *_REMAINDERS, *_INFIX}
@@ -80,7 +89,7 @@ class _Parser(Tokens):
 
     def group_content(self) -> Any:
         tree = self.expression()
-        if self.next in _INFIX:
+        while self.next in _INFIX:
             tree = _INFIX[self.take()](tree, self.expression())
         return tree
 

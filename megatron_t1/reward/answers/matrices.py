@@ -35,7 +35,7 @@ def matrix_cells(s: str) -> _Cells | None:
     for m in _MATRIX.finditer(s):
         before, cells = s[start : m.start()].strip(), _cells(m[1])
         start = m.end()
-        if not cells or sum(map(len, cells)) > MAX_CELLS or re.search(r"[=<>,;&]", before):
+        if not cells or sum(map(len, cells)) > MAX_CELLS or re.search(r"[=<>,;&]|\\det", before):
             return None
         if product is not None and re.fullmatch(r"(?:\\cdot|\\times)?", before):
             product = _product(product, cells)

@@ -34,22 +34,24 @@ domain range""".splitlines()
 _FAMILIAR = set[str]().union(*_FAMILIES)
 _ALIASES = {
     "average": "mean", "var": "variance", "sd": "deviation", "std": "deviation", "maximum": "max", "minimum": "min",
-    "hcf": "gcd", "gcf": "gcd", "breadth": "width",
+    "hcf": "gcd", "gcf": "gcd", "breadth": "width", "E": "mean", "D": "variance", "Var": "variance",
 }  # fmt: skip
 _LETTER = re.compile(r"(?:\\neg\s*)?[A-Za-z]")
+_MARK = re.compile(r"'|\^\{-1\}")
 _POINTS = re.compile(r"(?:\\(angle|triangle|vec|overrightarrow|overline) ?)?[{|]?([A-Z]{1,4})[|}]?")
 
 
 def labels(items: Sequence[Answer]) -> list[str]:
-    """Names or nouns of items, when each has another one; x_1 and x_2 are one name for two values."""
+    """Names, nouns or kinds of units of items, when each has another one; x_1 and x_2 are one name for two values."""
     found = []
     for item in items:
         match item:
             case Relation(name=name, value=Answer()):
                 label = re.sub(r"\\(?:text|(?=m[ai][xn]))|[{}]", "", compact(name)).split("_")[0]
-                found.append(label.casefold().removesuffix("imum") if len(label) > 2 else label)
-            case Quantity(unit=Unit(kind=(), noun=noun)):
-                found.append(noun)
+                label = label.casefold().removesuffix("imum").removesuffix("s") if len(label) > 2 else label
+                found.append(label)
+            case Quantity(unit=Unit(kind=kind, noun=noun)):
+                found.append(noun or str(kind))
     return found if len(set(found)) == len(items) > 1 else []
 
 
@@ -110,7 +112,7 @@ def _members(answer: Answer) -> Sequence[Answer]:
 def names_clash(gold: Relation, answer: Relation) -> bool:
     """Whether none of the names of the one value (x = y = 5) can be meant for the other. Functions may name themselves
     and their argument as they like, but not an argument that their value leaves open, as in P(A) = p."""
-    pairs = itertools.product(_all_names(gold), _all_names(answer))
+    pairs = itertools.product(all_names(gold), all_names(answer))
     if all(_two_clash(g, a) for g, a in pairs):
         return True
     arguments = [compact(each.name).partition("(")[2].rstrip(")") for each in (gold, answer)]
@@ -118,7 +120,7 @@ def names_clash(gold: Relation, answer: Relation) -> bool:
     return is_open and not all(argument in "nstuxyz" for argument in arguments)
 
 
-def _all_names(relation: Relation) -> list[str]:
+def all_names(relation: Relation) -> list[str]:
     """Of x = y = 5, x and y."""
     own = itertools.takewhile(is_name, (side.text for side in relation.sides[:-1]))
     return [compact(name) for name in own] or [compact(relation.name)]
@@ -129,7 +131,9 @@ def _two_clash(gold: str, answer: str) -> bool:
         return False
     if all(re.fullmatch(SYMBOL, name) for name in (gold, answer)):
         return _symbols_clash(gold, answer)
-    if gold[0] == answer[0] and ("^{-1}" in gold) != ("^{-1}" in answer):  # f and its inverse
+    if gold[0] == answer[0] and _MARK.findall(gold) != _MARK.findall(answer):  # f and its inverse, f and f'
+        return True
+    if ":" in gold and ":" in answer:
         return True
     familiar = [_familiar_words(name) for name in (gold, answer)]
     if all(familiar):
@@ -145,7 +149,8 @@ def _symbols_clash(gold: str, answer: str) -> bool:
 
 
 def _familiar_words(name: str) -> set[str]:
-    words = (_ALIASES.get(word, word) for word in re.findall(r"[a-z]+", name.partition("(")[0].casefold()))
+    said = re.findall(r"[A-Za-z]+", re.split(r"[(\[]", name)[0])
+    words = (_ALIASES.get(word) or _ALIASES.get(word.casefold(), word.casefold()) for word in said)
     return {word if word in _FAMILIAR else word.removesuffix("s") for word in words} & _FAMILIAR
 
 
@@ -182,7 +187,7 @@ def _joints(answer: Answer) -> set[str]:
 def _are_conditions(items: Sequence[Answer]) -> bool:
     """Inequalities, or numbers for different names."""
     relations = [item for item in items if isinstance(item, Relation)]
-    if any(not set(relation.operators) <= {"=", "\\in", "\\approx"} for relation in relations):
+    if any(not set(relation.operators) <= {"=", "\\in", "\\approx", "\\equiv"} for relation in relations):
         return True
     named = {compact(item.name).split("_")[0] for item in relations if isinstance(item.value, (Number, Quantity))}
     return len(named) > 1 and len(relations) == len(items) and all(item.value for item in relations)

@@ -51,9 +51,13 @@ _PHRASES = {
     r"(?:there (?:is|are) |(?:the|this) (?:equation|system|inequality) has )?no(?: real)? (?:solutions?|roots)"
     r"(?: exists?)?|none|(?:the )?empty set|\\\{ ?\\\}|空集"
     r"|(?:方程)?(?:无|没有)(?:实数?)?[解根]": r"\emptyset ",
-    r"infinity|\\infty": r"\infty ",
+    r"infinity|\\infty|infinite|an infinite number|(?:有|共有)?无(?:[穷限]多|数)[个组种条]?解?"
+    r"|(?:there (?:is|are) )?(?:infinitely many|an infinite number of)(?: (?:real |integer )?solutions)?": r"\infty ",
+    r"(?:the set of )?all (?:the )?integers|所有整数|全体整数": r"\mathbb{Z}",
     r"(?:(?:the )?limit )?does(?: not|n['’]t) exist|undefined|不存在": r"\text{DNE}",
     r"(?:it |(?:(?:the|this) )?(?:series|integral|sequence) )?(?:diverges|(?:is )?divergent)": r"\text{diverges}",
+    r"(?:it )?(?:converges absolutely|(?:is )?absolutely convergent)|绝对收敛": r"\text{converges absolutely}",
+    r"(?:it )?(?:converges conditionally|(?:is )?conditionally convergent)|条件收敛": r"\text{converges conditionally}",
     r"(?:it |(?:(?:the|this) )?(?:series|integral|sequence) )?(?:converges|(?:is )?convergent)": r"\text{converges}",
 }  # fmt: skip
 _PHRASE = re.compile("|".join(f"({said})" for said in _PHRASES))
@@ -134,7 +138,7 @@ def _text(match: re.Match[str]) -> str:
 def _congruence(match: re.Match[str]) -> str:
     r"""n \equiv 2 \bmod 3 is one; without a modulus, an equation is meant."""
     text = match[0]
-    mod = re.sub(r"\\bmod(?![a-z])|(?<![\\a-z])mod(?![a-z])", r"\\pmod", text)
+    mod = re.sub(r"\\bmod(?![a-z])", r"\\pmod", text)
     return mod if "mod" in text else re.sub(r"\\equiv(?![a-z])", "=", text)
 
 
@@ -219,7 +223,9 @@ _RULES = _rules(
     ("\\", r"(?<=[\d}])(?:\s*\\text\{\s*([kmM]?)\s*\}|\s*([kmM]))?\s*\\(?:Omega|text\{\s*Omega\s*\})\s*$"
      r"|(?<=[\d}])\s*\\mu\s*(?:\\text\{\s*)?([mgsLlFACVWJN]|mol|Pa|Hz)\}?\s*$", _sign_of_unit),
     ("p", r"\\text\{\s*(?:per ?cent|percentage|pct)\s*\}|(?<![a-zA-Z])(?:percentage|per ?cent|pct)(?![a-zA-Z])", "%"),
-    ("mod", r"\(\s*(?:\\bmod|\\text\{\s*mod\s*\}|mod(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
+    ("mod", r"\\text\{\s*(\(?\s*mod(?:ulo)?\b[^{}]*)\}", r"\1"),
+    ("mod", r"\(\s*(?:\\bmod|mod(?:ulo)?(?![a-z]))\s*([^()]+)\)", r"\\pmod{\1}"),
+    ("mod", r"(?<![\\a-zA-Z])mod(?:ulo)?(?![a-zA-Z])", r"\\bmod "),
     ("", r"\^\s*(?:\{\s*(?:\\circ|\\text\{?circ\}?)\s*\}|\\circ(?![a-zA-Z])|\\text\{circ\}|\\textcirc)|"
      r"\\text\{\s*(?:degrees?|度)\s*\}|(?<=\d)\s*(?:degrees?\b|度)|\\text\{\s*degrees?(?=\s)",
      lambda m: r"^\circ " + (r"\text{" if m[0].startswith("\\text{") and not m[0].endswith("}") else "")),
@@ -233,7 +239,7 @@ _RULES = _rules(
     ("负", r"负\s*(?=[\d\\零一二三四五六七八九十百两])", "-"),
     ("except", r"(?:\\text\{)?\s*(?:all )?real(?: number)?s (?:except|other than)(?: for)?\s*\}?\s*(.+)$",
      r"(-\\infty,\\infty)\\setminus \\{\1\\}"),
-    ("周", r"周(?=[一二三四五六日天]$)", "星期"),
+    ("周", r"周(?=[一二三四五六日天]\s*\}?$)", "星期"),
     ("else", r"\belse(?:where)?\b", "otherwise"),
     ("//", r"//", r"\\parallel "),
     ("const", r"\\text\{\s*const(?:ant)?\.?\s*\}", "C"),
@@ -283,6 +289,8 @@ _RULES = _rules(
     ("", r",?\s*\\text\{\s*,?\s*(and|or|[和与或且])\s*,?\s*\}\s*,?|,?(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]),?"
      r"|,?([和与或且])",
      lambda m: rf", {_JOINTS[m[1] or m[2] or m[3]]} "),
+    ("\\pmod", r"^([^,]*\\equiv)\s*((?:-?\d+\s*,\s*(?:\\l(?:and|or)\s*)?)+-?\d+)\s*(\\pmod\s*(?:\{[^{}]*\}|\d+))\s*$",
+     lambda m: re.sub(r"-?\d+", lambda residue: f"{m[1]} {residue[0]}{m[3]}", m[2])),  # x \equiv 1, 4 \pmod 5
     ("", r"(^\s*|(?:\\cup|\\in|[=:])\s*)([\[\]])([^\[\]]{0,80}[,;][^\[\]]{0,80})([\[\]])"
      r"(?=\s*(?:$|\\cup|[.,]))",  # ]1, 2[
      lambda m: m[1] + "[("[m[2] == "]"] + m[3] + "])"[m[4] == "["]),

@@ -38,16 +38,17 @@ def date(s: str) -> str | None:
 
 
 def clock(s: str) -> tuple[int, str] | None:
-    """(seconds after midnight or noon, "a", "p" or "" when that is not said) of a time of the day."""
+    """(seconds after midnight, half) of a time of the day, as `Clock` has them."""
     bare = untexted(s).strip()
     if named := _NOON.fullmatch(bare):
-        return 0, "a" if named[1].casefold() == "midnight" else "p"
+        return (0, "a") if named[1].casefold() == "midnight" else (43_200, "p")
     m = _CLOCK.fullmatch(bare)
     if not m or not (m[2] or m[4]) or int(m[1]) > 24 or int(m[2] or 0) > 59 or int(m[3] or 0) > 59:
         return None
     hour, half = int(m[1]), (m[4] or "").casefold()
-    half = half or ("p" if hour > 12 else "")
-    return hour % 12 * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), half
+    half = half or ("" if 0 < hour < 13 else "24")
+    hour = hour % 24 if half == "24" else hour % 12 + 12 * (half == "p")
+    return hour * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), half
 
 
 def in_base(s: str) -> str | None:

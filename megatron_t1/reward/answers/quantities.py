@@ -115,6 +115,10 @@ _TAIL = (  # value, unit: 40 \text{ feet}^2 and 5 km/h; 10 weeks and 5cm; 5米
     re.compile(rf"(.*[\d}})])\s*((?:\\text\{{)?\s*{CJK}\s*\}}?{_POWER})", re.S),
 )
 _TAIL_CHARS = 120
+_BEARING = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?([NSEW]|north|south|east|west)\s*\}?", re.I)
+_CHANGE = "increased?|decreased?|change|growth|gain|loss|profit|rise|fall|drop|discount|off|reduction|higher|lower"
+_PERCENT_OF = re.compile(rf"([^%]*)%\s*(\\text\{{(?!.*\b(?:{_CHANGE})\b)[^{{}}]{{1,60}}\}})")
+"""20% alcohol, 20% of the pupils; but 20% increase is no 20% decrease."""
 _TEMPERATURE = re.compile(r"(.*?)\s*\^\\circ\s*(?:\\text\{\s*)?(C|F|[Cc]elsius|[Ff]ahrenheit)\s*\}?")
 _HAS_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis|arc[a-z]+)|[A-Za-z]\^")
 _PART = re.compile(
@@ -142,6 +146,11 @@ def split_unit(s: str) -> tuple[str, Unit] | None:
     s = s.strip()
     if s.endswith("%"):
         return s[:-1].strip(), PERCENT
+    if m := _BEARING.fullmatch(s):
+        return m[1].strip(), replace(DEGREES, noun=m[2][0].upper())
+    if m := _PERCENT_OF.fullmatch(s):
+        found = _read_unit(m[2], True, True)
+        return (m[1].strip(), PERCENT) if found and found[0] == 1 and not found[1].kind else None
     if s.endswith("^\\circ") and not _HAS_FUNCTION.search(s):
         return s[: -len("^\\circ")].strip(), DEGREES
     if m := _TEMPERATURE.fullmatch(s):
@@ -176,7 +185,7 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
         by = (_SCALES if first[1] else _LAST)[first[0].casefold()]
         scale, text = scale * by, text[first.end() :].strip()
     text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
-    if text in ("", *_NAMELESS):
+    if text in ("", "times", *_NAMELESS):
         return scale, NO_UNIT
     direction = _DIRECTION.search(text)
     text = re.sub(r"(?:\b(?:square|sq)\s+|平方)(\w+)", r"\1^2", text, flags=re.I)
@@ -197,7 +206,8 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
     if re.search(CJK, text):
         return None if _NOT_COUNTED_CJK.search(text) or len(text) > 6 else (scale, Unit(noun=text))
     plain = re.fullmatch(rf"[A-Za-z'\-]+{_POWER}(?:[ /]+[A-Za-z'\-]+{_POWER})*", text)
-    if not plain or len(names) > 5 or _NO_NOUN.search(text) or any(name.casefold() in NOT_COUNTED for name in names):
+    counted = names[1:] if len(names) > 1 and names[0].casefold() in ("positive", "negative") else names
+    if not plain or len(names) > 5 or _NO_NOUN.search(text) or any(name.casefold() in NOT_COUNTED for name in counted):
         return None
     if not named and max(map(len, names)) < (3 if apart else 4):
         return None  # 6xy
@@ -213,7 +223,8 @@ def _known(parts: list[tuple[str, int]]) -> Unit | None:
         factor *= found[0] ** power
         for base, exponent in found[1].items():
             kind[base] = kind.get(base, 0) + exponent * power
-    return Unit(factor, tuple(sorted(kind.items()))) if parts else None
+    left = tuple(sorted((base, power) for base, power in kind.items() if power))  # N/kg
+    return Unit(factor, left) if left else None
 
 
 _WITHOUT_DEGREES: dict[tuple[tuple[str, int], ...], tuple[tuple[str, int], ...]] = {

@@ -34,7 +34,7 @@ _ASKED_BASE = re.compile(r"\bbase[- ]*[${]*(\w+)|\b(binary|octal|hexadecimal)\b"
 _OTHER_QUANTITY = re.compile(
     r"(?:\\text\{)?\s*(?:(?:the|its|their|an?)\s+)?(?:(?:multiplicative|additive|natural|common)\s+)?"
     r"(square|cube|reciprocal|inverse|opposite|negation|logarithm|half|double|twice|square root|cube root)s?"
-    r"(?:\s+of\s+(?:it|this|that|the\s+(?:answer|result|value|number|solution))(?![a-z])|\s*\}?\s*(?:(?:is|are|equals?)\b|[:=}]))",
+    r"(?:\s+of\s+(?:it|this|that|the\s+(?:answer|result|value|number|solution))(?![a-z])|\s*\}?\s*(?:(?:is|are|equals?)\b|[:=}])(?=.*\w))",
     re.I,
 )
 

@@ -36,6 +36,7 @@ from megatron_t1.reward.answers.numbers import Exact, exact_number
 from megatron_t1.reward.answers.quantities import NO_UNIT, compound, split_unit
 from megatron_t1.reward.answers.relations import (
     SUBSCRIPT,
+    SYMBOL,
     bounds_of_region,
     is_name,
     split_relation,
@@ -52,12 +53,15 @@ MAX_NESTING = 8
 _NOT_ANOTHER = re.compile(r",\s*(?:\\text\{\s*)?not\b\s*\}?(?:\\[a-z]+|[^a-z\\,]|[a-z](?![a-z]))*$")
 """17, not 18"""
 _HARMLESS_LEAD = re.compile(
-    r"^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
+    r"^\\text\{\s*(?:for )?all\s*\}(?=\s*[a-z]\s*(?:\\[gln]e(?![a-z])|[<>]))"
+    r"|^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
     r"|[a-z ]{1,40}(?=:))\s*:?\s*\}"
     r"|^(?:\\text\{\s*)?(?:[A-Za-z]?[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
     r"|^(?:the|answer)\b[a-z ]{0,40}(?-i:[A-Z]+ )?[a-z ]{0,40}\b(?:is|are|equals|=)(?=\W)",
     re.I,
 )
+_ANOTHER_LABEL = re.compile(r"[,;]\s*(?:\\land\s*)?(?:\\text\{\s*)?[A-Za-z][A-Za-z ]{0,40}:")
+"""Tom: 5, Ann: 7"""
 _COPULA = re.compile(r"\b(?:the|is|are|equals?|only|about|approximately)\b|\\text", re.I)
 _REMARK = re.compile(
     r"\s*(?:\\text\{)?\s*\(\s*(?:\\text\{)?\s*(?:about|approximately|approx\.?|roughly|\\approx)(?![a-z])([^()]*)\)\s*\}?$",
@@ -76,6 +80,7 @@ _LABEL = re.compile(
 )
 """radius: 3, \text{vertex }(2,-3)"""
 _FUNCTION_NAME = re.compile(rf"\s*[A-Za-z]{SUBSCRIPT}?'*(?:\^\{{-1\}})?\s*\(\s*([a-zA-Z])\s*\)\s*")
+_UNIT_LETTER = re.compile(r"[\d}]\s*\\text\{\s*([A-Z])\s*\}$")
 _ARGUMENT = "\\arg "
 """Stands for the argument of a function, whatever it is called."""
 
@@ -85,6 +90,9 @@ def read_both(gold: str, answer: str) -> tuple[Answer, Answer]:
     if (spelled := formula(gold)) and spelled == formula(answer):
         return read(gold), read(gold)
     (_, said), (value, says) = parted(gold), parted(answer)
+    unit = _UNIT_LETTER.search(gold)
+    if unit and answer.endswith(unit[1]) and exact_number(answer[:-1]):  # 5V, where the gold has V as a unit
+        answer = rf"{answer[:-1]}\text{{{unit[1]}}}"
     g, a = _parameter(gold, said), _parameter(answer, says)
     if said and says and said.clashes(says):
         return read(gold), Literal(answer, "a value whose parameters are of another kind")
@@ -125,7 +133,10 @@ def read(text: str) -> Answer:
         exact, about = read(s[: remark.start()]), _item(remark[1].replace("\\text{", "").strip(" }"), 0)
         is_checked = isinstance(about, Quantity | Number) and not isinstance(exact, List | Literal | Words)
         return Approximation(s, exact, (about,)) if is_checked else exact
-    if (lead := _HARMLESS_LEAD.match(s)) and not NEGATION.search(lead[0]) and not is_prose(_COPULA.sub("", lead[0])):
+    lead = _HARMLESS_LEAD.match(s)
+    if lead and lead[0].strip(" }").endswith(":") and _ANOTHER_LABEL.search(s, lead.end()):
+        lead = None
+    if lead and not NEGATION.search(lead[0]) and not is_prose(_COPULA.sub("", lead[0])):
         s = s[lead.end() :].strip(" :=")
     if _PROSE.search(re.sub(r"\\text\{[^{}]*\}", "", s)):
         return Literal(text, "a sentence")
@@ -242,7 +253,9 @@ def _read_relation(s: str, sides: list[str], operators: list[str], depth: int) -
     text = ""
     if named and operators == ["\\in"] and not sides[1].startswith("\\mathbb"):
         text = sides[1]
-    elif named and set(operators) <= {"=", "\\approx"}:
+    elif named and (
+        set(operators) <= {"=", "\\approx"} or (operators == ["\\equiv"] and re.fullmatch(SYMBOL, sides[0].strip()))
+    ):
         skipped = len(list(itertools.takewhile(is_name, sides[:-1])))  # x = y = 5
         text = sides[skipped]
         for operator, side in zip(operators[skipped:], sides[skipped + 1 :], strict=True):

@@ -90,6 +90,8 @@ def bounds_of_region(s: str) -> _Bounded | None:
         return None if _WHOLE_NUMBERS.search(m[1]) else _joined([bounds_of_region(m[2].strip())], name)
     if s.endswith("}") and (m := re.fullmatch(r"(.*\S)\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S)):
         return _without(bounds_of_region(m[1]), set_items(m[2]) or [])
+    if not operators and "\\infty" in s and len(pieces := split_top(s, ",;")) > 1:  # (-\infty,1), (3,\infty)
+        return _joined([bounds_of_region(piece) for piece in pieces])
     excluded: list[str] = []
     named = ""
     found: list[_Bounded | None] = []

@@ -23,6 +23,7 @@ from megatron_t1.reward.answers.values import equal_cheaply
 from megatron_t1.types import AnswerMode, Verdict
 
 _OPTION = "the letter of an option"
+_OPTION_MARK = re.compile(r"(\\text\{)?\s*(?:\([A-J]\)|[A-J](?:\.(?!\d)|\)))\s*(\}?)\s*(?=\S)")
 MAX_REASON_CHARS = 2000
 
 
@@ -90,6 +91,8 @@ def verify_fully(
         return Verdict("correct", answer, _OPTION)
     try:
         given = normalize(answer)
+        if (option := _OPTION_MARK.match(given)) and letters.gold_letter(known, ()) is None:  # (C) 42
+            given = ("" if option[2] else option[1] or "") + given[option.end() :]
         reads, spelled = read_both(known, given)
         same = equal(reads, spelled, _for_question(equality, question)) or same_in_asked_base(known, given, question)
         copied = same and refuse_copies and is_copied(reads, spelled, question)

@@ -16,7 +16,7 @@ probably possibly approximately roughly almost nearly wrong incorrect false true
 root point times plus minus divided multiplied by mod modulo to too from if when where for with without which
 that then else otherwise unless except only between either neither cannot can could might may must should would
 some both zero factorial double twice triple thrice inverse negative positive power base binary hexadecimal the a an
-it as so because since instead rather actually wait unknown undefined
+it as so because since instead rather actually wait unknown undefined k kilo complement
 """
 _OPERATIONS = "sin cos tan cot sec csc log ln exp lim sqrt abs floor ceil gcd lcm square cube every each all"
 OPERATIONS = set(_OPERATIONS.split())
@@ -56,6 +56,8 @@ def in_digits(s: str) -> str:
     bare = re.sub(r"^(-?)\s*\\text\{([^{}]*)\}$", r"\1\2", s).strip()
     if m := _CHINESE_NUMBER.fullmatch(bare):
         number, above = NUMBER_WORDS.get(m[2]), NUMBER_WORDS.get(m[3])
+        if m[2] == "百" and above:  # 百分之二十五
+            return f"{m[1]}{above}%"
         if number is None or (m[3] and above is None):
             return s
         return m[1] + (f"{above}/{number}" if above else number + m[4])
@@ -65,6 +67,10 @@ def in_digits(s: str) -> str:
         name = " ".join(tokens[:k]).replace("-", " ").casefold()
         above, _, part = name.rpartition(" ")
         number = NUMBER_WORDS.get(name)
+        if name == "a" and k < len(tokens) and tokens[k].casefold() in ("dozen", "hundred", "thousand", "million"):
+            number = "1"
+        if name == "half" and tokens[1:2] in ([], ["a"], ["an"]):
+            return f"1/2 {' '.join(tokens[2:])}".strip()
         if number is None and (above in NUMBER_WORDS or above == "a") and part.removesuffix("s") in PARTS:
             number = f"{NUMBER_WORDS.get(above, 1)}/{PARTS[part.removesuffix('s')]}"
         if number is not None:
@@ -88,6 +94,7 @@ def words(s: str) -> str:
     s = _CHARGE.sub(" ", _HYPHEN.sub(" ", s))
     s = _SIGNS.sub(r" \1 ", s)
     s = re.sub(r"^\s*(?:it|this|that|the [a-z]+(?: [a-z]+)?) (?:is|are|was|will be) |条件\s*$", "", s)
+    s = re.sub(r"(?<=[a-z]{4}) triangle\s*$", "", s)  # isosceles
     telling = [w for w in s.split() if w not in _STOP_WORDS]
     return " ".join(telling if any(len(w) > 2 and w.isalpha() for w in telling) else s.split())
 
