@@ -15,7 +15,7 @@ from megatron_t1.algo.config import LossConfig
 from megatron_t1.data.config import INSTRUCTION, DataConfig, set_name
 from megatron_t1.engine.config import AnchorConfig, CheckpointConfig, Dtype, ModelConfig, OptimConfig, ParallelConfig
 from megatron_t1.evaluation.config import NUM_SAMPLES, EvaluateConfig, ScalingConfig
-from megatron_t1.fields import FieldError, another_file, at_least, within
+from megatron_t1.fields import FieldError, a_folder, another_file, at_least, within
 from megatron_t1.files import dump_yaml, write_text
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.config import SamplingConfig
@@ -199,6 +199,7 @@ class Config:
     curate: CurateConfig = field(default_factory=CurateConfig)
 
     def __post_init__(self) -> None:
+        a_folder(self, "run_dir")
         within(self, 0, 2**32 - 1, "seed")  # what NumPy takes
         if self.resume_with_changes and not self.resume:
             raise FieldError("resume_with_changes", True, "needs --resume too")

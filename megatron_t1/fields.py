@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,23 @@ def within(config: object, low: float, high: float, *names: str) -> None:
 
 
 def another_file(config: object, name: str, inputs: Iterable[str | Path]) -> None:
-    """Raises FieldError when the file to write that the field names is one of `inputs`, be it by a link."""
+    """Raises FieldError when the file to write that the field names is a folder, or one of `inputs`, also by a link."""
     output = str(getattr(config, name) or "")
+    if output and Path(output).is_dir():
+        raise FieldError(name, output, "must be a file to write: this is a folder")
     for path in map(Path, inputs):
         if path.is_file() and Path(output).is_file() and path.samefile(output):
             raise FieldError(name, output, f"must be another file than {path}, which is read")
+
+
+def a_folder(config: object, name: str) -> None:
+    """Raises FieldError when the field names no folder, or one that can't be made where a file is."""
+    path = getattr(config, name)
+    if not path:
+        raise FieldError(name, path, "must be a folder to write to")
+    for part in (Path(path), *Path(path).parents):
+        if os.path.exists(part) and not os.path.isdir(part):
+            raise FieldError(name, path, f"must be a folder to write to: {part} is a file")
 
 
 def http_only(config: object, name: str) -> None:

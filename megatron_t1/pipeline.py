@@ -230,6 +230,7 @@ def run_curate(cfg: Config) -> None:
     if not cfg.curate.clean_only:
         template = Template(Path(cfg.model.hf_path), cfg.data)
         prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
+        HFFolder(cfg.model.folder())  # whole, or refused before the servers start
         with open_rank0(cfg, template) as rank0:
             serve_folder(rank0.servers)
             curate.sample(replace(cfg.sampling, num_samples=cfg.curate.num_samples), rank0, prompts, folder, cfg.seed)
@@ -384,7 +385,9 @@ def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float)
         return read_json(run_dir / path)
 
     def accuracy(label: str) -> Any:
-        return read(f"evaluate/{label}/{cfg.data.need('heldout').stem}/summary.json")["pass_at_1"]
+        """None where a run that was resumed has another data.heldout than the one measured before RL."""
+        summary = run_dir / "evaluate" / label / cfg.data.need("heldout").stem / "summary.json"
+        return read_json(summary)["pass_at_1"] if summary.exists() else None
 
     seconds = {stage: round(value, 2) for stage, value in watch.total.items()}
     seconds |= {f"rl/{stage}": round(value, 2) for stage, value in rl_watch.total.items()}

@@ -34,6 +34,7 @@ STOPPED=75                        # exit code of a trainer that stopped as asked
 JOB=${SLURM_JOB_ID:-0}
 SESSION=$JOB.${SLURM_RESTART_COUNT:-0}
 export PYTHONPATH=$T1_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export SLURM_EXPORT_ENV=ALL       # what is exported here reaches the steps of a job submitted with --export=A,B or NONE too
 # What is compiled stays on each node: all ranks at once would write into a home folder on the network.
 caches=/tmp/t1_${USER:-$UID}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$caches/triton} VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$caches/vllm}

@@ -28,7 +28,8 @@ declare -A RESULT=(
 
 job_of() { sed -n "s/^$1 //p" "$JOBS" 2>/dev/null || true; }
 
-is_on_its_way() { [ -n "$(squeue -h -o %i -t pending,running,suspended -j "$1" 2>/dev/null)" ]; }
+# Without -t, which misses a job that completes to be requeued, or whose nodes are being booted.
+is_on_its_way() { [ -n "$(squeue -h -o %i -j "$1" 2>/dev/null)" ]; }
 
 # Job by job, lest a refused one hide those before it from a second call, which would submit them again.
 remember() {
@@ -37,7 +38,7 @@ remember() {
   printf '%s\n' ${others:+"$others"} "$1 $2" >"$JOBS"
 }
 
-is_done() { compgen -G "$RUN_DIR/${RESULT[$1]}" >/dev/null; }
+is_done() { [ -e "$RUN_DIR/${RESULT[$1]}" ]; }
 
 status() {
   local stage job state
@@ -95,7 +96,7 @@ for stage in $STAGES; do
   [ "$stage" != sft ] || ! made synthesize || options=(--data.sft "$RUN_DIR/synthesize/sft.jsonl" "$@")
   [ "$stage" != rl ] || ! made curate || options=(--data.train "$RUN_DIR/curate/prompts.jsonl" "$@")
   # shellcheck disable=SC2086  # words
-  job=$(MODEL=$model CONFIG=$(config_of "$stage") sbatch --parsable ${SBATCH_OPTIONS:-} ${before:+--dependency=afterok:$before} \
+  job=$(MODEL=$model CONFIG=$(config_of "$stage") sbatch --parsable --export=ALL ${SBATCH_OPTIONS:-} ${before:+--dependency=afterok:$before} \
     --kill-on-invalid-dep=yes "$T1_HOME/slurm/$stage.sh" ${options[@]+"${options[@]}"})
   before=${job%%;*}
   remember "$stage" "$before"

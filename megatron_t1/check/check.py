@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
+
+import torch
 
 from megatron_t1.check.context import context_needs, too_long
 from megatron_t1.check.findings import Findings
@@ -23,13 +27,17 @@ from megatron_t1.data.template import Template
 from megatron_t1.engine.layout import check_divisible, check_world
 from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.fields import FieldError
-from megatron_t1.files import ENCODING, read_json
+from megatron_t1.files import ENCODING, of_shape, read_json
 from megatron_t1.models import spec_of
 from megatron_t1.models.sizes import Sizes
 from megatron_t1.models.spec import ModelSpec
+from megatron_t1.platform import te
+from megatron_t1.platform.detect import Platform
 from megatron_t1.platform.installed import installed
 from megatron_t1.weights.hf_folder import CheckpointError, HFFolder, is_torch_dist
 
+_OF_TRANSFORMER_ENGINE = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")
+"""Of `model.transformer`, what Megatron looks for Transformer Engine for as soon as it reads it."""
 _LINES_READ = 200
 """Of each data file."""
 
@@ -139,6 +147,8 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, foun
         check_divisible(spec, parallel, cfg.model.transformer)
     except ValueError as error:
         found.problems += str(error).partition(": ")[2].split("; ")
+    else:
+        _megatron(cfg, spec, found)
     try:
         check_world(parallel, world)
     except ValueError as error:
@@ -160,6 +170,31 @@ def _layout(cfg: Config, spec: ModelSpec, command: str, machines: Machines, foun
         )
     if command in ("rl", "run") and cfg.loss.kl_estimator == "full" and cfg.loss.kl_coef:
         found.warnings.append("loss.kl_estimator = full computes the anchor's whole vocabulary in every step: slower")
+
+
+def _megatron(cfg: Config, spec: ModelSpec, found: Findings) -> None:
+    """What Megatron's own config refuses of the layout and `model.transformer`."""
+    version = te.version()  # before Megatron is imported, which one that is broken would end
+    from megatron_t1.engine.model import transformer_config
+
+    device = torch.device("cpu")
+    planned = Platform(name="cuda", device=device, backend="nccl", transformer_engine=version or "planned", apex=False)
+    given = cfg.model.transformer
+    if version is None:  # the machines of the run may have what Megatron looks for here
+        given = given | dict.fromkeys(_OF_TRANSFORMER_ENGINE, False)
+    try:
+        config = transformer_config(replace(cfg.model, transformer=given), spec, cfg.parallel, planned)
+    except Exception as error:  # asserts are among its ways
+        found.problems.append(
+            f"model.transformer = {cfg.model.transformer}: Megatron refuses it with this layout: {error}"
+        )
+        return
+    kinds = get_type_hints(type(config))
+    for name in given.keys() - {"attention_backend"}:  # its members have names, which `ModelConfig` knows
+        try:
+            of_shape(given[name], kinds[name])
+        except ValueError as error:
+            found.problems.append(f"model.transformer.{name} = {given[name]!r} is nothing that Megatron takes: {error}")
 
 
 def _sampling(cfg: Config, spec: ModelSpec, command: str, found: Findings) -> None:

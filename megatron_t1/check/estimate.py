@@ -13,10 +13,12 @@ parallelism, else 1.
                                            does not move (anchor.decay = 1), nothing at loss.kl_coef = 0 and in SFT
     fp8          2 M, with anchor 3 M      in FP8: the copies that Transformer Engine keeps of the layers' matrices, M
                                            parameters, with transposes, and of the anchor's
-    activations  s L c m                   m = min(microbatches, stages left): what 1F1B keeps on the first stage
-                 c, bytes a token and layer: with Transformer Engine b (4 h / u + (3 q + 2 k + 3 f) / t); with the
-                 local layers (8 + b) 2 h / u + b (3 q + 2 k + 5 f) / t, whose norms keep float32; b h / u when all is
-                 recomputed (and then one layer's c besides). q, k, f: width of queries, keys, MLP
+    activations  s L c m                   m = min(microbatches, p + 1) with p stages behind, what 1F1B keeps; with v
+                                           chunks a stage min(microbatches, (2 p + (v - 1) stages + 1) / v)
+                 c, bytes a token and layer: with Transformer Engine b (4 h / u + (3 q + 2 k + 3 f + e h) / t); with
+                 the local layers (8 + b) 2 h / u + b (3 q + 2 k + 5 f + e h) / t, whose norms keep float32 (6 f in a
+                 mixture); b h / u when all is recomputed (and then one layer's c besides). q, k, f: width of queries,
+                 keys, MLP; e: the experts that each token is sent to, whose input is kept
     head         4 s_c V / t + 12 s h      the logits of one chunk of s_c tokens, hidden states and their gradients
     update       the largest tensor in float32, while the optimizer changes it, if that is more than the two above
 
@@ -34,7 +36,7 @@ anchor's stage is a forward pass of the anchor, and where sums over samples are 
     train        flops / (GPUs x peak x _TRAIN_SHARE)
     generate     decoding reads all weights and the cache of the samples under way for every token of each of them:
                  tokens of the longest sample x (weights + cache) / (tensor-parallel GPUs x bandwidth x _READ_SHARE),
-                 repeated when the servers hold fewer samples than there are
+                 repeated when the servers hold fewer samples than there are; more GPUs than KV heads hold copies
     push         b x parameters / (network of one GPU x _NET_SHARE) by collective; by tcp or shm, as where GPUs are
                  shared, / _HOST_BYTES_PER_S: each host fetches the model once
 
@@ -143,6 +145,10 @@ class Layout:
     """Of a microbatch on one rank, padding included."""
     microbatches: int
     """Of a step, on each data-parallel rank."""
+    virtual_pipeline: int = 1
+    """Chunks of the model that each stage holds."""
+    experts_of_token: int = 0
+    """Experts that each token is sent to; 0: the layers are dense."""
     chunk_logits: int
     """Logits that the head holds at a time (algo.config.CHUNK_LOGITS)."""
     anchor: AnchorKind = "moving"
@@ -200,20 +206,24 @@ def parameters(sizes: Sizes, layout: Layout, stage: int) -> int:
     return count
 
 
+def _under_way(layout: Layout, stage: int) -> float:
+    """Microbatches whose activations a stage keeps at most: those of Megatron's warm-up, and one."""
+    behind, chunks = layout.pipeline - stage - 1, layout.virtual_pipeline
+    warm_up = behind if chunks == 1 else 2 * behind + (chunks - 1) * layout.pipeline
+    return min(layout.microbatches, (warm_up + 1) / chunks)
+
+
 def stage_memory(sizes: Sizes, layout: Layout, stage: int) -> dict[str, float]:
     """Bytes on one rank of a pipeline stage, by part; the formulas are in the module's docstring."""
     b, p = _BYTES[layout.dtype], parameters(sizes, layout, stage)
     narrow = b < 4
     t, u = layout.tensor, layout.tensor if layout.sequence_parallel else 1
     h, layers = sizes.hidden, layers_of(sizes, layout, stage)
-    attention = b * (3 * sizes.query + 2 * sizes.key) / t
-    if layout.local_layers:
-        per_token = 2 * (8 + b) * h / u + attention + b * 5 * sizes.mlp / t
-    else:
-        per_token = b * 4 * h / u + attention + b * 3 * sizes.mlp / t
+    of_mlp = 3 if not layout.local_layers else 6 if layout.experts_of_token else 5
+    split = 3 * sizes.query + 2 * sizes.key + of_mlp * sizes.mlp + layout.experts_of_token * h
+    per_token = (2 * (8 + b) if layout.local_layers else 4 * b) * h / u + b * split / t
     kept = layers * (b * h / u if layout.recompute else per_token)
-    under_way = min(layout.microbatches, layout.pipeline - stage)
-    activations = layout.tokens * (kept * under_way + (per_token if layout.recompute else 0))
+    activations = layout.tokens * (kept * _under_way(layout, stage) + (per_token if layout.recompute else 0))
     vocabulary = -(-sizes.vocab // t)
     head = 0.0
     if stage == layout.pipeline - 1:
@@ -304,11 +314,15 @@ def weight_bytes(sizes: Sizes, dtype: str) -> float:
     return _BYTES[dtype] * sizes.total
 
 
-def cache_tokens(sizes: Sizes, gpu: Gpu, tp: int, dtype: str, utilization: float) -> float:
-    """Tokens whose keys and values one vLLM server can hold; 4 GB a GPU are left to its own work."""
+def cache_tokens(sizes: Sizes, gpu: Gpu, tp: int, dtype: str, utilization: float, kv_copies: int = 1) -> float:
+    """Tokens whose keys and values one vLLM server can hold; 4 GB a GPU are left to its own work.
+
+    Args:
+        kv_copies: of its GPUs that hold the same KV head.
+    """
     b = _BYTES[dtype]
     free = tp * (gpu.memory_bytes * utilization - 4e9) - b * sizes.total
-    return max(0.0, free / (2 * b * sizes.key * sizes.num_layers))
+    return max(0.0, free / (2 * b * kv_copies * sizes.key * sizes.num_layers))
 
 
 def step_seconds(
@@ -319,6 +333,7 @@ def step_seconds(
     servers: int,
     server_tp: int,
     server_dtype: str,
+    kv_copies: int,
     num_samples: int,
     prompt_tokens: float,
     mean_tokens: float,
@@ -330,11 +345,11 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of an RL step by stage, for `num_samples` samples of `mean_tokens` tokens, the longest `max_tokens`."""
     b = _BYTES[server_dtype]
-    holds = cache_tokens(sizes, gpu, server_tp, server_dtype, utilization)
+    holds = cache_tokens(sizes, gpu, server_tp, server_dtype, utilization, kv_copies)
     fits = holds / (prompt_tokens + mean_tokens)
     together = max(1.0, min(max_num_seqs, num_samples / servers, fits))
     rounds = max(1.0, num_samples / servers / together)
-    cache = together * (prompt_tokens + mean_tokens / 2) * 2 * b * sizes.key * sizes.num_layers
+    cache = together * (prompt_tokens + mean_tokens / 2) * 2 * b * kv_copies * sizes.key * sizes.num_layers
     per_token_s = (b * sizes.total + cache) / (server_tp * gpu.bytes_per_s * _READ_SHARE)
     # Rounds overlap: a finished sample makes room at once, so only the last one waits for the longest.
     generate = per_token_s * ((rounds - 1) * mean_tokens + max_tokens)
@@ -358,7 +373,7 @@ def sequence_work(sizes: Sizes, mean_tokens: float, max_tokens: float) -> float:
 def pass_seconds(sizes: Sizes, layout: Layout, gpu: Gpu, work: float) -> float:
     """One forward pass over `work` (`sequence_work` of all sequences) on all of the trainer's GPUs."""
     gpus = layout.tensor * layout.pipeline * layout.copies
-    bubble = 1 + (layout.pipeline - 1) / max(1, layout.microbatches)
+    bubble = 1 + (layout.pipeline - 1) / (layout.microbatches * layout.virtual_pipeline)
     return 2 * sizes.active * work / (gpus * gpu.flops_per_s * _TRAIN_SHARE) * bubble
 
 

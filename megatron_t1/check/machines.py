@@ -77,6 +77,11 @@ class Machines:
         return max(1, on * (each // tp))
 
 
+def kv_copies(spec: ModelSpec, tp: int) -> int:
+    """GPUs of a vLLM server that hold the same KV head."""
+    return max(1, tp // int(spec.transformer["num_query_groups"]))
+
+
 def layout_of(
     cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int]
 ) -> estimate.Layout:
@@ -109,6 +114,8 @@ def layout_of(
         local_layers=cfg.model.layers == "local" or cfg.model.dtype == "float32",
         tokens=min(room, math.ceil(of_rank)),
         microbatches=max(1, math.ceil(of_rank / room)),
+        virtual_pipeline=cfg.parallel.virtual_pipeline,
+        experts_of_token=spec.transformer["moe_router_topk"] if spec.transformer.get("num_moe_experts") else 0,
         chunk_logits=CHUNK_LOGITS["cuda"],
         anchor="none" if command == "sft" or not cfg.loss.kl_coef else "moving" if cfg.anchor.decay < 1 else "fixed",
     )
@@ -131,6 +138,7 @@ def seconds_of(
         servers=machines.servers(cfg.rollout.tp),
         server_tp=cfg.rollout.tp,
         server_dtype=cfg.server_dtype,
+        kv_copies=kv_copies(spec, cfg.rollout.tp),
         num_samples=cfg.rl.prompts_per_step * cfg.sampling.num_samples,
         prompt_tokens=longest.get("train", 200),
         mean_tokens=cfg.sampling.max_new_tokens / 2,

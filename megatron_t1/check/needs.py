@@ -18,7 +18,7 @@ import psutil
 
 from megatron_t1.check import estimate
 from megatron_t1.check.findings import Findings
-from megatron_t1.check.machines import Machines, fullest, layout_of, nodes_that_write, seconds_of
+from megatron_t1.check.machines import Machines, fullest, kv_copies, layout_of, nodes_that_write, seconds_of
 from megatron_t1.check.suggest import SHARE
 from megatron_t1.config import UNCORRECTED, Config
 from megatron_t1.engine.config import CheckpointConfig
@@ -143,7 +143,10 @@ def _disk(cfg: Config, command: str, sizes: Sizes, anchor: estimate.AnchorKind, 
 
 
 def _servers(cfg: Config, spec: ModelSpec, sizes: Sizes, gpu: estimate.Gpu, generate_s: float, found: Findings) -> None:
-    holds = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, cfg.server_dtype, cfg.rollout.gpu_memory_utilization)
+    rollout = cfg.rollout
+    holds = estimate.cache_tokens(
+        sizes, gpu, rollout.tp, cfg.server_dtype, rollout.gpu_memory_utilization, kv_copies(spec, rollout.tp)
+    )
     full = cfg.rollout.max_model_len or spec.max_position_embeddings
     found.facts.append(
         f"each vLLM server (TP {cfg.rollout.tp}): room for {holds:.0f} tokens of keys and values, {holds / full:.1f} "
@@ -176,7 +179,7 @@ def _shared(
     """Trainer and server on one GPU: what each takes of it in whose turn. Returns bytes of a node's memory by part."""
     parts, asked, total = fullest(sizes, layout), cfg.rollout.gpu_memory_utilization, _SHARED * gpu.memory_bytes
     step, saving = sum(parts.values()), estimate.most_of_checkpoint(sizes, layout)[0]
-    dtype = cfg.server_dtype
+    dtype, tp = cfg.server_dtype, cfg.rollout.tp
     length = cfg.rollout.max_model_len or spec.max_position_embeddings
     offload, sleep = cfg.parallel.offload, cfg.rollout.sleep
     offered = {turns: name for turns, name in _TURNS.items() if not (turns[1] and cfg.rl.lag)}
@@ -185,7 +188,7 @@ def _shared(
         kept = estimate.kept_bytes(parts, turns[0]) if turns[1] else max(step, saving)
         free = (total - kept - estimate.CONTEXT_BYTES) / gpu.memory_bytes
         rooms[turns] = room = max(0, math.floor(100 * free)) / 100
-        samples = estimate.cache_tokens(sizes, gpu, cfg.rollout.tp, dtype, room) / length
+        samples = estimate.cache_tokens(sizes, gpu, tp, dtype, room, kv_copies(spec, tp)) / length
         cost = estimate.turn_seconds(estimate.moved_bytes(parts, layout, turns[0]), gpu, sleep=turns[1])
         if turns in offered:
             told.append(f"{offered[turns]}: {room:.2f} ({samples:.0f} samples, {cost:.1f} s a step)")
@@ -208,7 +211,7 @@ def _shared(
     )
     if sleep:
         # They load a push while the trainer begins its checkpoint.
-        loading = saving + estimate.weight_bytes(sizes, dtype) / cfg.rollout.tp
+        loading = saving + estimate.weight_bytes(sizes, dtype) / tp
         needed = max(step, loading) + estimate.CONTEXT_BYTES + estimate.ASLEEP_BYTES
         found.must(
             needed <= total,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.published import write_config
 from megatron_t1.check.check import check
 from megatron_t1.check.findings import Findings
 from megatron_t1.check.machines import Machines
@@ -235,6 +236,55 @@ def test_rl_is_checked_with_all_that_it_reads(task: Path) -> None:
     ):
         found = found_in(task, *options)
         assert any(problem in text for text in found.problems), found.problems
+
+
+_FULL = "recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1"
+
+
+@pytest.mark.parametrize(
+    ("transformer", "layout", "said"),
+    [
+        ("{recompute_granularity: full}", [], 'recompute_method must be "block" or "uniform"'),
+        ("{recompute_granularity: full, recompute_method: uniform}", [], "recompute_num_layers must be between 1 and"),
+        (
+            "{recompute_granularity: full, recompute_method: block, recompute_num_layers: one}",
+            [],
+            "Expected `int | null`",
+        ),
+        ("{fp8: on}", ["--model.dtype", "bfloat16"], "model.transformer.fp8 = True is nothing that Megatron takes"),
+        ("{moe_token_dispatcher_type: all}", [], "Invalid enum value 'all'"),
+        ("{recompute_granularity: selective, recompute_modules: [core_atn]}", [], "{'core_atn'}"),
+        ("{cpu_offloading: true, cpu_offloading_num_layers: 1}", ["--parallel.pipeline", "2"], "Pipeline parallelism"),
+        (f"{{cpu_offloading: true, cpu_offloading_num_layers: 1, {_FULL}}}", [], "CPU offloading does not work when"),
+        (f"{{distribute_saved_activations: true, {_FULL}}}", ["--parallel.tensor", "2"], None),
+        (
+            f"{{distribute_saved_activations: true, {_FULL}}}",
+            ["--parallel.tensor", "2", "--parallel.sequence_parallel", "true"],
+            "must be false when sequence parallel",
+        ),
+        (f"{{{_FULL}}}", ["--parallel.pipeline", "2"], None),
+        ("{apply_rope_fusion: true, recompute_granularity: selective}", ["--model.dtype", "bfloat16"], None),
+        ("{moe_router_fusion: true}", ["--model.dtype", "bfloat16"], None),
+    ],
+)
+def test_what_megatron_refuses_is_told_before_it_does(
+    task: Path, transformer: str, layout: list[str], said: str
+) -> None:
+    """What it looks for Transformer Engine for is left to the machines of the run, which may have it."""
+    found = found_in(task, "--model.transformer", transformer, *layout, machines=Machines(ranks_per_node=4))
+    assert len(found.problems) == (said is not None), found.problems
+    assert said is None or said in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "examples").glob("*-*/[rs][lf]*.yaml")), ids=lambda file: file.parent.name
+)
+def test_megatron_refuses_no_example(file: Path, task: Path, tmp_path: Path) -> None:
+    model = write_config(tmp_path, file.parent.name)
+    found = found_in(task, "--config", file, "--model.hf_path", model, machines=Machines(nodes=4, ranks_per_node=8))
+    assert "Megatron refuses" not in "\n".join(found.problems)
+    found = found_in(task, "--config", file, "--model.hf_path", model, "--model.transformer", "{fp8: hybrid}")
+    assert "Megatron refuses" not in "\n".join(found.problems)
 
 
 def test_the_command_fails_when_there_is_a_problem(task: Path, capsys) -> None:

@@ -11,10 +11,13 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from megatron.core.parallel_state import RankGenerator
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from transformers import AutoModelForCausalLM
+from vllm.config import ModelConfig, ParallelConfig
 
 from benchmarks.published import CONFIGS, write_config
 from megatron_t1.check import estimate
@@ -31,7 +34,7 @@ from megatron_t1.models.sizes import Sizes
 from megatron_t1.servers.config import RolloutConfig
 from tests.forks import ROOT
 from tests.models.families import FAMILIES
-from tests.tiny import make_tiny_qwen2, make_tiny_qwen3_moe
+from tests.tiny import make_tiny, make_tiny_qwen2, make_tiny_qwen3_moe
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,57 @@ def test_parameters_are_those_of_the_model(tmp_path: Path, make) -> None:
     model = make(tmp_path)
     sizes = Sizes.of(spec_of(model))
     assert sizes.total == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(model).parameters())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        ("Qwen2ForCausalLM", {"hidden_size": 256, "intermediate_size": 1024}),
+        ("Qwen3MoeForCausalLM", {"hidden_size": 256, "moe_intermediate_size": 96, "num_experts_per_tok": 8}),
+        ("Qwen3MoeForCausalLM", {"hidden_size": 512, "moe_intermediate_size": 64, "num_experts_per_tok": 4}),
+    ],
+)
+def test_activations_are_those_that_megatron_keeps(architecture: str, sizes: dict, run_ranks, tmp_path: Path) -> None:
+    """Of a mixture the input of every expert that a token is sent to, too: where there are many, the most of all."""
+    more = {"num_experts": 16} if "Moe" in architecture else {}
+    make_tiny(architecture, tmp_path / "model", init_std=0.02, **sizes, **more)
+    kept, expected = map(
+        int, run_ranks(Path(__file__).with_name("kept_worker.py"), 1, tmp_path / "model", 512).split()[-2:]
+    )
+    assert 0.8 * kept < expected < kept
+
+
+@pytest.mark.parametrize(("pipeline", "chunks"), [(2, 1), (4, 1), (2, 2), (4, 2), (4, 5), (8, 2)])
+@pytest.mark.parametrize("microbatches", [8, 64])
+def test_a_stage_keeps_what_megatrons_schedule_runs_ahead(
+    pipeline: int, chunks: int, microbatches: int, tmp_path: Path
+) -> None:
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    parallel = replace(cfg.parallel, pipeline=pipeline, virtual_pipeline=chunks, tensor=1, sequence_parallel=False)
+    layout = layout_of(replace(cfg, parallel=parallel), spec_of(tmp_path), "rl", machines, {"train": 200})
+    layout = replace(layout, microbatches=microbatches, recompute=False, stage_layers=(40,) * pipeline)
+    sizes = Sizes.of(spec_of(tmp_path))
+    of_one = replace(layout, pipeline=1, virtual_pipeline=1, stage_layers=(40,), microbatches=1)
+    one = estimate.stage_memory(sizes, of_one, 0)["activations"]
+    for stage in range(pipeline):
+        group = SimpleNamespace(size=lambda: pipeline, rank=lambda stage=stage: stage)
+        ranks = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None)
+        total, _, ahead, _ = get_pp_rank_microbatches(microbatches, chunks, pipeline, p2p_communicator=ranks)
+        kept = estimate.stage_memory(sizes, layout, stage)["activations"]
+        assert kept / one == pytest.approx(min(ahead + 1, total) / chunks)
+
+
+def test_more_gpus_than_kv_heads_hold_copies_of_keys_and_values(tmp_path: Path) -> None:
+    """As vLLM cuts them: of two KV heads each GPU of four holds one."""
+    model = make_tiny_qwen2(tmp_path, hidden_size=256, num_heads=8)
+    spec, gpu, of_vllm = spec_of(model), estimate.GPUS["H100"], ModelConfig(str(model), enforce_eager=True)
+    for tp in (1, 2, 4, 8):
+        found, heads = Findings(), of_vllm.get_num_kv_heads(ParallelConfig(tensor_parallel_size=tp))
+        cfg = read(Config, ["--model.hf_path", str(model), "--rollout.tp", str(tp), "--model.dtype", "float32"])
+        needs(cfg, spec, "rl", Machines(nodes=2, vllm_nodes=1), {"train": 200}, found)
+        (said,) = re.findall(r"room for (\d+) tokens of keys and values", "\n".join(found.facts))
+        free = gpu.memory_bytes * 0.85 - 4e9 - 4 * Sizes.of(spec).total / tp
+        assert int(said) == pytest.approx(free / (2 * 4 * heads * 32 * 2), rel=1e-6)
 
 
 def but_disk(found: Findings) -> list[str]:

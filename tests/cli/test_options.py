@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_t1.cli.options import read
-from megatron_t1.config import Config, GradeConfig, dump
+from megatron_t1.config import Config, GradeConfig, LogprobsConfig, dump
 from megatron_t1.evaluation.config import EvaluateConfig, SetSampling
 from megatron_t1.synthesize.config import SynthesizeConfig
 
@@ -99,6 +99,28 @@ def test_paths_are_written_out_as_a_shell_does_it(monkeypatch):
         assert getattr(getattr(cfg, section) if section else cfg, field) == meant
     with pytest.raises(ValueError, match=r"run_dir = '\$NOWHERE/x' names \$NOWHERE, which the environment"):
         read(Config, ["--run_dir=$NOWHERE/x"])
+
+
+def test_what_can_not_be_written_to_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    """An unset variable of a shell is an empty word: the run's files would lie in the current folder."""
+    file = tmp_path / "file"
+    file.touch()
+    for wrong, why in (("", "must be a folder to write to"), (file, f"{file} is a file"), (file / "a/b", "is a file")):
+        (problem,) = told(Config, f"--run_dir={wrong}")
+        assert problem.startswith("run_dir = ")
+        assert problem.endswith(why)
+    for good in (tmp_path, tmp_path / "new/x", "runs/x", "."):
+        read(Config, ["--run_dir", str(good)])
+    given = ["--input", str(file), "--output"]
+    for cls, words, field in (
+        (GradeConfig, [*given, str(tmp_path)], "output"),
+        (GradeConfig, [*given, ""], "output"),
+        (LogprobsConfig, ["--model", "m", *given, str(tmp_path)], "output"),
+        (Config, ["--curate.output", str(tmp_path)], "curate.output"),
+    ):
+        (problem,) = told(cls, *words)
+        assert problem.startswith(f"{field} = ")
+        assert problem.endswith("must be a file to write: this is a folder")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 5_000_000_000])

@@ -272,6 +272,35 @@ def clear_errors(work: Path) -> dict[str, Any]:
     return seen
 
 
+def few_variables(work: Path) -> dict[str, Any]:
+    """A job that was submitted with few of the variables, and a chain where the site exports few; it is requeued, which
+    its step delays. In the Python's place stands a script."""
+    python = work / "python"
+    python.write_text(f"""#!/bin/bash
+[ "$1" != -c ] || exec {sys.executable} "$@"
+echo "$*, MASTER_ADDR=${{MASTER_ADDR-}}"
+[ "$3" != sft ] || {{ trap "" TERM; for _ in {{1..1000}}; do sleep 0.1; done; }}
+""")
+    python.chmod(0o755)
+    own = {"MODEL": work / "a model", "DATA": work, "T1_PYTHON": python, "T1_HOME": ROOT, "RUN_DIR": work / "run"}
+    os.environ |= {name: str(value) for name, value in own.items()}
+    (work / "sft.jsonl").touch()
+    log = work / "run/logs/trainer.log"
+    words = ["--parsable", "--nodes=1", f"--output={work}/job.log", f"--export=PATH,{','.join(own)}"]
+    job = Job(run("sbatch", *words, "slurm/convert.sh", "verify", "a", "b"), work / "job.log", work / "run")
+    seen = {"state": job.end()["JobState"], "step": log.read_text()}
+    log.unlink()
+    os.environ |= {"SBATCH_EXPORT": "HOME", "STAGES": "sft", "SBATCH_OPTIONS": f"--nodes=1 --output={work}/chain.log"}
+    run("slurm/pipeline.sh")
+    ((_, number),) = [line.split() for line in (work / "run/pipeline/jobs").read_text().splitlines()]
+    chain = Job(number, work / "chain.log", work / "run")
+    chain.until("the step", lambda: log.exists() and "MASTER_ADDR" in log.read_text())
+    run("scontrol", "requeue", number)
+    seen |= {"state of the chain": chain.show()["JobState"], "again": run("slurm/pipeline.sh")}
+    run("scancel", number)
+    return seen | {"chain": log.read_text()}
+
+
 def headers(work: Path) -> dict[str, Any]:
     """What sbatch says of every script's header, and of broken ones."""
     broken = {
@@ -301,5 +330,5 @@ def wait_until(found: Callable[[], Any], patience_s: float = 60) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]).absolute()
-    scenario = {f.__name__: f for f in (headers, other_nodes, chain, clear_errors, recipe)}[sys.argv[1]]
+    scenario = {f.__name__: f for f in (headers, few_variables, other_nodes, chain, clear_errors, recipe)}[sys.argv[1]]
     (folder / "seen.json").write_text(json.dumps(scenario(folder), indent=1))

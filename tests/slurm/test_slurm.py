@@ -199,7 +199,7 @@ def test_a_chain_that_sbatch_refuses_half_way_is_gone_on_with(tmp_path: Path) ->
     commands = {
         "sbatch": """[ "$(wc -l <calls)" != 2 ] || [ -e refused ] || { touch refused; exit 1; }
 echo "$@" >>calls; wc -l <calls""",
-        "squeue": '[ "$*" = "-h -o %i -t pending,running,suspended -j 2" ] && echo 2',
+        "squeue": '[ "$*" = "-h -o %i -j 2" ] && echo 2',
         "scontrol": "echo 'Invalid job id specified' >&2; exit 1",
     }
     pipeline = chains(tmp_path, commands, STAGES="sft rl evaluate")
@@ -215,6 +215,25 @@ echo "$@" >>calls; wc -l <calls""",
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [re.findall(r"afterok:(\d)|/(\w+)\.sh", call)[-1][1] for call in calls] == ["sft", "rl", "evaluate"]
     assert "afterok:2" in calls[2]
+
+
+def test_a_finished_stage_is_known_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    pipeline = chains(tmp_path, {"sbatch": "exit 1"}, STAGES="sft", RUN_DIR=str(tmp_path / "run[1] *"))
+    (tmp_path / "run[1] */sft/hf").mkdir(parents=True)
+    (tmp_path / "run[1] */sft/hf/config.json").touch()
+    assert pipeline() == (0, ["sft: done"])
+
+
+def test_jobs_of_a_site_that_exports_little_and_of_one_that_is_being_requeued(tmp_path: Path) -> None:
+    """What sbatch was told to export (SBATCH_EXPORT, --export) is not what the job's steps need, and a job that ends
+    to begin again is not submitted a second time."""
+    seen = try_out("few_variables", 1, tmp_path)
+    assert seen["state"] == "COMPLETED"
+    assert "-m megatron_t1 convert verify a b, MASTER_ADDR=n1" in seen["step"]
+    assert f"--model.hf_path {tmp_path}/a model" in seen["chain"]
+    assert f"--data.sft {tmp_path}/sft.jsonl" in seen["chain"]
+    assert seen["state of the chain"] == "COMPLETING"
+    assert seen["again"].startswith("sft: job 2 is on its way")
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
