@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
-
 _NO_SPREAD = 1e-6
 """Between questions. What is not counted but computed (majority@k) is off by 1e-15, and pass@k may be within 1e-9."""
 
