@@ -29,13 +29,12 @@ from megatron_t1.data.config import QUESTION_SETS
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, words
 from megatron_t1.data.prompts import is_missing, parse_rows
 from megatron_t1.data.sets import file_of, load_question_texts
+from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.evaluation.resume import check_settings, prompts_identity
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.normalize import compact, normalize
-from megatron_t1.reward.answers.numbers import exact_number
 from megatron_t1.reward.answers.verify import verify_cheaply
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
@@ -140,7 +139,7 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
                 drop(question.name, "unverifiable", question.text, f"{question.gold[:_SHOWN]}: {problem}")
             elif overlap := evaluation.find(question.text):
                 drop(question.name, "in_evaluation" if overlap[1] == 1 else "near_evaluation", question.text, overlap)
-            elif twin := seen.find_or_add(question.name, question.text, _answer_key(question.gold)):
+            elif twin := seen.find_or_add(question.name, question.text, answer_key(question.gold)):
                 if twin[1] == 1 and _contradict(question.gold, candidates[twin[0]].gold):
                     contradicted[question.name] = twin[0], candidates[twin[0]].gold
                     contradicted[twin[0]] = question.name, question.gold
@@ -160,11 +159,6 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
         ),
     )
     return counts + Counter(row["reason"] for row in dropped)
-
-
-def _answer_key(gold: str) -> str:
-    number = exact_number(normalize(gold))
-    return str(number.value) if number else compact(normalize(gold))
 
 
 def _contradict(gold: str, other: str) -> bool:

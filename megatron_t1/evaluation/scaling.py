@@ -27,7 +27,7 @@ from megatron_t1.data.template import Template, opened_thinking
 from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.evaluate import missing, questions_digest, response_row
-from megatron_t1.evaluation.figures import RIGHT_ANSWER, majority_interval
+from megatron_t1.evaluation.figures import majority_interval, vote
 from megatron_t1.evaluation.resume import ResponseRow, check_settings, collecting, open_folder
 from megatron_t1.evaluation.samplers import Ask, EndpointSampler, Response, Sampler, ServerSampler, graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
@@ -318,8 +318,7 @@ def _answer_row(cut: _Cut, response: Response) -> dict[str, Any]:
 def _majority(thinkings: Sequence[dict[str, Any]]) -> Iterator[MajorityPoint]:
     answers: dict[str, list[str | None]] = {}
     for row in thinkings:
-        answer = RIGHT_ANSWER if row["reward"]["correct"] else row["reward"]["extracted"]
-        answers.setdefault(row["id"], []).append(answer)
+        answers.setdefault(row["id"], []).append(vote(row["reward"]))
     most = min(map(len, answers.values()))
     mean_tokens = float(np.mean([row["num_tokens"] for row in thinkings]))
     for n in islice((2**i for i in range(10) if 2**i <= most), 10):

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from megatron_t1.data.prompts import Question
+from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.chat_endpoint import ChatEndpoint, RefusedError, Reply
@@ -141,7 +142,8 @@ class Workshop:
             raise Dropped(reason)
         # Short and well-formed first; wrong ones with different answers, so that the chain tries different ways.
         order = sorted(made, key=lambda pair: (bool(pair[1].penalties), len(pair[0].text), pair[0].text))
-        wrong = {attempt.answer: attempt for attempt, _ in reversed(order) if attempt.outcome == "wrong"}
+        failed = [attempt for attempt, _ in reversed(order) if attempt.outcome == "wrong"]
+        wrong = {answer_key(attempt.answer or ""): attempt for attempt in failed}
         chosen = sorted(wrong.values(), key=lambda attempt: (len(attempt.text), attempt.text))[: self.cfg.max_wrong]
         outcome.used = [*chosen, next(attempt for attempt, _ in order if attempt.correct)]
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.reasoning import REVISION
 from megatron_t1.synthesize.config import FilterConfig
 from megatron_t1.types import Reward
@@ -42,7 +43,7 @@ def question_is_unfit(cfg: FilterConfig, rewards: Sequence[Reward], require_wron
     """Why a question is left out after its attempts; None when it is fit."""
     num_right = sum(reward.correct for reward in rewards)
     if num_right == 0:
-        answers = Counter(reward.extracted for reward in rewards if reward.extracted is not None)
+        answers = Counter(answer_key(reward.extracted) for reward in rewards if reward.extracted is not None)
         most = answers.most_common(1)[0][1] if answers else 0
         if most / len(rewards) > cfg.max_agreement_on_wrong:
             return "noisy: the attempts agree on an answer that is not the reference"

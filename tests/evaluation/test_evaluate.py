@@ -173,6 +173,18 @@ def test_summary_counts_what_the_grader_said() -> None:
     assert result.by["subject"] == {}
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [(r"\frac{1}{2}", r"\dfrac12", "0.5", ".50"), ("(1,2)", "(1, 2)", r"\left(1,2\right)", "$(1,2)$")],
+)
+def test_a_wrong_answer_in_several_spellings_wins_the_majority_it_has(wrong: tuple[str, ...]) -> None:
+    """Three right answers against four spellings of one wrong answer: drawn all, the wrong one wins."""
+    rows = [row("q", True) for _ in range(3)] + [row("q", False, answer) for answer in wrong] + [row("q", False, None)]
+    assert summarize("x", "set", rows, {}).majority_at_k["8"].value == pytest.approx(0)
+    apart = [*rows[:3], *(row("q", False, answer) for answer in ("x+1", "x-1", "1", "-1")), rows[-1]]
+    assert summarize("x", "set", apart, {}).majority_at_k["8"].value == pytest.approx(1)
+
+
 def test_known_responses_to_math500_give_the_known_score(scorer: Scorer, tmp_path: Path) -> None:
     """462 right answers of 500 are T1-32B's 92.4; a second file with 10 more right ones is better, and it shows."""
     questions = load_set("math500", sets_dir=ROOT / "tests/data/grader")

@@ -30,7 +30,7 @@ from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.synthesize import prompts
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
-from megatron_t1.synthesize.filters import chain_is_unfit, corrects
+from megatron_t1.synthesize.filters import chain_is_unfit, corrects, question_is_unfit
 from megatron_t1.synthesize.run import describe, synthesize
 from megatron_t1.types import Reward
 from tests.forks import environment
@@ -125,6 +125,31 @@ def test_chains_come_out_and_every_reason_counts(questions: Path, tmp_path: Path
     page = (tmp_path / "out/browse.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_a_wrong_answer_is_one_in_every_spelling(tmp_path: Path) -> None:
+    """All agree on it: the reference is wrong; and a chain tries no way twice."""
+    spelled = [r"\frac{1}{2}", "0.5", r"\dfrac12", ".50"]
+    verdict = Reward(value=0.0, correct=False, outcome="wrong", extracted=None, reason="")
+    rewards = [replace(verdict, extracted=answer) for answer in (*spelled, "3")]
+    assert (question_is_unfit(FilterConfig(), rewards, True) or "").startswith("noisy")
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"id": "q", "prompt": "What is 100 + 300?", "answer": "400"}) + "\n")
+
+    def attempts(body: dict[str, Any]) -> str:
+        if body["messages"][-1]["content"] != "What is 100 + 300?":
+            return solver(body)
+        answer = ["400", "0.5", r"\frac12", "7", ".5"][len(seen) % 5]
+        seen.append(answer)
+        return rf"\boxed{{{answer}}}" + "." * len(seen)
+
+    seen: list[str] = []
+    with serving(ScriptedEndpoint(attempts)) as server:
+        synthesize(config(path, tmp_path / "out", server.url, num_attempts=5))
+    (chain,) = rows(tmp_path / "out/chains.jsonl")
+    used = [attempt["answer"] for attempt in chain["attempts"]]
+    assert len(used) == 3
+    assert {"7", "400"} < set(used)
 
 
 @pytest.mark.parametrize(
