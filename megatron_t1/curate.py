@@ -27,8 +27,8 @@ from megatron_t1 import plugins
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.config import QUESTION_SETS
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, words
-from megatron_t1.data.prompts import is_missing, parse_rows
-from megatron_t1.data.sets import file_of, load_question_texts
+from megatron_t1.data.prompts import is_missing
+from megatron_t1.data.sets import file_of, load_question_texts, parse_file
 from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.evaluation.resume import check_settings, prompts_identity
 from megatron_t1.evaluation.samplers import sample_seed
@@ -86,10 +86,10 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
     """Write candidates.jsonl and dropped.jsonl; returns how many were read, dropped for each reason, and left.
 
     Raises:
-        ValueError: a line is not a JSON object, or one of an evaluation set has no question.
+        ValueError: a row can't be read, or one of an evaluation set has no question.
     """
     if not cfg.inputs:
-        raise ValueError("curate.inputs is empty: give it JSON lines files of questions and answers")
+        raise ValueError("curate.inputs is empty: give it files of questions and answers")
     evaluation = EvaluationQuestions(cfg.min_evaluation_share)
     if not cfg.evaluation:
         warn(
@@ -168,8 +168,8 @@ def _contradict(gold: str, other: str) -> bool:
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of every line."""
-    return parse_rows(path, lambda row, number: (number, row))
+    """(line or row number, row) of every row."""
+    return parse_file(path, lambda row, number: (number, row))
 
 
 def _name_of(cfg: CurateConfig, row: dict[str, Any], path: Path, number: int) -> str:

@@ -191,6 +191,21 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
         curate.prepare(cfg, REWARD, tmp_path, resume=False)
 
 
+def test_raw_questions_come_in_any_table_that_sets_come_in(tmp_path: Path) -> None:
+    """NuminaMath is Parquet on the hub."""
+    rows = [{"problem": "What is 4+5?", "solution": r"It is $\boxed{9}$."}, {"problem": "Find 7-5.", "solution": "2"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "raw.parquet")
+    (tmp_path / "raw.json").write_text(json.dumps(rows))
+    (tmp_path / "raw.csv").write_text("problem,solution\n" + "".join(f"{a['problem']},{a['solution']}\n" for a in rows))
+    _write(tmp_path / "raw", rows)
+    for name in ("raw.parquet", "raw.json", "raw.csv", "raw"):
+        cfg = CurateConfig(inputs=(str(tmp_path / name),))
+        counts = curate.prepare(cfg, REWARD, tmp_path / f"of_{name}", resume=False)
+        assert (counts["read"], counts["no_answer"]) == (2, 1)
+        (kept,) = [json.loads(line) for line in (tmp_path / f"of_{name}/candidates.jsonl").read_text().splitlines()]
+        assert (kept["id"], kept["answer"]) == ("raw-1", "9")
+
+
 def test_a_file_whose_rows_all_ask_the_same_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"problem": "Solve the exercise.", "exercise": f"What is {number}+2?"} for number in range(3)]
     cfg = CurateConfig(inputs=(_write(tmp_path / "raw.jsonl", [{}]),), evaluation=(_write(tmp_path / "e.jsonl", rows),))
