@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron_t1.data.prompts import Question
@@ -102,6 +102,8 @@ class Workshop:
     """Endpoint -> what tells its model from others in the store's keys."""
     scorer: Scorer
     store: Store
+    opened: dict[str, str] = field(default_factory=dict)
+    """Endpoint -> the `<think>` that its chat template opens, where its replies lack it."""
 
     async def make(self, question: Question) -> Outcome:
         """One question through all stages.
@@ -222,6 +224,9 @@ class Workshop:
         if "refused" in stored:
             raise Dropped(f"{name}: refused by {endpoint}")
         reply = Reply(**stored)
+        opened = self.opened.get(endpoint, "")
+        if messages[-1]["role"] == "user" and not reply.text.lstrip().startswith(opened.strip()):
+            reply = replace(reply, text=opened + reply.text)
         price = (reply.num_prompt_tokens * cfg.price_in + reply.num_tokens * cfg.price_out) / 1e6
         outcome.costs.update({f"{name}/prompt_tokens": reply.num_prompt_tokens, f"{name}/tokens": reply.num_tokens})
         outcome.costs[f"{name}/price"] += price  # type: ignore[assignment]
