@@ -30,9 +30,9 @@ from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, words
 from megatron_t1.data.prompts import is_missing
 from megatron_t1.data.sets import file_of, load_question_texts, parse_file
 from megatron_t1.evaluation.figures import answer_key
-from megatron_t1.evaluation.resume import check_settings, prompts_identity
+from megatron_t1.evaluation.resume import check_settings, collecting, prompts_identity
 from megatron_t1.evaluation.samplers import sample_seed
-from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from megatron_t1.files import read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.verify import verify_cheaply
@@ -293,8 +293,6 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
     max_tokens = min(server.max_model_len for server in rank0.servers.usable())
     fitting = [p for p in left if len(p.token_ids) + sampling.max_new_tokens <= max_tokens]
     fits = {prompt.id for prompt in fitting}
-    append_jsonl(path, ({"id": p.id, "pass_rate": None} for p in left if p.id not in fits))
-    bar = tqdm(total=len(prompts), initial=len(prompts) - len(fitting), desc="sample", unit="question")
     graded: dict[int, list[Sample]] = {}
 
     def note(i: int, _: int, samples: list[Sample]) -> None:
@@ -304,12 +302,12 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
             correct = sum(sample.reward is not None and sample.reward.correct for sample in every)
             cut = sum(sample.finish_reason == "length" for sample in every)
             row = {"id": fitting[i].id, "pass_rate": correct / len(every), "share_cut": cut / len(every)}
-            append_jsonl(path, [row])
-            bar.update()
+            add([row], sum(len(sample.token_ids) for sample in every))
 
     counts, seeds = [sampling.num_samples] * len(fitting), [sample_seed(seed, prompt.id) for prompt in fitting]
-    rank0.client.generate_each(fitting, counts, seeds, sampling, rank0.scorer.score, note)
-    bar.close()
+    with collecting(path, "sample", unit="question", num_kept=len(done), num_missing=len(left)) as add:
+        add([{"id": prompt.id, "pass_rate": None} for prompt in left if prompt.id not in fits], 0)
+        rank0.client.generate_each(fitting, counts, seeds, sampling, rank0.scorer.score, note)
 
 
 def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Path, str]:

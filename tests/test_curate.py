@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -309,6 +311,33 @@ def test_what_is_done_is_not_asked_again(
     asked_otherwise = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig(system_prompt="Be brief."))
     with pytest.raises(ValueError, match="other prompts: give another run_dir"):
         curate.sample(SAMPLING, real, asked_otherwise, tmp_path, seed=1)
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+    real: Rank0, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _candidates(tmp_path, 6)
+    prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
+    ask = real.client.generate_each
+
+    def cut(*given: Any) -> None:
+        *asked, note = given
+        done: Counter[int] = Counter()
+
+        def noted(i: int, j: int, samples: list[Sample]) -> None:
+            done[i] += len(samples)
+            if sum(count == SAMPLING.num_samples for count in done.values()) <= 2:
+                note(i, j, samples)
+            elif not os.environ.get("CUT"):
+                monkeypatch.setenv("CUT", "once")  # a second would cut the first
+                os.kill(os.getpid(), signal.SIGINT)  # this is the client's thread: the main one gets it
+
+        ask(*asked, noted)
+
+    monkeypatch.setattr(real.client, "generate_each", cut)
+    with pytest.raises(KeyboardInterrupt, match=r"2 of 6 questions are kept in .*sampled.jsonl; .* --resume"):
+        curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
+    assert len(_read(tmp_path / "sampled.jsonl")) == 2
 
 
 def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, tmp_path: Path) -> None:
