@@ -9,6 +9,7 @@ Jaccard similarity of their trigrams decides, and the answers must be the same.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections import defaultdict
@@ -83,6 +84,7 @@ INDEX_WORDS = 8
 """Length of the n-grams that find candidates; shorter evaluation questions are only compared exactly."""
 
 
+@functools.lru_cache(maxsize=1)  # a question is searched for in two collections
 def words(question: str) -> tuple[str, ...]:
     """Its words, numbers and operators, without case, punctuation, layout and what asks for the form of the answer.
 
@@ -208,6 +210,7 @@ class TrainingQuestions:
         self._min_similarity = min_similarity
         self._exact: dict[tuple[str, ...], str] = {}
         self._seen: dict[str, tuple[tuple[str, ...], str]] = {}
+        self._empty = MinHash(num_perm=_NUM_PERM)
         self._near = MinHashLSH(threshold=min_similarity, num_perm=_NUM_PERM)
 
     def find_or_add(self, name: str, question: str, answer: str) -> tuple[str, float] | None:
@@ -219,7 +222,7 @@ class TrainingQuestions:
         if tokens in self._exact:
             return self._exact[tokens], 1.0
         trigrams = ngrams(tokens, 3)
-        sketch = MinHash(num_perm=_NUM_PERM)
+        sketch = self._empty.copy()
         sketch.update_batch([" ".join(gram).encode() for gram in trigrams])
         for earlier in sorted(self._near.query(sketch)):
             their_tokens, their_answer = self._seen[earlier]
