@@ -63,8 +63,10 @@ def chain_is_unfit(cfg: FilterConfig, response: str, reward: Reward, question: s
         return f"penalty: {min(reward.penalties)}"
     if not cfg.min_chars <= len(response) <= cfg.max_chars:
         return "too short" if len(response) < cfg.min_chars else "too long"
+    asked = question.lower()
     for pattern in (*GIVE_AWAY, *cfg.give_away):
-        if any(found.group().lower() not in question.lower() for found in re.finditer(pattern, response, re.I)):
+        found = (match.group().lower().removeprefix("the ") for match in re.finditer(pattern, response, re.I))
+        if any(phrase not in asked for phrase in found):  # of "a student" a chain may say "the student"
             return "gives the answer or the attempts away"
     return None
 

@@ -359,6 +359,9 @@ def test_the_last_verdict_of_a_critique_counts() -> None:
     [
         ("How many has the student?", "the student has 5. The critique says no, as the verifier told me.", True),
         ("How many has the student?", "the student has 5, so 5.", False),
+        ("Each student must be in a team. How many are there?", "Say the student is in 2 teams. No: 1.", False),
+        ("A checkers board has 8 rows.", "The checker moves one row.", False),
+        ("Each student must be in a team. How many are there?", "The critic says 1, so 1.", True),
         ("Solve it.", "Of its roots the solution 5 satisfies the equation.", False),
         ("Mix two liquids.", "Mix solution 1 with water.", False),
         ("Solve it.", "Solution 2 goes wrong where it divides.", True),
