@@ -27,15 +27,14 @@ from megatron_t1 import plugins
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.config import QUESTION_SETS
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, words
-from megatron_t1.data.prompts import is_missing, parse_rows
-from megatron_t1.data.sets import file_of, load_question_texts
-from megatron_t1.evaluation.resume import check_settings, prompts_identity
+from megatron_t1.data.prompts import is_missing
+from megatron_t1.data.sets import file_of, load_question_texts, parse_file
+from megatron_t1.evaluation.figures import answer_key
+from megatron_t1.evaluation.resume import check_settings, collecting, prompts_identity
 from megatron_t1.evaluation.samplers import sample_seed
-from megatron_t1.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from megatron_t1.files import read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
-from megatron_t1.reward.answers.normalize import compact, normalize
-from megatron_t1.reward.answers.numbers import exact_number
 from megatron_t1.reward.answers.verify import verify_cheaply
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
@@ -87,10 +86,10 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
     """Write candidates.jsonl and dropped.jsonl; returns how many were read, dropped for each reason, and left.
 
     Raises:
-        ValueError: a line is not a JSON object, or one of an evaluation set has no question.
+        ValueError: a row can't be read, or one of an evaluation set has no question.
     """
     if not cfg.inputs:
-        raise ValueError("curate.inputs is empty: give it JSON lines files of questions and answers")
+        raise ValueError("curate.inputs is empty: give it files of questions and answers")
     evaluation = EvaluationQuestions(cfg.min_evaluation_share)
     if not cfg.evaluation:
         warn(
@@ -140,7 +139,7 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
                 drop(question.name, "unverifiable", question.text, f"{question.gold[:_SHOWN]}: {problem}")
             elif overlap := evaluation.find(question.text):
                 drop(question.name, "in_evaluation" if overlap[1] == 1 else "near_evaluation", question.text, overlap)
-            elif twin := seen.find_or_add(question.name, question.text, _answer_key(question.gold)):
+            elif twin := seen.find_or_add(question.name, question.text, answer_key(question.gold)):
                 if twin[1] == 1 and _contradict(question.gold, candidates[twin[0]].gold):
                     contradicted[question.name] = twin[0], candidates[twin[0]].gold
                     contradicted[twin[0]] = question.name, question.gold
@@ -162,11 +161,6 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
     return counts + Counter(row["reason"] for row in dropped)
 
 
-def _answer_key(gold: str) -> str:
-    number = exact_number(normalize(gold))
-    return str(number.value) if number else compact(normalize(gold))
-
-
 def _contradict(gold: str, other: str) -> bool:
     """Two answers of one question are plainly not the same; False when only a computer algebra could tell."""
     verdict, _ = verify_cheaply(gold, other, "answer")
@@ -174,8 +168,8 @@ def _contradict(gold: str, other: str) -> bool:
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of every line."""
-    return parse_rows(path, lambda row, number: (number, row))
+    """(line or row number, row) of every row."""
+    return parse_file(path, lambda row, number: (number, row))
 
 
 def _name_of(cfg: CurateConfig, row: dict[str, Any], path: Path, number: int) -> str:
@@ -299,8 +293,6 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
     max_tokens = min(server.max_model_len for server in rank0.servers.usable())
     fitting = [p for p in left if len(p.token_ids) + sampling.max_new_tokens <= max_tokens]
     fits = {prompt.id for prompt in fitting}
-    append_jsonl(path, ({"id": p.id, "pass_rate": None} for p in left if p.id not in fits))
-    bar = tqdm(total=len(prompts), initial=len(prompts) - len(fitting), desc="sample", unit="question")
     graded: dict[int, list[Sample]] = {}
 
     def note(i: int, _: int, samples: list[Sample]) -> None:
@@ -310,12 +302,12 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
             correct = sum(sample.reward is not None and sample.reward.correct for sample in every)
             cut = sum(sample.finish_reason == "length" for sample in every)
             row = {"id": fitting[i].id, "pass_rate": correct / len(every), "share_cut": cut / len(every)}
-            append_jsonl(path, [row])
-            bar.update()
+            add([row], sum(len(sample.token_ids) for sample in every))
 
     counts, seeds = [sampling.num_samples] * len(fitting), [sample_seed(seed, prompt.id) for prompt in fitting]
-    rank0.client.generate_each(fitting, counts, seeds, sampling, rank0.scorer.score, note)
-    bar.close()
+    with collecting(path, "sample", unit="question", num_kept=len(done), num_missing=len(left)) as add:
+        add([{"id": prompt.id, "pass_rate": None} for prompt in left if prompt.id not in fits], 0)
+        rank0.client.generate_each(fitting, counts, seeds, sampling, rank0.scorer.score, note)
 
 
 def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Path, str]:

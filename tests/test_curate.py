@@ -6,9 +6,11 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -191,6 +193,21 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
         curate.prepare(cfg, REWARD, tmp_path, resume=False)
 
 
+def test_raw_questions_come_in_any_table_that_sets_come_in(tmp_path: Path) -> None:
+    """NuminaMath is Parquet on the hub."""
+    rows = [{"problem": "What is 4+5?", "solution": r"It is $\boxed{9}$."}, {"problem": "Find 7-5.", "solution": "2"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "raw.parquet")
+    (tmp_path / "raw.json").write_text(json.dumps(rows))
+    (tmp_path / "raw.csv").write_text("problem,solution\n" + "".join(f"{a['problem']},{a['solution']}\n" for a in rows))
+    _write(tmp_path / "raw", rows)
+    for name in ("raw.parquet", "raw.json", "raw.csv", "raw"):
+        cfg = CurateConfig(inputs=(str(tmp_path / name),))
+        counts = curate.prepare(cfg, REWARD, tmp_path / f"of_{name}", resume=False)
+        assert (counts["read"], counts["no_answer"]) == (2, 1)
+        (kept,) = [json.loads(line) for line in (tmp_path / f"of_{name}/candidates.jsonl").read_text().splitlines()]
+        assert (kept["id"], kept["answer"]) == ("raw-1", "9")
+
+
 def test_a_file_whose_rows_all_ask_the_same_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"problem": "Solve the exercise.", "exercise": f"What is {number}+2?"} for number in range(3)]
     cfg = CurateConfig(inputs=(_write(tmp_path / "raw.jsonl", [{}]),), evaluation=(_write(tmp_path / "e.jsonl", rows),))
@@ -294,6 +311,33 @@ def test_what_is_done_is_not_asked_again(
     asked_otherwise = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig(system_prompt="Be brief."))
     with pytest.raises(ValueError, match="other prompts: give another run_dir"):
         curate.sample(SAMPLING, real, asked_otherwise, tmp_path, seed=1)
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(
+    real: Rank0, template: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _candidates(tmp_path, 6)
+    prompts = load_prompts(tmp_path / "candidates.jsonl", template, DataConfig())
+    ask = real.client.generate_each
+
+    def cut(*given: Any) -> None:
+        *asked, note = given
+        done: Counter[int] = Counter()
+
+        def noted(i: int, j: int, samples: list[Sample]) -> None:
+            done[i] += len(samples)
+            if sum(count == SAMPLING.num_samples for count in done.values()) <= 2:
+                note(i, j, samples)
+            elif not os.environ.get("CUT"):
+                monkeypatch.setenv("CUT", "once")  # a second would cut the first
+                os.kill(os.getpid(), signal.SIGINT)  # this is the client's thread: the main one gets it
+
+        ask(*asked, noted)
+
+    monkeypatch.setattr(real.client, "generate_each", cut)
+    with pytest.raises(KeyboardInterrupt, match=r"2 of 6 questions are kept in .*sampled.jsonl; .* --resume"):
+        curate.sample(SAMPLING, real, prompts, tmp_path, seed=1)
+    assert len(_read(tmp_path / "sampled.jsonl")) == 2
 
 
 def test_a_prompt_that_does_not_fit_is_counted(real: Rank0, template: Template, tmp_path: Path) -> None:

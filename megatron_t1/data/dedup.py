@@ -9,7 +9,9 @@ Jaccard similarity of their trigrams decides, and the answers must be the same.
 
 from __future__ import annotations
 
+import functools
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import zip_longest
@@ -18,11 +20,40 @@ from datasketch import MinHash, MinHashLSH
 
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{([^{}]*)\}")
 _LAYOUT = re.compile(
-    r"\\(?:left|right|displaystyle|dfrac|tfrac|quad|qquad|,|;|!|:)(?![a-z])|\\[()\[\]]|\\(?=[$%])|[$~]"
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|q?quad)(?![a-zA-Z])|\\[,;!:> ()\[\]]|\\(?=[$%])|[$~]"
 )
 _TYPOGRAPHY = str.maketrans(
     dict(zip("’‘′“”！", "'''\"\"!", strict=True)) | {"？": "? ", "。": ". ", "，": ", ", "：": ": ", "…": "..."}
 )
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
+_NUMERIC = re.compile("[₀-₉]+|[¼-¾⅐-⅞]")
+_FRACTION = re.compile(r"\\[dt]?frac\s*(\d)(?=\d)|(?<![\w./])(\d+)\s?/\s?(?=\d+(?![\w./]))")
+_COMMANDS = {
+    "×": "times", "÷": "div", "·⋅∙": "cdot", "±": "pm", "∓": "mp", "≤⩽≦": "leq", "≥⩾≧": "geq", "≠": "neq",
+    "≈": "approx", "≡": "equiv", "∼": "sim", "√": "sqrt", "∞": "infty", "∑": "sum", "∏": "prod", "∫": "int",
+    "∂": "partial", "∠": "angle", "△": "triangle", "⊥": "perp", "∥": "parallel", "→": "to", "∈": "in", "∉": "notin",
+    "∪": "cup", "∩": "cap", "⊂": "subset", "⊆": "subseteq", "∅": "emptyset", "⌊": "lfloor", "⌋": "rfloor",
+    "⌈": "lceil", "⌉": "rceil",
+}  # fmt: skip
+_SYNONYMS = {
+    "dfrac": r"\frac", "tfrac": r"\frac", "le": r"\leq", "leqslant": r"\leq", "ge": r"\geq", "geqslant": r"\geq",
+    "ne": r"\neq", "lt": "<", "gt": ">", "rightarrow": r"\to", "degree": r"^\circ ",
+    **dict.fromkeys(("dots", "ldots", "cdots", "dotsc", "dotsb"), "..."),
+}  # fmt: skip
+_SYNONYM = re.compile(rf"\\({'|'.join(_SYNONYMS)})(?![a-zA-Z])")
+_SYMBOLS: dict[str, str | None] = {
+    **{chr(code): None for code in range(0x10000) if unicodedata.category(chr(code)) == "Cf"},
+    **{char: rf"\{name} " for chars, name in _COMMANDS.items() for char in chars},
+    **{
+        char: rf"\{unicodedata.name(char).split()[-1].lower().replace('lamda', 'lambda')} "
+        for char in "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ"
+    },
+    **dict.fromkeys("−‐‑–", "-"),
+    "°": r"^\circ ",
+    "⋯": "...",
+    "⁄": "/",
+}
+_SYMBOL = str.maketrans(_SYMBOLS)
 _TOKEN = re.compile(
     r"\\[{}]|\\?[^\W\d_]+|\d+(?:\.\d+)?|(?<![\w.)}])\.\d+|\.{3}|:(?=\s*(?:[\d\\]|[^\W\d_](?![^\W\d_])))"
     r"|(?<=[\w)}'])(?<!\W'\w)'(?!(?:s|m|d|t|ll|re|ve)\b)|[^\s\w.,:;?'\"]"
@@ -53,14 +84,22 @@ INDEX_WORDS = 8
 """Length of the n-grams that find candidates; shorter evaluation questions are only compared exactly."""
 
 
+@functools.lru_cache(maxsize=1)  # a question is searched for in two collections
 def words(question: str) -> tuple[str, ...]:
     """Its words, numbers and operators, without case, punctuation, layout and what asks for the form of the answer.
 
     Parentheses and braces count, as one, where they hold more than one of these: 2^{n+1} is not 2^n+1, 2^{10} is 2^10.
     So do the factorial, the prime and the ratio, which don't follow words: 5!, f'(3) and 3:4, not "How many!".
     """
-    plain = question.translate(_TYPOGRAPHY)
+    plain = _spelled_out(question)
     return _tokens(" ".join(map(_without_form, _SENTENCE.split(plain)))) or _tokens(plain)
+
+
+def _spelled_out(text: str) -> str:
+    """Symbols, raised and lowered numbers and letters in other shapes as LaTeX has them; nothing that is not seen."""
+    text = _RAISED.sub(lambda m: f"^{{{m[0]}}}", text.translate(_TYPOGRAPHY))
+    text = unicodedata.normalize("NFKC", _NUMERIC.sub(r" \g<0> ", text)).translate(_SYMBOL)
+    return _SYNONYM.sub(lambda m: _SYNONYMS[m[1]], _FRACTION.sub(lambda m: rf"\frac {m[1] or m[2]} ", text))
 
 
 def _without_form(sentence: str) -> str:
@@ -76,7 +115,7 @@ def _without_form(sentence: str) -> str:
 
 
 def _tokens(text: str) -> tuple[str, ...]:
-    text = _LAYOUT.sub(lambda m: r"\frac" if "frac" in m.group() else " ", _TEXT.sub(r" \1 ", text))
+    text = _LAYOUT.sub(" ", _TEXT.sub(r" \1 ", text))
     tokens: list[str] = []
     opened: list[tuple[str, int]] = []
     before = ""
@@ -171,6 +210,7 @@ class TrainingQuestions:
         self._min_similarity = min_similarity
         self._exact: dict[tuple[str, ...], str] = {}
         self._seen: dict[str, tuple[tuple[str, ...], str]] = {}
+        self._empty = MinHash(num_perm=_NUM_PERM)
         self._near = MinHashLSH(threshold=min_similarity, num_perm=_NUM_PERM)
 
     def find_or_add(self, name: str, question: str, answer: str) -> tuple[str, float] | None:
@@ -182,7 +222,7 @@ class TrainingQuestions:
         if tokens in self._exact:
             return self._exact[tokens], 1.0
         trigrams = ngrams(tokens, 3)
-        sketch = MinHash(num_perm=_NUM_PERM)
+        sketch = self._empty.copy()
         sketch.update_batch([" ".join(gram).encode() for gram in trigrams])
         for earlier in sorted(self._near.query(sketch)):
             their_tokens, their_answer = self._seen[earlier]

@@ -3,7 +3,8 @@
 A name is looked for in `sets_dir`, then fetched from the Hugging Face hub. What the layouts have in common is found by
 field names, so a file downloaded from anywhere works: MATH500 (problem, answer, level, subject), GSM8K (an answer that
 ends in "#### 18"), AIME (Problem, Answer), Omni-MATH (problem, answer, difficulty, domain), GPQA (Question, Correct
-Answer, Incorrect Answer 1 to 3), and our own (prompt or messages, answer).
+Answer, Incorrect Answer 1 to 3), MMLU (question, choices, the number of the answer from 0 on), MMLU-Pro (question,
+options, the answer's letter), and our own (prompt or messages, answer).
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any, TypeVar
 
 from megatron_t1.data.config import INSTRUCTION, QUESTION_SETS, set_name
 from megatron_t1.data.prompts import Question, given, gold_of, is_missing, parse_rows, question_of
-from megatron_t1.files import ENCODING, read_json
+from megatron_t1.files import ENCODING, parse_json, read_json
 
 T = TypeVar("T")
 _PROBLEM = ("problem", "Problem", "question", "Question")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,12 @@ def _plain(name: str) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]] | None:
     """(line or row number, row) of a file that is no JSON lines; None for JSON lines, which `parse_rows` reads."""
-    if path.suffix == ".jsonl":
+    if path.suffix not in (".json", ".csv", ".parquet"):
         return None
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    if path.suffix == ".json" and _is_lines(path):
+        return None
     try:
         if path.suffix == ".csv":
             return enumerate(_csv_rows(path), start=1)
@@ -201,6 +205,16 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]] | None:
     if not isinstance(rows, list):
         raise ValueError(f"{path} can't be read as json: it must be a list of questions, or an object that has one")
     return enumerate(rows, start=1)
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether a .json file is JSON lines, as many of the hub are: its first line is an object, and not all of it."""
+    with path.open("rb") as file:
+        first, second = file.readline(), file.readline()
+    try:
+        return bool(second.strip()) and isinstance(parse_json(first), dict)
+    except ValueError:
+        return False
 
 
 def _csv_rows(path: Path) -> list[dict[str, str]]:
@@ -219,11 +233,14 @@ def _csv_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException, float32, float64, parquet, string
 
     try:
         table = parquet.read_table(path, page_checksum_verification=True)
         _refuse_twice(table.column_names)
+        for i, column in enumerate(table.schema):
+            if column.type == float32():  # as it was written: 0.1, and not 0.10000000149011612
+                table = table.set_column(i, column.name, table.column(i).cast(string()).cast(float64()))
         return table.to_pylist()
     except (ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:  # the library's own are of all these
         raise ValueError(str(error) or type(error).__name__) from None
@@ -240,17 +257,22 @@ def _question(
     if "prompt" in row or "messages" in row:
         return question_of({**row, "id": given(row, "id", fallback_id)}, system_prompt)
     problem = _problem_of(row)
-    gold = gold_of(_first(row, "answer", "Answer", "Correct Answer"))
+    answer = _first(row, "answer", "Answer", "Correct Answer")
+    gold = gold_of(answer)
     own = _first(row, "id", "ID", "unique_id", "Record ID")
     identity = fallback_id if own is None else str(own)
     mode, choices = "mc" if row.get("kind") == "multiple_choice" else "response", tuple[str, ...]()
     if "Correct Answer" in row:
         options = [gold_of(row[name], name) for name in ("Correct Answer", *_wrong_options(row))]
         choices = tuple(random.Random(f"{seed}/{identity}").sample(options, len(options)))
-        mode, gold = "mc", "ABCDEFGHIJ"[choices.index(options[0])]
-        problem += "\n\n" + "\n".join(f"({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", choices, strict=False))
+        mode, gold = "mc", _LETTERS[choices.index(options[0])]
+    elif options := _first(row, "choices", "options"):
+        choices = _options(options)
+        mode, gold = "mc", _letter(answer, choices)
     elif "#### " in gold:
         gold = gold.rsplit("#### ", 1)[1].replace(",", "")
+    if choices:
+        problem += "\n\n" + "\n".join(f"({letter}) {text}" for letter, text in zip(_LETTERS, choices, strict=False))
     if mode == "mc" and instruction == INSTRUCTION:
         instruction = "Please reason step by step, and put the letter of the right option within \\boxed{}."
     text = problem.strip() + (f"\n\n{instruction}" if instruction else "")
@@ -276,6 +298,29 @@ def _problem_of(row: dict[str, Any], *fields: str) -> str:
 
 def _wrong_options(row: dict[str, Any]) -> list[str]:
     return [name for name in (f"Incorrect Answer {i}" for i in range(1, 10)) if not is_missing(row.get(name))]
+
+
+def _options(options: Any) -> tuple[str, ...]:
+    if not isinstance(options, list) or not all(isinstance(each, str) for each in options):
+        raise ValueError(f"the options are {options!r:.60}; they must be a list of texts")
+    if not 1 < len(options) <= len(_LETTERS):
+        raise ValueError(f"there are {len(options)} options; they must be 2 to {len(_LETTERS)}")
+    return tuple(options)
+
+
+def _letter(answer: Any, choices: tuple[str, ...]) -> str:
+    """Of the right option, which `answer` names by its text, its letter, or its number from 0 on."""
+    letters = _LETTERS[: len(choices)]
+    if type(answer) is int and 0 <= answer < len(choices):
+        return letters[answer]
+    if choices.count(answer) == 1:
+        return letters[choices.index(answer)]
+    if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:
+        return answer.strip()
+    raise ValueError(
+        f"the answer is {answer!r:.60}; it must be one of the {len(choices)} options: its text, its letter from A on, "
+        "or its number from 0 on"
+    )
 
 
 def _first(row: dict[str, Any], *names: str) -> Any:

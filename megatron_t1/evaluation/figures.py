@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_t1.evaluation import stats
+from megatron_t1.reward.answers.normalize import compact, normalize
+from megatron_t1.reward.answers.numbers import exact_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class EvalResult:
     pass_at_k: dict[str, Interval]
     """k -> at least one of k is right; the unbiased estimator of Chen et al. (2021), averaged over questions."""
     majority_at_k: dict[str, Interval]
-    """k -> the most frequent answer of k is right, ties drawn for; wrong answers are told apart by their text."""
+    """k -> the most frequent answer of k is right, ties drawn for; wrong answers vote together where they
+    are one number, or one text but for layout."""
     mean_tokens: float
     """Response tokens."""
     median_tokens: float
@@ -69,7 +72,7 @@ def summarize(label: str, name: str, rows: Iterable[dict[str, Any]], settings: d
                 if row.get(kind) is not None:
                     ids_of.setdefault(str(row[kind]), []).append(identity)
         correct.setdefault(identity, []).append(reward["correct"])
-        answers.setdefault(identity, []).append(RIGHT_ANSWER if reward["correct"] else reward["extracted"])
+        answers.setdefault(identity, []).append(vote(reward))
         outcomes[reward["outcome"]] = outcomes.get(reward["outcome"], 0) + 1
         for penalty in reward["penalties"]:
             penalties[penalty] = penalties.get(penalty, 0) + 1
@@ -104,6 +107,20 @@ def summarize(label: str, name: str, rows: Iterable[dict[str, Any]], settings: d
 
 RIGHT_ANSWER = "\0right"
 """All right answers vote together, however they are written."""
+
+
+def answer_key(answer: str) -> str:
+    """The same for spellings of an answer that plainly are one: 0.5 and \\dfrac12, (1, 2) and (1,2)."""
+    normal = normalize(answer)
+    number = exact_number(normal)
+    return str(number.value) if number else compact(normal)
+
+
+def vote(verdict: dict[str, Any]) -> str | None:
+    """What a graded response votes for in a majority; None where it has no answer."""
+    if verdict["correct"]:
+        return RIGHT_ANSWER
+    return None if verdict["extracted"] is None else answer_key(verdict["extracted"])
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

@@ -27,7 +27,7 @@ from megatron_t1.data.template import Template, opened_thinking
 from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.evaluate import missing, questions_digest, response_row
-from megatron_t1.evaluation.figures import RIGHT_ANSWER, majority_interval
+from megatron_t1.evaluation.figures import majority_interval, vote
 from megatron_t1.evaluation.resume import ResponseRow, check_settings, collecting, open_folder
 from megatron_t1.evaluation.samplers import Ask, EndpointSampler, Response, Sampler, ServerSampler, graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
@@ -35,6 +35,7 @@ from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
 from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import Prompt, Reward, Sample
+from megatron_t1.warn import warn
 
 _WINDOW = 1024
 """Cuts asked for at a time: each carries the whole thinking before it."""
@@ -77,6 +78,7 @@ class _Answer(TypedDict):
     sample: int
     budget: int
     correct: bool
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,9 @@ class Scaling:
         Args:
             template: of the model that answers.
             thinker: of the model that thought; when it is another one, the cut travels as text.
+
+        Raises:
+            ValueError: the endpoint refused all that it was asked to summarize.
         """
         self._force(rank0, template, thinker)
         if self.cfg.summary:
@@ -238,6 +243,13 @@ class Scaling:
                     add([_answer_row(window[question.id], responses[0])], responses[0].num_tokens)
 
                 sampler.sample([ask(*item) for item in window.items()], own.summary_sampling, self.seed, done)
+        reasons = [row["reason"] for row in iter_jsonl(path, _Answer)]
+        if refused := [reason for reason in reasons if reason.startswith("refused: ")]:
+            told = f"{name}: {len(refused)} of {len(reasons)} requests were refused, one of them: {refused[0]}"
+            if len(refused) == len(reasons):
+                path.unlink()  # what --resume asks again
+                raise ValueError(told)
+            warn(f"{told}; they count as wrong")
         self._sort(path)
 
     def _missing(self, path: Path) -> tuple[list[_Cut], int]:
@@ -318,8 +330,7 @@ def _answer_row(cut: _Cut, response: Response) -> dict[str, Any]:
 def _majority(thinkings: Sequence[dict[str, Any]]) -> Iterator[MajorityPoint]:
     answers: dict[str, list[str | None]] = {}
     for row in thinkings:
-        answer = RIGHT_ANSWER if row["reward"]["correct"] else row["reward"]["extracted"]
-        answers.setdefault(row["id"], []).append(answer)
+        answers.setdefault(row["id"], []).append(vote(row["reward"]))
     most = min(map(len, answers.values()))
     mean_tokens = float(np.mean([row["num_tokens"] for row in thinkings]))
     for n in islice((2**i for i in range(10) if 2**i <= most), 10):

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
+_NO_SPREAD = 1e-6
+"""Between questions. What is not counted but computed (majority@k) is off by 1e-15, and pass@k may be within 1e-9."""
+
 
 def wilson_interval(num_correct: float, num_samples: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion of independent trials; trials that are right in part count so."""
@@ -25,11 +28,12 @@ def wilson_interval(num_correct: float, num_samples: int, confidence: float = 0.
 def clustered_interval(means: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the mean over questions, each question's k samples one cluster (Student's t), within [0, 1].
 
-    Miller, "Adding error bars to evals", arXiv 2411.00640. Questions that do not differ, or a single one, show no
-    spread: their interval is Wilson's, each question one trial, as if its samples said nothing beyond their mean.
+    Miller, "Adding error bars to evals", arXiv 2411.00640. Questions that do not differ (by more than rounding), or a
+    single one, show no spread: their interval is Wilson's, each question one trial, as if its samples said nothing
+    beyond their mean.
     """
     values = np.asarray(means, np.float64)
-    if len(values) < 2 or np.ptp(values) == 0:
+    if len(values) < 2 or np.ptp(values) < _NO_SPREAD:
         return wilson_interval(float(values.sum()), len(values), confidence)
     low, high = stats.t.interval(confidence, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
     return max(0.0, float(low)), min(1.0, float(high))
@@ -134,7 +138,7 @@ def paired_difference(before: Sequence[Sequence[bool]], after: Sequence[Sequence
     if not differences.any():
         return PairedDifference(0.0, 0.0, 0.0, 1.0, test)
     low, high = sorted((mean, mean * wilson_interval(len(differences), len(differences))[0]))
-    if np.ptp(differences) > 0:
+    if np.ptp(differences) > _NO_SPREAD:
         found = stats.bootstrap(
             (differences,), np.mean, n_resamples=9999, batch=999, method="percentile", rng=np.random.default_rng(0)
         )

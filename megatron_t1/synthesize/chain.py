@@ -15,10 +15,11 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron_t1.data.prompts import Question
+from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.chat_endpoint import ChatEndpoint, RefusedError, Reply
@@ -101,6 +102,8 @@ class Workshop:
     """Endpoint -> what tells its model from others in the store's keys."""
     scorer: Scorer
     store: Store
+    opened: dict[str, str] = field(default_factory=dict)
+    """Endpoint -> the `<think>` that its chat template opens, where its replies lack it."""
 
     async def make(self, question: Question) -> Outcome:
         """One question through all stages.
@@ -141,7 +144,8 @@ class Workshop:
             raise Dropped(reason)
         # Short and well-formed first; wrong ones with different answers, so that the chain tries different ways.
         order = sorted(made, key=lambda pair: (bool(pair[1].penalties), len(pair[0].text), pair[0].text))
-        wrong = {attempt.answer: attempt for attempt, _ in reversed(order) if attempt.outcome == "wrong"}
+        failed = [attempt for attempt, _ in reversed(order) if attempt.outcome == "wrong"]
+        wrong = {answer_key(attempt.answer or ""): attempt for attempt in failed}
         chosen = sorted(wrong.values(), key=lambda attempt: (len(attempt.text), attempt.text))[: self.cfg.max_wrong]
         outcome.used = [*chosen, next(attempt for attempt, _ in order if attempt.correct)]
 
@@ -220,6 +224,9 @@ class Workshop:
         if "refused" in stored:
             raise Dropped(f"{name}: refused by {endpoint}")
         reply = Reply(**stored)
+        opened = self.opened.get(endpoint, "")
+        if messages[-1]["role"] == "user" and not reply.text.lstrip().startswith(opened.strip()):
+            reply = replace(reply, text=opened + reply.text)
         price = (reply.num_prompt_tokens * cfg.price_in + reply.num_tokens * cfg.price_out) / 1e6
         outcome.costs.update({f"{name}/prompt_tokens": reply.num_prompt_tokens, f"{name}/tokens": reply.num_tokens})
         outcome.costs[f"{name}/price"] += price  # type: ignore[assignment]

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.reasoning import REVISION
 from megatron_t1.synthesize.config import FilterConfig
 from megatron_t1.types import Reward
@@ -42,7 +43,7 @@ def question_is_unfit(cfg: FilterConfig, rewards: Sequence[Reward], require_wron
     """Why a question is left out after its attempts; None when it is fit."""
     num_right = sum(reward.correct for reward in rewards)
     if num_right == 0:
-        answers = Counter(reward.extracted for reward in rewards if reward.extracted is not None)
+        answers = Counter(answer_key(reward.extracted) for reward in rewards if reward.extracted is not None)
         most = answers.most_common(1)[0][1] if answers else 0
         if most / len(rewards) > cfg.max_agreement_on_wrong:
             return "noisy: the attempts agree on an answer that is not the reference"
@@ -62,8 +63,10 @@ def chain_is_unfit(cfg: FilterConfig, response: str, reward: Reward, question: s
         return f"penalty: {min(reward.penalties)}"
     if not cfg.min_chars <= len(response) <= cfg.max_chars:
         return "too short" if len(response) < cfg.min_chars else "too long"
+    asked = question.lower()
     for pattern in (*GIVE_AWAY, *cfg.give_away):
-        if any(found.group().lower() not in question.lower() for found in re.finditer(pattern, response, re.I)):
+        found = (match.group().lower().removeprefix("the ") for match in re.finditer(pattern, response, re.I))
+        if any(phrase not in asked for phrase in found):  # of "a student" a chain may say "the student"
             return "gives the answer or the attempts away"
     return None
 

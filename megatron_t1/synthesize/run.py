@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
-from megatron_t1.data.tokenizer import load_tokenizer
+from megatron_t1.data.template import Template, opened_thinking
 from megatron_t1.files import write_json, write_jsonl
 from megatron_t1.push.sync import serve_folder
 from megatron_t1.reward.score import Scorer
@@ -52,17 +52,21 @@ def synthesize(cfg: SynthesizeConfig) -> dict[str, Any]:
     loaded = prompts.load(Path(cfg.prompts) if cfg.prompts else None)
     endpoints = {name: ChatEndpoint(config) for name, config in cfg.endpoints.items()}
     identities: dict[str, Any] = {n: [config.model, config.extra_body] for n, config in cfg.endpoints.items()}
+    opened = {}
     with ExitStack() as stack:
         store = stack.enter_context(Store(out / "store.sqlite"))
         if cfg.model:
-            identities["model"] = [weights_digest(Path(cfg.model)), load_tokenizer(Path(cfg.model)).chat_template]
+            template = Template(Path(cfg.model))
+            identities["model"] = [weights_digest(Path(cfg.model)), template.tokenizer.chat_template]
+            asked = template.prompt_ids([{"role": "user", "content": "?"}])
+            opened["model"] = opened_thinking(template.tokenizer, asked)
             servers = stack.enter_context(Servers(cfg.rollout, cfg.model, out / "servers")).start()
             serve_folder(servers)
             served = EndpointConfig(urls=tuple(server.url for server in servers.usable()))
             endpoints = {"model": ChatEndpoint(served, servers.all[0].key, direct=True), **endpoints}
         scorer = stack.enter_context(Scorer(cfg.reward))
         try:
-            asyncio.run(_run(Workshop(cfg, loaded, endpoints, identities, scorer, store), questions))
+            asyncio.run(_run(Workshop(cfg, loaded, endpoints, identities, scorer, store, opened), questions))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"every reply so far is kept in {out / 'store.sqlite'}; the same command goes on from there"

@@ -51,6 +51,11 @@ def test_layout_case_and_punctuation_do_not_count(other: str) -> None:
         ("as $a : b$", "as $a b$"),
         ("Compute $.5+1$.", "Compute $5+1$."),
         ("The sum of 1, 2, ..., 10", "The sum of 1, 2, 10"),
+        ("Compute 3².", "Compute 32."),
+        ("Solve x₁+2=0.", "Solve x¹+2=0."),
+        ("Compute 1½.", "Compute 11/2."),
+        (r"Compute $\frac12 3$.", r"Compute $\frac1{23}$."),
+        ("Is 3 ≤ x?", "Is 3 < x?"),
     ],
 )
 def test_what_changes_the_formula_makes_another_question(one: str, other: str) -> None:
@@ -86,6 +91,17 @@ def test_what_changes_the_formula_makes_another_question(one: str, other: str) -
         ("Compute $5!$ as $3:4$", "compute {5} ! as $3$ : $4$"),
         ("Two numbers: 3 and 4", "two numbers, 3 and 4"),
         (r"Is $n!>2$ or \[f(x)=1\] for \$5 and 5\%?", r"is \(n!>2\) or $f(x)=1$ for $5 and 5%"),
+        # As it is copied from a page or a PDF, against LaTeX.
+        ("Let 2π − 3 ≤ x² + y² and α₁ ≠ ∞", r"Let $2\pi-3 \le x^2+y^2$ and $\alpha_1\ne\infty$"),
+        ("Find 𝑥ⁿ⁺¹ × ½ − √3·𝜃", r"Find $x^{n+1}\times\frac12-\sqrt{3}\cdot\theta$"),
+        ("Is 1 + 2 + … + n ≥ 100° in △ABC?", r"Is $1+2+\cdots+n\geqslant 100^{\circ}$ in $\triangle ABC$?"),
+        ("x\u2061(3)\u200b of\u00a0a co\u00adoperative １２", "x(3) of a cooperative 12"),
+        ("Poincare\u0301 and ﬁve", "Poincar\u00e9 and five"),
+        # Spelled in two ways by LaTeX's authors.
+        (r"$\int_0^1 x^2\,dx$", r"$\int_0^1 x^2 dx$"),
+        (r"$a\;b\ c$", "$a b c$"),
+        (r"$\tfrac34\bigl(x+y\Big)$", r"$\dfrac{3}{4}\left(x+y\right)$"),
+        (r"$3/14 \lt x\to 0$", r"$\frac{3}{14}<x\rightarrow 0$"),
     ],
 )
 def test_what_does_not_change_the_formula_makes_none(one: str, other: str) -> None:
@@ -112,6 +128,13 @@ def test_an_evaluation_question_is_found_in_any_dress() -> None:
     renumbered = evaluation.find(STORY.replace("17", "19"))
     assert renumbered is not None  # the same question with another number is no fair training question either
     assert evaluation.find("A farmer has 12 fields. Each gives 30 bags of wheat. How many bags?") is None
+
+
+def test_a_short_evaluation_question_is_found_in_the_symbols_of_a_page() -> None:
+    evaluation = EvaluationQuestions(0.6)
+    evaluation.add("math:1", r"Simplify $(u+4)(u-1) - (u-3)(u+6)$.")
+    assert evaluation.find("Simplify (u+4)(u−1) − (u−3)(u+6).") == ("math:1", 1.0)
+    assert evaluation.find("Simplify (u+4)(u−1) + (u−3)(u+6).") != ("math:1", 1.0)
 
 
 def test_training_questions_differ_by_their_numbers() -> None:

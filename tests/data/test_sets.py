@@ -197,6 +197,70 @@ def test_numbers_of_parquet_are_answers(tmp_path: Path) -> None:
         assert load_set(str(path))[0].gold == str(answer)
 
 
+def test_numbers_of_half_the_width_are_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "narrow.parquet"
+    answers = pyarrow.array([0.1, 2.675, 1e-7, None, 204.0], pyarrow.float32())
+    rows = {"problem": ["p"] * 5, "level": answers, "answer": ["1"] * 5}
+    parquet.write_table(pyarrow.table(rows), path)
+    levels = [question.meta["level"] for question in load_set(str(path))]
+    assert [None if level is None else float(level) for level in levels] == [0.1, 2.675, 1e-7, None, 204.0]
+    parquet.write_table(pyarrow.table({"problem": ["p"], "answer": answers[:1]}), path)
+    assert load_set(str(path))[0].gold == "0.1"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_questions_with_a_list_of_options_are_asked_with_them(tmp_path: Path, suffix: str) -> None:
+    """MMLU's rows name the right one by its number, MMLU-Pro's by its letter; others by its text."""
+    mmlu = {"question": "2+2?", "subject": "arithmetic", "choices": ["1", "2", "4", "3"], "answer": 2}
+    pro = {"question": "2+2?", "options": ["1", "2", "4", "3", "5"], "answer": "C", "answer_index": 2}
+    text = {"problem": "2+2?", "options": ["one", "two", "four"], "answer": "four"}
+    none = {"problem": "2+2?", "options": [], "answer": "four"}
+    path = tmp_path / f"options.{suffix}"
+    for row in (mmlu, pro, text, none):
+        if suffix == "parquet":
+            parquet.write_table(pyarrow.Table.from_pylist([row, row]), path)
+        else:
+            write(path, row, row)
+        question = load_set(str(path))[1]
+        if row is none:
+            assert (question.mode, question.gold, question.choices) == ("response", "four", ())
+            continue
+        assert (question.mode, question.gold) == ("mc", "C")
+        assert all(
+            f"({letter}) {option}\n" in question.text for letter, option in zip("ABCDE", question.choices, strict=False)
+        )
+        assert "the letter of the right option within \\boxed{}" in question.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"choices": ["1", "2"], "answer": 2}, "the answer is 2; it must be one of the 2 options"),
+        ({"choices": ["1", "2"], "answer": "C"}, "the answer is 'C'; it must be one of the 2 options"),
+        ({"options": ["1", "1"], "answer": "1"}, "the answer is '1'; it must be one of the 2 options"),
+        ({"options": {"text": ["1"]}, "answer": "A"}, "they must be a list of texts"),
+        ({"options": "A. 1 B. 2", "answer": "A"}, "they must be a list of texts"),
+        ({"options": ["1"], "answer": "A"}, "there are 1 options; they must be 2 to 10"),
+        ({"options": [str(i) for i in range(11)], "answer": "A"}, "there are 11 options"),
+    ],
+)
+def test_options_of_which_none_is_named_are_refused_by_line(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "odd.jsonl", {"problem": "p", "answer": "1"}, {"question": "2+2?", **row})
+    with pytest.raises(ValueError, match=f"odd.jsonl:2: .*{message}"):
+        load_set(str(path))
+
+
+def test_json_lines_under_the_name_of_json_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "lines.json", {"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2"})
+    assert [question.gold for question in load_set(str(path))] == ["1", "2"]
+    with path.open("a") as file:
+        file.write('{"problem": "r"')
+    with pytest.raises(ValueError, match=r"lines.json:3: not valid JSON"):
+        load_set(str(path))
+    path.write_text(json.dumps({"data": [{"problem": "p", "answer": "1"}]}, indent=1))
+    assert len(load_set(str(path))) == 1
+
+
 def test_a_mark_before_a_file_is_no_part_of_its_first_name(tmp_path: Path) -> None:
     texts = {
         "csv": "id,problem,answer\nx7,2+2?,4\n",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from megatron_t1.data.template import Template
 from megatron_t1.evaluation.config import EvaluateConfig, ScalingConfig, SetSampling
 from megatron_t1.evaluation.evaluate import evaluate
 from megatron_t1.evaluation.figures import EvalResult, summarize
+from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.evaluation.results import compare, read_summaries, table
 from megatron_t1.evaluation.samplers import (
     Ask,
@@ -171,6 +173,18 @@ def test_summary_counts_what_the_grader_said() -> None:
     assert result.majority_at_k["2"].value == pytest.approx((1 + 0.5 + 0) / 3)
     assert {group: found["pass_at_1"] for group, found in result.by["level"].items()} == {"1": 1.0, "2": 0.25}
     assert result.by["subject"] == {}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [(r"\frac{1}{2}", r"\dfrac12", "0.5", ".50"), ("(1,2)", "(1, 2)", r"\left(1,2\right)", "$(1,2)$")],
+)
+def test_a_wrong_answer_in_several_spellings_wins_the_majority_it_has(wrong: tuple[str, ...]) -> None:
+    """Three right answers against four spellings of one wrong answer: drawn all, the wrong one wins."""
+    rows = [row("q", True) for _ in range(3)] + [row("q", False, answer) for answer in wrong] + [row("q", False, None)]
+    assert summarize("x", "set", rows, {}).majority_at_k["8"].value == pytest.approx(0)
+    apart = [*rows[:3], *(row("q", False, answer) for answer in ("x+1", "x-1", "1", "-1")), rows[-1]]
+    assert summarize("x", "set", apart, {}).majority_at_k["8"].value == pytest.approx(1)
 
 
 def test_known_responses_to_math500_give_the_known_score(scorer: Scorer, tmp_path: Path) -> None:
@@ -362,6 +376,38 @@ def test_own_samplings_are_of_sets_that_are_measured() -> None:
     assert "evaluate.sampling_by_set = {} leaves aime2024 with num_samples = 32 must be 1" in problems[0]
     _, problems = parse(Config, ["--evaluate.num_samples", "{aime24: 8}", "--evaluate.sets", "[aime2024]"])
     assert problems == ["evaluate.num_samples = ['aime24'] must be of evaluate.sets or data.heldout: aime2024"]
+
+
+@pytest.mark.parametrize(
+    ("gold", "mode", "choices", "is_said"),
+    [
+        (r"\frac{1}{2", "response", [], True),
+        ("1}+{2", "response", [], True),
+        (r"\boxed{", "response", [], True),
+        ("9" * 5000, "response", [], True),
+        ("0", "mc", ["no", "yes"], True),
+        ("C", "mc", ["no", "yes"], True),
+        (r"\frac{1}{2}", "response", [], False),
+        (r"so \boxed{\{1, 2\}}.", "response", [], False),
+        ("B", "mc", ["no", "yes"], False),
+        ("D", "mc", [], False),
+        ("{", "answer", [], False),
+    ],
+)
+def test_a_question_that_nobody_can_answer_right_is_said_before_it_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], gold: str, mode: str, choices: list[str], is_said: bool
+) -> None:
+    odd = {"id": "odd", "prompt": "?", "answer": gold, "mode": mode, "choices": choices}
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (odd, {"id": "good", "prompt": "?", "answer": "1"})))
+    question_sets(Config(), [str(path)])
+    said = f"warning: set mine: no response to 1 of its 2 questions can be right.*: odd \\({re.escape(gold[:40])}\\);"
+    assert bool(re.search(said, capsys.readouterr().err)) == is_said
+
+
+def test_golds_that_can_be_right_are_passed_over_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(question_sets(Config(), [str(ROOT / "tests/data/grader/math500.jsonl")])["math500"]) == 500
+    assert capsys.readouterr().err == ""
 
 
 def test_several_sets_are_done_with_the_last_of_them(tmp_path: Path) -> None:

@@ -234,6 +234,32 @@ def test_a_summary_model_answers_beside_the_forced_box(real: Rank0, template: Te
     assert len(rows(tmp_path / "policy/summaries.jsonl")) == len(rows(tmp_path / "policy/forced.jsonl"))
 
 
+def test_a_summary_endpoint_that_refuses_makes_no_curve(
+    real: Rank0, template: Template, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = replace(CFG, budgets=(8, 48), sampling=replace(CFG.sampling, max_new_tokens=60))
+    measure(short, real, template, tmp_path)
+    asked: list[str] = []
+
+    def summarize(text: str) -> None:
+        def answer(_: dict[str, Any]) -> str:
+            asked.append(text)
+            return text if len(asked) % 4 else "REFUSE"
+
+        with serving(ScriptedEndpoint(answer)) as scripted:
+            own = replace(short, summary=True, summary_endpoint=EndpointConfig(urls=(scripted.url,)))
+            measure(own, real, template, tmp_path, resume=True)
+
+    cuts = len(rows(tmp_path / "forced.jsonl"))
+    with pytest.raises(ValueError, match=rf"summarize .*: {cuts} of {cuts} requests were refused, one of them: .*400"):
+        summarize("REFUSE")
+    summarize(r"\boxed{7}")
+    assert len(asked) == 2 * cuts, "the refused ones are asked again"
+    refused = sum(number % 4 == 0 for number in range(cuts + 1, 2 * cuts + 1))
+    assert f": {refused} of {cuts} requests were refused, one of them: refused: 400" in capsys.readouterr().err
+    assert sum(not row["correct"] for row in rows(tmp_path / "summaries.jsonl")) == refused
+
+
 def test_majority_of_full_responses_stands_beside_the_curve(real: Rank0, template: Template, tmp_path: Path) -> None:
     measure(CFG, real, template, tmp_path)
     majority = json.loads((tmp_path / "majority.json").read_text())

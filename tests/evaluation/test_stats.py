@@ -71,6 +71,29 @@ def test_one_question_is_known_as_well_as_one_trial() -> None:
     assert sum(three) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("num_samples", "k"), [(32, 8), (64, 16), (128, 32)])
+def test_a_majority_that_is_always_right_has_the_interval_of_questions_that_are(num_samples: int, k: int) -> None:
+    """By rounding alone one question's 1.0 is another's 1 - 1e-15."""
+    answers = {
+        f"{wrong}/{i}": ["right"] * (num_samples - wrong) + ["wrong"] * wrong
+        for wrong in range(k // 4)
+        for i in range(20)
+    }
+    shares = [stats.majority_at_k(given, "right", k) for given in answers.values()]
+    assert stats.clustered_interval(shares) == pytest.approx(stats.wilson_interval(len(shares), len(shares)))
+
+
+def test_pass_at_k_that_is_nearly_1_is_no_certainty() -> None:
+    shares = [stats.pass_at_k(64, c, 16) for c in [40] * 15 + [64] * 15]
+    assert stats.clustered_interval(shares)[0] == pytest.approx(0.8865, abs=1e-4)
+
+
+def test_pairs_that_change_alike_by_thirds_are_no_certainty_either() -> None:
+    thirds = [[True] * right + [False] * (3 - right) for right in range(4)]
+    result = stats.paired_difference(thirds[:3] * 2, thirds[1:] * 2)
+    assert (result.low, result.high) == pytest.approx((stats.wilson_interval(6, 6)[0] / 3, 1 / 3))
+
+
 def test_pairs_that_all_change_alike_do_not_make_a_certainty() -> None:
     result = stats.paired_difference([[False]] * 3, [[True]] * 3)
     assert (result.difference, result.high) == (1.0, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -20,18 +21,21 @@ from typing import Any
 import pytest
 
 from megatron_t1.data.config import DataConfig
-from megatron_t1.data.prompts import load_sft
+from megatron_t1.data.prompts import load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.reward.config import RewardConfig
+from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout import chat_endpoint
-from megatron_t1.rollout.chat_endpoint import EndpointError
+from megatron_t1.rollout.chat_endpoint import ChatEndpoint, EndpointError
 from megatron_t1.rollout.config import EndpointConfig
 from megatron_t1.servers.config import RolloutConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.synthesize import prompts
+from megatron_t1.synthesize.chain import Outcome, Workshop
 from megatron_t1.synthesize.config import FilterConfig, SynthesizeConfig
-from megatron_t1.synthesize.filters import chain_is_unfit, corrects
+from megatron_t1.synthesize.filters import chain_is_unfit, corrects, question_is_unfit
 from megatron_t1.synthesize.run import describe, synthesize
+from megatron_t1.synthesize.store import Store
 from megatron_t1.types import Reward
 from tests.forks import environment
 from tests.scripted import ScriptedEndpoint, serving
@@ -127,6 +131,31 @@ def test_chains_come_out_and_every_reason_counts(questions: Path, tmp_path: Path
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
 
 
+def test_a_wrong_answer_is_one_in_every_spelling(tmp_path: Path) -> None:
+    """All agree on it: the reference is wrong; and a chain tries no way twice."""
+    spelled = [r"\frac{1}{2}", "0.5", r"\dfrac12", ".50"]
+    verdict = Reward(value=0.0, correct=False, outcome="wrong", extracted=None, reason="")
+    rewards = [replace(verdict, extracted=answer) for answer in (*spelled, "3")]
+    assert (question_is_unfit(FilterConfig(), rewards, True) or "").startswith("noisy")
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"id": "q", "prompt": "What is 100 + 300?", "answer": "400"}) + "\n")
+
+    def attempts(body: dict[str, Any]) -> str:
+        if body["messages"][-1]["content"] != "What is 100 + 300?":
+            return solver(body)
+        answer = ["400", "0.5", r"\frac12", "7", ".5"][len(seen) % 5]
+        seen.append(answer)
+        return rf"\boxed{{{answer}}}" + "." * len(seen)
+
+    seen: list[str] = []
+    with serving(ScriptedEndpoint(attempts)) as server:
+        synthesize(config(path, tmp_path / "out", server.url, num_attempts=5))
+    (chain,) = rows(tmp_path / "out/chains.jsonl")
+    used = [attempt["answer"] for attempt in chain["attempts"]]
+    assert len(used) == 3
+    assert {"7", "400"} < set(used)
+
+
 @pytest.mark.parametrize(
     ("thinking", "wrong", "expected"),
     [
@@ -197,6 +226,42 @@ def test_a_reply_of_a_served_model_is_of_its_chat_template(server: Servers, tiny
     assert num_replies() > first
     server.all[0].introduce()  # another list pushed into it
     server.required_version = server.all[0].version
+
+
+def test_a_template_that_opens_the_thinking_leaves_no_answer_in_it(tmp_path: Path) -> None:
+    """R1's distillates and QwQ: their replies begin inside it, and a box in a thinking that was cut is no answer."""
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"id": "q", "prompt": "What is 100 + 300?", "answer": "400"}) + "\n")
+    replies = [r"Maybe \boxed{400}. Wait", r"Or \boxed{9}. Wait", r"a</think>\boxed{400}", r"<think>b</think>\boxed{7}"]
+
+    def attempts(body: dict[str, Any]) -> str:
+        if body["messages"][-1]["content"] != "What is 100 + 300?":
+            return "I see.</think>" + solver(body)
+        asked.append(body)
+        return replies[len(asked) % 4]
+
+    asked: list[Any] = []
+    cfg = config(path, tmp_path / "out", "http://unused", num_attempts=8)
+    with (
+        serving(ScriptedEndpoint(attempts)) as server,
+        Store(tmp_path / "store.sqlite") as store,
+        Scorer(cfg.reward) as scorer,
+    ):
+
+        async def make() -> Outcome:
+            async with ChatEndpoint(EndpointConfig(urls=(server.url,))) as endpoint:
+                given = ({"big": endpoint}, {"big": "m"}, scorer, store, {"big": "<think>\n"})
+                return await Workshop(cfg, prompts.load(None), *given).make(load_questions(path)[0])
+
+        outcome = asyncio.run(make())
+    found = Counter((attempt.answer, attempt.thinking, attempt.outcome) for attempt in outcome.attempts)
+    assert {(answer, outcome): count for (answer, _, outcome), count in found.items() if answer} == {
+        ("400", "correct"): 2,
+        ("7", "wrong"): 2,
+    }
+    assert sum(count for (_, _, outcome), count in found.items() if outcome == "no_answer") == 4
+    assert {thinking.strip() for answer, thinking, _ in found if answer} == {"a", "b"}
+    assert outcome.dropped is None
 
 
 def test_several_models_attempt_in_turns_and_others_write(questions: Path, tmp_path: Path) -> None:
@@ -294,6 +359,9 @@ def test_the_last_verdict_of_a_critique_counts() -> None:
     [
         ("How many has the student?", "the student has 5. The critique says no, as the verifier told me.", True),
         ("How many has the student?", "the student has 5, so 5.", False),
+        ("Each student must be in a team. How many are there?", "Say the student is in 2 teams. No: 1.", False),
+        ("A checkers board has 8 rows.", "The checker moves one row.", False),
+        ("Each student must be in a team. How many are there?", "The critic says 1, so 1.", True),
         ("Solve it.", "Of its roots the solution 5 satisfies the equation.", False),
         ("Mix two liquids.", "Mix solution 1 with water.", False),
         ("Solve it.", "Solution 2 goes wrong where it divides.", True),
