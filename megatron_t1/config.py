@@ -92,11 +92,16 @@ class SFTConfig:
     """Passes over the data."""
     max_steps: int | None = None
     """Stop (and end the schedule) here even if the epochs go on."""
+    num_heldout: int = 0
+    """Examples of data.sft, drawn by `seed`, that are not trained on."""
+    measure_every: int = 50
+    """Steps between measurements of their negative log-likelihood (`heldout_nll`), the last step's besides."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, schedule="cosine"))
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every_steps=500))
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "batch_size", "epochs")
+        at_least(self, 0, "num_heldout")
+        at_least(self, 1, "batch_size", "epochs", "measure_every")
         if self.max_steps is not None and self.max_steps < 1:
             raise FieldError("max_steps", self.max_steps, "must be at least 1, or null for all epochs")
         if self.max_steps is not None:

@@ -9,7 +9,7 @@ alone, so a resumed run sees what it would have seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ def _settings(cfg: Config, examples: list[TrainSequence]) -> dict[str, Any]:
     )
 
 
+def _split(cfg: Config, examples: list[TrainSequence]) -> tuple[list[TrainSequence], list[TrainSequence]]:
+    """What is trained on, in its order, and the `sft.num_heldout` others."""
+    heldout = set(np.random.default_rng(cfg.seed).permutation(len(examples))[: cfg.sft.num_heldout].tolist())
+    return [e for i, e in enumerate(examples) if i not in heldout], [examples[i] for i in sorted(heldout)]
+
+
 def check_finished(cfg: Config, examples: list[TrainSequence]) -> None:
     """Collective. The fine-tuned model in run_dir was made with these settings and examples, or what changed is said.
 
@@ -71,7 +77,7 @@ def check_finished(cfg: Config, examples: list[TrainSequence]) -> None:
     """
     folder = Path(cfg.run_dir) / "sft" / "checkpoints"
     if checkpoints := from_main(checkpoint.finished(folder) if is_main() else None):
-        settings = _settings(cfg, examples) if is_main() else {}
+        settings = _settings(cfg, _split(cfg, examples)[0]) if is_main() else {}
         checkpoint.check_made_with(checkpoints[-1], settings, may_change=cfg.resume_with_changes)
 
 
@@ -84,13 +90,18 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
         Stopped: the run was asked to stop; a checkpoint of the steps done is written.
     """
     folder = Path(cfg.run_dir) / "sft"
+    everything = examples
+    examples, heldout = _split(cfg, everything)
     if len(examples) < cfg.sft.batch_size:
-        raise ValueError(f"sft.batch_size = {cfg.sft.batch_size} is larger than the {len(examples)} examples; lower it")
+        raise ValueError(
+            f"sft.batch_size = {cfg.sft.batch_size} is larger than the {len(everything)} examples less "
+            f"sft.num_heldout = {cfg.sft.num_heldout}; lower it"
+        )
     total = _num_steps(cfg, examples)
     cfg.sft.optim.check_steps(total, "sft.optim")
     engine = Engine(cfg.model, cfg.parallel, cfg.sft.optim, platform, total_steps=total, temperature=1.0)
-    engine.check_tokens(ids for example in examples for ids in (example.prompt_ids, example.response_ids))
-    cfg.parallel.check_fits(max(example.num_tokens for example in examples), cfg.model)
+    engine.check_tokens(ids for example in everything for ids in (example.prompt_ids, example.response_ids))
+    cfg.parallel.check_fits(max(example.num_tokens for example in everything), cfg.model)
     engine.load_weights(Path(cfg.model.hf_path))
     settings = _settings(cfg, examples) if is_main() else {}
     done = checkpoint.resume(
@@ -128,6 +139,9 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
                 raise
             losses.append(metrics["loss"])
             metrics["seconds/train"] = watch.lap()["train"]
+            if heldout and (step % cfg.sft.measure_every == 0 or step == total):
+                with suppress(Stopped):  # the next step, if there is one, sees it before anything is lost
+                    metrics["heldout_nll"] = -float(np.concatenate(engine.logprobs(heldout)).mean(dtype=np.float64))
             metrics["tokens_per_s"] = sum(sequence.num_tokens for sequence in batch) / metrics["seconds/train"]
             if log:
                 log.log(step, metrics)

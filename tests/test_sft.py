@@ -10,13 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from megatron_t1 import learner, sft
 from megatron_t1.config import Config
 from megatron_t1.engine.config import ModelConfig, OptimConfig
 from megatron_t1.engine.resume_check import changes
+from megatron_t1.files import read_jsonl
+from megatron_t1.platform.detect import setup
 from megatron_t1.types import TrainSequence
+from tests.engine.batch import make_sequences
+from tests.forks import WORKERS
+from tests.push import reference
+from tests.workers.heldout_worker import BATCHES
 
 
 @pytest.fixture
@@ -69,3 +77,31 @@ def test_the_number_of_steps_decides_a_run_whose_learning_rate_rests_on_it(
     assert not changes(of_sft, sft._settings(cut_alike, examples))
     of_older_release = {key: value for key, value in of_sft.items() if key != name}
     assert not changes(of_older_release, sft._settings(longer, examples))
+
+
+@pytest.mark.parametrize("layout", [{"pipeline": 2}, {"tensor": 2}, {}], ids=["PP2", "TP2", "DP2"])
+def test_examples_that_are_held_out_are_measured_and_not_trained_on(
+    layout: dict[str, Any], run_ranks: Any, tiny_dir: Path, tmp_path: Path
+) -> None:
+    run_ranks(WORKERS / "heldout_worker.py", 2, tmp_path, tiny_dir, json.dumps(layout))
+    rows = read_jsonl(tmp_path / "sft/metrics.jsonl")
+    assert [row["step"] for row in rows if "heldout_nll" in row] == [2, 3]
+
+    everything = make_sequences(vocab_size=321)
+    trained, heldout = sft._split(Config(sft=BATCHES), everything)
+    number = {id(example): i for i, example in enumerate(everything)}
+    assert sorted(number[id(example)] for example in trained + heldout) == list(range(9))
+    assert {row["num_tokens"] for row in rows} == {sum(len(example.response_ids) for example in trained)}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sft/hf", dtype=torch.float32).eval()
+    logprobs = [
+        reference.logprobs(model, example.prompt_ids.tolist(), example.response_ids.tolist(), 1.0)
+        for example in heldout
+    ]
+    assert rows[-1]["heldout_nll"] == pytest.approx(-np.concatenate(logprobs).mean(), rel=1e-5)
+
+
+def test_a_batch_must_be_left_to_train_on() -> None:
+    cfg = Config(sft=replace(BATCHES, num_heldout=5))
+    message = r"sft\.batch_size = 5 is larger than the 9 examples less sft\.num_heldout = 5"
+    with pytest.raises(ValueError, match=message):
+        sft.train(cfg, setup(), make_sequences(vocab_size=321))

@@ -305,8 +305,11 @@ def _examples(cfg: Config, path: Path, template: Template, longest: dict[str, in
             found.problems.append(f"data.sft: {str(error).replace(str(beginning), str(path))}")
             return
     found.facts.append(f"data.sft: {count} lines; the longest of the first {len(head)}: {longest['sft']} tokens")
-    least = cfg.sft.batch_size
-    found.must(count >= least, f"sft.batch_size = {least} is larger than the {count} lines of {path}")
+    least, heldout = cfg.sft.batch_size, cfg.sft.num_heldout
+    found.must(
+        count - heldout >= least,
+        f"sft.batch_size = {least} is larger than the {count} lines of {path}, less sft.num_heldout = {heldout}",
+    )
 
 
 def _lengths(

@@ -47,7 +47,7 @@ class _Panel(NamedTuple):
 _PANELS = (
     _Panel("Reward", ("reward",)),
     _Panel("Pass rate on training prompts", ("pass_rate",)),
-    _Panel("Negative log-likelihood (nats a token)", ("nll",)),
+    _Panel("Negative log-likelihood (nats a token)", ("nll", "heldout_nll")),
     _Panel("Entropy (nats a token)", ("entropy",)),
     _Panel("KL to the anchor (nats a token)", ("kl_k1", "kl_k3")),
     _Panel("KL to the anchor (nats a sample)", ("kl_sample", "kl_sample_std")),
