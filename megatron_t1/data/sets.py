@@ -44,6 +44,7 @@ class _Named:
 NAMED = {
     "math500": _Named("HuggingFaceH4/MATH-500", "test.jsonl", ("math500",), 500),
     "aime2024": _Named("Maxwell-Jia/AIME_2024", "aime_2024_problems.parquet", ("aime2024", "aime24"), 30),
+    "aime2025": _Named("math-ai/aime25", "test.jsonl", ("aime2025", "aime25"), 30),
     "omni_math_500": _Named("KbsdJames/Omni-MATH", "test.jsonl", ("omnimath500", "omnimath"), 500, True),
     "gpqa": _Named("Idavidrein/gpqa", "gpqa_diamond.csv", ("gpqadiamond", "gpqa"), 198),
     "gsm8k": _Named("openai/gsm8k", "main/test-00000-of-00001.parquet", ("gsm8ktest", "gsm8k"), 1319),

@@ -10,8 +10,8 @@ from megatron_t1.data.config import INSTRUCTION, set_name
 from megatron_t1.fields import FieldError, at_least
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 
-NUM_SAMPLES = {"aime2024": 32}
-"""As the paper measures."""
+NUM_SAMPLES = {"aime2024": 32, "aime2025": 32}
+"""As the paper measures the former."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class EvaluateConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.6, top_p=0.95, num_samples=1))
     """Its own sampling: `num_samples` is k, and k > 1 averages over them; temperature 0 is greedy."""
     sets: tuple[str, ...] = ()
-    """Sets by name (math500, aime2024, omni_math_500, gpqa, gsm8k) or question files; empty: data.heldout."""
+    """Sets by name (math500, aime2024, aime2025, omni_math_500, gpqa, gsm8k) or question files; empty: data.heldout."""
     sets_dir: str | None = None
     """Folder with local copies of the named sets; what it lacks is fetched from the Hugging Face hub."""
     num_samples: dict[str, int] = field(default_factory=lambda: dict(NUM_SAMPLES))

@@ -19,6 +19,7 @@ PAPER_NAMES = {
     "omni_math_500": "Omni-MATH-500",
     "gpqa": "GPQA",
     "gsm8k": "GSM8K",
+    "aime2025": "AIME 2025",
 }
 
 PUBLISHED = {

@@ -330,7 +330,7 @@ def test_greedy_and_sampled_sets_are_one_command() -> None:
     assert cfg.sampling_of("math500") == greedy
     assert cfg.sampling_of("aime2024") == replace(greedy, temperature=0.6, top_p=0.95, num_samples=32)
     with pytest.raises(
-        FieldError, match=r"num_samples = \{'aime2024': 32\} leaves aime2024 with num_samples = 32 must"
+        FieldError, match=r"num_samples = \{'aime2024': 32, 'aime2025': 32\} leaves aime2024 with num_samples = 32 must"
     ):
         ScalingConfig(sampling=greedy, set="aime2024")
     assert ScalingConfig(sampling=greedy, set="math500").sampling_of_set() == greedy
