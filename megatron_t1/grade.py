@@ -123,6 +123,7 @@ def as_row(identifier: Any, reward: Reward) -> dict[str, Any]:
     return {
         "id": identifier,
         "correct": reward.correct,
+        "reward": reward.value,
         "outcome": reward.outcome,
         "extracted": reward.extracted,
         "reason": reward.reason,

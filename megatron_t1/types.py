@@ -55,6 +55,12 @@ class Verdict:
     """The answer text found in the response; None when there was none."""
     reason: str
     """One line for a person: why this outcome."""
+    share: float | None = None
+    """What a verifier of its own gives as the reward, from 0 to 1; None: 1 for `correct`, 0 for all else."""
+
+    def __post_init__(self) -> None:
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise ValueError(f"share = {self.share} must lie in 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class Reward:
     """A graded sample: the scalar the policy gradient sees and every reason for it."""
 
     value: float
-    """1 correct, 0 not correct, -1 when any penalty hit (T1 replaces, it does not add)."""
+    """1 correct, 0 not correct (or a verifier's share), -1 when any penalty hit (T1 replaces, it does not add)."""
     correct: bool
     outcome: Outcome
     extracted: str | None

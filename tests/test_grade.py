@@ -39,7 +39,7 @@ def test_verdicts_in_order(tmp_path: Path) -> None:
     assert [row["id"] for row in graded] == ["a", 7, "c", "d", "e"]
     assert [row["correct"] for row in graded] == [True, True, True, True, False]
     assert graded[4]["outcome"] == "no_answer"
-    assert set(graded[0]) == {"id", "correct", "outcome", "extracted", "reason", "penalties", "seconds"}
+    assert set(graded[0]) == {"id", "correct", "reward", "outcome", "extracted", "reason", "penalties", "seconds"}
 
 
 def test_what_was_there_stays_until_all_is_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,12 +102,15 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
         {"id": "broken gold", "gold": "?", "prediction": good, "mode": "unit_tests"},
         {"id": "no outcome", "gold": "right", "prediction": "x", "mode": "as_told"},
         {"id": "no text", "gold": "list", "prediction": "x", "mode": "as_told"},
+        {"id": "three quarters", "gold": "0.75", "prediction": "x", "mode": "as_told"},
+        {"id": "too much", "gold": "1.01", "prediction": "x", "mode": "as_told"},
     ]  # fmt: skip
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (installed / "told.py").write_text(
         "from megatron_t1.reward.config import verifier\nfrom megatron_t1.types import Verdict\n"
         "@verifier\ndef as_told(gold, response):\n"
+        "    if gold[0].isdigit(): return Verdict('wrong', None, '', share=float(gold))\n"
         "    return Verdict('right', None, '') if gold == 'right' else Verdict('correct', [3, 4], '')\n"
     )
     extended("grade", source, out, "--plugins", "[my_t1.rewards,told]", "--reward.penalties.enabled", "[apology]",
@@ -118,6 +121,9 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
     assert graded["half"]["reason"] == "1 of 2 calls return what they must"
     for name, (_, reason) in HOSTILE.items():
         assert reason in graded[name]["reason"], name
+    assert (graded["three quarters"]["reward"], graded["three quarters"]["outcome"]) == (0.75, "wrong")
+    assert graded["too much"]["outcome"] == "crash"
+    assert "share = 1.01 must lie in 0 to 1" in graded["too much"]["reason"]
     assert graded["broken gold"]["outcome"] == "crash"
     assert "JSONDecodeError" in graded["broken gold"]["reason"]
     for name, field in (("no outcome", "outcome"), ("no text", "extracted")):

@@ -159,7 +159,7 @@ class Scorer:
         correct = verdict.outcome == "correct"
         self._count(verdict.outcome, penalties)
         return Reward(
-            value=-1.0 if penalties else float(correct),
+            value=-1.0 if penalties else float(correct if verdict.share is None else verdict.share),
             correct=correct,
             outcome=verdict.outcome,
             extracted=None if verdict.extracted is None else storable(verdict.extracted),

@@ -162,8 +162,9 @@ def _lost_all_servers(future: Future[Batch]) -> bool:
 
 
 def teaches(group: Group) -> bool:
-    """Whether some of its samples are right and some are wrong, whatever the penalties made of their rewards."""
-    return len(set(_correct(group))) > 1
+    """Whether the verdicts on its samples differ, whatever the penalties made of their rewards."""
+    rewards = [sample.reward for sample in group.samples if sample.reward]
+    return len({float(reward.correct) if reward.penalties else reward.value for reward in rewards}) > 1
 
 
 def stored(sampling: SamplingConfig, rollout: RolloutConfig) -> Generate:

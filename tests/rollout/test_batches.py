@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def sampled(is_right: Callable[[str, int], bool], asked: list[str]):
                     token_ids=np.array([7] * (j + 1)), logprobs=np.full(j + 1, -1, np.float32), text="",
                     finish_reason="stop", weight_versions=((0, 0, j + 1),), server="",
                     reward=Reward(value=1 if ok else -(j % 2), correct=ok, outcome="correct" if ok else "wrong",
-                                  extracted=None, reason=""),
+                                  extracted=None, reason="", penalties={} if ok or j % 2 == 0 else {"overlong": ""}),
                 )
                 for j, ok in enumerate(right)
             ]  # fmt: skip
@@ -115,3 +116,20 @@ def test_a_stored_batch_is_read_again(tmp_path) -> None:
     for one, other in zip(made.groups, read.groups, strict=True):
         assert [s.token_ids.tolist() for s in one.samples] == [s.token_ids.tolist() for s in other.samples]
         assert [s.reward for s in one.samples] == [s.reward for s in other.samples]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "differ"),
+    [
+        ([(1.0, {}), (0.0, {})], True),
+        ([(0.0, {}), (-1.0, {"overlong": ""})], False),
+        ([(0.25, {}), (0.75, {})], True),
+        ([(0.5, {}), (0.5, {})], False),
+    ],
+)
+def test_a_group_teaches_where_its_verdicts_differ(rewards: list[tuple[float, dict[str, str]]], differ: bool) -> None:
+    (group,) = sampled(lambda *_: False, [])(PROMPTS[:1], 0, None)
+    for sample, (value, penalties) in zip(group.samples, rewards, strict=False):
+        sample.reward = replace(sample.reward, value=value, correct=value == 1, penalties=penalties)
+    group.samples = group.samples[: len(rewards)]
+    assert teaches(group) == differ
