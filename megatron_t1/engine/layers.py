@@ -23,6 +23,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer import attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
@@ -34,8 +35,11 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_t1.data.packing import rows_of
 
-# Megatron-Core 0.16.1 forgets to say that it has none when Transformer Engine is not installed.
+# Megatron-Core 0.16.1 forgets to say that it has none when Transformer Engine is not installed, and asks for its FP8 in
+# the recomputation of norms, whose default means that there is some.
 vars(moe_utils).setdefault("te_general_gemm", None)
+if not megatron_random.HAVE_TE:
+    vars(megatron_random.CheckpointWithoutOutput)["__init__"].__defaults__ = (None,)
 _rotate = attention.apply_rotary_pos_emb
 
 

@@ -9,9 +9,13 @@ from tests.models.families import FAMILIES, MOE, YARN
 
 DENSE = set(FAMILIES) - MOE
 SP = {"sequence_parallel": True}
+NORMS_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
 
 LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], Collection[str]]]] = {
-    1: {"TP1": ({}, FAMILIES | YARN)},
+    1: {
+        "TP1": ({}, FAMILIES | YARN),
+        "norms again in the backward pass": ({"model": {"transformer": NORMS_AGAIN}}, {"qwen2", "qwen3_moe", "glm4"}),
+    },
     2: {
         "TP2": ({"tensor": 2}, DENSE),  # mixtures of experts need SP there
         "TP2 SP": ({"tensor": 2, **SP}, FAMILIES),
