@@ -206,7 +206,8 @@ class Comparison(Leaves):
             answer = _once(answer)
         if len(gold) != len(answer):
             return False
-        if g_labels and not a_labels:
+        unnamed = all(isinstance(item, Relation) and not item.value for item in gold)  # f(1) = 2, f(2) = 3
+        if (g_labels or unnamed) and not (a_labels or any(isinstance(item, Relation) for item in answer)):
             return self.in_order([unlabelled(item) for item in gold], [unlabelled(item) for item in answer])
         if g_labels and a_labels:
             by_label = dict(zip(a_labels, answer, strict=True))
@@ -249,11 +250,10 @@ class Comparison(Leaves):
     def relations_equal(self, gold: Answer, answer: Answer) -> bool:
         """When at least one is a relation."""
         for point, relation in ((value_of(gold), answer), (value_of(answer), gold)):
-            if isinstance(point, Tuple) and isinstance(relation, Relation) and relation.value:  # x = y = 5
-                shared = relation.value
+            if isinstance(point, Tuple) and isinstance(relation, Relation) and relation.value:
                 num_names = len(all_names(relation))
-                if num_names > 1:
-                    return num_names == len(point.items) and all(self.equal(item, shared) for item in point.items)
+                if num_names > 1:  # x = y = 5
+                    return self.in_order(point.items, [relation.value] * num_names)
         match gold, answer:
             case Relation(value=Answer() as g_value), Relation(value=Answer() as a_value):
                 if "(" in gold.name and "(" in answer.name:  # f(t) and f(x)

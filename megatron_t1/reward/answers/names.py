@@ -28,6 +28,7 @@ radius diameter
 sum product difference quotient remainder
 numerator denominator
 gcd lcm
+det trace rank
 domain range""".splitlines()
 ]
 """Words that name different values of one thing; other words may be different names of one value."""
@@ -35,8 +36,10 @@ _FAMILIAR = set[str]().union(*_FAMILIES)
 _ALIASES = {
     "average": "mean", "var": "variance", "sd": "deviation", "std": "deviation", "maximum": "max", "minimum": "min",
     "hcf": "gcd", "gcf": "gcd", "breadth": "width", "E": "mean", "D": "variance", "Var": "variance",
+    "determinant": "det", "tr": "trace",
 }  # fmt: skip
 _LETTER = re.compile(r"(?:\\neg\s*)?[A-Za-z]")
+_CAPITALS = re.compile(r"(?<![A-Z])[A-Z]{1,5}(?![A-Za-z(\[_])")
 _MARK = re.compile(r"'|\^\{-1\}")
 _POINTS = re.compile(r"(?:\\(angle|triangle|vec|overrightarrow|overline) ?)?[{|]?([A-Z]{1,4})[|}]?")
 
@@ -135,13 +138,21 @@ def _two_clash(gold: str, answer: str) -> bool:
         return True
     if ":" in gold and ":" in answer:
         return True
+    (g_rest, g_points), (a_rest, a_points) = _without_points(gold), _without_points(answer)
+    others = g_rest == a_rest != "#" and g_points != a_points  # area of ABC and of ABD
     familiar = [_familiar_words(name) for name in (gold, answer)]
     if all(familiar):
-        return any(all(said & family for said in familiar) and not familiar[0] & familiar[1] for family in _FAMILIES)
+        clash = any(all(said & family for said in familiar) and not familiar[0] & familiar[1] for family in _FAMILIES)
+        return clash or others
     points = [_POINTS.fullmatch(name) for name in (gold, answer)]
     if points[0] and points[1]:
         return not _same_points(points[0], points[1])
-    return gold in re.findall(SYMBOL, answer.partition("(")[2])  # max(x, 1) for x
+    return others or gold in re.findall(SYMBOL, answer.partition("(")[2])  # max(x, 1) for x
+
+
+def _without_points(name: str) -> tuple[str, list[list[str]]]:
+    """What a name has beside names of points and sets; these, each with its letters in order."""
+    return _CAPITALS.sub("#", name), [sorted(points) for points in _CAPITALS.findall(name)]
 
 
 def _symbols_clash(gold: str, answer: str) -> bool:
@@ -162,7 +173,7 @@ def _same_points(gold: re.Match[str], answer: re.Match[str]) -> bool:
         return short == long
     if "angle" in kinds:
         return short in (long, long[::-1]) or ((len(short), len(long)) == (1, 3) and short == long[1])
-    return short not in long if len(short) == 1 else sorted(short) == sorted(long)
+    return short not in long if len(short) == 1 < len(long) else sorted(short) == sorted(long)
 
 
 # --- and, or ----------------------------------------------------------------------------------------------------------

@@ -191,6 +191,7 @@ _RULES = _rules(
     (".", r"(?<![\d.,])[1-9]\d{0,2}(?:\.\d{3}){2,}(?![\d.])", lambda m: m[0].replace(".", "")),
     ("%", r"^\s*(-?\d+),(\d{1,2})\s*(?=\\?%\s*$)", r"\1.\2"),
     ("**", r"\*\*", "^"),
+    ("\\times", r"(\\(?:vec|mathbf)\s*\{?\s*[a-z]\s*\}?)\s*\\times\s*(?=\\(?:vec|mathbf))", r"\1\\ltimes "),
     # what only decorates
     ("\\", r"\\(?:h|v)?phantom\s*(?:\{[^{}]*\}|.)|\\tag\*?\s*\{[^{}]*\}|\\label\s*\{[^{}]*\}", ""),
     ("\\", r"\\(?:color\s*\{[^{}]*\}|(?:textcolor|f?colorbox|bbox|cssId|class|html[A-Z]\w*)"
@@ -268,7 +269,7 @@ _RULES = _rules(
      lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
     ("{", r"(?<=(?<![_\\])\{)\s*\d{1,3}(?:,\d{3})+\s*(?=\})", lambda m: m[0].replace(",", "")),
     ("\\mathbb", r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
-    ("\\", r"\\(?:vec|hat)\s*\{?([a-z])(?![a-z])\}?", r"\1 "),
+    ("\\", r"\\(?:vec|hat)\s*(?:\{\s*([a-z])\s*\}|([a-z])(?![a-z]))", lambda m: f" {m[1] or m[2]} "),
     ("\\", r"\\(triangle|angle)\s*\{([A-Z]+)\}", r"\\\1 \2"),
     # plain text spellings
     ("sqrt", r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
