@@ -286,8 +286,9 @@ def plain(value: Any) -> Any:
 
 def keep(cfg: Config) -> None:
     """Write run_dir/config.yaml, once nothing refuses the run any more: it is what the results there were made with."""
-    # Whoever reads this file later says `--resume` again.
-    write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False, resume_with_changes=False)))
+    # Whoever reads this file later says `--resume` again, and may serve a model that nobody pushes.
+    kept = replace(cfg, resume=False, resume_with_changes=False, rollout=replace(cfg.rollout, load_weights=True))
+    write_text(Path(cfg.run_dir) / "config.yaml", dump(kept))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,7 +220,7 @@ def _expanded(value: Any) -> Any:
     text = str(value)
     if not isinstance(value, (str, Path)) or "://" in text:
         return value
-    begins = text.startswith("~/") or re.match(_VARIABLE.pattern + "/", text)
+    begins = text.startswith("~/") or re.match(_VARIABLE.pattern + "/|/[^\\s/]+/", text)
     if re.search(r"\s", text) and not begins and not isinstance(value, Path):  # a sentence, not a path
         return value
     if not text.startswith(("~", "$")) and "/" not in text:

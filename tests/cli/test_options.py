@@ -89,6 +89,11 @@ def test_paths_are_written_out_as_a_shell_does_it(monkeypatch):
         "data.train": ("$SCRATCH", "/scratch/me"),
         "data.heldout": ("a~b/c.jsonl", "a~b/c.jsonl"),
         "data.system_prompt": ("Give 1/2 as $x$ or $SCRATCH/y.", "Give 1/2 as $x$ or $SCRATCH/y."),
+        "curate.output": ("/data/my runs/${SCRATCH}x/p.jsonl", "/data/my runs//scratch/mex/p.jsonl"),
+        "scaling.summary_prompt": (
+            "/think {question} {thinking} 1/$SCRATCH",
+            "/think {question} {thinking} 1/$SCRATCH",
+        ),
         "rollout.registry": ("~/my runs/servers", "/home/me/my runs/servers"),
         "evaluate.sets": ("[~/a.jsonl, math500]", ("/home/me/a.jsonl", "math500")),
         "rollout.urls": ("[http://host/$SCRATCH]", ("http://host/$SCRATCH",)),
