@@ -192,7 +192,7 @@ def _megatron(cfg: Config, spec: ModelSpec, found: Findings) -> None:
     kinds = get_type_hints(type(config))
     for name in given.keys() - {"attention_backend"}:  # its members have names, which `ModelConfig` knows
         try:
-            of_shape(given[name], kinds[name])
+            of_shape(given[name] or None, kinds[name] | None)  # what is off may be spelled so
         except ValueError as error:
             found.problems.append(f"model.transformer.{name} = {given[name]!r} is nothing that Megatron takes: {error}")
 

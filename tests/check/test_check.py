@@ -245,6 +245,7 @@ _FULL = "recompute_granularity: full, recompute_method: uniform, recompute_num_l
             "Expected `int | null`",
         ),
         ("{fp8: on}", ["--model.dtype", "bfloat16"], "model.transformer.fp8 = True is nothing that Megatron takes"),
+        ("{fp8: off}", ["--model.dtype", "bfloat16"], None),
         ("{moe_token_dispatcher_type: all}", [], "Invalid enum value 'all'"),
         ("{recompute_granularity: selective, recompute_modules: [core_atn]}", [], "{'core_atn'}"),
         ("{cpu_offloading: true, cpu_offloading_num_layers: 1}", ["--parallel.pipeline", "2"], "Pipeline parallelism"),
