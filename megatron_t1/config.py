@@ -291,8 +291,9 @@ def plain(value: Any) -> Any:
 
 def keep(cfg: Config) -> None:
     """Write run_dir/config.yaml, once nothing refuses the run any more: it is what the results there were made with."""
-    # Whoever reads this file later says `--resume` again.
-    write_text(Path(cfg.run_dir) / "config.yaml", dump(replace(cfg, resume=False, resume_with_changes=False)))
+    # Whoever reads this file later says `--resume` again, and may serve a model that nobody pushes.
+    kept = replace(cfg, resume=False, resume_with_changes=False, rollout=replace(cfg.rollout, load_weights=True))
+    write_text(Path(cfg.run_dir) / "config.yaml", dump(kept))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,8 +347,8 @@ class GradeConfig:
     a whole response), "choices" (option texts, for mc), "question" (its language is not penalized, its formulas are no
     answers) and "finish_reason" (stop, length or repetition; default stop)."""
     output: Path
-    """JSON lines, one a prediction, in the same order: "id", "correct", "outcome", "extracted", "reason", "penalties",
-    "seconds"."""
+    """JSON lines, one a prediction, in the same order: "id", "correct", "reward", "outcome", "extracted", "reason",
+    "penalties", "seconds"."""
     explain: bool = False
     """Say in "reason" what was read from gold and answer, and by which rules they are equal or not."""
     labels: str | None = None

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import trange
 
 from megatron_t1 import curate, rl, sft
-from megatron_t1.check.context import context_needs, too_long
+from megatron_t1.check.context import context_needs, too_long, wrong_answerer
 from megatron_t1.config import Config, SyncCheckConfig, keep
 from megatron_t1.data.dedup import refuse_shared
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
@@ -182,13 +182,15 @@ def run_evaluate(cfg: Config, label: str) -> None:
 def run_scaling(cfg: Config, label: str) -> None:
     """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
     folder, other, of_answers = cfg.model.folder(), cfg.scaling.answer_model, cfg.of_answers()
-    template = Template(folder, cfg.data)
+    template, answer_folder = Template(folder, cfg.data), Path(of_answers.model.hf_path)
     HFFolder(folder)  # whole, or refused before the servers start
-    HFFolder(answer_folder := Path(of_answers.model.hf_path))
     answerer = Template(answer_folder, cfg.data) if other else template
     sets = question_sets(cfg, [cfg.scaling.set])
     (questions,) = sets.values()
-    _check_context(cfg, context_needs(cfg, "scaling", template, measured=_longest_of(sets, template)))
+    needs = context_needs(cfg, "scaling", template, measured=_longest_of(sets, template))
+    _check_context(cfg, needs)
+    if problem := wrong_answerer(cfg, needs):
+        raise ValueError(problem)
     curve = Scaling(
         cfg.scaling,
         questions,

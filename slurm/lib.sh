@@ -341,10 +341,11 @@ free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); pr
 
 steps_done() { tail -qn 1 "$RUN_DIR/rl/metrics.jsonl" "$RUN_DIR/sft/metrics.jsonl" 2>/dev/null | cut -c 1-20; }
 
-last_words() { # LOG: the last line since its last start, after the first of an error of t1
-  tail -c 100000 "$1" 2>/dev/null | tr '\r' '\n' | grep -v '^slurmstepd\|^srun' | grep . | awk '
-    / job [0-9.]+: starts on / { error = last = ""; next }
+last_words() { # LOG: the last line since its last start, after the first of an error of t1; where t1 did not begin, Slurm's
+  tail -c 100000 "$1" 2>/dev/null | tr '\r' '\n' | grep . | awk '
+    / job [0-9.]+: starts on / { error = last = slurms = ""; next }
+    /^(slurmstepd|srun)/ { if (slurms == "" && /error/) slurms = $0; next }
     /^t1 [a-z-]+: error: / { error = $0 }
     { last = $0 }
-    END { print substr((error == "" || error == last) ? last : error " [...] " last, 1, 500) }'
+    END { print substr(last == "" ? slurms : (error == "" || error == last) ? last : error " [...] " last, 1, 500) }'
 }

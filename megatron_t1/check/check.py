@@ -15,7 +15,7 @@ from typing import get_type_hints
 
 import torch
 
-from megatron_t1.check.context import context_needs, too_long
+from megatron_t1.check.context import context_needs, too_long, wrong_answerer
 from megatron_t1.check.findings import Findings
 from megatron_t1.check.machines import Machines
 from megatron_t1.check.needs import needs
@@ -192,7 +192,7 @@ def _megatron(cfg: Config, spec: ModelSpec, found: Findings) -> None:
     kinds = get_type_hints(type(config))
     for name in given.keys() - {"attention_backend"}:  # its members have names, which `ModelConfig` knows
         try:
-            of_shape(given[name], kinds[name])
+            of_shape(given[name] or None, kinds[name] | None)  # what is off may be spelled so
         except ValueError as error:
             found.problems.append(f"model.transformer.{name} = {given[name]!r} is nothing that Megatron takes: {error}")
 
@@ -328,8 +328,8 @@ def _lengths(
         "or stretch them by YaRN (docs/checkpoints.md)",
     )
     needed = context_needs(cfg, command, template, train=longest.get("train", 0), measured=measured)
-    if problem := too_long(cfg, spec, needed):
-        found.problems.append(problem)
+    answerer = wrong_answerer(cfg, needed) if command == "scaling" else None
+    found.problems += filter(None, [too_long(cfg, spec, needed), answerer])
     trained = []
     if command in ("rl", "run"):
         trained.append(longest.get("train", 0) + cfg.sampling.max_new_tokens)

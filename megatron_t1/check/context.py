@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_t1.config import Config
 from megatron_t1.data.template import Template
+from megatron_t1.models import spec_of
 from megatron_t1.models.spec import ModelSpec
+from megatron_t1.weights.hf_folder import HFFolder
 
 
 def context_needs(
@@ -49,3 +52,30 @@ def too_long(cfg: Config, spec: ModelSpec, needs: Mapping[str, int]) -> str | No
     if max(over.values()) > (positions := spec.max_position_embeddings):
         remedy += f", beyond the model's {positions} positions by YaRN (docs/checkpoints.md)"
     return f"the servers' context of {limit} tokens is too short for the longest prompt: {listed}; {remedy}"
+
+
+def wrong_answerer(cfg: Config, needs: Mapping[str, int]) -> str | None:
+    """What would end `t1 scaling` when scaling.answer_model comes up, after all the thinking. A model of a family that
+    only vLLM knows is left to vLLM.
+
+    Args:
+        needs: `context_needs` of scaling.
+    """
+    if not (other := cfg.scaling.answer_model):
+        return None
+    try:
+        HFFolder(Path(other))
+    except ValueError as error:
+        return f"scaling.answer_model = {other}: {error}"
+    try:
+        spec = spec_of(Path(other))
+    except ValueError:
+        return None
+    limit, positions = cfg.rollout.max_model_len, spec.max_position_embeddings
+    if limit and limit > positions:
+        return (
+            f"rollout.max_model_len = {limit} is more than the {positions} positions of scaling.answer_model: lower it"
+        )
+    of_answers = {name: tokens for name, tokens in needs.items() if name != "scaling.sampling.max_new_tokens"}
+    problem = too_long(cfg, spec, of_answers)
+    return f"scaling.answer_model = {other}: {problem}" if problem else None

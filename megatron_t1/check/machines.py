@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_t1.algo.config import CHUNK_LOGITS
 from megatron_t1.check import estimate
@@ -29,6 +29,8 @@ class Machines:
     """Trainer processes on a node; None: one on each of its GPUs that is not vLLM's."""
     gpu: str = "H100"
     """Which one: A100, H100, H200."""
+    gpu_memory_bytes: float = math.inf
+    """What this host's GPU has, where the run is on such ones: cards of one name come with less, and unknown ones."""
     grace_s: float | None = None
     """Seconds that a trainer has from USR1 to its end; None: not said."""
 
@@ -50,6 +52,11 @@ class Machines:
             )
         if not 0 <= self.vllm_gpus_of_node <= self.gpus_per_node:
             raise ValueError(f"vllm_gpus = {self.vllm_gpus} of {self.gpus_per_node} GPUs of a node")
+
+    @property
+    def accelerator(self) -> estimate.Gpu:
+        sheet = estimate.GPUS[self.gpu]
+        return replace(sheet, memory_bytes=min(sheet.memory_bytes, self.gpu_memory_bytes))
 
     @property
     def vllm_gpus_of_node(self) -> int:
@@ -125,7 +132,7 @@ def seconds_of(
     cfg: Config, spec: ModelSpec, command: str, machines: Machines, longest: dict[str, int]
 ) -> dict[str, float]:
     """Of a step, by stage."""
-    sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
+    sizes, gpu = Sizes.of(spec), machines.accelerator
     layout = layout_of(cfg, spec, command, machines, longest)
     if command == "sft":
         each = longest.get("sft", cfg.parallel.max_tokens_per_microbatch * cfg.parallel.context)

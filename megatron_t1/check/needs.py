@@ -47,7 +47,7 @@ def needs(
         command: sft, rl or run.
         longest: tokens of the longest prompt of `train`, and of the longest example of `sft`.
     """
-    sizes, gpu = Sizes.of(spec), estimate.GPUS[machines.gpu]
+    sizes, gpu = Sizes.of(spec), machines.accelerator
     layout = layout_of(cfg, spec, command, machines, longest)
     seconds = seconds_of(cfg, spec, command, machines, longest)
     checkpoint = estimate.checkpoint_bytes(sizes, cfg.model.dtype, layout.anchor)

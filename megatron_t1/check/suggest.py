@@ -39,7 +39,7 @@ def suggest(
     sft = longest.get("sft", cfg.parallel.max_tokens_per_microbatch * cfg.parallel.context if command == "sft" else 0)
     rl = longest.get("train", 0) + cfg.sampling.max_new_tokens
     num_tokens = {"sft": sft, "rl": rl, "run": max(sft, rl)}[command]
-    sizes, memory = Sizes.of(spec), SHARE * estimate.GPUS[machines.gpu].memory_bytes
+    sizes, memory = Sizes.of(spec), SHARE * machines.accelerator.memory_bytes
     for candidate in _candidates(cfg, spec, machines.ranks(command), machines.ranks_on_node(command), num_tokens):
         layout = layout_of(candidate, spec, command, machines, longest)
         worst = max(sum(fullest(sizes, layout).values()), estimate.most_of_checkpoint(sizes, layout)[0])

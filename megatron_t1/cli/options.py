@@ -167,6 +167,9 @@ def _build(cls: Any, settings: dict[str, Any], problems: list[str], path: str = 
     for name, value in settings.items():
         if not isinstance(name, str):
             problems.append(f"{path}{_shown(name)} is not a setting: names are text")
+        elif _hint_of(cls, name) and name not in known:
+            nested = ": {".join(name.split(".")) + ": ...}" + "}" * (name.count(".") - 1)
+            problems.append(f"{path}{name} is written by sections in a file: {nested}")
         elif name not in known:
             close = difflib.get_close_matches(name, known, 1)
             problems.append(
@@ -220,7 +223,7 @@ def _expanded(value: Any) -> Any:
     text = str(value)
     if not isinstance(value, (str, Path)) or "://" in text:
         return value
-    begins = text.startswith("~/") or re.match(_VARIABLE.pattern + "/", text)
+    begins = text.startswith("~/") or re.match(_VARIABLE.pattern + "/|/[^\\s/]+/", text)
     if re.search(r"\s", text) and not begins and not isinstance(value, Path):  # a sentence, not a path
         return value
     if not text.startswith(("~", "$")) and "/" not in text:

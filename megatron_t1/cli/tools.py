@@ -15,6 +15,8 @@ from megatron_t1.cli.usage import line_of
 def _check(arguments: list[str]) -> int:
     from argparse import ArgumentParser
 
+    import torch
+
     from megatron_t1.check import estimate
     from megatron_t1.check.check import check
     from megatron_t1.check.dry_run import dry_run
@@ -38,7 +40,7 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument("--vllm_gpus", type=int, help="of every node for vLLM, when --vllm_nodes is 0 (half of them, "
                         "or all with rollout.share_gpus)")  # fmt: skip
     parser.add_argument("--ranks_per_node", type=int, help="trainer processes on a node (one a GPU)")
-    parser.add_argument("--gpu", help="A100, H100 or H200 (this machine's, or H100)")
+    parser.add_argument("--gpu", help="A100, H100 or H200, of another machine (this one's, with its memory, or H100)")
     parser.add_argument(
         "--grace_s",
         type=float,
@@ -52,8 +54,10 @@ def _check(arguments: list[str]) -> int:
     asked, rest = parser.parse_known_args(arguments)
     cfg, problems = options.parse(Config, rest)
     findings = Findings(problems=problems)
-    said = {name: getattr(asked, name) for name in Machines.__dataclass_fields__ if name != "share_gpus"}
+    said = {name: getattr(asked, name) for name in vars(asked) if name in Machines.__dataclass_fields__}
     said["gpu"] = asked.gpu or gpus.known(estimate.GPUS) or "H100"
+    if asked.gpu is None and torch.cuda.is_available():
+        said["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
     machines = Machines(**said, share_gpus=cfg is not None and cfg.rollout.share_gpus)
     if cfg is not None:
         check(cfg, asked.command, machines, findings, suggests=asked.suggest)

@@ -81,7 +81,7 @@ class ModelConfig:
             raise FieldError(
                 "transformer.attention_backend", backend, f"must be one of {', '.join(ATTENTION_BACKENDS)}"
             )
-        if (fp8 := self.transformer.get("fp8")) not in (None, "e4m3", "hybrid"):
+        if (fp8 := self.transformer.get("fp8")) not in (None, False, "e4m3", "hybrid"):
             raise FieldError("transformer.fp8", fp8, "must be e4m3, or hybrid (gradients in e5m2); null: no FP8")
         if "fp8_recipe" in self.transformer and not fp8:
             raise FieldError(

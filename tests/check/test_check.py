@@ -252,6 +252,7 @@ _FULL = "recompute_granularity: full, recompute_method: uniform, recompute_num_l
             "Expected `int | null`",
         ),
         ("{fp8: on}", ["--model.dtype", "bfloat16"], "model.transformer.fp8 = True must be e4m3, or hybrid"),
+        ("{fp8: off}", ["--model.dtype", "bfloat16"], None),
         ("{moe_token_dispatcher_type: all}", [], "Invalid enum value 'all'"),
         ("{recompute_granularity: selective, recompute_modules: [core_atn]}", [], "{'core_atn'}"),
         ("{cpu_offloading: true, cpu_offloading_num_layers: 1}", ["--parallel.pipeline", "2"], "Pipeline parallelism"),
@@ -294,6 +295,26 @@ def test_the_command_fails_when_there_is_a_problem(task: Path, capsys) -> None:
     assert "no problem found" in capsys.readouterr().out
     assert main(["check", "--config", *arguments[1:]]) == 1
     assert "sft.batch_size = 16 is larger than the 1 lines" in capsys.readouterr().out
+
+
+def test_a_model_that_could_not_answer_is_told_before_the_other_thinks(t1, task: Path, tmp_path: Path) -> None:
+    short, none = make_tiny_qwen2(tmp_path / "short", max_position_embeddings=256), tmp_path / "none"
+    small = ("--scaling.sampling.max_new_tokens", 64, "--scaling.budgets", "[16, 64]")
+    long = ("--scaling.sampling.max_new_tokens", 400, "--scaling.budgets", "[16, 300]")
+    for options, said in (
+        ((*small, "--scaling.answer_model", short), None),
+        ((*long, "--scaling.answer_model", task / "model"), None),
+        ((*long, "--scaling.budgets", "[16, 100]", "--scaling.answer_model", short), None),
+        ((*long, "--scaling.answer_model", short), f"{short}: the servers' context of 256 tokens is too short"),
+        ((*small, "--rollout.max_model_len", 300, "--scaling.answer_model", short), "than the 256 positions of"),
+        ((*small, "--scaling.answer_model", none), f"scaling.answer_model = {none}: "),
+    ):
+        problems = found_in(task, *options, command="scaling").problems
+        assert len(problems) == (said is not None), problems
+        assert said is None or said in problems[0]
+    words = ("--model.hf_path", task / "model", "--data.heldout", task / "heldout.jsonl", "--run_dir", tmp_path / "run")
+    assert "servers' context of 256 tokens" in t1("scaling", *words, *long, "--scaling.answer_model", short, expect=1)
+    assert not (tmp_path / "run/logs").exists(), "a server was started"
 
 
 def test_another_model_that_awaited_servers_would_have_to_serve_is_a_problem(task: Path) -> None:

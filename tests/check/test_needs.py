@@ -175,6 +175,19 @@ def test_the_smallest_layout_that_fits_is_suggested(num_tokens: int, tmp_path: P
     assert suggest(cfg, spec, "sft", machines, {})[0].parallel.num_ranks > 1
 
 
+def test_a_card_with_less_memory_than_others_of_its_name_is_planned_for(tmp_path: Path) -> None:
+    cfg, machines = at(tmp_path, nodes=4, vllm_nodes=2)
+    spec, longest = spec_of(tmp_path), {"train": 200}
+    for bytes_there, warned in ((85e9, False), (48e9, True)):
+        there, found = replace(machines, gpu_memory_bytes=bytes_there), Findings()
+        needs(cfg, spec, "rl", there, longest, found)
+        assert warned == any("the trainer needs about 52 GB on a GPU of 48 GB" in text for text in found.warnings)
+        assert (suggest(cfg, spec, "rl", there, longest) is None) == warned
+        said = re.search(r"room for (\d+) tokens", "\n".join(found.facts))
+        memory = 0.9 * min(bytes_there, 80e9) - 4e9 - 2 * Sizes.of(spec).total / 4
+        assert int(said[1]) == pytest.approx(memory / (2 * 2 * 1024 / 4 * 64), rel=1e-6)
+
+
 def test_shared_gpus_are_planned_for_trainer_and_servers(tmp_path: Path) -> None:
     """4 nodes that all train and serve: 32 ranks and 8 servers, whose memory is what the trainer leaves."""
     cfg, machines = at(tmp_path, nodes=4, share_gpus=True)

@@ -70,6 +70,18 @@ def test_a_needed_field_that_is_refused_is_told_alone(tmp_path: Path) -> None:
     assert "nowhere.jsonl' must be a file" in problem
 
 
+def test_dotted_names_in_a_file_are_told_as_what_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("rl.steps: 5\nrl: {optim.lr: 1e-6}\nrl.optim.lr: 1e-6\nrl.stepz: 5\nevaluate.num_samples.gpqa: 3\n")
+    assert told(Config, "--config", str(file)) == [
+        "rl.steps is written by sections in a file: rl: {steps: ...}",
+        "rl.optim.lr is written by sections in a file: optim: {lr: ...}",
+        "rl.optim.lr is written by sections in a file: rl: {optim: {lr: ...}}",
+        "rl.stepz is not a setting",
+        "evaluate.num_samples.gpqa is written by sections in a file: evaluate: {num_samples: {gpqa: ...}}",
+    ]
+
+
 def test_the_next_option_is_no_value() -> None:
     assert told(Config, "--run_dir", "--resume") == ["--run_dir needs a value"]
     assert read(Config, ["--run_dir=--resume"]).run_dir == "--resume"
@@ -89,6 +101,11 @@ def test_paths_are_written_out_as_a_shell_does_it(monkeypatch):
         "data.train": ("$SCRATCH", "/scratch/me"),
         "data.heldout": ("a~b/c.jsonl", "a~b/c.jsonl"),
         "data.system_prompt": ("Give 1/2 as $x$ or $SCRATCH/y.", "Give 1/2 as $x$ or $SCRATCH/y."),
+        "curate.output": ("/data/my runs/${SCRATCH}x/p.jsonl", "/data/my runs//scratch/mex/p.jsonl"),
+        "scaling.summary_prompt": (
+            "/think {question} {thinking} 1/$SCRATCH",
+            "/think {question} {thinking} 1/$SCRATCH",
+        ),
         "rollout.registry": ("~/my runs/servers", "/home/me/my runs/servers"),
         "evaluate.sets": ("[~/a.jsonl, math500]", ("/home/me/a.jsonl", "math500")),
         "rollout.urls": ("[http://host/$SCRATCH]", ("http://host/$SCRATCH",)),

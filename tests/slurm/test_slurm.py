@@ -217,6 +217,31 @@ echo "$@" >>calls; wc -l <calls""",
     assert "afterok:2" in calls[2]
 
 
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            ["slurmstepd-n1: error: execve(): env: No such file or directory"],
+            "slurmstepd-n1: error: execve(): env: No ",
+        ),
+        (
+            ["slurmstepd: error: pyxis: failed to import", "srun: error: n1: task 0: Exited"],
+            "slurmstepd: error: pyxis: f",
+        ),
+        (["t1 rl: error: a", "slurmstepd: error: *** STEP 1.0 CANCELLED"], "t1 rl: error: a"),
+        (["x", "t1 rl: error: a", "b"], "t1 rl: error: a [...] b"),
+        (["t1 rl: error: a", "2026-01-01 00:00:00 job 1.0: starts on n1", "srun: error: b"], "srun: error: b"),
+    ],
+)
+def test_the_last_line_has_the_reason_where_the_command_never_began(
+    lines: list[str], said: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "trainer.log"
+    log.write_text("".join(f"{line}\n" for line in ["2026-01-01 00:00:00 job 1.0: starts on n1", *lines]))
+    command = ["bash", "-c", f"source {ROOT}/slurm/lib.sh; last_words {log}"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.startswith(said)
+
+
 def test_a_finished_stage_is_known_whatever_its_folder_is_called(tmp_path: Path) -> None:
     pipeline = chains(tmp_path, {"sbatch": "exit 1"}, STAGES="sft", RUN_DIR=str(tmp_path / "run[1] *"))
     (tmp_path / "run[1] */sft/hf").mkdir(parents=True)
