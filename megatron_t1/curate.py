@@ -26,7 +26,7 @@ from tqdm import tqdm
 from megatron_t1 import plugins
 from megatron_t1.config import CurateConfig
 from megatron_t1.data.config import QUESTION_SETS
-from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, words
+from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, template_words, words
 from megatron_t1.data.prompts import is_missing
 from megatron_t1.data.sets import file_of, load_question_texts, parse_file
 from megatron_t1.evaluation.figures import answer_key
@@ -98,8 +98,10 @@ def clean(cfg: CurateConfig, reward: RewardConfig, folder: Path, sets_dir: Path 
         )
     for name in cfg.evaluation:
         rows = load_question_texts(name, sets_dir=sets_dir, field=cfg.question_field)
+        template = template_words([texts[0] for _, texts in rows])
         for row_name, texts in rows:
-            for text in texts:
+            evaluation.add(row_name, texts[0], *template)
+            for text in texts[1:]:
                 evaluation.add(row_name, text)
         different = len({tuple(map(words, texts)) for _, texts in rows})
         if 2 * different < len(rows):

@@ -36,6 +36,7 @@ from megatron_t1.weights.hf_folder import is_torch_dist
 
 _REQUEST_TIMEOUT_S = 600.0
 _CONTEXT_TOKENS = 8  # shown before a token
+_ROWS = 1024  # of logits at a time in float32: those of a text of 16k tokens would be 10 GB, twice
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,11 @@ def _by_transformers(
         scored = []
         for text in tqdm(texts, desc="transformers", unit="text"):
             ids = torch.from_numpy(np.concatenate([text.prompt_ids, text.response_ids])).to(device)
-            logits = model(ids[None]).logits[0, len(text.prompt_ids) - 1 : -1].float()
+            logits = model(ids[None]).logits[0, len(text.prompt_ids) - 1 : -1]
             targets = ids[len(text.prompt_ids) :, None]
-            scored.append(logits.log_softmax(-1).gather(1, targets)[:, 0].cpu().numpy())
+            parts = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+            logprobs = [rows.float().log_softmax(-1).gather(1, wanted)[:, 0] for rows, wanted in parts]
+            scored.append(torch.cat(logprobs).cpu().numpy())
         return scored
 
 

@@ -75,6 +75,12 @@ EVALUATION = [
 ]  # fmt: skip
 
 
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
+    "first thinks about the reasoning process in the mind, then provides the user with the answer. User: {} Assistant:"
+)
+
+
 def _write(path: Path, rows: list[dict]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -191,6 +197,22 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
     cfg = CurateConfig(inputs=(str(tmp_path / "raw.jsonl"),))
     with pytest.raises(ValueError, match=message):
         curate.prepare(cfg, REWARD, tmp_path, resume=False)
+
+
+@pytest.mark.parametrize("template", ["{}", R1_ZERO, "Here comes one more of our 7 exercises for you all: {} (Unit 3)"])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_prompts_template_hides_no_evaluation_question_and_condemns_no_other(
+    tmp_path: Path, template: str, is_wrapped: bool
+) -> None:
+    sets = [json.loads(line)["problem"] for line in (ROOT / "tests/data/grader/math500.jsonl").read_text().splitlines()]
+    asked, others = sets[:100], sets[100:200]
+    held = _write(tmp_path / "held.jsonl", [{"id": i, "prompt": template.format(q)} for i, q in enumerate(asked)])
+    rows = [{"problem": template.format(q) if is_wrapped else q, "answer": "7"} for q in (*asked, *others)]
+    cfg = CurateConfig(inputs=(_write(tmp_path / "raw.jsonl", rows),), evaluation=(held,), keep_multiple_choice=True)
+    curate.prepare(cfg, REWARD, tmp_path / "out", resume=False)
+    fates = {int(row["id"].split("-")[1]) - 1: row["reason"] for row in _read(tmp_path / "out/dropped.jsonl")}
+    assert [i for i in range(100) if fates.get(i) != "in_evaluation"] == []
+    assert sum(fates.get(i) in ("in_evaluation", "near_evaluation") for i in range(100, 200)) <= 2
 
 
 def test_raw_questions_come_in_any_table_that_sets_come_in(tmp_path: Path) -> None:

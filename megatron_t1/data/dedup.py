@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 
 from datasketch import MinHash, MinHashLSH
 
@@ -80,6 +80,8 @@ _FORM = set(
 _ASKS_FORM = set(_LETTERS.findall("answer boxed carefully exercise problem question solution step steps 案步题"))
 """A sentence of `_FORM` without one of these ("As in the last line.") is left alone."""
 _NUM_PERM = 64
+_FEWEST = 10
+"""Questions of a file: fewer that begin alike may be one story's."""
 INDEX_WORDS = 8
 """Length of the n-grams that find candidates; shorter evaluation questions are only compared exactly."""
 
@@ -160,6 +162,21 @@ def ngrams(tokens: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
     return {tokens[i : i + n] for i in range(max(1, len(tokens) - n + 1))}
 
 
+def template_words(questions: Iterable[str]) -> tuple[int, int]:
+    """How many words of a prompt's template all of them begin and end with; 0 where they share few, or are few."""
+    every = [words(question) for question in questions]
+    begin = _alike(every)
+    end = _alike([tokens[begin:][::-1] for tokens in every])
+    is_template = len(every) >= _FEWEST and begin + end >= INDEX_WORDS and begin + end < min(map(len, every))
+    return (begin, end) if is_template else (0, 0)
+
+
+def _alike(every: list[tuple[str, ...]]) -> int:
+    """Words that all of them begin with."""
+    columns = takewhile(lambda column: len({*column}) == 1, zip(*every, strict=False))
+    return sum(1 for _ in columns)
+
+
 class EvaluationQuestions:
     """Finds evaluation questions inside other questions."""
 
@@ -170,8 +187,11 @@ class EvaluationQuestions:
         self._trigrams: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
         self._index: defaultdict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
 
-    def add(self, name: str, question: str) -> None:
+    def add(self, name: str, question: str, begin: int = 0, end: int = 0) -> None:
         """One more question; those of one row may share its name.
+
+        Args:
+            begin, end: words of a prompt's template around it, which other questions have too or have not.
 
         Raises:
             ValueError: a question without a word, which none could be compared with.
@@ -179,6 +199,8 @@ class EvaluationQuestions:
         tokens = words(question)
         if not tokens:
             raise ValueError(f"{name} holds no question: {question!r}")
+        self._names.setdefault(tokens, name)
+        tokens = tokens[begin : len(tokens) - end]
         self._names.setdefault(tokens, name)
         self._trigrams[tokens] = ngrams(tokens, 3)
         if len(tokens) >= INDEX_WORDS:

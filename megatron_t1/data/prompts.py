@@ -281,9 +281,9 @@ def _messages(row: dict[str, Any], system_prompt: str | None) -> list[Message]:
     well_formed = isinstance(messages, list) and all(
         isinstance(m, dict) and m.get("role") in _ROLES and isinstance(m.get("content"), str) for m in messages
     )
-    if not well_formed or messages[-1]["role"] != "user":
+    if not well_formed or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError(
-            f'"messages" must be a list of {{"role": one of {_ROLES}, "content": text}} that ends with the user'
+            f'"messages" must be a list of {{"role": one of {_ROLES}, "content": text}}, the last of the user'
         )
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]

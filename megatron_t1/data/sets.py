@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ T = TypeVar("T")
 _PROBLEM = ("problem", "Problem", "question", "Question")
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _LETTERS = "ABCDEFGHIJ"
+_MARKED = re.compile(r"(?:^|\s)####\s*(\S.*)$")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ def _find(name: str, named: _Named, sets_dir: Path | None) -> Path:
     if sets_dir is not None:
         if not sets_dir.is_dir():
             raise ValueError(f"evaluate.sets_dir = {sets_dir} must be a folder")
-        files = sorted(path for path in sets_dir.absolute().rglob("*") if path.suffix in _SUFFIXES)
+        files = [path for path in sets_dir.absolute().rglob("*") if path.suffix in _SUFFIXES]
+        files.sort(key=lambda path: (len(path.parts), path))  # a copy in a folder of old ones comes last
         on_hub = Path(named.file).parts
         for stem in named.local:  # a file of that name, or the hub's files in a folder of that name
             for path in files:
@@ -270,8 +274,8 @@ def _question(
     elif options := _first(row, "choices", "options"):
         choices = _options(options)
         mode, gold = "mc", _letter(answer, choices)
-    elif "#### " in gold:
-        gold = gold.rsplit("#### ", 1)[1].replace(",", "")
+    elif marked := _MARKED.search(gold):
+        gold = _THOUSANDS.sub("", marked[1])
     if choices:
         problem += "\n\n" + "\n".join(f"({letter}) {text}" for letter, text in zip(_LETTERS, choices, strict=False))
     if mode == "mc" and instruction == INSTRUCTION:

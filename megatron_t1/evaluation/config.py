@@ -11,7 +11,7 @@ from megatron_t1.fields import FieldError, at_least
 from megatron_t1.rollout.config import EndpointConfig, SamplingConfig
 
 NUM_SAMPLES = {"aime2024": 32, "aime2025": 32}
-"""As the paper measures the former."""
+"""As the paper measures the former, where nothing else is said of the set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class EvaluateConfig:
     sets_dir: str | None = None
     """Folder with local copies of the named sets; what it lacks is fetched from the Hugging Face hub."""
     num_samples: dict[str, int] = field(default_factory=lambda: dict(NUM_SAMPLES))
-    """Samples a question for single sets, in place of sampling.num_samples."""
+    """Samples a question for single sets, in place of sampling.num_samples; aime2024 has 32 unless it is named."""
     sampling_by_set: dict[str, SetSampling] = field(default_factory=dict)
     """Other fields of `sampling` for single sets: {aime2024: {temperature: 0.6, top_p: 0.95}} beside a greedy one."""
     instruction: str = INSTRUCTION
@@ -74,7 +74,7 @@ class EvaluateConfig:
 
     def sampling_of(self, name: str) -> SamplingConfig:
         """The sampling of one set."""
-        own: dict[str, Any] = {"num_samples": self.num_samples.get(name, self.sampling.num_samples)}
+        own: dict[str, Any] = {"num_samples": _num_samples(self, name)}
         return replace(self.sampling, **own, **self.given_for(name))
 
     def given_for(self, name: str) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class ScalingConfig:
     answer_model: str | None = None
     """Hugging Face folder of another model that gives the forced answers; null: the model that thought."""
     num_samples: dict[str, int] = field(default_factory=lambda: dict(NUM_SAMPLES))
-    """Thinkings a question for single sets, in place of sampling.num_samples."""
+    """Thinkings a question for single sets, in place of sampling.num_samples; aime2024 has 32 unless it is named."""
     summary: bool = False
     """Let a model also write the answer from the question and the cut thinking, as T1's paper does: a second curve. It
     is the one that gives the forced answers, or summary_endpoint."""
@@ -138,4 +138,8 @@ class ScalingConfig:
 
     def sampling_of_set(self) -> SamplingConfig:
         """The sampling of the thinkings."""
-        return replace(self.sampling, num_samples=self.num_samples.get(set_name(self.set), self.sampling.num_samples))
+        return replace(self.sampling, num_samples=_num_samples(self, set_name(self.set)))
+
+
+def _num_samples(cfg: EvaluateConfig | ScalingConfig, name: str) -> int:
+    return (NUM_SAMPLES | cfg.num_samples).get(name, cfg.sampling.num_samples)

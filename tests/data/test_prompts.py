@@ -105,6 +105,7 @@ def test_sft_examples_end_with_the_end_token(tmp_path: Path, template: Template)
         ({"id": "a", "prompt": "q", "answer": "1", "choices": "AB"}, '"choices" must'),
         ({"id": "a", "messages": [{"role": "robot", "content": "q"}], "answer": "1"}, '"messages" must'),
         ({"id": "a", "messages": [{"role": "assistant", "content": "q"}], "answer": "1"}, '"messages" must'),
+        ({"id": "a", "messages": [{"role": "user", "content": " \n"}], "answer": "1"}, "the last of the user"),
         ({"id": "a", "prompt": "\ud800", "answer": "1"}, "half of a surrogate pair"),
         ("[" * 100_000, "nested too deeply"),
         (GOOD, "already used in line 1"),

@@ -250,6 +250,32 @@ def test_options_of_which_none_is_named_are_refused_by_line(tmp_path: Path, row:
         load_set(str(path))
 
 
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("5*3=15\n#### 1,234,567.5", "1234567.5"),
+        ("5*3=15\n####18", "18"),
+        ("so ####  -7 ", "-7"),
+        ("#### (1,200)", "(1200)"),
+        ("#### 1,2,3", "1,2,3"),
+        ("#### (1,2)", "(1,2)"),
+        ("#### 3\nor so #### 4", "4"),
+        ("a####b", "a####b"),
+    ],
+)
+def test_what_stands_behind_the_mark_is_the_answer(tmp_path: Path, answer: str, gold: str) -> None:
+    path = write(tmp_path / "marked.jsonl", {"question": "q", "answer": answer})
+    assert load_set(str(path))[0].gold == gold
+
+
+def test_a_copy_in_a_deeper_folder_is_not_taken_for_the_set(tmp_path: Path) -> None:
+    rows = [{"problem": f"{i}?", "answer": str(i)} for i in range(30)]
+    for folder in ("", "a_backup", "a_backup/older"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write(tmp_path / folder / "aime2024.jsonl", *({**row, "id": f"{folder}-{row['answer']}"} for row in rows))
+    assert load_set("aime2024", sets_dir=tmp_path)[0].id == "-0"
+
+
 def test_json_lines_under_the_name_of_json_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "lines.json", {"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2"})
     assert [question.gold for question in load_set(str(path))] == ["1", "2"]

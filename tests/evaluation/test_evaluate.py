@@ -321,6 +321,15 @@ def test_stored_responses_with_odd_fields_are_named_by_line(
         StoredSampler(path, scorer)
 
 
+def test_a_number_of_samples_for_one_set_leaves_that_of_another() -> None:
+    """AIME is averaged over 32 samples unless it is named itself."""
+    assert EvaluateConfig(num_samples={"gpqa": 8}).sampling_of("aime2024").num_samples == 32
+    assert EvaluateConfig(num_samples={"gpqa": 8}).sampling_of("gpqa").num_samples == 8
+    assert EvaluateConfig(num_samples={"gpqa": 8}).sampling_of("math500").num_samples == 1
+    assert EvaluateConfig(num_samples={"aime2024": 4}).sampling_of("aime2024").num_samples == 4
+    assert ScalingConfig(set="sets/aime2024.jsonl", num_samples={"math500": 2}).sampling_of_set().num_samples == 32
+
+
 def test_greedy_and_sampled_sets_are_one_command() -> None:
     greedy = SamplingConfig(temperature=0, num_samples=1)
     with pytest.raises(FieldError, match=r"sampling_by_set = \{\} leaves aime2024 with num_samples = 32 must be 1"):
