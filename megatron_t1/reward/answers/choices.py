@@ -28,7 +28,8 @@ _DENIED = re.compile(
     r"(?:be\b|is\b|the\b|option\b|choice\b|answer\b|\s)*\(?[A-J]\b\)?"
     r"(?:\s*(?:,|\bor\b|\bnor\b|\band\b|或|和)\s*\(?[A-J]\b\)?)*"
     r"|\(?\b[A-J]\)?(?:\s*(?:,|\band\b)\s*\(?[A-J]\b\)?){0,9}\s+"
-    r"(?:is|are|was|were|can|could)(?:\s+be)?\s*(?:not\b|n't\b|never\b|wrong\b|incorrect\b|false\b|invalid\b)[^.;,。]*"
+    r"(?:is|are|was|were|can|could)(?:\s+be)?\s*(?:not\b|n't\b|never\b|wrong\b|incorrect\b|false\b|invalid\b"
+    r"|(?:ruled )?out\b|eliminated\b|excluded\b|impossible\b|too (?:large|small|big)\b)[^.;,。]*"
 )
 """Letters that a text rules out, to be read without them."""
 _NEGATED = re.compile(
@@ -48,6 +49,8 @@ def _is_hedged(chosen: str, rest: str) -> bool:
     other = next((m for m in _LONE_LETTER.finditer(rest) if m[1] != chosen), None)
     if other is None:
         return False
+    if re.match(r"\W*(?:only )?(?:if|unless|provided|assuming)\b", rest):
+        return True
     between, behind = rest[: other.start()], rest[other.end() :]
     words = re.findall(r"[^\W\d_]+", between.casefold())
     if words:

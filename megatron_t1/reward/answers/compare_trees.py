@@ -169,7 +169,7 @@ def _counts_turns(tree: Any, letter: Any) -> bool:
     return sympy.pi in tree.atoms()
 
 
-def same_but_for_constant(a: Any, b: Any, meter: Meter) -> bool:
+def are_one_family(a: Any, b: Any, meter: Meter) -> bool:
     """Whether two functions are one family, C e^x and A e^x: each with one constant of its own.
 
     Raises:

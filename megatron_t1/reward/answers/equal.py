@@ -14,13 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_t1.reward.answers.compare_trees import (
-    decimal_value,
-    is_open,
-    same_but_for_constant,
-    same_relation,
-    solves,
-)
+from megatron_t1.reward.answers.compare_trees import are_one_family, decimal_value, is_open, same_relation, solves
 from megatron_t1.reward.answers.kinds import (
     Answer,
     Approximation,
@@ -191,7 +185,8 @@ class Comparison(Leaves):
             case (_, Set()):
                 return self.in_order(g_items, a_items)
         # "15 39/40, or 639/40": several spellings of the one gold
-        return isinstance(answer, List) and all(self.equal(gold, item) for item in answer.items)
+        items = answer.items if isinstance(answer, List) else ()
+        return bool(items) and not labels(items) and all(self.equal(gold, item) for item in items)
 
     def labelled_equal(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         """Items in any order, each with its own name or noun; where only the gold names them, in its order."""
@@ -260,12 +255,10 @@ class Comparison(Leaves):
                     g_value, a_value = gold.value_of_x or g_value, answer.value_of_x or a_value
                 if names_clash(gold, answer):
                     return False
-                return self.equal(g_value, a_value) or (
-                    _FUNCTION.fullmatch(compact(gold.name)) is not None
-                    and isinstance(g_value, Expression)
-                    and isinstance(a_value, Expression)
-                    and same_but_for_constant(g_value.tree, a_value.tree, self.meter)
-                )
+                if self.equal(g_value, a_value):
+                    return True
+                functions = _FUNCTION.fullmatch(compact(gold.name)) and {type(g_value), type(a_value)} == {Expression}
+                return bool(functions) and are_one_family(g_value.tree, a_value.tree, self.meter)
             case Relation(value=Answer() as g_value), _ if not isinstance(answer, Relation):
                 return self.equal(g_value, answer)
             case Relation(sides=(*_, g_value)), _ if not isinstance(answer, Relation) and _is_computed(gold):

@@ -34,7 +34,7 @@ _ANCHOR = re.compile(
     r"|####\s*(?=\S[^\n]{0,60}\s*\Z)",
     re.I | re.M,
 )
-_COPULA = re.compile(r"\b(?:is|are|equals|be)\b|[是为=]")
+_COPULA = re.compile(r"\b(?:is|are|equals|be)\b|(?<![不非])[是为]|=")
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 _QUOTED = re.compile(rf"{FORMULA.pattern}|\"([^\"\n]+)\"", re.S)
 _GOES_ON = re.compile(
