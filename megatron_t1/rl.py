@@ -152,6 +152,7 @@ class Trainer:
 
         Raises:
             MismatchError: a server answers with other logprobs than the trainer's.
+            ValueError: a server takes fewer tokens than the run may ask of it.
         """
         if self.rank0:  # those that sleep were awaited before any rank took memory; who is missing is let in later
             self.rank0.servers.wait_ready(minimum=1 if self.cfg.rollout.sleep else None)
@@ -160,6 +161,7 @@ class Trainer:
         self.sync.push(version=self.steps_done)
         self.turns.to_servers()
         if self.rank0:
+            self.rank0.client.check_room(self.prompts, self.cfg.sampling)
             self.rank0.client.check_logprob_contract(self.prompts[0].token_ids.tolist())
         bound = max_logprob_diff(self.cfg)
         if math.isinf(bound):

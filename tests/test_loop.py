@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -214,6 +215,22 @@ def test_servers_that_compute_another_function_end_the_run_before_a_step(
     assert done.returncode == 1, done.stderr[-3000:]
     assert "step 1, which is dropped: the mean |trainer - servers|" in done.stderr
     assert not list((tmp_path / "rl/checkpoints").glob("*"))
+    assert not rows(tmp_path / "rl/metrics.jsonl")
+
+
+def test_servers_that_are_too_short_for_one_prompt_end_the_run_before_a_step(t1, fork_servers, data, tmp_path):
+    """They have another rollout.max_model_len than this run. vLLM would cut the responses to it, which is of step 2."""
+    prompts = rows(data / "rl.jsonl")[:8]
+    seed = Config().seed
+    last = np.random.default_rng((seed, 0)).permutation(8)[-1]
+    prompts[last]["prompt"] += " + 0" * 50
+    (tmp_path / "rl.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    short = RolloutConfig(device="cpu", dtype="float32", max_model_len=128)
+    with fork_servers(short, data / "model", tmp_path / "serve") as servers:
+        given = {"rollout.urls": json.dumps([servers.all[0].url]), "rollout.key_file": tmp_path / "serve" / KEY_FILE}
+        given |= {"data.train": tmp_path / "rl.jsonl", "rl.steps": 2, "seed": seed}
+        output = t1("rl", *options(data, tmp_path, **given), expect=1)
+    assert "exceed the servers' max_model_len = 128: raise rollout.max_model_len" in output
     assert not rows(tmp_path / "rl/metrics.jsonl")
 
 

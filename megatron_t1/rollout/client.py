@@ -115,6 +115,11 @@ class RolloutClient:
         requests = self._requests(_labelled(prompts), sampling, counts, seeds)
         self._run(self._ask_all(requests, prompts, score, None, on_done))
 
+    def check_room(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        """Raises ValueError when a server takes fewer tokens than one of the prompts with its response may have."""
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        self._requests(_labelled([longest]), sampling, [1], [0])
+
     def check_logprob_contract(self, token_ids: Sequence[int] = (0, 1, 2)) -> None:
         """Raises ServerError when a server returns logprobs from before the temperature.
 
@@ -137,7 +142,8 @@ class RolloutClient:
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(self._close_sessions(), self._loop).result()
+        for session in list(self._sessions.values()):
+            asyncio.run_coroutine_threadsafe(session.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -362,10 +368,6 @@ class RolloutClient:
         if await asyncio.to_thread(server.hangs, deadline_s):
             server.unusable = f"/health did not answer within rollout.health_timeout_s = {deadline_s:g} s"
             await self._sessions[server.url].close()
-
-    async def _close_sessions(self) -> None:
-        for session in self._sessions.values():
-            await session.close()
 
 
 class NoServerLeftError(ServerError):
