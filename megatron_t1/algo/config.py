@@ -69,7 +69,7 @@ class LossConfig:
         known(self, "token_loss", TOKEN_LOSSES, self.token_loss, also=["t1"])  # those of torch stay unread here
         known(self, "advantage", ADVANTAGES, self.advantage, also=["leave_one_out", "grpo"])
         for name in ("entropy_coef", "kl_coef"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise FieldError(name, getattr(self, name), "must be 0 or more; 0 switches the term off")
         literals = {"kl_estimator": KlEstimator, "kl_baseline": KlBaseline, "importance": Importance, "mask": Mask}
         for name, choices in literals.items():

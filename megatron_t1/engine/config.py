@@ -40,6 +40,26 @@ TRANSFORMER_FIELDS = (
 how it is laid out; config.json, `parallel` and T1's loss decide those."""
 
 
+_READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(
+        ("recompute_method", "recompute_num_layers", "distribute_saved_activations"),
+        ("recompute_granularity", ("full",)),
+    ),
+    "recompute_modules": ("recompute_granularity", ("selective",)),
+    **dict.fromkeys(
+        (f"cpu_offloading_{what}" for what in ("num_layers", "activations", "weights", "double_buffering")),
+        ("cpu_offloading", (True,)),
+    ),
+    **dict.fromkeys(("offload_modules", "min_offloaded_tensor_size"), ("fine_grained_activation_offloading", (True,))),
+    **dict.fromkeys(
+        ("fp8_recipe", "fp8_dot_product_attention", "fp8_multi_head_attention", "first_last_layers_bf16"),
+        ("fp8", ("e4m3", "hybrid")),
+    ),
+    **dict.fromkeys(("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"), ("first_last_layers_bf16", (True,))),
+}
+"""Field -> another one and its values, without which Megatron passes it by and says nothing."""
+
+
 def fp8_multiple(transformer: Mapping[str, Any]) -> int:
     """What FP8 asks of a matrix's dimensions, with these fields of Megatron's config; 1 without FP8."""
     return FP8_MULTIPLES[transformer.get("fp8_recipe", "tensorwise")] if transformer.get("fp8") else 1
@@ -83,10 +103,10 @@ class ModelConfig:
             )
         if (fp8 := self.transformer.get("fp8")) not in (None, False, "e4m3", "hybrid"):
             raise FieldError("transformer.fp8", fp8, "must be e4m3, or hybrid (gradients in e5m2); null: no FP8")
-        if "fp8_recipe" in self.transformer and not fp8:
-            raise FieldError(
-                "transformer.fp8_recipe", self.transformer["fp8_recipe"], "is not read without fp8: e4m3 or hybrid"
-            )
+        for name, (other, values) in _READ_WITH.items():
+            if (given := self.transformer.get(name)) and self.transformer.get(other) not in values:
+                needed = " or ".join(map(str, values))
+                raise FieldError(f"transformer.{name}", given, f"is not read without {other}: {needed}")
         if (recipe := self.transformer.get("fp8_recipe", "tensorwise")) not in FP8_MULTIPLES:
             raise FieldError(
                 "transformer.fp8_recipe",
@@ -234,7 +254,7 @@ class OptimConfig:
     adam_eps: float = 1e-8
     """Added to the root of that mean; without it a weight that no token has reached yet would become 0 / 0."""
     weight_decay: float = 0.0
-    """Share of each weight that a step takes off, times the learning rate."""
+    """Share of each matrix that a step takes off, times the learning rate; norms and biases are spared."""
     clip_grad: float = 1.0
     """Global gradient norm limit; 0 turns clipping off."""
 

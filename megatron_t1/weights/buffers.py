@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from mmap import MADV_DONTFORK, MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 import torch
@@ -19,7 +20,8 @@ def mapped(num_bytes: int, *, in_forks: bool = True) -> torch.Tensor:
     `in_forks`: a fork of this process sees it too.
     """
     memory = mmap(-1, num_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-    memory.madvise(MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel built without huge pages refuses the advice
+        memory.madvise(MADV_HUGEPAGE)
     if not in_forks:
         memory.madvise(MADV_DONTFORK)
     return torch.frombuffer(memory, dtype=torch.uint8)

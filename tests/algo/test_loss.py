@@ -122,6 +122,8 @@ def test_full_kl_needs_the_heads_kl():
     ("given", "name"),
     [
         ({"entropy_coef": -1.0}, "entropy_coef"),
+        ({"entropy_coef": float("nan")}, "entropy_coef = nan must be 0 or more"),
+        ({"kl_coef": float("inf")}, "kl_coef = inf must be 0 or more"),
         ({"importance": "tis"}, "importance"),
         ({"importance": "token", "ratio_min": 1.5}, "ratio_min"),
         ({"importance": "token", "ratio_max": 0.5}, "ratio_max"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,30 @@ def test_the_attention_of_a_config_file_is_the_one_that_megatron_takes(tiny_dir:
 def test_a_recipe_without_fp8_is_refused() -> None:
     with pytest.raises(FieldError, match="fp8_recipe = 'blockwise' is not read without fp8"):
         ModelConfig(transformer={"fp8_recipe": "blockwise"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"recompute_method": "uniform"}, "recompute_granularity: full"),
+        ({"recompute_num_layers": 1}, "recompute_granularity: full"),
+        ({"recompute_granularity": "selective", "recompute_method": "block"}, "recompute_granularity: full"),
+        ({"recompute_granularity": "full", "recompute_modules": ["mlp"]}, "recompute_granularity: selective"),
+        ({"cpu_offloading_num_layers": 2}, "cpu_offloading: True"),
+        ({"offload_modules": ["core_attn"]}, "fine_grained_activation_offloading: True"),
+        ({"fp8_dot_product_attention": True}, "fp8: e4m3 or hybrid"),
+        ({"fp8": "hybrid", "num_layers_at_end_in_bf16": 2}, "first_last_layers_bf16: True"),
+    ],
+)
+def test_a_field_that_megatron_would_pass_by_is_refused(fields: dict[str, Any], said: str) -> None:
+    """The run would go on without: with all activations kept, say, until a long sample ends it."""
+    with pytest.raises(FieldError, match=rf"transformer\.\w+ = .* is not read without {said}"):
+        ModelConfig(transformer=fields)
+    (name, value), *_ = reversed(fields.items())
+    assert name in TRANSFORMER_FIELDS
+    ModelConfig(transformer={**fields, name: None})
+    # Megatron itself takes it and says nothing.
+    TransformerConfig(num_layers=4, hidden_size=8, num_attention_heads=2, **{name: value})
 
 
 @pytest.mark.parametrize("fp8", [None, "hybrid"])
