@@ -87,6 +87,27 @@ SECRET = {  # its source, its inputs and its outputs, large enough to lie on the
 }
 
 
+SUMS = json.dumps({"inputs": ["2\n1 2\n40 1\n", "1\n-1 1", "0\n"], "outputs": ["3\n41\n", "0\n", ""]})
+_EACH = "for _ in range(int(input())):\n    print(sum(map(int, input().split())))"
+SCRIPTS = {
+    "script": (_EACH, "3 of 3 tests pass"),
+    "script with a guard": (f"def main():\n    {_EACH.replace(chr(10), chr(10) + '    ')}\n"
+                            "if __name__ == '__main__':\n    main()", "3 of 3 tests pass"),
+    "script on bytes": ("import sys\nit = iter(sys.stdin.buffer.read().split())\n"
+                        "for _ in range(int(next(it))):\n"
+                        "    sys.stdout.buffer.write(b'%d ' % (int(next(it)) + int(next(it))))", "3 of 3 tests pass"),
+    "script that exits": (f"import sys\n{_EACH}\nprint('', end='\\n')\nsys.exit()\nprint(1)", "3 of 3 tests pass"),
+    "script with a counter": (f"import math\nmath.n = getattr(math, 'n', 0) + 1\nn = 7\n{_EACH}\nn += 1\n"
+                              "if n != 8: print(n)", "3 of 3 tests pass"),
+    "script that fails": (f"{_EACH}\nexit(3)", "SystemExit: 3"),
+    "script that wants more": ("print(sum(map(int, input().split())))\ninput()\ninput()\ninput()", "EOFError"),
+    "script that prints another sum": ("print(3, 41)", "1 of 3 tests pass"),
+    "script that forks": ("import os\nos.fork()", "PermissionError"),
+    "script that floods": ("while True: print('x' * 10**6)", "MemoryError"),
+    "script without end": ("while True: pass", "out of CPU time"),
+}  # fmt: skip
+
+
 def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], installed: Path, tmp_path: Path) -> None:
     """And a program of a model can do nothing but compute; one after it, in the same grader, is not harmed."""
     good = program("import heapq, random\nprint('noise')\ndef add(a, b):\n    return heapq.nsmallest(1, [a + b])[0]")
@@ -99,6 +120,8 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
         *({"id": name, "gold": NEED, "prediction": program(body), "mode": "unit_tests"}
           for name, (body, _) in HOSTILE.items()),
         {"id": "still good", "gold": NEED, "prediction": good, "mode": "unit_tests"},
+        *({"id": name, "gold": SUMS, "prediction": program(body), "mode": "stdin_tests"}
+          for name, (body, _) in SCRIPTS.items()),
         {"id": "broken gold", "gold": "?", "prediction": good, "mode": "unit_tests"},
         {"id": "no outcome", "gold": "right", "prediction": "x", "mode": "as_told"},
         {"id": "no text", "gold": "list", "prediction": "x", "mode": "as_told"},
@@ -117,8 +140,13 @@ def test_its_penalty_and_its_answer_modes_grade(extended: Callable[..., str], in
              "--reward.num_workers", 1)  # fmt: skip
     graded = {row["id"]: row for row in map(json.loads, out.open())}
     assert graded["sorry"]["penalties"] == {"apology": "it apologizes"}
-    assert {name for name, row in graded.items() if row["correct"]} == {"sorry", "last", "good", "secret", "still good"}
-    assert graded["half"]["reason"] == "1 of 2 calls return what they must"
+    assert {name for name, row in graded.items() if row["correct"]} == {
+        *("sorry", "last", "good", "secret", "still good"),
+        *(name for name, (_, ending) in SCRIPTS.items() if ending.startswith("3 of 3")),
+    }
+    assert graded["half"]["reason"] == "1 of 2 tests pass"
+    for name, (_, ending) in SCRIPTS.items():
+        assert graded[name]["reason"].startswith(ending), graded[name]
     for name, (_, reason) in HOSTILE.items():
         assert reason in graded[name]["reason"], name
     assert (graded["three quarters"]["reward"], graded["three quarters"]["outcome"]) == (0.75, "wrong")

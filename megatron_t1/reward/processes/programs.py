@@ -39,6 +39,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal, NoReturn
 
 from megatron_t1.fields import above, at_least, within
@@ -76,7 +77,7 @@ class Ran:
     ending: Literal["done", "error", "limit"]
     """`error`: it raised, or its outputs are no JSON; `limit`: its process was ended, mostly for want of time."""
     outputs: list[Any]
-    """Of each call, as JSON has it: tuples are lists. Empty but for `done`."""
+    """Of each call, as JSON has it (tuples are lists), or of each run. Empty but for `done`."""
     reason: str
     """One line for a person."""
 
@@ -113,10 +114,22 @@ class Programs:
         Raises:
             RuntimeError: this process is no grader.
         """
+        return self._run({"source": source, "function": function, "calls": calls})
+
+    def run_main(self, source: str, inputs: Sequence[str]) -> Ran:
+        """Execute `source` as a script once for each text on its standard input; the outputs are what it prints. In a
+        grader only. All runs have one process, whose files are sys.stdin, sys.stdout and sys.stderr alone.
+
+        Raises:
+            RuntimeError: this process is no grader.
+        """
+        return self._run({"source": source, "function": None, "calls": inputs})
+
+    def _run(self, program: dict[str, Any]) -> Ran:
         if _runner is None:
             raise RuntimeError("programs run in grader processes only: call this from a verifier")
         limits = {"cpu_s": self.cpu_s, "memory_bytes": self.memory_mb << 20}
-        _runner.sendall(encode({"source": source, "function": function, "calls": calls, **limits}))
+        _runner.sendall(encode(program | limits))
         frames, replies = Frames(), list[Any]()
         try:
             while not replies:
@@ -124,7 +137,7 @@ class Programs:
         except (EOFError, OSError):
             os._exit(1)  # a grader without its runner is of no use: another one takes its tasks
         output, status = replies[0]
-        return _read(output, status, len(calls))
+        return _read(output, status, len(program["calls"]))
 
 
 def _read(output: str, status: int, num_calls: int) -> Ran:
@@ -235,16 +248,34 @@ def _be_the_program(request: dict[str, Any], writing: int, keeper: int) -> NoRet
         os._exit(1)
     os.write(writing, _CONFINED.encode())
     try:
-        namespace: dict[str, Any] = {"__name__": "program"}
-        exec(compile(request["source"], "program", "exec"), namespace)  # noqa: S102 - this process is made for it
-        function = namespace[request["function"]]
-        told = json.dumps({"outputs": [function(*call) for call in request["calls"]]})
+        code = compile(request["source"], "program", "exec")
+        if request["function"] is None:
+            outputs = [_printed(code, text) for text in request["calls"]]
+        else:
+            namespace: dict[str, Any] = {"__name__": "program"}
+            exec(code, namespace)  # noqa: S102 - this process is made for it
+            function = namespace[request["function"]]
+            outputs = [function(*call) for call in request["calls"]]
+        told = json.dumps({"outputs": outputs})
     except BaseException as error:
         told = json.dumps({"error": f"{type(error).__name__}: {error}"[:200]})
     data = told.encode()
     while data:
         data = data[os.write(writing, data) :]
     os._exit(0)
+
+
+def _printed(code: CodeType, text: str) -> str:
+    read, written = io.BytesIO(text.encode()), io.BytesIO()
+    sys.stdin = io.TextIOWrapper(read, encoding="utf-8")
+    sys.stdout = stdout = io.TextIOWrapper(written, encoding="utf-8")
+    try:
+        exec(code, {"__name__": "__main__"})  # noqa: S102 - as above
+    except SystemExit as end:
+        if end.code:
+            raise
+    stdout.flush()
+    return written.getvalue().decode(errors="replace")
 
 
 def _confine(libc: ctypes.CDLL) -> bool:
