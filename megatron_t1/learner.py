@@ -64,14 +64,14 @@ class Learner:
         """
         self.engine.check_tokens(prompt.token_ids for prompt in prompts)
         self.settings = _settings(self.cfg, prompts) if is_main() else {}
-        self.steps_done = checkpoint.resume(
+        path = checkpoint.to_resume(
             self.checkpoints,
-            self.engine,
-            self.anchor,
             allowed=self.cfg.resume,
             settings=self.settings,
             may_change=self.cfg.resume_with_changes,
         )
+        if path:
+            self.steps_done = int(checkpoint.load(path, self.engine, self.anchor)["step"])
 
     def learn(self, groups: list[Group]) -> dict[str, float]:
         """One optimizer step. Returns its metrics, the same on every rank. `follow` comes next.

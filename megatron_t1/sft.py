@@ -99,19 +99,18 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
         )
     total = _num_steps(cfg, examples)
     cfg.sft.optim.check_steps(total, "sft.optim")
+    cfg.parallel.check_fits(max(example.num_tokens for example in everything), cfg.model)
+    settings = _settings(cfg, examples) if is_main() else {}
+    found = checkpoint.to_resume(
+        folder / "checkpoints", allowed=cfg.resume, settings=settings, may_change=cfg.resume_with_changes
+    )
     engine = Engine(cfg.model, cfg.parallel, cfg.sft.optim, platform, total_steps=total, temperature=1.0)
     engine.check_tokens(ids for example in everything for ids in (example.prompt_ids, example.response_ids))
-    cfg.parallel.check_fits(max(example.num_tokens for example in everything), cfg.model)
-    engine.load_weights(Path(cfg.model.hf_path))
-    settings = _settings(cfg, examples) if is_main() else {}
-    done = checkpoint.resume(
-        folder / "checkpoints",
-        engine,
-        None,
-        allowed=cfg.resume,
-        settings=settings,
-        may_change=cfg.resume_with_changes,
-    )
+    if found:
+        done = int(checkpoint.load(found, engine, None)["step"])
+    else:
+        engine.load_weights(Path(cfg.model.hf_path))
+        done = 0
     if is_main():
         keep(cfg)
     watch = Stopwatch()

@@ -18,6 +18,7 @@ from megatron_t1 import learner, sft
 from megatron_t1.config import Config
 from megatron_t1.engine.config import ModelConfig, OptimConfig
 from megatron_t1.engine.resume_check import changes
+from megatron_t1.engine.writers import digest
 from megatron_t1.files import read_jsonl
 from megatron_t1.platform.detect import setup
 from megatron_t1.types import TrainSequence
@@ -57,6 +58,31 @@ def test_a_finished_one_is_compared_with_what_is_asked_for(alone: None, tiny_dir
     sft.check_finished(replace(other, resume_with_changes=True), examples)
     kept = json.loads((tmp_path / "sft/changes.jsonl").read_text())
     assert list(kept["changed"]) == ["sft.batch_size"]
+
+
+def test_a_run_that_may_not_go_on_is_refused_before_its_model_is_built(
+    alone: None, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(*_: object, **__: object) -> None:
+        raise AssertionError("minutes, for a large one")
+
+    monkeypatch.setattr(sft, "Engine", built)
+    examples = [sequence(2, 3), sequence(4)]
+    cfg = Config(run_dir=str(tmp_path), model=ModelConfig(hf_path=str(tiny_dir)))
+    cfg = replace(cfg, sft=replace(cfg.sft, batch_size=1))
+    newest = tmp_path / "sft/checkpoints/step_00000004"
+    newest.mkdir(parents=True)
+    (newest / "common.pt").write_bytes(b"numbers")
+    files = {"common.pt": digest(newest / "common.pt")}
+    state = {"step": 4, "settings": sft._settings(cfg, examples), "files": files}
+    (newest / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"step_00000004 is there already: give --resume"):
+        sft.train(cfg, setup(), examples)
+    resumed = replace(cfg, resume=True)
+    with pytest.raises(ValueError, match=r"was made with other settings: seed = 1 \(was 0\)"):
+        sft.train(replace(resumed, seed=1), setup(), examples)
+    with pytest.raises(AssertionError, match="minutes"):
+        sft.train(resumed, setup(), examples)
 
 
 @pytest.mark.parametrize(("schedule", "decides"), [("constant", False), ("linear", True), ("cosine", True)])

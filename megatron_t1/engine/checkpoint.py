@@ -45,7 +45,7 @@ logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
 
 def finished(folder: Path, until: float = math.inf) -> list[Path]:
     """The finished checkpoints in `folder`, oldest first, of at most `until` steps: of a run that is there, later ones
-    are damaged and were passed over by `resume`."""
+    are damaged and were passed over by `to_resume`."""
     found = sorted(path for path in folder.glob("step_*") if _STEP.match(path.name)) if folder.exists() else []
     return [path for path in found if step_of(path) <= until]
 
@@ -280,16 +280,10 @@ def _set_states_with_step(part: DistributedOptimizer, model_param: torch.Tensor,
     DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": state["step"]})
 
 
-def resume(
-    folder: Path,
-    engine: Engine,
-    anchor: Anchor | None,
-    *,
-    allowed: bool,
-    settings: dict[str, Any] | None = None,
-    may_change: bool = False,
-) -> int:
-    """Collective. Load the newest undamaged checkpoint in `folder`, if there is one; returns how many steps are done.
+def to_resume(folder: Path, *, allowed: bool, settings: dict[str, Any], may_change: bool) -> Path | None:
+    """Collective. The newest undamaged checkpoint in `folder`, which the run goes on from; None when there is none.
+
+    It needs no model: what is refused is refused before one is built.
 
     Args:
         settings: rank 0's, what decides the training (`resume_check.py`); `save` was given the same in its state.
@@ -301,14 +295,14 @@ def resume(
     """
     checkpoints = from_main(finished(folder) if is_main() else None)
     if not checkpoints:
-        return 0
+        return None
     if not allowed:
         raise ValueError(f"{checkpoints[-1]} is there already: give --resume to go on from it, or another run_dir")
     path = newest_whole(checkpoints)
     if path is None:
         raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")
-    check_made_with(path, settings or {}, may_change=may_change)
-    return int(load(path, engine, anchor)["step"])
+    check_made_with(path, settings, may_change=may_change)
+    return path
 
 
 def newest_whole(checkpoints: list[Path]) -> Path | None:

@@ -265,6 +265,9 @@ class OptimConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise FieldError(name, getattr(self, name), "must lie in [0, 1)")
+        if self.min_lr_ratio and self.schedule == "constant":
+            rule = "is not read with schedule = constant; choose cosine or linear, or leave it out"
+            raise FieldError("min_lr_ratio", self.min_lr_ratio, rule)
 
     def check_steps(self, total_steps: int, section: str = "optim") -> None:
         """Raises FieldError, by the section's name, when the warm-up leaves nothing of the steps for the schedule."""

@@ -45,3 +45,8 @@ def test_a_weight_that_no_token_reached_stays_a_number(eps: float, refused: bool
     weight.grad = torch.zeros(3)
     torch.optim.AdamW([weight], lr=1e-3, eps=OptimConfig(lr=1e-3, adam_eps=eps).adam_eps, weight_decay=0.0).step()
     assert weight.tolist() == [1, 1, 1]
+
+
+def test_where_a_schedule_ends_is_not_said_of_one_that_stays() -> None:
+    with pytest.raises(FieldError, match=r"min_lr_ratio = 0.1 is not read with schedule = constant"):
+        OptimConfig(lr=1e-3, min_lr_ratio=0.1)
