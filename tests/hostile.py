@@ -16,7 +16,7 @@ def good_reply(request: dict[str, Any]) -> dict[str, Any]:
         "choices": [
             {
                 "index": i,
-                "finish_reason": "length",
+                "finish_reason": "stop",
                 "token_ids": [7, 8],
                 "weight_versions": [{"version": "default", "start": 0, "end": 2}],
                 "logprobs": {

@@ -132,6 +132,8 @@ def _sample(
     count = len(token_ids)
     if not 0 < count <= request.sampling.max_new_tokens:
         raise ValueError(f"{count} tokens, not 1 to {request.sampling.max_new_tokens}")
+    if choice.finish_reason == "length" and count < request.sampling.max_new_tokens:
+        raise ValueError(f"cut after {count} of {request.sampling.max_new_tokens} tokens, by a shorter max_model_len")
     if token_ids.min() < 0 or token_ids.max() >= vocab_size:
         raise ValueError(f"a token id is outside the vocabulary of {vocab_size}")
     if [entry.token_id for entry in content] != choice.token_ids:

@@ -98,6 +98,13 @@ def test_an_error_in_scoring_is_raised_as_it_is(client: RolloutClient) -> None:
         client.generate([prompt(0)], SAMPLING, score, seed=1)
 
 
+def test_what_a_server_cuts_at_its_own_context_is_no_sample(client: RolloutClient, monkeypatch) -> None:
+    monkeypatch.setattr(client.servers.all[0], "max_model_len", 4096)  # as of one that came later, with less
+    sampling = dataclasses.replace(SAMPLING, num_samples=16, max_new_tokens=400)
+    with pytest.raises(ServerError, match="cut after 212 of 400 tokens, by a shorter max_model_len"):
+        client.generate([prompt(0, length=300)], sampling, seed=1)
+
+
 def test_greedy_continuations_are_those_of_transformers(client: RolloutClient, tiny_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32).eval()
     prefixes = [[5, 6, 7], [100, 101], [9] * 20]
@@ -191,6 +198,7 @@ def _set(path: list, value):
         (_set(["logprobs", "content", 0, "token_id"], 3), "of other tokens"),
         (_set(["logprobs"], None), "Expected `object`, got `null`.*logprobs"),
         (_set(["finish_reason"], "error"), "finish_reason"),
+        (_set(["finish_reason"], "length"), "cut after 2 of 12 tokens, by a shorter max_model_len"),
         (_set(["weight_versions"], []), "do not cover"),
         (_set(["weight_versions", 0, "end"], 1), "do not cover"),
         (_set(["weight_versions", 0, "version"], "7"), "version 7, it should hold what it started with"),
