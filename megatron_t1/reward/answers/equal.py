@@ -186,7 +186,8 @@ class Comparison(Leaves):
                 return self.in_order(g_items, a_items)
         # "15 39/40, or 639/40": several spellings of the one gold
         items = answer.items if isinstance(answer, List) else ()
-        return bool(items) and not labels(items) and all(self.equal(gold, item) for item in items)
+        named = labels(items) and not isinstance(gold, Relation)  # x = 5, y = 5
+        return bool(items) and not named and all(self.equal(gold, item) for item in items)
 
     def labelled_equal(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:
         """Items in any order, each with its own name or noun; where only the gold names them, in its order."""

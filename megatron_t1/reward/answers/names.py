@@ -39,6 +39,8 @@ _ALIASES = {
     "determinant": "det", "tr": "trace",
 }  # fmt: skip
 _LETTER = re.compile(r"(?:\\neg\s*)?[A-Za-z]")
+_SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|complement)")
+_IN_ANY_ORDER = re.compile(r"([A-Z])(\\c[ua]p )([A-Z])")
 _CAPITALS = re.compile(r"(?<![A-Z])[A-Z]{1,5}(?![A-Za-z(\[_])")
 _MARK = re.compile(r"'|\^\{-1\}")
 _POINTS = re.compile(r"(?:\\(angle|triangle|vec|overrightarrow|overline) ?)?[{|]?([A-Z]{1,4})[|}]?")
@@ -118,7 +120,7 @@ def names_clash(gold: Relation, answer: Relation) -> bool:
     pairs = itertools.product(all_names(gold), all_names(answer))
     if all(_two_clash(g, a) for g, a in pairs):
         return True
-    arguments = [compact(each.name).partition("(")[2].rstrip(")") for each in (gold, answer)]
+    arguments = [_spelled(each.name).partition("(")[2].rstrip(")") for each in (gold, answer)]
     is_open = arguments[0] != arguments[1] and all(arguments) and gold.value == gold.value_of_x
     return is_open and not all(argument in "nstuxyz" for argument in arguments)
 
@@ -126,12 +128,19 @@ def names_clash(gold: Relation, answer: Relation) -> bool:
 def all_names(relation: Relation) -> list[str]:
     """Of x = y = 5, x and y."""
     own = itertools.takewhile(is_name, (side.text for side in relation.sides[:-1]))
-    return [compact(name) for name in own] or [compact(relation.name)]
+    return [_spelled(name) for name in own] or [_spelled(relation.name)]
+
+
+def _spelled(name: str) -> str:
+    """Compact, with A before B in B \\cup A."""
+    return _IN_ANY_ORDER.sub(lambda m: f"{min(m[1], m[3])}{m[2]}{max(m[1], m[3])}", compact(name))
 
 
 def _two_clash(gold: str, answer: str) -> bool:
     if gold == answer:
         return False
+    if _SET_OPERATION.findall(gold) != _SET_OPERATION.findall(answer):
+        return True
     if all(re.fullmatch(SYMBOL, name) for name in (gold, answer)):
         return _symbols_clash(gold, answer)
     if gold[0] == answer[0] and _MARK.findall(gold) != _MARK.findall(answer):  # f and its inverse, f and f'

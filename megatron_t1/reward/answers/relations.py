@@ -28,6 +28,7 @@ MIRRORED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 """Operators between exchanged sides."""
 SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\\?[A-Za-z0-9]+))"
 SYMBOL = rf"(?:\\Delta\s*)?(?:[A-Za-z]|\\(?:{'|'.join(GREEK)}|ell)(?![a-zA-Z])\s*){SUBSCRIPT}?'*"
+_ONE_SET = rf"\(?\s*(?:(?:\\complement|C)\s*{SUBSCRIPT}\s*)?[A-Z]\s*\)?"
 _NAME = re.compile(
     rf"{SYMBOL}\s*(?:\(\s*{SYMBOL}(?:\s*,\s*{SYMBOL})*\s*\))?"  # x, a_1, f(x)
     rf"|{SYMBOL}\s*\^\{{-1\}}\s*\(\s*{SYMBOL}\s*\)"  # f^{-1}(x)
@@ -36,6 +37,7 @@ _NAME = re.compile(
     rf"|\|\s*\{{?[A-Z]{{1,3}}\}}?\s*\||[A-Za-z]+{SUBSCRIPT}?(?:\s*:\s*[A-Za-z]+{SUBSCRIPT}?)+"  # |AB|, A:B
     r"|(?:[A-Z]|\\Pr|\\mathbb\{[EP]\})\s*[(\[](?=[^()\[\]]*[A-Za-z])[^()\[\]]+[)\]]"  # P(X = 2)
     r"|(?:\\text\{[^{}0-9]*\}|\\det|\\max|\\min)\s*(?:[A-Za-z]|\((?=[^()]*[A-Za-z])[^()]*\))?"  # words, rank(A)
+    rf"|{_ONE_SET}(?:\s*\\(?:cup|cap|setminus)\s*{_ONE_SET})+|(?:\\complement|C)\s*{SUBSCRIPT}\s*[A-Z]"  # A \cap B
     r"|[A-Z]\^\{(?:-1|T)\}|[A-Z]?[a-z]{3,}(?:\s+[a-z]+)*|[\u4e00-\u9fff]{1,12}"
 )
 _BARS = re.compile(r"\|\s*([a-z])\s*([+-]\s*[\d./]+)?\s*\|")

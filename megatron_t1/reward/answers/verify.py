@@ -110,7 +110,11 @@ def verify_fully(
 def _names_option(gold: str, answer: str) -> bool:
     """(A) 12, where the gold is the letter alone."""
     named = re.match(r"\W*(?:\\text\w*\s*\{)?[\s(]*[A-J]\s*[.):]|.*\b(?:option|choice)\b", answer, re.I)
-    return named is not None and letters.gold_letter(gold, ()) in letters.chosen_letter(answer)[:1] != (None,)
+    return (
+        named is not None
+        and "=" not in gold
+        and letters.gold_letter(gold, ()) in letters.chosen_letter(answer)[:1] != (None,)
+    )
 
 
 def _for_question(equality: EqualityConfig, question: str) -> EqualityConfig:
