@@ -67,7 +67,7 @@ def check(cfg: Config, command: str, machines: Machines, found: Findings, *, sug
     if trains:
         _layout(cfg, spec, command, machines, found)
     if samples:
-        _sampling(cfg, spec, command, found)
+        _sampling(cfg, spec, command, machines, found)
     longest: dict[str, int] = {}
     if template:
         longest, measured = _data(cfg, command, files, template, found)
@@ -197,13 +197,18 @@ def _megatron(cfg: Config, spec: ModelSpec, found: Findings) -> None:
             found.problems.append(f"model.transformer.{name} = {given[name]!r} is nothing that Megatron takes: {error}")
 
 
-def _sampling(cfg: Config, spec: ModelSpec, command: str, found: Findings) -> None:
+def _sampling(cfg: Config, spec: ModelSpec, command: str, machines: Machines, found: Findings) -> None:
     rollout, sampling = cfg.rollout, cfg.sampling
     heads, groups = spec.transformer["num_attention_heads"], spec.transformer["num_query_groups"]
     found.must(heads % rollout.tp == 0, f"rollout.tp = {rollout.tp} does not divide the {heads} attention heads")
     found.must(
         groups % rollout.tp == 0 or rollout.tp % groups == 0,
         f"rollout.tp = {rollout.tp} and {groups} key-value heads: one must divide the other",
+    )
+    there = machines.gpus_of_servers(command)
+    found.must(
+        rollout.tp <= there or not there or bool(rollout.urls or rollout.await_servers),
+        f"rollout.tp = {rollout.tp} is more than the {there} GPUs that each node has for vLLM: lower it or give more",
     )
     mode = rollout.vllm_args.get("logprobs-mode", rollout.vllm_args.get("logprobs_mode", "processed_logprobs"))
     found.must(

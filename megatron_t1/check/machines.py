@@ -37,9 +37,9 @@ class Machines:
     def __post_init__(self) -> None:
         if self.gpu not in estimate.GPUS:
             raise ValueError(f"gpu = {self.gpu!r}: known are {', '.join(estimate.GPUS)}")
-        for name in ("nodes", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in ("nodes", "gpus_per_node", "ranks_per_node"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"{name} = {given} must be at least 1")
         if not 0 <= self.vllm_nodes < self.nodes:
             raise ValueError(
                 f"vllm_nodes = {self.vllm_nodes} must leave one of the {self.nodes} nodes to train: lower it "
@@ -79,9 +79,13 @@ class Machines:
         each = self.ranks_per_node or self.gpus_per_node - (self.vllm_gpus_of_node if self.splits_nodes(command) else 0)
         return self.trainer_nodes(command) * each
 
+    def gpus_of_servers(self, command: str) -> int:
+        """Of a node that serves."""
+        alone = self.vllm_nodes or command not in ("rl", "run")
+        return self.gpus_per_node if alone else self.vllm_gpus_of_node
+
     def servers(self, tp: int) -> int:
-        on, each = (self.vllm_nodes, self.gpus_per_node) if self.vllm_nodes else (self.nodes, self.vllm_gpus_of_node)
-        return max(1, on * (each // tp))
+        return max(1, (self.vllm_nodes or self.nodes) * (self.gpus_of_servers("rl") // tp))
 
 
 def kv_copies(spec: ModelSpec, tp: int) -> int:

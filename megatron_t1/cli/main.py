@@ -199,7 +199,7 @@ def _replay(arguments: list[str]) -> int:
     asked, rest = parser.parse_known_args(arguments)
     kept = asked.run_dir / "config.yaml"
     if not kept.is_file():
-        raise ValueError(f"{kept} is not there: give the folder of a run whose RL has begun")
+        raise ValueError(f"{kept} is not there: give the folder of a run whose RL has begun, before all options")
     if asked.step < 1:
         raise ValueError(f"--step = {asked.step}: steps are counted from 1")
     cfg = options.read(Config, ["--config", str(kept), *rest, "--run_dir", str(asked.run_dir)])

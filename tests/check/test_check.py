@@ -206,6 +206,22 @@ def test_more_ranks_than_gpus_are_told(task: Path) -> None:
         assert fits == (not any("trainer processes on a node and" in problem for problem in found.problems)), machines
 
 
+def test_servers_that_no_node_has_the_gpus_for_are_told(task: Path) -> None:
+    for machines, command, problem in (
+        (Machines(nodes=2, vllm_nodes=1), "rl", False),
+        (Machines(nodes=2, vllm_nodes=1, gpus_per_node=2), "rl", True),
+        (Machines(nodes=2, gpus_per_node=4), "rl", True),
+        (Machines(nodes=2, gpus_per_node=4), "evaluate", False),
+        (Machines(nodes=2, gpus_per_node=4, share_gpus=True), "rl", False),
+    ):
+        shares = ("--rollout.share_gpus", str(machines.share_gpus).lower())
+        found = found_in(task, "--rollout.tp", 4, *shares, command=command, machines=machines)
+        assert problem == any("GPUs that each node has for vLLM" in text for text in found.problems), machines
+    for wrong in ({"ranks_per_node": 0}, {"ranks_per_node": -2}, {"nodes": 0}):
+        with pytest.raises(ValueError, match=r" = (0|-2) must be at least 1"):
+            Machines(**wrong)
+
+
 def test_what_a_run_has_written_needs_no_room_again(task: Path, tmp_path: Path) -> None:
     (tmp_path / "rl/checkpoints/step_00000001").mkdir(parents=True)
     (tmp_path / "rl/checkpoints/step_00000001/weights").write_bytes(bytes(20_000_000))
