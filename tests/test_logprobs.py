@@ -139,6 +139,20 @@ def test_a_malformed_text_is_named_by_line(row, message, tmp_path):
     assert message in str(error.value)
 
 
+def test_null_is_what_a_text_lacks(tmp_path):
+    """As tables write rows of several kinds into one file."""
+    make_tiny_tokenizer(tmp_path)
+    names = ("text", "token_ids", "num_prompt_tokens", "messages", "prompt", "response")
+    given = [{"text": "abc"}, {"token_ids": [97, 98, 99]}, {"prompt": "q", "response": "r"}]
+    loaded = []
+    for rows in (given, [dict.fromkeys(names) | row for row in given]):
+        path = tmp_path / "texts.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        loaded.append([(t.prompt_ids.tolist(), t.response_ids.tolist()) for t in load_texts(path, tmp_path)])
+    assert loaded[0] == loaded[1]
+    assert loaded[0][1] == ([97], [98, 99])
+
+
 @pytest.mark.parametrize("odd", [np.nan, -np.inf, np.inf])
 def test_a_logprob_that_is_no_number_is_an_error(odd):
     good, bad = [np.array([-1.0, -2.0])], [np.array([-1.0, odd])]

@@ -27,7 +27,7 @@ class DataConfig:
     """Files of questions and examples, JSON lines."""
 
     sft: str | None = None
-    """SFT examples: {"prompt" or "messages", "response"}."""
+    """SFT examples: {"prompt" or "messages", "response"}, or {"messages"} that end with the assistant's."""
     train: str | None = None
     """Questions that RL trains on: {"id", "prompt" or "messages", "answer"}."""
     heldout: str | None = None

@@ -18,10 +18,11 @@ from itertools import takewhile, zip_longest
 
 from datasketch import MinHash, MinHashLSH
 
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\{([^{}]*)\}")
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|sf|bb|cal)|boldsymbol|operatorname\*?)\s*\{([^{}]*)\}")
 _LAYOUT = re.compile(
-    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|q?quad)(?![a-zA-Z])|\\[,;!:> ()\[\]]|\\(?=[$%])|[$~]"
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|q?quad)(?![a-zA-Z])|\\[,;!:> ()\[\]]|\\(?=[$%&])|\\\\|[$~&]"
 )
+_PRIMES = re.compile(r"\^\s*(?:\{\s*)?((?:\\prime\s*)+)\}?")
 _TYPOGRAPHY = str.maketrans(
     dict(zip("’‘′“”！", "'''\"\"!", strict=True)) | {"？": "? ", "。": ". ", "，": ", ", "：": ": ", "…": "..."}
 )
@@ -98,9 +99,10 @@ def words(question: str) -> tuple[str, ...]:
 
 
 def _spelled_out(text: str) -> str:
-    """Symbols, raised and lowered numbers and letters in other shapes as LaTeX has them; nothing that is not seen."""
+    """Symbols, primes, raised or lowered numbers, letters of other shapes in one spelling; nothing that is not seen."""
     text = _RAISED.sub(lambda m: f"^{{{m[0]}}}", text.translate(_TYPOGRAPHY))
     text = unicodedata.normalize("NFKC", _NUMERIC.sub(r" \g<0> ", text)).translate(_SYMBOL)
+    text = _PRIMES.sub(lambda m: "'" * m[1].count("prime"), text)
     return _SYNONYM.sub(lambda m: _SYNONYMS[m[1]], _FRACTION.sub(lambda m: rf"\frac {m[1] or m[2]} ", text))
 
 
@@ -129,7 +131,7 @@ def _tokens(text: str) -> tuple[str, ...]:
             opened.append((token, len(tokens)))
             tokens.append("(")
         elif token not in ")}":
-            tokens.append(token.casefold())
+            tokens.append((token if token in (r"\{", r"\}") else token.removeprefix("\\")).casefold())
         elif opened:
             bracket, start = opened.pop()
             # (xy)^2 is not xy^2; in {xy}^2 the brace says so to LaTeX alone.

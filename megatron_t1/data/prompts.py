@@ -1,7 +1,7 @@
 """Question files and SFT files (JSON lines) in; tokenised prompts and sequences out. Bad lines are named, all at once.
 
 A question: {"id", "prompt" or "messages", "answer"}, optionally "mode" and "choices"; everything else is kept as meta.
-An SFT example: {"prompt" or "messages", "response"}.
+An SFT example: {"prompt" or "messages", "response"}, or "messages" that end with the assistant's.
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ def load_sft(path: Path, template: Template, cfg: DataConfig) -> list[TrainSeque
     prompts: dict[str, np.ndarray] = {}  # SFT files hold many responses to one question
 
     def parse(row: dict[str, Any], number: int) -> tuple[np.ndarray, str]:
+        row = _with_response(row)
         messages = _messages(row, cfg.system_prompt)
         key = json.dumps(messages)
         if key not in prompts:
@@ -184,13 +185,11 @@ def load_texts(path: Path, model_dir: Path) -> list[TrainSequence]:
     template = Template(model_dir) if tokenizer.chat_template else None
 
     def parse(row: dict[str, Any], number: int) -> TrainSequence:
-        if "text" in row or "token_ids" in row:
-            ids = (
-                row["token_ids"]
-                if "token_ids" in row
-                else tokenizer(_need(row, "text", (str,)), add_special_tokens=False)["input_ids"]
-            )
-            num_prompt = row.get("num_prompt_tokens", 1)
+        ids = row.get("token_ids")
+        if ids is None and row.get("text") is not None:
+            ids = tokenizer(_need(row, "text", (str,)), add_special_tokens=False)["input_ids"]
+        if ids is not None:
+            num_prompt = given(row, "num_prompt_tokens", 1)
             if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < len(tokenizer) for i in ids):
                 raise ValueError(f'"token_ids" must be a list of numbers from 0 to {len(tokenizer) - 1}')
             if type(num_prompt) is not int or not 0 < num_prompt < len(ids):
@@ -198,11 +197,7 @@ def load_texts(path: Path, model_dir: Path) -> list[TrainSequence]:
             return TrainSequence(prompt_ids=np.array(ids[:num_prompt]), response_ids=np.array(ids[num_prompt:]))
         if template is None:
             raise ValueError(f'{model_dir} has no chat template: give "text" or "token_ids"')
-        messages = row.get("messages")
-        if "response" not in row and isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-            if messages[-1].get("role") != "assistant":
-                raise ValueError('without "response", "messages" must end with the assistant')
-            row = {"messages": messages[:-1], "response": messages[-1].get("content")}
+        row = _with_response(row)
         response = _need(row, "response", (str,))
         template.check_response(response)
         prompt_ids = template.prompt_ids(_messages(row, None))
@@ -272,6 +267,16 @@ def _need(row: dict[str, Any], name: str, kinds: tuple[type, ...]) -> Any:
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f'"{name}" is {value!r:.60}; it must be a {" or ".join(kind.__name__ for kind in kinds)}')
     return value
+
+
+def _with_response(row: dict[str, Any]) -> dict[str, Any]:
+    """An example whose response was the last of its messages, with that apart."""
+    messages = row.get("messages")
+    if row.get("response") is not None or not (isinstance(messages, list) and messages):
+        return row
+    if not isinstance(messages[-1], dict) or messages[-1].get("role") != "assistant":
+        raise ValueError('without "response", "messages" must end with the assistant')
+    return {**row, "messages": messages[:-1], "response": messages[-1].get("content")}
 
 
 def _messages(row: dict[str, Any], system_prompt: str | None) -> list[Message]:

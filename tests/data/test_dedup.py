@@ -56,6 +56,8 @@ def test_layout_case_and_punctuation_do_not_count(other: str) -> None:
         ("Compute 1½.", "Compute 11/2."),
         (r"Compute $\frac12 3$.", r"Compute $\frac1{23}$."),
         ("Is 3 ≤ x?", "Is 3 < x?"),
+        (r"Is $\{x+1\}$ 2?", "Is $x+1$ 2?"),
+        (r"Find $f^{\prime}(3)$.", "Find $f(3)$."),
     ],
 )
 def test_what_changes_the_formula_makes_another_question(one: str, other: str) -> None:
@@ -100,6 +102,10 @@ def test_what_changes_the_formula_makes_another_question(one: str, other: str) -
         # Spelled in two ways by LaTeX's authors.
         (r"$\int_0^1 x^2\,dx$", r"$\int_0^1 x^2 dx$"),
         (r"$a\;b\ c$", "$a b c$"),
+        (r"$f^{\prime}(3)+g^{\prime \prime}(x)$", "$f'(3)+g''(x)$"),
+        (r"\operatorname {gcd}(a,b) and \mathbf {v}, \mathbb{R}, \textit{ s }", r"\gcd(a,b) and v, ℝ, s"),
+        (r"\begin{align*} x+y &= 1 \\ x-y &= 3 \end{align*}", r"\begin{align*}x+y=1\\x-y=3\end{align*}"),
+        (r"Compute $\sin 3 \times \tan 4$", "compute sin 3 times tan 4"),
         (r"$\tfrac34\bigl(x+y\Big)$", r"$\dfrac{3}{4}\left(x+y\right)$"),
         (r"$3/14 \lt x\to 0$", r"$\frac{3}{14}<x\rightarrow 0$"),
     ],

@@ -91,6 +91,22 @@ def test_sft_examples_end_with_the_end_token(tmp_path: Path, template: Template)
     assert decode(found[-1].response_ids).endswith("\\boxed{120}<|end|>")
 
 
+def test_an_sft_example_may_be_a_conversation_that_ends_with_the_response(tmp_path: Path, template: Template) -> None:
+    user, said = {"role": "user", "content": "Find x: 7"}, "<think>Try 5</think>\\boxed{5}"
+    apart = {"messages": [user], "response": said}
+    whole = {"messages": [user, {"role": "assistant", "content": said}]}
+    earlier = {"messages": [user, {"role": "assistant", "content": "7"}, user, {"role": "assistant", "content": said}]}
+    rows = (apart, whole, {**whole, "prompt": None, "response": None, "answer": "5"}, earlier)
+    found = load_sft(file(tmp_path, *rows), template, DataConfig(system_prompt="Be brief."))
+    ids = [(example.prompt_ids.tolist(), example.response_ids.tolist()) for example in found]
+    assert ids[0] == ids[1] == ids[2]
+    assert ids[3][1] == ids[0][1]
+    assert template.tokenizer.decode(ids[3][0]).count("Find x: 7") == 2
+    for odd in ([user], [{"role": "assistant", "content": said}], [user, {"role": "assistant", "content": " "}], ["x"]):
+        with pytest.raises(ValueError, match=r"data.jsonl:2: "):
+            load_sft(file(tmp_path, apart, {"messages": odd}), template, DataConfig())
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [
