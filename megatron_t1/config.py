@@ -113,7 +113,7 @@ class CurateConfig:
     """What becomes a prompt for RL."""
 
     inputs: tuple[str, ...] = ()
-    """Raw questions, JSON lines."""
+    """Raw questions: JSON lines, JSON, CSV or Parquet."""
     output: str = ""
     """File of prompts to write, for data.train; empty: run_dir/curate/prompts.jsonl."""
     evaluation: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megatron_t1.config import UNCORRECTED, Config
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, is_main
+from megatron_t1.evaluation.questions import unanswerable
 from megatron_t1.learner import Learner
 from megatron_t1.metrics import Stopwatch
 from megatron_t1.milestones import Milestones
@@ -124,6 +125,8 @@ class Trainer:
         check(cfg, prompts)
         if rank0 and cfg.trains_uncorrected:
             warn(UNCORRECTED)
+        if rank0 and (told := unanswerable("data.train", prompts)):
+            warn(told)
         self.cfg, self.prompts, self.rank0 = cfg, prompts, rank0
         self.folder = Path(cfg.run_dir) / "rl"
         self.trace = rank0.trace if rank0 else Trace()

@@ -25,7 +25,7 @@ from megatron_t1.data.dedup import refuse_shared
 from megatron_t1.data.prompts import load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine.layout import check_divisible, check_world
-from megatron_t1.evaluation.questions import question_sets
+from megatron_t1.evaluation.questions import question_sets, unanswerable
 from megatron_t1.fields import FieldError
 from megatron_t1.files import ENCODING, of_shape, read_json
 from megatron_t1.models import spec_of
@@ -269,6 +269,8 @@ def _data(
             found.problems.append(f"data.{name}: {error}")
             continue
         read[name] = questions
+        if told := unanswerable(f"data.{name}", questions):
+            found.warnings.append(told)
         found.facts.append(
             f"data.{name}: {len(questions)} questions; "
             f"the longest of the first {len(beginning)}: {longest[name]} tokens"

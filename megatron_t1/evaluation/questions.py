@@ -13,6 +13,7 @@ from megatron_t1.data.sets import load_set
 from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.choices import gold_letter
+from megatron_t1.types import Prompt
 from megatron_t1.warn import warn
 
 
@@ -39,16 +40,23 @@ def question_sets(cfg: Config, named: Sequence[str]) -> dict[str, list[Question]
         for name in names
     }
     for name, questions in sets.items():
-        if lost := [question for question in questions if not _has_answer(question)]:
-            told = ", ".join(f"{question.id} ({question.gold:.40})" for question in lost[:5])
-            warn(
-                f"set {name}: no response to {len(lost)} of its {len(questions)} questions can be right, whose answers "
-                f"are cut off, too long or none of the options: {told}; mend or remove them"
-            )
+        if told := unanswerable(f"set {name}", questions):
+            warn(told)
     return sets
 
 
-def _has_answer(question: Question) -> bool:
+def unanswerable(where: str, questions: Sequence[Question | Prompt]) -> str | None:
+    """What is to be said of those that nobody can answer right."""
+    if not (lost := [question for question in questions if not _has_answer(question)]):
+        return None
+    told = ", ".join(f"{question.id} ({question.gold:.40})" for question in lost[:5])
+    return (
+        f"{where}: no response to {len(lost)} of its {len(questions)} questions can be right, whose answers are cut "
+        f"off, too long or none of the options: {told}; mend or remove them"
+    )
+
+
+def _has_answer(question: Question | Prompt) -> bool:
     """Whether the gold, given as an answer, is read as what it is."""
     if question.mode == "mc":
         letter, choices = gold_letter(question.gold, question.choices), question.choices

@@ -193,6 +193,17 @@ def test_bad_lines_and_ends_are_named(task: Path, tmp_path: Path) -> None:
     assert "ends responses with [0, 1]" in "\n".join(found.warnings)
 
 
+def test_questions_that_nobody_can_answer_right_are_warned_of(task: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    lost = {"id": "lost", "prompt": "What is half of 1?", "answer": "\\frac{1}{"}
+    train.write_text((task / "rl.jsonl").read_text() + json.dumps(lost) + "\n")
+    found = found_in(task, "--data.train", train)
+    assert found.problems == []
+    (told,) = (text for text in found.warnings if "can be right" in text)
+    assert told.startswith("data.train: no response to 1 of its 41 questions can be right")
+    assert "lost (\\frac{1}{)" in told
+
+
 def test_more_ranks_than_gpus_are_told(task: Path) -> None:
     """Also with the GPUs of the servers beside them."""
     for machines, fits in (
