@@ -185,6 +185,8 @@ def _read_unit(text: str, named: bool, apart: bool) -> tuple[Fraction | int, Uni
         by = (_SCALES if first[1] else _LAST)[first[0].casefold()]
         scale, text = scale * by, text[first.end() :].strip()
     text = re.sub(r"^of\s+(?:the\s+|an?\s+)?", "", text)
+    if re.search(r"(?<![A-Za-z])\d", re.sub(_POWER, "", text)):  # 8 of 10
+        return None
     if text in ("", "times", *_NAMELESS):
         return scale, NO_UNIT
     direction = _DIRECTION.search(text)
