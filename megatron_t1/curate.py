@@ -313,7 +313,11 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
 
 
 def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Path, str]:
-    """Write the prompts that are kept; returns their file and a table of what became of all."""
+    """Write the prompts that are kept; returns their file and a table of what became of all.
+
+    Raises:
+        ValueError: none is kept.
+    """
     candidates = read_jsonl(folder / "candidates.jsonl", _Candidate)
     kept = candidates
     fates = Counter(counts)
@@ -341,7 +345,6 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
             dropped.append(_dropped(row["id"], reason, row["prompt"], rate))
         write_jsonl(folder / "dropped.jsonl", dropped)
     path = Path(cfg.output or folder / "prompts.jsonl")
-    write_jsonl(path, kept)
     fates["kept"] = len(kept)
     write_json(folder / "summary.json", {**fates, "share_cut": share_cut})
     lines = [f"{'read':<16} {fates['read']:>9,}"]
@@ -349,4 +352,8 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
     lines.append(f"{'kept':<16} {fates['kept']:>9,}  {path}")
     if share_cut is not None:
         lines.append(f"{share_cut:.1%} of the samples were cut at sampling.max_new_tokens: not solved if unanswered")
-    return path, "\n".join(lines)
+    table = "\n".join(lines)
+    if not kept:
+        raise ValueError(f"no question is kept, and {path} is not written:\n{table}")
+    write_jsonl(path, kept)
+    return path, table

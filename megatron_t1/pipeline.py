@@ -27,6 +27,7 @@ from megatron_t1.config import Config, SyncCheckConfig, keep
 from megatron_t1.data.dedup import refuse_shared
 from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
+from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
 from megatron_t1.evaluation.evaluate import evaluate
@@ -91,6 +92,8 @@ def run_rl(cfg: Config) -> None:
         measured = _longest_of(question_sets(cfg, cfg.evaluate.sets), template) if asks else {}
         rl.check(cfg, prompts)
         _check_context(cfg, context_needs(cfg, "rl", template, train=_longest(prompts), measured=measured))
+        # Before servers are started and a model is built.
+        checkpoint.begun(Path(cfg.run_dir) / "rl" / "checkpoints", allowed=cfg.resume)
         rank0 = stack.enter_context(_rank0_of_training(cfg, template))
         trainer = stack.enter_context(rl.Trainer(cfg, platform, prompts, rank0))
         if rank0:

@@ -429,3 +429,13 @@ def test_the_command_killed_and_resumed_ends_as_if_it_had_not_been(
     (tmp_path / "whole/candidates.jsonl").write_text((folder / "candidates.jsonl").read_text())
     path, _ = curate.select(CurateConfig(), tmp_path / "whole", {"read": 40})
     assert path.read_text() == (tmp_path / "prompts.jsonl").read_text()
+
+
+def test_a_curation_that_keeps_nothing_leaves_no_file_that_a_chain_takes_for_prompts(tmp_path: Path) -> None:
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text(json.dumps({"problem": "Prove that 1 + 1 = 2.", "answer": ""}) + "\n")
+    cfg = CurateConfig(inputs=(str(raw),), clean_only=True)
+    counts = curate.prepare(cfg, RewardConfig(num_workers=1), tmp_path / "out", resume=False)
+    with pytest.raises(ValueError, match=r"no question is kept, and .*prompts.jsonl is not written:\nread +1"):
+        curate.select(cfg, tmp_path / "out", counts)
+    assert not (tmp_path / "out/prompts.jsonl").exists()

@@ -280,6 +280,18 @@ def _set_states_with_step(part: DistributedOptimizer, model_param: torch.Tensor,
     DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": state["step"]})
 
 
+def begun(folder: Path, *, allowed: bool) -> list[Path]:
+    """Collective. The finished checkpoints of a run that may have begun in `folder`, oldest first.
+
+    Raises:
+        ValueError: there are some and the user did not ask to resume.
+    """
+    checkpoints: list[Path] = from_main(finished(folder) if is_main() else [])
+    if checkpoints and not allowed:
+        raise ValueError(f"{checkpoints[-1]} is there already: give --resume to go on from it, or another run_dir")
+    return checkpoints
+
+
 def to_resume(folder: Path, *, allowed: bool, settings: dict[str, Any], may_change: bool) -> Path | None:
     """Collective. The newest undamaged checkpoint in `folder`, which the run goes on from; None when there is none.
 
@@ -293,11 +305,9 @@ def to_resume(folder: Path, *, allowed: bool, settings: dict[str, Any], may_chan
         ValueError: there is a checkpoint and the user did not ask to resume; or of other settings; or all of them are
             damaged.
     """
-    checkpoints = from_main(finished(folder) if is_main() else None)
+    checkpoints = begun(folder, allowed=allowed)
     if not checkpoints:
         return None
-    if not allowed:
-        raise ValueError(f"{checkpoints[-1]} is there already: give --resume to go on from it, or another run_dir")
     path = newest_whole(checkpoints)
     if path is None:
         raise ValueError(f"all {len(checkpoints)} checkpoints in {folder} are damaged; move them away to start anew")

@@ -108,7 +108,10 @@ def transformer_config(
     given = dict(cfg.transformer)
     if "attention_backend" in given:  # Megatron compares with members, and passes by anything else
         given["attention_backend"] = AttnBackend[given["attention_backend"]]
-    config = TransformerConfig(**{**fields, **given})
+    try:
+        config = TransformerConfig(**{**fields, **given})
+    except Exception as error:  # asserts are among its ways
+        raise ValueError(f"model.transformer: Megatron refuses it with this layout: {error}") from error
     if spec.yarn:
         # Megatron's attention looks for what it multiplies queries and keys by in fields that its config lacks: it is
         # (0.1 yarn_mscale ln yarn_rotary_scaling_factor + 1) / (0.1 yarn_mscale_all_dim ln ... + 1).
