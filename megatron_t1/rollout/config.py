@@ -40,6 +40,8 @@ class SamplingConfig:
         if not 0 <= self.min_p < 1:
             raise FieldError("min_p", self.min_p, "must lie in [0, 1)")
         at_least(self, 0, "top_k")
+        if any(number < 0 for number in self.stop_token_ids):
+            raise FieldError("stop_token_ids", self.stop_token_ids, "must be token ids, from 0 on")
         at_least(self, 1, "num_samples", "max_new_tokens")
         if self.temperature == 0 and self.num_samples > 1:
             raise FieldError("num_samples", self.num_samples, "must be 1 at temperature 0: greedy samples are the same")

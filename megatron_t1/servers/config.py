@@ -107,7 +107,9 @@ class RolloutConfig:
     """More environment variables of the servers: {"VLLM_ATTENTION_BACKEND": "..."}."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_servers", "tp", "max_num_seqs", "samples_per_request", "connect_retries")
+        at_least(
+            self, 1, "num_servers", "tp", "max_num_seqs", "kv_cache_bytes", "samples_per_request", "connect_retries"
+        )
         at_least(self, 0, "await_servers")
         above(self, 0, "startup_timeout_s", "request_timeout_s", "health_timeout_s", "sync_timeout_s")
         if self.ports and not self.urls and len(self.ports) != self.num_servers:
@@ -120,6 +122,10 @@ class RolloutConfig:
                 self.gpu_ids,
                 f"must be {self.num_servers * self.tp} GPUs: rollout.num_servers x rollout.tp",
             )
+        if len(set(self.gpu_ids)) < len(self.gpu_ids) or any(gpu < 0 for gpu in self.gpu_ids):
+            raise FieldError("gpu_ids", self.gpu_ids, "must be different numbers from 0 on")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise FieldError("max_model_len", self.max_model_len, "must be at least 2, or null for the model's own")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise FieldError("gpu_memory_utilization", self.gpu_memory_utilization, "must lie in (0, 1]")
         if self.share_gpus and self.transport == "collective":
