@@ -1,16 +1,15 @@
-"""The jobs of the `t1` command: what they bring up, in which order.
+"""The jobs of the `t1` command that train, and the sync check: what they bring up, in which order.
 
 `run` is the whole of T1 in one job: SFT while the servers start, evaluation, RL, evaluation, inference scaling, report.
-SFT, RL, `run` and the sync check run on all trainer ranks, where servers, grading and files are rank 0's; evaluation,
-scaling and curation are one process without Megatron.
+They run on all trainer ranks, where servers, grading and files are rank 0's; those that only ask servers are in
+`asking.py`.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,43 +18,35 @@ from typing import Any
 
 import psutil
 import torch.distributed as dist
-from tqdm import trange
 
-from megatron_t1 import curate, rl, sft
-from megatron_t1.check.context import context_needs, too_long, wrong_answerer
+from megatron_t1 import rl, sft
+from megatron_t1.asking import check_context, evaluate_set, longest, longest_of
+from megatron_t1.check.context import context_needs
 from megatron_t1.config import Config, SyncCheckConfig, keep
 from megatron_t1.data.dedup import refuse_shared
-from megatron_t1.data.prompts import Question, load_prompts, load_questions, load_sft
+from megatron_t1.data.prompts import load_prompts, load_questions, load_sft
 from megatron_t1.data.template import Template
 from megatron_t1.engine import checkpoint
 from megatron_t1.engine.parallel import from_main, initialize, is_main
 from megatron_t1.engine.step import ForwardEngine
-from megatron_t1.evaluation.evaluate import evaluate
 from megatron_t1.evaluation.questions import question_sets
-from megatron_t1.evaluation.results import read_summaries, table
 from megatron_t1.evaluation.resume import prompts_identity
-from megatron_t1.evaluation.samplers import EndpointSampler, Sampler, ServerSampler, StoredSampler
+from megatron_t1.evaluation.samplers import ServerSampler
 from megatron_t1.evaluation.scaling import Scaling
 from megatron_t1.files import read_json, write_json
-from megatron_t1.metrics import MetricsLog, Stopwatch, rollout_metrics
-from megatron_t1.models import spec_of
+from megatron_t1.metrics import Stopwatch
 from megatron_t1.platform import gpus
 from megatron_t1.platform.detect import Platform, setup
 from megatron_t1.platform.installed import versions
-from megatron_t1.push.sync import WeightSync, serve_folder
+from megatron_t1.push.sync import WeightSync
 from megatron_t1.push.sync_check import TOLERANCE, sync_check
 from megatron_t1.rank0 import Rank0, open_rank0
 from megatron_t1.replay import replay
 from megatron_t1.report.report import write_report
-from megatron_t1.reward.score import Scorer
-from megatron_t1.rollout.batches import BatchQueue
-from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.servers.servers import Servers
 from megatron_t1.stop import STOP
 from megatron_t1.trace import Trace
-from megatron_t1.types import Prompt
 from megatron_t1.weights.folder_digest import weights_digest
-from megatron_t1.weights.hf_folder import HFFolder
 
 
 @contextmanager
@@ -89,9 +80,9 @@ def run_rl(cfg: Config) -> None:
             heldout = load_prompts(cfg.data.need("heldout"), template, cfg.data)
             refuse_shared((prompt.text for prompt in prompts), (prompt.text for prompt in heldout))
         asks = cfg.rl.measure_every and is_main()
-        measured = _longest_of(question_sets(cfg, cfg.evaluate.sets), template) if asks else {}
+        measured = longest_of(question_sets(cfg, cfg.evaluate.sets), template) if asks else {}
         rl.check(cfg, prompts)
-        _check_context(cfg, context_needs(cfg, "rl", template, train=_longest(prompts), measured=measured))
+        check_context(cfg, context_needs(cfg, "rl", template, train=longest(prompts), measured=measured))
         # Before servers are started and a model is built.
         checkpoint.begun(Path(cfg.run_dir) / "rl" / "checkpoints", allowed=cfg.resume)
         rank0 = stack.enter_context(_rank0_of_training(cfg, template))
@@ -105,32 +96,6 @@ def run_rl(cfg: Config) -> None:
         _say(f"trained model: {hf_dir}")
 
 
-def run_rollout(cfg: Config) -> None:
-    """Make and store the samples of `rl.steps` batches with the weights of model.hf_path; one process, no Megatron."""
-    folder = Path(cfg.run_dir) / "rollout"
-    template = Template(cfg.model.folder(), cfg.data)
-    prompts = load_prompts(cfg.data.need("train"), template, cfg.data)
-    HFFolder(cfg.model.folder())  # whole, or refused before the servers start
-    rl.check(cfg, prompts)
-    _check_context(cfg, context_needs(cfg, "rl", template, train=_longest(prompts)))
-    weights = weights_digest(cfg.model.folder())
-    with ExitStack() as stack:
-        rank0 = stack.enter_context(open_rank0(cfg, template))
-        serve_folder(rank0.servers)
-        batches = rl.batches_of(cfg, prompts, folder)
-        # The next batch is asked beside each: its samples fill the servers while the last of this one end.
-        queue = BatchQueue(batches, rank0.client, rank0.scorer.score, lag=1, begun_at=0)
-        stack.callback(queue.close)
-        log = stack.enter_context(MetricsLog(Path(cfg.run_dir), "rollout"))
-        for step in trange(cfg.rl.steps, desc="rollout", unit="batch"):
-            queue.ask(range(step, min(step + 2, cfg.rl.steps)), weights)
-            batch = queue.take(step)
-            log.samples(step + 1, batch.groups)
-            log.log(step + 1, rollout_metrics(batch.groups) | batch.metrics | {"seconds": batch.seconds})
-    num_bytes = sum(path.stat().st_size for path in batches.bank.folder.glob("*.jsonl"))
-    print(f"samples: {batches.bank.folder} ({num_bytes / 1e6:.1f} MB), {folder / 'metrics.jsonl'}")
-
-
 def run_replay(cfg: Config, step: int, *, profiled: bool) -> None:
     """Train step `step` of the run in run_dir again, from what is stored."""
     with trainer_ranks(cfg) as platform:
@@ -140,106 +105,6 @@ def run_replay(cfg: Config, step: int, *, profiled: bool) -> None:
         _say(replay(cfg, platform, prompts, step, to).table())
         if to:
             _say(f"profile: {to} (open it in https://ui.perfetto.dev)")
-
-
-def run_evaluate(cfg: Config, label: str) -> None:
-    """Evaluate on `evaluate.sets`, or else on `data.heldout`, and list the sets when all are done; one process, no
-    Megatron."""
-    own, sets = cfg.evaluate, question_sets(cfg, cfg.evaluate.sets)
-    with ExitStack() as stack:
-        sampler: Sampler
-        settings: dict[str, Any]
-        if own.responses:
-            path = Path(own.responses)
-            sampler = stored = StoredSampler(path, stack.enter_context(Scorer(cfg.reward)))
-            counts = {name: stored.num_samples(questions) for name, questions in sets.items()}
-            own = replace(own, num_samples=counts, sampling=SamplingConfig(), sampling_by_set={})
-            settings = {"responses": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
-        elif own.endpoint.urls:
-            own.endpoint.key()  # refused now, not in the middle
-            sampler = EndpointSampler(own.endpoint, stack.enter_context(Scorer(cfg.reward)))
-            settings = {
-                "endpoint": list(own.endpoint.urls),
-                "model": own.endpoint.model,
-                "extra_body": own.endpoint.extra_body,
-            }
-        else:
-            if not cfg.model.hf_path:
-                raise ValueError("give model.hf_path, evaluate.endpoint.urls or evaluate.responses")
-            folder = cfg.model.folder()
-            template = Template(folder, cfg.data)
-            HFFolder(folder)  # whole, or refused before the servers start
-            _check_context(cfg, context_needs(cfg, "evaluate", template, measured=_longest_of(sets, template)))
-            settings = {"weights": weights_digest(folder)}
-            rank0 = stack.enter_context(open_rank0(cfg, template))
-            serve_folder(rank0.servers)
-            sampler = ServerSampler(rank0, template)
-        done = Path(cfg.run_dir) / "evaluate" / label / "sets.json"
-        done.unlink(missing_ok=True)
-        for name, questions in sets.items():
-            _evaluate(replace(cfg, evaluate=own), sampler, questions, label, name, settings)
-        write_json(done, [*sets])
-    print(table(read_summaries(Path(cfg.run_dir))))
-
-
-def run_scaling(cfg: Config, label: str) -> None:
-    """Accuracy of `model.hf_path` against thinking budgets on `scaling.set`, or else on `data.heldout`; no Megatron."""
-    folder, other, of_answers = cfg.model.folder(), cfg.scaling.answer_model, cfg.of_answers()
-    template, answer_folder = Template(folder, cfg.data), Path(of_answers.model.hf_path)
-    HFFolder(folder)  # whole, or refused before the servers start
-    answerer = Template(answer_folder, cfg.data) if other else template
-    sets = question_sets(cfg, [cfg.scaling.set])
-    (questions,) = sets.values()
-    needs = context_needs(cfg, "scaling", template, measured=_longest_of(sets, template))
-    _check_context(cfg, needs)
-    if problem := wrong_answerer(cfg, needs):
-        raise ValueError(problem)
-    curve = Scaling(
-        cfg.scaling,
-        questions,
-        Path(cfg.run_dir) / "scaling" / label,
-        {
-            "weights": weights_digest(folder),
-            "answer_weights": weights_digest(answer_folder),
-            "prompts": prompts_identity(question.prompt(template) for question in questions),
-            "answer_prompts": prompts_identity(question.prompt(answerer) for question in questions),
-            "reward": cfg.reward.deciding(),
-        },
-        cfg.seed,
-        resume=cfg.resume,
-    )
-    with open_rank0(cfg, template) as rank0:
-        serve_folder(rank0.servers)
-        curve.think(rank0, template)
-        if not other:
-            curve.answer(rank0, template, template)
-    if other:
-        with open_rank0(of_answers, answerer) as rank0:
-            serve_folder(rank0.servers)
-            curve.answer(rank0, answerer, template)
-    for point in curve.curve():
-        low, high = point.interval
-        print(
-            f"budget {point.budget:>6}: accuracy {point.accuracy:.3f} (95%: {low:.3f} to {high:.3f}), "
-            f"{point.mean_thinking_tokens:.0f} thinking tokens used, {100 * point.share_forced:.0f}% forced"
-        )
-
-
-def run_curate(cfg: Config) -> None:
-    """Make a file of prompts for RL; one process, no Megatron."""
-    folder = Path(cfg.run_dir) / "curate"
-    if not (cfg.curate.clean_only or cfg.model.hf_path):
-        raise ValueError("give model.hf_path, whose pass rates are measured, or curate.clean_only")
-    sets_dir = Path(cfg.evaluate.sets_dir) if cfg.evaluate.sets_dir else None
-    counts = curate.prepare(cfg.curate, cfg.reward, folder, sets_dir=sets_dir, resume=cfg.resume)
-    if not cfg.curate.clean_only:
-        template = Template(Path(cfg.model.hf_path), cfg.data)
-        prompts = load_prompts(folder / "candidates.jsonl", template, cfg.data)
-        HFFolder(cfg.model.folder())  # whole, or refused before the servers start
-        with open_rank0(cfg, template) as rank0:
-            serve_folder(rank0.servers)
-            curate.sample(replace(cfg.sampling, num_samples=cfg.curate.num_samples), rank0, prompts, folder, cfg.seed)
-    print(curate.select(cfg.curate, folder, counts)[1])
 
 
 def run_all(cfg: Config) -> None:
@@ -257,8 +122,8 @@ def run_all(cfg: Config) -> None:
         questions = load_questions(cfg.data.need("heldout"), cfg.data.system_prompt)
         refuse_shared((prompt.text for prompt in train), (question.text for question in questions))
         rl.check(cfg, train)
-        measured = _longest_of({cfg.data.need("heldout").stem: questions}, template)
-        _check_context(cfg, context_needs(cfg, "run", template, train=_longest(train), measured=measured))
+        measured = longest_of({cfg.data.need("heldout").stem: questions}, template)
+        check_context(cfg, context_needs(cfg, "run", template, train=longest(train), measured=measured))
         watch.add("start", time.perf_counter() - began)
         with watch("data"):
             examples = load_sft(cfg.data.need("sft"), template, cfg.data)
@@ -286,7 +151,7 @@ def run_all(cfg: Config) -> None:
             assert rank0 is not None
             settings = {"weights": weights_digest(model_dir), "step": trainer.steps_done}
             sampler = ServerSampler(rank0, template)
-            _evaluate(cfg, sampler, questions, label, set_of, settings, replace_other=True)
+            evaluate_set(cfg, sampler, questions, label, set_of, settings, replace_other=True)
             return settings
 
         def scale(settings: dict[str, Any]) -> None:
@@ -368,20 +233,6 @@ def _rank0_of_training(cfg: Config, template: Template) -> Iterator[Rank0 | None
         yield rank0
 
 
-def _check_context(cfg: Config, needs: dict[str, int]) -> None:
-    """Refuse, before the servers tell us hours later, a sampling that their context can't hold."""
-    if problem := too_long(cfg, spec_of(Path(cfg.model.hf_path)), needs):
-        raise ValueError(problem)
-
-
-def _longest(prompts: Iterable[Prompt]) -> int:
-    return max(len(prompt.token_ids) for prompt in prompts)
-
-
-def _longest_of(sets: Mapping[str, Sequence[Question]], template: Template) -> dict[str, int]:
-    return {name: _longest(question.prompt(template) for question in questions) for name, questions in sets.items()}
-
-
 def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float) -> None:
     """summary.json: what came out, where the time went, with which versions."""
     run_dir = Path(cfg.run_dir)
@@ -407,37 +258,6 @@ def _summarize(cfg: Config, watch: Stopwatch, rl_watch: Stopwatch, began: float)
             "seed": cfg.seed,
             "versions": versions(),
         },
-    )
-
-
-def _evaluate(
-    cfg: Config,
-    sampler: Sampler,
-    questions: list[Question],
-    label: str,
-    set_of: str,
-    settings: dict[str, Any],
-    *,
-    replace_other: bool = False,
-) -> None:
-    settings = {**settings, "reward": cfg.reward.deciding()}
-    result = evaluate(
-        sampler,
-        questions,
-        Path(cfg.run_dir) / "evaluate" / label / set_of,
-        cfg.evaluate.sampling_of(set_of),
-        settings,
-        cfg.seed,
-        resume=cfg.resume,
-        replace_other=replace_other,
-    )
-    low, high = result.interval
-    refused = result.outcomes.get("refused", 0)
-    print(
-        f"{label}: pass@1 {result.pass_at_1:.3f} (95%: {low:.3f} to {high:.3f}) on {result.num_questions} questions "
-        f"x {result.num_samples}, {result.mean_tokens:.0f} tokens a response, {100 * result.share_cut:.1f}% cut off"
-        + (f", {refused} refused (counted as wrong)" if refused else ""),
-        flush=True,
     )
 
 

@@ -30,7 +30,7 @@ FLOORS = [
     {"evaluation"},
     {"report", "curate", "sft", "check", "milestones"},
     {"rl"},
-    {"synthesize", "replay"},
+    {"synthesize", "replay", "asking"},
     {"pipeline"},
     {"cli"},
     {"__main__", "__init__"},

@@ -140,13 +140,13 @@ def _labelled_job(command: str) -> Callable[[list[str]], int]:
         from megatron_t1.config import Config
 
         cfg = _read(command, arguments, Config)
-        from megatron_t1 import pipeline
+        from megatron_t1 import asking
         from megatron_t1.lock import locked
 
         _stop_on_signals()
         label = cfg.label or command
         with locked(Path(cfg.run_dir) / command / label):
-            {"evaluate": pipeline.run_evaluate, "scaling": pipeline.run_scaling}[command](cfg, label)
+            {"evaluate": asking.run_evaluate, "scaling": asking.run_scaling}[command](cfg, label)
         return 0
 
     return job
@@ -174,12 +174,12 @@ def _single_job(command: str) -> Callable[[list[str]], int]:
         from megatron_t1.config import Config
 
         cfg = _read(command, arguments, Config)
-        from megatron_t1 import pipeline
+        from megatron_t1 import asking
         from megatron_t1.lock import locked
 
         _stop_on_signals()
         with locked(Path(cfg.run_dir) / command):
-            {"curate": pipeline.run_curate, "rollout": pipeline.run_rollout}[command](cfg)
+            {"curate": asking.run_curate, "rollout": asking.run_rollout}[command](cfg)
         return 0
 
     return job

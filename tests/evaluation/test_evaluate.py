@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from megatron_t1.asking import run_evaluate
 from megatron_t1.cli.options import parse, read
 from megatron_t1.config import Config
 from megatron_t1.data.prompts import Question
@@ -35,7 +36,6 @@ from megatron_t1.evaluation.samplers import (
 )
 from megatron_t1.fields import FieldError
 from megatron_t1.files import write_jsonl
-from megatron_t1.pipeline import run_evaluate
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_t1.asking import run_scaling
 from megatron_t1.config import Config
 from megatron_t1.data.config import DataConfig
 from megatron_t1.data.prompts import Question
@@ -23,7 +24,6 @@ from megatron_t1.data.template import Template
 from megatron_t1.engine.config import ModelConfig
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.scaling import Scaling, _thinking
-from megatron_t1.pipeline import run_scaling
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer

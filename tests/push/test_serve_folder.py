@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_t1.asking import run_curate, run_evaluate, run_rollout, run_scaling
 from megatron_t1.config import Config, CurateConfig, RLConfig, ScalingConfig
 from megatron_t1.data.config import DataConfig
 from megatron_t1.engine.config import ModelConfig
 from megatron_t1.evaluation.config import EvaluateConfig
 from megatron_t1.fields import FieldError
-from megatron_t1.pipeline import run_curate, run_evaluate, run_rollout, run_scaling
 from megatron_t1.push.sync import serve_folder
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.rollout.client import RolloutClient
