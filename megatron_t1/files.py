@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -33,7 +34,12 @@ def read_text(path: Path) -> str:
         ValueError: it is not UTF-8.
     """
     try:
-        return path.read_text(encoding=ENCODING)
+        try:
+            return path.read_text(encoding=ENCODING)
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # another host replaced it on NFS while it was being read
+                raise
+            return path.read_text(encoding=ENCODING)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_t1.config import Config, ModelConfig
-from megatron_t1.files import dump_yaml, new_folder, parse_yaml, read_text, write_text
+from megatron_t1.files import dump_yaml, new_folder, parse_yaml, read_json, read_text, write_text
 from megatron_t1.rank0 import open_rank0
 from megatron_t1.weights.hf_folder import copy_beside
 
@@ -125,3 +126,22 @@ def test_rank_0_may_have_as_many_sockets_as_the_system_allows(tmp_path: Path) ->
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_file_that_another_host_replaces_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What NFS answers then: the file that was opened is no more."""
+    (tmp_path / "a.json").write_text('{"n": 2}')
+    read, failures = Path.read_text, [errno.ESTALE]
+
+    def stale(path: Path, **options: str) -> str:
+        if failures:
+            raise OSError(failures.pop(), "Stale file handle", str(path))
+        return read(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert read_json(tmp_path / "a.json") == {"n": 2}
+    failures.extend([errno.ESTALE, errno.ESTALE])
+    with pytest.raises(OSError, match="Stale"):
+        read_json(tmp_path / "a.json")
