@@ -30,7 +30,7 @@ from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, templ
 from megatron_t1.data.prompts import is_missing
 from megatron_t1.data.sets import file_of, load_question_texts, parse_file
 from megatron_t1.evaluation.figures import answer_key
-from megatron_t1.evaluation.resume import check_settings, collecting, prompts_identity
+from megatron_t1.evaluation.resume import check_settings, collecting, prompts_identity, sampling_settings
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
@@ -284,7 +284,12 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
         ValueError: sampled.jsonl is of another model, sampling, seed or rendering of the prompts.
     """
     path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
-    settings = {"weights": weights, "sampling": asdict(sampling), "seed": seed, "reward": rank0.scorer.cfg.deciding()}
+    settings = {
+        "weights": weights,
+        "sampling": sampling_settings(sampling),
+        "seed": seed,
+        "reward": rank0.scorer.cfg.deciding(),
+    }
     settings["prompts"] = prompts_identity(prompts)
     check_settings(folder / "sampling.json", settings, resume=True, elsewhere="another run_dir")
     # Those that were too long are not done: this time the servers may take longer ones.

@@ -99,11 +99,13 @@ SCRIPTS = {
     "script that exits": (f"import sys\n{_EACH}\nprint('', end='\\n')\nsys.exit()\nprint(1)", "3 of 3 tests pass"),
     "script with a counter": (f"import math\nmath.n = getattr(math, 'n', 0) + 1\nn = 7\n{_EACH}\nn += 1\n"
                               "if n != 8: print(n)", "3 of 3 tests pass"),
+    "script of 160 MB": ("cells = [0] * 20_000_000\ndef main():\n"
+                         f"    {_EACH.replace(chr(10), chr(10) + '    ')}\nmain()", "3 of 3 tests pass"),
     "script that fails": (f"{_EACH}\nexit(3)", "SystemExit: 3"),
     "script that wants more": ("print(sum(map(int, input().split())))\ninput()\ninput()\ninput()", "EOFError"),
     "script that prints another sum": ("print(3, 41)", "1 of 3 tests pass"),
     "script that forks": ("import os\nos.fork()", "PermissionError"),
-    "script that floods": ("while True: print('x' * 10**6)", "MemoryError"),
+    "script that floods": ("while True: print('x' * (1 << 28))", "MemoryError"),
     "script without end": ("while True: pass", "out of CPU time"),
 }  # fmt: skip
 

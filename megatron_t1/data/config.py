@@ -39,7 +39,8 @@ class DataConfig:
     """Chat template of a plugin, in place of the checkpoint's. The model that a training ends with brings it along; for
     its checkpoints and snapshots name it again."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables that the chat template reads: {enable_thinking: false}. Name them again wherever the model is asked."""
+    """Variables that the chat template reads: {enable_thinking: false}. Name them again wherever the model is asked;
+    scaling.answer_model must read them too."""
 
     def __post_init__(self) -> None:
         if self.chat_template is not None:

@@ -288,7 +288,8 @@ def _messages(row: dict[str, Any], system_prompt: str | None) -> list[Message]:
     )
     if not well_formed or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError(
-            f'"messages" must be a list of {{"role": one of {_ROLES}, "content": text}}, the last of the user'
+            f'"messages" must be a list of {{"role": one of {_ROLES}, "content": text}}, the last of the user '
+            "and not blank"
         )
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]

@@ -215,9 +215,10 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]] | None:
 def _is_lines(path: Path) -> bool:
     """Whether a .json file is JSON lines, as many of the hub are: its first line is an object, and not all of it."""
     with path.open("rb") as file:
-        first, second = file.readline(), file.readline()
+        lines = filter(bytes.strip, file)
+        first, second = next(lines, b""), next(lines, b"")
     try:
-        return bool(second.strip()) and isinstance(parse_json(first), dict)
+        return bool(second) and isinstance(parse_json(first), dict)
     except ValueError:
         return False
 
@@ -318,10 +319,10 @@ def _letter(answer: Any, choices: tuple[str, ...]) -> str:
     letters = _LETTERS[: len(choices)]
     if type(answer) is int and 0 <= answer < len(choices):
         return letters[answer]
+    if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:  # also where C is an option
+        return answer.strip()
     if choices.count(answer) == 1:
         return letters[choices.index(answer)]
-    if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:
-        return answer.strip()
     raise ValueError(
         f"the answer is {answer!r:.60}; it must be one of the {len(choices)} options: its text, its letter from A on, "
         "or its number from 0 on"

@@ -45,7 +45,8 @@ class EvaluateConfig:
     sets_dir: str | None = None
     """Folder with local copies of the named sets; what it lacks is fetched from the Hugging Face hub."""
     num_samples: dict[str, int] = field(default_factory=lambda: dict(NUM_SAMPLES))
-    """Samples a question for single sets, in place of sampling.num_samples; aime2024 has 32 unless it is named."""
+    """Samples a question for single sets, in place of sampling.num_samples; aime2024 and aime2025 have 32 unless
+    they are named."""
     sampling_by_set: dict[str, SetSampling] = field(default_factory=dict)
     """Other fields of `sampling` for single sets: {aime2024: {temperature: 0.6, top_p: 0.95}} beside a greedy one."""
     instruction: str = INSTRUCTION
@@ -105,7 +106,8 @@ class ScalingConfig:
     answer_model: str | None = None
     """Hugging Face folder of another model that gives the forced answers; null: the model that thought."""
     num_samples: dict[str, int] = field(default_factory=lambda: dict(NUM_SAMPLES))
-    """Thinkings a question for single sets, in place of sampling.num_samples; aime2024 has 32 unless it is named."""
+    """Thinkings a question for single sets, in place of sampling.num_samples; aime2024 and aime2025 have 32 unless
+    they are named."""
     summary: bool = False
     """Let a model also write the answer from the question and the cut thinking, as T1's paper does: a second curve. It
     is the one that gives the forced answers, or summary_endpoint."""

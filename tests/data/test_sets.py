@@ -232,6 +232,13 @@ def test_questions_with_a_list_of_options_are_asked_with_them(tmp_path: Path, su
         assert "the letter of the right option within \\boxed{}" in question.text
 
 
+def test_a_letter_is_that_of_an_option_also_where_letters_are_the_options(tmp_path: Path) -> None:
+    row = {"question": "Which vitamin?", "options": ["B", "A", "C"], "answer": "A"}
+    (question,) = load_set(str(write(tmp_path / "own.jsonl", row)))
+    assert question.gold == "A"
+    assert question.choices[0] == "B"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -279,9 +286,11 @@ def test_a_copy_in_a_deeper_folder_is_not_taken_for_the_set(tmp_path: Path) -> N
 def test_json_lines_under_the_name_of_json_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "lines.json", {"problem": "p", "answer": "1"}, {"problem": "q", "answer": "2"})
     assert [question.gold for question in load_set(str(path))] == ["1", "2"]
+    path.write_text("\n" + path.read_text().replace("\n", "\n\n"))
+    assert len(load_set(str(path))) == 2
     with path.open("a") as file:
         file.write('{"problem": "r"')
-    with pytest.raises(ValueError, match=r"lines.json:3: not valid JSON"):
+    with pytest.raises(ValueError, match=r"lines.json:6: not valid JSON"):
         load_set(str(path))
     path.write_text(json.dumps({"data": [{"problem": "p", "answer": "1"}]}, indent=1))
     assert len(load_set(str(path))) == 1

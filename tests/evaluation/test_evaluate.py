@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_t1.evaluation.evaluate import evaluate
 from megatron_t1.evaluation.figures import EvalResult, summarize
 from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.evaluation.results import compare, read_summaries, table
+from megatron_t1.evaluation.resume import check_settings, sampling_settings
 from megatron_t1.evaluation.samplers import (
     Ask,
     EndpointSampler,
@@ -35,7 +36,7 @@ from megatron_t1.evaluation.samplers import (
     StoredSampler,
 )
 from megatron_t1.fields import FieldError
-from megatron_t1.files import write_jsonl
+from megatron_t1.files import write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer
@@ -482,3 +483,15 @@ def test_what_an_endpoint_is_not_asked_is_refused() -> None:
     fields = {"endpoint": EndpointConfig(urls=("http://host/v1",)), "sampling": SamplingConfig(stop_token_ids=(7,))}
     with pytest.raises(FieldError, match=r"stop_token_ids = .*give sampling.stop"):
         EvaluateConfig(**fields)
+
+
+def test_results_from_before_a_setting_was_there_are_gone_on_with(tmp_path: Path) -> None:
+    of_today = SamplingConfig(temperature=0.6, top_p=0.95, num_samples=1)
+    before = {name: value for name, value in asdict(of_today).items() if name != "top_k"}
+    write_json(tmp_path / "settings.json", {"sampling": before})
+    assert check_settings(
+        tmp_path / "settings.json", {"sampling": sampling_settings(of_today)}, resume=True, elsewhere=""
+    )
+    cut = sampling_settings(replace(of_today, top_k=20))
+    with pytest.raises(ValueError, match="sampling"):
+        check_settings(tmp_path / "settings.json", {"sampling": cut}, resume=True, elsewhere="another --label")

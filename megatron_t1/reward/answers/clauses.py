@@ -25,6 +25,11 @@ class Clause:
     sign: str = ""
     """Which of those: "+", "0+", "*", "N" (positive, with or without 0), a bound or an interval; '' for all."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether it lists whole numbers, of which an answer without it would leave open which."""
+        return re.match(r"\d+(?:,| to )", self.sign) is not None
+
     def clashes(self, other: Clause) -> bool:
         """Whether both say something, and not the same."""
         if "" in (self.domain + self.sign, other.domain + other.sign):
@@ -95,7 +100,10 @@ def without_clause(s: str) -> tuple[str, Clause | None]:
     bare = _bare(s)
     if bare and (value := s[: bare.start()].strip()):
         tail = bare[0].strip(" ,()")
-        counts = bare["counted"] and (bare["letters"] or bare["letter"]) in re.sub(r"\\[a-z]+", "", value)
+        letter, formula = bare["letters"] or bare["letter"], re.sub(r"\\[a-z]+", "", value)
+        counts = (
+            bare["counted"] and letter in formula and not re.search(rf"(?<![A-Za-z]){re.escape(letter)}\s*=", value)
+        )
         if (bare["set"] or counts or _begins(tail, value)) and (clause := _understood(tail)):
             return value, clause
     return s, None

@@ -170,7 +170,7 @@ def _counts_turns(tree: Any, letter: Any) -> bool:
 
 
 def are_one_family(a: Any, b: Any, meter: Meter) -> bool:
-    """Whether two functions are one family, C e^x and A e^x: each with one constant of its own.
+    """Whether two functions are one family, C e^x and A e^x: each a multiple of one constant of its own.
 
     Raises:
         UndecidableError: see `same_value`.
@@ -178,7 +178,11 @@ def are_one_family(a: Any, b: Any, meter: Meter) -> bool:
     only_a, only_b = a.free_symbols - b.free_symbols, b.free_symbols - a.free_symbols
     families = all(len(own) == 1 and {s.name for s in own} <= _FACTORS for own in (only_a, only_b))
     is_function = bool((_VARIABLES | {"arg"}) & {s.name for s in a.free_symbols})
-    return families and is_function and same_value(a, b.xreplace(dict(zip(only_b, only_a, strict=True))), meter)
+    if not (families and is_function):
+        return False
+    (own,) = only_a
+    multiplies = same_value(a.xreplace({own: 2 * own}), sympy.Mul(2, a, evaluate=False), meter)
+    return multiplies and same_value(a, b.xreplace(dict(zip(only_b, only_a, strict=True))), meter)
 
 
 _CONSTANTS = ("C", "c", "K")

@@ -23,6 +23,7 @@ from megatron_t1.reward.answers.kinds import (
     List,
     Matrix,
     Number,
+    Quantity,
     Ratio,
     Region,
     Relation,
@@ -186,7 +187,8 @@ class Comparison(Leaves):
                 return self.in_order(g_items, a_items)
         # "15 39/40, or 639/40": several spellings of the one gold
         items = answer.items if isinstance(answer, List) else ()
-        named = labels(items) and not isinstance(gold, Relation)  # x = 5, y = 5
+        tells = isinstance(gold, Relation) or (isinstance(gold, Quantity) and gold.unit.kind)  # 90 degrees, or pi/2 rad
+        named = labels(items) and not tells  # x = 5, y = 5
         return bool(items) and not named and all(self.equal(gold, item) for item in items)
 
     def labelled_equal(self, gold: Sequence[Answer], answer: Sequence[Answer]) -> bool:

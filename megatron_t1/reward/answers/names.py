@@ -145,8 +145,8 @@ def _two_clash(gold: str, answer: str) -> bool:
         return _symbols_clash(gold, answer)
     if gold[0] == answer[0] and _MARK.findall(gold) != _MARK.findall(answer):  # f and its inverse, f and f'
         return True
-    if ":" in gold and ":" in answer:
-        return True
+    if ":" in gold and ":" in answer:  # AB:CD and BA:DC
+        return [sorted(part) for part in gold.split(":")] != [sorted(part) for part in answer.split(":")]
     (g_rest, g_points), (a_rest, a_points) = _without_points(gold), _without_points(answer)
     others = g_rest == a_rest != "#" and g_points != a_points  # area of ABC and of ABD
     familiar = [_familiar_words(name) for name in (gold, answer)]

@@ -53,7 +53,7 @@ MAX_NESTING = 8
 _NOT_ANOTHER = re.compile(r",\s*(?:\\text\{\s*)?not\b\s*\}?(?:\\[a-z]+|[^a-z\\,]|[a-z](?![a-z]))*$")
 """17, not 18"""
 _HARMLESS_LEAD = re.compile(
-    r"^\\text\{\s*(?:for )?all\s*\}(?=\s*[a-z]\s*(?:\\[gln]e(?![a-z])|[<>]))"
+    r"^\\text\{\s*all\s*\}(?=\s*[a-z]\s*(?:\\[gln]e(?![a-z])|[<>]))"
     r"|^\\text\{\s*(?:only|exactly|about|approximately|total|answer|[a-z ]{0,80}\b(?:is|are|equals)"
     r"|[a-z ]{1,40}(?=:))\s*:?\s*\}"
     r"|^(?:\\text\{\s*)?(?:[A-Za-z]?[\u4e00-\u9fff]{0,20}(?:为|是|等于|:)|一?共有?|约)\s*:?\s*\}?"
@@ -94,6 +94,10 @@ def read_both(gold: str, answer: str) -> tuple[Answer, Answer]:
     if unit and answer.endswith(unit[1]) and exact_number(answer[:-1]):  # 5V, where the gold has V as a unit
         answer = rf"{answer[:-1]}\text{{{unit[1]}}}"
     g, a = _parameter(gold, said), _parameter(answer, says)
+    lone = says if said is None else said if says is None else None
+    if lone and (lone.counts or (lone.sign and "\\pmod" in gold + answer)):
+        told = "a value whose parameters only one side restricts"
+        return Literal(gold, told), Literal(answer, told)
     if said and says and said.clashes(says):
         return read(gold), Literal(answer, "a value whose parameters are of another kind")
     if g and a and g != a and renamed(value, g, "") == value != renamed(value, a, g):

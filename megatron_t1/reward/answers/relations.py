@@ -5,6 +5,7 @@ Helpers that take a text apart give None, or nothing, for a text that is not of 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -93,7 +94,8 @@ def bounds_of_region(s: str) -> _Bounded | None:
     if s.endswith("}") and (m := re.fullmatch(r"(.*\S)\s*(?:\\setminus|-)\s*(\\\{.*\\\})", s, re.S)):
         return _without(bounds_of_region(m[1]), set_items(m[2]) or [])
     if not operators and "\\infty" in s and len(pieces := split_top(s, ",;")) > 1:  # (-\infty,1), (3,\infty)
-        return _joined([bounds_of_region(piece) for piece in pieces])
+        region = _joined([bounds_of_region(piece) for piece in pieces])
+        return region if region and _are_apart(region[0]) else None
     excluded: list[str] = []
     named = ""
     found: list[_Bounded | None] = []
@@ -191,6 +193,12 @@ def _intersection(bounds: list[_Bounds], certainly: bool) -> list[_Bounds] | Non
     if not certainly and (low is None or high is None or low.value > high.value):
         return bounds
     return [(rays[0][0], rays[0][1], rays[1][2], rays[1][3])]
+
+
+def _are_apart(bounds: list[_Bounds]) -> bool:
+    """Whether each begins where the one before has ended: a domain and a range are no union."""
+    ends = [(_position(low), _position(high)) for low, _, high, _ in bounds]
+    return all(None not in (high, low) and high <= low for (_, high), (low, _) in itertools.pairwise(ends))
 
 
 def _common(bounds: list[_Bounds]) -> list[_Bounds] | None:

@@ -23,7 +23,10 @@ from megatron_t1.reward.answers.values import equal_cheaply
 from megatron_t1.types import AnswerMode, Verdict
 
 _OPTION = "the letter of an option"
-_OPTION_MARK = re.compile(r"(\\text\{)?\s*(?:\([A-J]\)|[A-J](?:\.(?!\d)|\)))\s*(\}?)\s*(?=\S)")
+_OPTION_MARK = re.compile(
+    r"(\\text\{)?\s*(?:\([A-J]\)|[A-J](?:\.(?!\d)|\)))(?:\s*(\})\s*|\s+|(?=\d))(?![+=^'/*]|-\s|\\c[au]p)(?=\S)"
+)
+"""Apart from what it marks: (C)e^x is a product."""
 MAX_REASON_CHARS = 2000
 
 

@@ -118,12 +118,14 @@ class Programs:
 
     def run_main(self, source: str, inputs: Sequence[str]) -> Ran:
         """Execute `source` as a script once for each text on its standard input; the outputs are what it prints. In a
-        grader only. All runs have one process, whose files are sys.stdin, sys.stdout and sys.stderr alone.
+        grader only. All runs have one process, whose files are sys.stdin, sys.stdout and sys.stderr alone; what they
+        print together is at most `MAX_OUTPUT_BYTES`.
 
         Raises:
             RuntimeError: this process is no grader.
         """
-        return self._run({"source": source, "function": None, "calls": inputs})
+        ran = self._run({"source": source, "function": None, "calls": inputs})
+        return ran if all(isinstance(text, str) for text in ran.outputs) else Ran("error", [], "it forged its outputs")
 
     def _run(self, program: dict[str, Any]) -> Ran:
         if _runner is None:
@@ -269,11 +271,14 @@ def _printed(code: CodeType, text: str) -> str:
     read, written = io.BytesIO(text.encode()), io.BytesIO()
     sys.stdin = io.TextIOWrapper(read, encoding="utf-8")
     sys.stdout = stdout = io.TextIOWrapper(written, encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     try:
-        exec(code, {"__name__": "__main__"})  # noqa: S102 - as above
+        exec(code, namespace)  # noqa: S102 - as above
     except SystemExit as end:
         if end.code:
             raise
+    finally:
+        namespace.clear()  # its functions hold it: what a run made would be in memory beside the next one's
     stdout.flush()
     return written.getvalue().decode(errors="replace")
 
