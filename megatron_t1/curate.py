@@ -30,7 +30,7 @@ from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, templ
 from megatron_t1.data.prompts import is_missing
 from megatron_t1.data.sets import file_of, load_question_texts, parse_file
 from megatron_t1.evaluation.figures import answer_key
-from megatron_t1.evaluation.resume import check_settings, collecting, prompts_identity, sampling_settings
+from megatron_t1.evaluation.resume import check_settings, collecting, prompts_identity
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
@@ -286,7 +286,7 @@ def sample(sampling: SamplingConfig, rank0: Rank0, prompts: list[Prompt], folder
     path, weights = folder / "sampled.jsonl", weights_digest(Path(rank0.servers.model_dir))
     settings = {
         "weights": weights,
-        "sampling": sampling_settings(sampling),
+        "sampling": sampling.identity(),
         "seed": seed,
         "reward": rank0.scorer.cfg.deciding(),
     }
@@ -359,6 +359,7 @@ def select(cfg: CurateConfig, folder: Path, counts: dict[str, int]) -> tuple[Pat
         lines.append(f"{share_cut:.1%} of the samples were cut at sampling.max_new_tokens: not solved if unanswered")
     table = "\n".join(lines)
     if not kept:
+        path.unlink(missing_ok=True)  # of an earlier selection
         raise ValueError(f"no question is kept, and {path} is not written:\n{table}")
     write_jsonl(path, kept)
     return path, table

@@ -71,7 +71,7 @@ class Milestones:
     def kl_to_start(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
         """KL(policy || starting policy) in nats a sample, from the first sample of every prompt; {} when none is due.
 
-        On policy those are its own samples, so that the mean of their log-ratios is unbiased (top_p and min_p aside).
+        On policy those are its own samples, so that the mean of their log-ratios is unbiased (sampling.cuts() aside).
         With rl.lag they are of weights some steps older: the mean is biased.
         """
         if not self.due(step):

@@ -124,6 +124,8 @@ def run_all(cfg: Config) -> None:
         rl.check(cfg, train)
         measured = longest_of({cfg.data.need("heldout").stem: questions}, template)
         check_context(cfg, context_needs(cfg, "run", template, train=longest(train), measured=measured))
+        for stage in ("sft", "rl"):  # before servers are started, and before hours of SFT
+            checkpoint.begun(run_dir / stage / "checkpoints", allowed=cfg.resume)
         watch.add("start", time.perf_counter() - began)
         with watch("data"):
             examples = load_sft(cfg.data.need("sft"), template, cfg.data)

@@ -194,7 +194,7 @@ class Trainer:
         Raises:
             Stopped: the run was asked to stop; no step was taken, and the samples wait in the bank.
             MismatchError: the samples are not from the policy that was trained; the run must end here.
-            FloatingPointError: as `Engine.step`; so must it.
+            FloatingPointError: as `Engine.step`.
         """
         watch = self.watch
         with watch("push"):
@@ -209,16 +209,16 @@ class Trainer:
         self.turns.to_trainer()
         with watch("measure"):
             measured |= self.milestones.kl_to_start(self.steps_done, batch.groups)
-        before = self.steps_done
+        metrics = self.learner.learn(batch.groups)
         # Neither pushed nor saved yet: where this ends the run, the step was not taken, and its samples are of no use.
         try:
-            metrics = self.learner.learn(batch.groups)
-            bound = max_logprob_diff(self.cfg, of_step=True)
-            _hold(metrics["logprob_diff"], bound, f"step {self.steps_done}, which is dropped")
-        except (MismatchError, FloatingPointError):
+            if not metrics["skipped"]:
+                bound = max_logprob_diff(self.cfg, of_step=True)
+                _hold(metrics["logprob_diff"], bound, f"step {self.steps_done}, which is dropped")
+        except MismatchError:
             if self.queue:
                 self.queue.close()
-                self.bank.drop_from(before)
+                self.bank.drop_from(self.steps_done - 1)
             raise
         if self.cfg.awaits_batches:
             with watch("generate"):  # no sample of two weights; and what a checkpoint needs of the past is in the bank

@@ -29,6 +29,7 @@ from megatron_t1.platform.detect import Platform
 from megatron_t1.stop import Stopped
 from megatron_t1.trackers import open_log
 from megatron_t1.types import TrainSequence
+from megatron_t1.weights.hf_folder import HFFolder, is_torch_dist
 
 
 def batches(examples: list[TrainSequence], batch_size: int, seed: int, start: int) -> Iterator[list[TrainSequence]]:
@@ -100,6 +101,8 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
     total = _num_steps(cfg, examples)
     cfg.sft.optim.check_steps(total, "sft.optim")
     cfg.parallel.check_fits(max(example.num_tokens for example in everything), cfg.model)
+    if not is_torch_dist(Path(cfg.model.hf_path)):
+        HFFolder(Path(cfg.model.hf_path))  # whole, or refused on every rank: rank 0 alone reads it below
     settings = _settings(cfg, examples) if is_main() else {}
     found = checkpoint.to_resume(
         folder / "checkpoints", allowed=cfg.resume, settings=settings, may_change=cfg.resume_with_changes
@@ -114,12 +117,12 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
     if is_main():
         keep(cfg)
     watch = Stopwatch()
-    losses: list[float] = []  # of the steps since the last checkpoint
+    losses: list[float] = []  # of the steps since the last checkpoint that changed something
     saver = Saver(folder / "checkpoints", cfg.sft.checkpoint)
 
     def save(step: int) -> None:
         state = {"seed": cfg.seed, "settings": settings}
-        saver.begin(step, engine, None, state, score=-float(np.mean(losses)))
+        saver.begin(step, engine, None, state, score=-float(np.mean(losses or [np.inf])))
         losses.clear()
 
     bar = tqdm(total=total, initial=done, desc="sft", unit="step", disable=not is_main())
@@ -136,7 +139,8 @@ def train(cfg: Config, platform: Platform, examples: list[TrainSequence]) -> Pat
                     save(step - 1)
                 saver.finish()
                 raise
-            losses.append(metrics["loss"])
+            if not metrics["skipped"]:
+                losses.append(metrics["loss"])
             metrics["seconds/train"] = watch.lap()["train"]
             if heldout and (step % cfg.sft.measure_every == 0 or step == total):
                 with suppress(Stopped):  # the next step, if there is one, sees it before anything is lost

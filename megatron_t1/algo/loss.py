@@ -49,8 +49,8 @@ for the gradient, on what rests on the token's having been sampled. With S_t = A
     geometric   a <= g <= b          drops whole samples, whatever their length (verl, prime-rl)
 
 Entropy and `full` KL are expectations over the vocabulary, in which no token was sampled: they keep weight 1, also
-where m_t = 0. Their bias: the places they are taken at are those that mu visits. What top_p or min_p kept a server
-from sampling is in no sample, and no weight brings it back.
+where m_t = 0. Their bias: the places they are taken at are those that mu visits. What top_p, top_k or min_p kept a
+server from sampling is in no sample, and no weight brings it back.
 """
 
 from __future__ import annotations

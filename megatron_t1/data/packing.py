@@ -51,7 +51,7 @@ def pack(
     Args:
         max_tokens: the most tokens in a microbatch of one rank, padding included.
         context_rank, context_size: of the ranks that share every sequence. Each is padded so that it can be cut.
-        multiple: the length of a microbatch is a multiple of it (TP size under sequence parallelism, 16 x TP for FP8).
+        multiple: the length of a microbatch is a multiple of it (TP size under sequence parallelism; more for FP8).
         count_multiple: so is the number of them of it (pipeline size under the interleaved schedule).
 
     Raises:

@@ -104,7 +104,9 @@ class ModelConfig:
         if (fp8 := self.transformer.get("fp8")) not in (None, False, "e4m3", "hybrid"):
             raise FieldError("transformer.fp8", fp8, "must be e4m3, or hybrid (gradients in e5m2); null: no FP8")
         for name, (other, values) in _READ_WITH.items():
-            if (given := self.transformer.get(name)) and self.transformer.get(other) not in values:
+            # Where the other is switched off by name, as over a file that sets both, nobody waits for it.
+            off = self.transformer.get(other, "") in (None, False)
+            if (given := self.transformer.get(name)) and not off and self.transformer.get(other) not in values:
                 needed = " or ".join(map(str, values))
                 raise FieldError(f"transformer.{name}", given, f"is not read without {other}: {needed}")
         if (recipe := self.transformer.get("fp8_recipe", "tensorwise")) not in FP8_MULTIPLES:

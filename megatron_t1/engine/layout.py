@@ -61,7 +61,7 @@ def check_divisible(
             "model.transformer.apply_rope_fusion = True: the fused kernel leaves out the factor that YaRN puts on "
             "queries and keys, remove the setting"
         )
-    if multiple := fp8_multiple(transformer):
+    if (multiple := fp8_multiple(transformer)) > 1:
         problems += [
             f"model.transformer.fp8: {what} = {size} of a rank is no multiple of {multiple}, lower parallel.{group} or "
             "leave FP8 out"

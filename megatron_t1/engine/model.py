@@ -111,7 +111,8 @@ def transformer_config(
     try:
         config = TransformerConfig(**{**fields, **given})
     except Exception as error:  # asserts are among its ways
-        raise ValueError(f"model.transformer: Megatron refuses it with this layout: {error}") from error
+        told = str(error) or type(error).__name__
+        raise ValueError(f"model.transformer: Megatron refuses it with this layout: {told}") from error
     if spec.yarn:
         # Megatron's attention looks for what it multiplies queries and keys by in fields that its config lacks: it is
         # (0.1 yarn_mscale ln yarn_rotary_scaling_factor + 1) / (0.1 yarn_mscale_all_dim ln ... + 1).

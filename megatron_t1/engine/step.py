@@ -264,7 +264,7 @@ class Engine(ForwardEngine):
     ) -> dict[str, float]:
         """One optimizer step. Returns the loss's metrics (means over tokens, maxima), gradient norm and learning rate.
 
-        A gradient that is not finite changes nothing: `skipped` is 1 then, and there is no `grad_norm`.
+        A loss or gradient that is not finite changes nothing: `skipped` is 1 then, and there is no `grad_norm`.
 
         Args:
             num_targets: response tokens of the whole step, over all ranks: the normaliser of loss and gradients.
@@ -272,8 +272,7 @@ class Engine(ForwardEngine):
                 full-vocabulary KL to it where there is one.
 
         Raises:
-            FloatingPointError: the loss is not finite, or the gradient norm is not for the third time running: no step
-                was taken.
+            FloatingPointError: loss or gradient are not finite for the third time running; no step was taken.
             Stopped: rank 0 was asked to stop before the last microbatch was begun: no step was taken.
         """
         for ddp in self.ddp:
@@ -309,22 +308,21 @@ class Engine(ForwardEngine):
 
         per_microbatch = self._run(self.ddp, microbatches, loss_func, forward_only=False)
         metrics = self._reduce(per_microbatch, num_targets)
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss is {metrics['loss']}; no step was taken")
         self.scheduler.step(increment=1)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         # Megatron's own step clips by whatever the norm is, and writes it into weights and moments.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if math.isfinite(grad_norm):
+        if math.isfinite(metrics["loss"]) and math.isfinite(grad_norm):
             self.optimizer.step()
             self._num_skipped = 0
             return metrics | {"grad_norm": grad_norm, "skipped": 0.0}
         self._num_skipped += 1
+        told = f"the loss is {metrics['loss']} and the gradient norm {grad_norm}"
         if self._num_skipped == _MAX_SKIPPED:
-            raise FloatingPointError(f"the gradient norm is {grad_norm}, in {_MAX_SKIPPED} steps one after another")
+            raise FloatingPointError(f"{told}, in {_MAX_SKIPPED} steps one after another")
         if is_main():
-            warn(f"the gradient norm is {grad_norm}: this step changes nothing")
+            warn(f"{told}: this step changes nothing")
         return metrics | {"skipped": 1.0}
 
     def _reduce(self, per_microbatch: list[Metrics], num_targets: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_t1.data.prompts import Question
 from megatron_t1.evaluation.figures import EvalResult, summarize
-from megatron_t1.evaluation.resume import ResponseRow, collecting, open_folder, sampling_settings
+from megatron_t1.evaluation.resume import ResponseRow, collecting, open_folder
 from megatron_t1.evaluation.samplers import Ask, Response, Sampler
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rollout.config import SamplingConfig
@@ -48,7 +48,7 @@ def evaluate(
     """
     label, set_name = folder.parent.name, folder.name
     path, part = folder / "responses.jsonl", folder / "responses.part.jsonl"
-    settings = {**settings, **sampler.identity(questions), "sampling": sampling_settings(sampling), "seed": seed}
+    settings = {**settings, **sampler.identity(questions), "sampling": sampling.identity(), "seed": seed}
     settings["questions"] = questions_digest(questions)
     open_folder(folder, settings, resume=resume, replace_other=replace_other)
     if not path.exists():

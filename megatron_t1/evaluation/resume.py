@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,7 +12,6 @@ from tqdm import tqdm
 from megatron_t1 import lock
 from megatron_t1.engine.resume_check import changes, data_identity
 from megatron_t1.files import Journal, read_json, write_json
-from megatron_t1.rollout.config import SamplingConfig
 from megatron_t1.types import FinishReason, Prompt
 
 
@@ -39,12 +37,6 @@ class ResponseRow(TypedDict):
 def prompts_identity(prompts: Iterable[Prompt]) -> str:
     """Of what a model is asked, token by token: questions as system prompt, chat template and tokenizer make them."""
     return data_identity((prompt.id, prompt.token_ids.tobytes()) for prompt in prompts)
-
-
-def sampling_settings(sampling: SamplingConfig) -> dict[str, Any]:
-    """What it says, without the fields of later releases that are as they were before these: results of earlier ones
-    can be gone on with."""
-    return {name: value for name, value in asdict(sampling).items() if name != "top_k" or value}
 
 
 def check_settings(path: Path, settings: dict[str, Any], *, resume: bool, elsewhere: str) -> bool:

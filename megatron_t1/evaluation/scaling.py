@@ -28,7 +28,7 @@ from megatron_t1.evaluation import stats
 from megatron_t1.evaluation.config import ScalingConfig
 from megatron_t1.evaluation.evaluate import missing, questions_digest, response_row
 from megatron_t1.evaluation.figures import majority_interval, vote
-from megatron_t1.evaluation.resume import ResponseRow, check_settings, collecting, open_folder, sampling_settings
+from megatron_t1.evaluation.resume import ResponseRow, check_settings, collecting, open_folder
 from megatron_t1.evaluation.samplers import Ask, EndpointSampler, Response, Sampler, ServerSampler, graded, sample_seed
 from megatron_t1.files import iter_jsonl, sort_jsonl, write_json
 from megatron_t1.rank0 import Rank0
@@ -123,7 +123,7 @@ class Scaling:
         cfg = replace(cfg, sampling=cfg.sampling_of_set())
         self.cfg, self.questions, self.folder, self.seed = cfg, questions, folder, seed
         own = {name: getattr(cfg, name) for name in ("end_of_thinking", "answer_opening", "max_answer_tokens")}
-        own["sampling"] = sampling_settings(cfg.sampling)
+        own["sampling"] = cfg.sampling.identity()
         settings = {**settings, **own, "seed": seed, "questions": questions_digest(questions)}
         open_folder(folder, settings, resume=resume, replace_other=replace_other)
         self._place = {question.id: i for i, question in enumerate(questions)}
@@ -212,7 +212,7 @@ class Scaling:
         own, path = self.cfg, self.folder / "summaries.jsonl"
         endpoint = own.summary_endpoint
         who = {"model": endpoint.model, "extra_body": endpoint.extra_body} if endpoint.urls else {}
-        settings = {"prompt": own.summary_prompt, "sampling": sampling_settings(own.summary_sampling), **who}
+        settings = {"prompt": own.summary_prompt, "sampling": own.summary_sampling.identity(), **who}
         check_settings(self.folder / "summaries.json", settings, resume=True, elsewhere="another --label")
         sampler: Sampler = EndpointSampler(endpoint, rank0.scorer) if endpoint.urls else ServerSampler(rank0, template)
         cuts, num_kept = self._missing(path)

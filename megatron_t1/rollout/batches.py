@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class Batches:
         as are missing at a time, until none is missing or no prompt may be asked any more; then they fill the batch.
         """
         began = time.monotonic()
-        bank = self.bank.step(step, weights, asdict(self.sampling), self._reward.deciding())
+        bank = self.bank.step(step, weights, self.sampling.identity(), self._reward.deciding())
         seed = self._seed * 1_000_003 + step
         groups = generate(self.prompts_of(step), seed, bank)
         if not self._refill:

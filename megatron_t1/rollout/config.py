@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,11 @@ class SamplingConfig:
         at_least(self, 1, "num_samples", "max_new_tokens")
         if self.temperature == 0 and self.num_samples > 1:
             raise FieldError("num_samples", self.num_samples, "must be 1 at temperature 0: greedy samples are the same")
+
+    def identity(self) -> dict[str, Any]:
+        """Of samples that are drawn so. Without top_k where it is off: what a release that lacked it stored is found
+        again."""
+        return {name: value for name, value in asdict(self).items() if name != "top_k" or value}
 
     def cuts(self) -> dict[str, float]:
         """The fields that keep tokens from being sampled which the policy may choose, with their values."""

@@ -122,8 +122,9 @@ class RolloutConfig:
                 self.gpu_ids,
                 f"must be {self.num_servers * self.tp} GPUs: rollout.num_servers x rollout.tp",
             )
-        if len(set(self.gpu_ids)) < len(self.gpu_ids) or any(gpu < 0 for gpu in self.gpu_ids):
-            raise FieldError("gpu_ids", self.gpu_ids, "must be different numbers from 0 on")
+        of_servers = [self.gpu_ids[i : i + self.tp] for i in range(0, len(self.gpu_ids), self.tp)]
+        if any(len(set(own)) < len(own) for own in of_servers) or any(gpu < 0 for gpu in self.gpu_ids):
+            raise FieldError("gpu_ids", self.gpu_ids, "must be numbers from 0 on, different ones for each server")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise FieldError("max_model_len", self.max_model_len, "must be at least 2, or null for the model's own")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -152,7 +153,7 @@ class RolloutConfig:
         for url in urls:
             if url.endswith("/v1"):
                 raise FieldError("urls", self.urls, f"must be base URLs: {url.removesuffix('/v1')}")
-            if not (host := urlsplit(url).hostname) or ":" in host:
+            if "[" in url or not urlsplit(url).hostname:
                 raise FieldError("urls", self.urls, "must have an IPv4 address or a host name each")
 
     @property

@@ -183,7 +183,7 @@ def public_address() -> str:
         return own_address(towards="192.0.2.1")  # reserved for documentation
     except OSError:
         raise ServerError(
-            "rollout.host = auto: this host's address for other hosts can't be told; give it by number"
+            "rollout.host: this host's address for other hosts can't be told; give it by number"
         ) from None
 
 

@@ -220,6 +220,8 @@ def watched_socket(address: tuple[Any, ...], silence_s: float) -> socket.socket:
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, pause_s)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, pause_s)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _NUM_PROBES)
+    # While something sent is not acknowledged, a request that came too late, they repeat it and ask nothing.
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * pause_s * (1 + _NUM_PROBES))
     return made
 
 

@@ -25,7 +25,7 @@ from megatron_t1.evaluation.evaluate import evaluate
 from megatron_t1.evaluation.figures import EvalResult, summarize
 from megatron_t1.evaluation.questions import question_sets
 from megatron_t1.evaluation.results import compare, read_summaries, table
-from megatron_t1.evaluation.resume import check_settings, sampling_settings
+from megatron_t1.evaluation.resume import check_settings
 from megatron_t1.evaluation.samplers import (
     Ask,
     EndpointSampler,
@@ -489,9 +489,7 @@ def test_results_from_before_a_setting_was_there_are_gone_on_with(tmp_path: Path
     of_today = SamplingConfig(temperature=0.6, top_p=0.95, num_samples=1)
     before = {name: value for name, value in asdict(of_today).items() if name != "top_k"}
     write_json(tmp_path / "settings.json", {"sampling": before})
-    assert check_settings(
-        tmp_path / "settings.json", {"sampling": sampling_settings(of_today)}, resume=True, elsewhere=""
-    )
-    cut = sampling_settings(replace(of_today, top_k=20))
+    assert check_settings(tmp_path / "settings.json", {"sampling": of_today.identity()}, resume=True, elsewhere="")
+    cut = replace(of_today, top_k=20).identity()
     with pytest.raises(ValueError, match="sampling"):
         check_settings(tmp_path / "settings.json", {"sampling": cut}, resume=True, elsewhere="another --label")

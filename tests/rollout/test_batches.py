@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -116,6 +116,11 @@ def test_a_stored_batch_is_read_again(tmp_path) -> None:
     for one, other in zip(made.groups, read.groups, strict=True):
         assert [s.token_ids.tolist() for s in one.samples] == [s.token_ids.tolist() for s in other.samples]
         assert [s.reward for s in one.samples] == [s.reward for s in other.samples]
+
+
+def test_what_a_release_without_top_k_sampled_is_found_again() -> None:
+    assert SamplingConfig().identity().keys() == {field.name for field in fields(SamplingConfig)} - {"top_k"}
+    assert SamplingConfig(top_k=5).identity()["top_k"] == 5
 
 
 @pytest.mark.parametrize(

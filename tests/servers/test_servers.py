@@ -166,7 +166,7 @@ def test_a_server_that_is_killed_while_it_starts_is_started_again(
         ({"num_servers": 2, "ports": (1,)}, r"ports = \[1\] must be one for each of the 2"),
         ({"urls": ("localhost:8000",)}, "must start with http"),
         ({"tp": 2, "gpu_ids": (0,)}, r"gpu_ids = \[0\] must be 2 GPUs"),
-        ({"tp": 2, "gpu_ids": (3, 3)}, r"gpu_ids = \[3, 3\] must be different numbers from 0 on"),
+        ({"tp": 2, "gpu_ids": (3, 3)}, r"gpu_ids = \[3, 3\] must be numbers from 0 on, different ones"),
         ({"max_model_len": 0}, "max_model_len = 0 must be at least 2"),
         ({"kv_cache_bytes": 0}, "kv_cache_bytes = 0 must be at least 1"),
         ({"num_servers": 2, "ports": (8000, 8000)}, r"ports = \[8000, 8000\] must be different"),
