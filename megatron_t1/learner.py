@@ -78,6 +78,7 @@ class Learner:
 
         Raises:
             Stopped: rank 0 was asked to stop; no step was taken.
+            FloatingPointError: as `Engine.step`.
         """
         cfg, watch = self.cfg, self.watch
         with watch("pack"):
