@@ -320,7 +320,9 @@ class Engine(ForwardEngine):
         self._num_skipped += 1
         told = f"the loss is {metrics['loss']} and the gradient norm {grad_norm}"
         if self._num_skipped == _MAX_SKIPPED:
-            raise FloatingPointError(f"{told}, in {_MAX_SKIPPED} steps one after another")
+            raise FloatingPointError(
+                f"{told}, in {_MAX_SKIPPED} steps one after another: resume with a lower optim.lr or without FP8"
+            )
         if is_main():
             warn(f"{told}: this step changes nothing")
         return metrics | {"skipped": 1.0}
