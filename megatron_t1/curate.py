@@ -29,12 +29,12 @@ from megatron_t1.data.config import QUESTION_SETS
 from megatron_t1.data.dedup import EvaluationQuestions, TrainingQuestions, template_words, words
 from megatron_t1.data.prompts import is_missing
 from megatron_t1.data.sets import file_of, load_question_texts, parse_file
-from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.evaluation.resume import check_settings, collecting, prompts_identity
 from megatron_t1.evaluation.samplers import sample_seed
 from megatron_t1.files import read_json, read_jsonl, write_json, write_jsonl
 from megatron_t1.rank0 import Rank0
 from megatron_t1.reward.answers import extract
+from megatron_t1.reward.answers.numbers import answer_key
 from megatron_t1.reward.answers.verify import verify_cheaply
 from megatron_t1.reward.config import RewardConfig
 from megatron_t1.reward.score import Scorer

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_t1.evaluation import stats
-from megatron_t1.reward.answers.normalize import compact, normalize
-from megatron_t1.reward.answers.numbers import exact_number
+from megatron_t1.reward.answers.numbers import answer_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +106,6 @@ def summarize(label: str, name: str, rows: Iterable[dict[str, Any]], settings: d
 
 RIGHT_ANSWER = "\0right"
 """All right answers vote together, however they are written."""
-
-
-def answer_key(answer: str) -> str:
-    """The same for spellings of an answer that plainly are one: 0.5 and \\dfrac12, (1, 2) and (1,2)."""
-    normal = normalize(answer)
-    number = exact_number(normal)
-    return str(number.value) if number else compact(normal)
 
 
 def vote(verdict: dict[str, Any]) -> str | None:

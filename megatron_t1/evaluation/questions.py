@@ -10,9 +10,9 @@ from megatron_t1.config import Config
 from megatron_t1.data.config import set_name
 from megatron_t1.data.prompts import Question
 from megatron_t1.data.sets import load_set
-from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.reward.answers import extract
 from megatron_t1.reward.answers.choices import gold_letter
+from megatron_t1.reward.answers.numbers import answer_key
 from megatron_t1.types import Prompt
 from megatron_t1.warn import warn
 

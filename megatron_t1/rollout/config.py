@@ -53,10 +53,8 @@ class SamplingConfig:
 
     def cuts(self) -> dict[str, float]:
         """The fields that keep tokens from being sampled which the policy may choose, with their values."""
-        given = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        return {
-            name: value for name, value in given.items() if value != SamplingConfig.__dataclass_fields__[name].default
-        }
+        given = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k, 0), "min_p": (self.min_p, 0.0)}
+        return {name: value for name, (value, off) in given.items() if value != off}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from megatron_t1.data.prompts import Question
-from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.reward.answers import extract
+from megatron_t1.reward.answers.numbers import answer_key
 from megatron_t1.reward.score import Scorer
 from megatron_t1.rollout.chat_endpoint import ChatEndpoint, RefusedError, Reply
 from megatron_t1.synthesize.config import SynthesizeConfig

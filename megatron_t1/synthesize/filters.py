@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_t1.evaluation.figures import answer_key
 from megatron_t1.reasoning import REVISION
+from megatron_t1.reward.answers.numbers import answer_key
 from megatron_t1.synthesize.config import FilterConfig
 from megatron_t1.types import Reward
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_t1.reward.answers.normalize import compact, normalize
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -93,3 +95,10 @@ def numbers_equal(gold: Exact, answer: Exact, rounding: bool = True) -> bool:
         return answer.value.denominator > 1 and rounds_to(answer.value, gold, 3)
     longer, shorter = (answer, gold) if answer.decimals > gold.decimals else (gold, answer)
     return shorter.places >= 2 and longer.decimals != shorter.decimals and rounds_to(longer.value, shorter, 3)
+
+
+def answer_key(answer: str) -> str:
+    """The same for spellings of an answer that plainly are one: 0.5 and \\dfrac12, (1, 2) and (1,2)."""
+    normal = normalize(answer)
+    number = exact_number(normal)
+    return str(number.value) if number else compact(normal)
