@@ -114,7 +114,7 @@ class Programs:
         Raises:
             RuntimeError: this process is no grader.
         """
-        return self._run({"source": source, "function": function, "calls": calls})
+        return self._told({"source": source, "function": function, "calls": calls})
 
     def run_main(self, source: str, inputs: Sequence[str]) -> Ran:
         """Execute `source` as a script once for each text on its standard input; the outputs are what it prints. In a
@@ -124,10 +124,10 @@ class Programs:
         Raises:
             RuntimeError: this process is no grader.
         """
-        ran = self._run({"source": source, "function": None, "calls": inputs})
+        ran = self._told({"source": source, "function": None, "calls": inputs})
         return ran if all(isinstance(text, str) for text in ran.outputs) else Ran("error", [], "it forged its outputs")
 
-    def _run(self, program: dict[str, Any]) -> Ran:
+    def _told(self, program: dict[str, Any]) -> Ran:
         if _runner is None:
             raise RuntimeError("programs run in grader processes only: call this from a verifier")
         limits = {"cpu_s": self.cpu_s, "memory_bytes": self.memory_mb << 20}
